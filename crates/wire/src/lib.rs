@@ -1,0 +1,10 @@
+//! What the control plane and the guest agree on: the reset marker, the frame, and the bodies of the link's requests.
+//!
+//! Nothing here does I/O, and nothing here trusts the other side: every decoder has a bound.
+
+pub mod frame;
+pub mod link;
+pub mod marker;
+
+/// Generation of the protocol. Both sides say theirs, and the lower one is used; new fields are optional.
+pub const GENERATION: u32 = 1;
