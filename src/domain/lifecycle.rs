@@ -1,0 +1,233 @@
+//! The life of a session, as a pure function: [`step`] is the only place where a phase changes.
+//!
+//! ```text
+//! Provisioning ──▶ Connecting ──▶ Ready
+//!      │                │           │
+//!   Aborting            └─────┬─────┘
+//!      └──────────▶ Ending(reason) ──▶ Ended(reason), once the engine has *seen* the cell gone
+//! ```
+//!
+//! It knows nothing of kernels: whether a ready session is busy is a matter of its contexts.
+
+/// Where a session is in its life.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Phase {
+    /// The engine was asked for a cell and has not answered.
+    Provisioning,
+    /// The cell runs; its guest is being attested and its first kernel boots.
+    Connecting,
+    /// Code can run.
+    Ready,
+    /// It is to end, but the engine has not answered yet: absence would prove nothing.
+    Aborting(EndReason),
+    /// Its cell is being removed.
+    Ending(EndReason),
+    /// Its cell was seen to be gone.
+    Ended(EndReason),
+}
+
+/// Why a session ended. The first reason stays.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum EndReason {
+    /// A caller ended it.
+    Deleted,
+    /// Nothing ran for its idle time.
+    Idle,
+    /// It reached its age.
+    Lifetime,
+    /// Memory ran out for its first process.
+    Oom,
+    /// Its kernel died and no new one would start.
+    KernelDied,
+    /// Its cell went away, or could no longer be reached.
+    Lost,
+    /// The control plane stopped.
+    Drained,
+    /// It never became ready.
+    StartFailed,
+}
+
+/// Something happened to a session.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Event {
+    /// The engine's answer: the cell runs.
+    CellEnsured,
+    /// The engine's answer: it failed. The cell may exist all the same.
+    EnsureFailed,
+    /// The guest is attested and the first kernel answers.
+    KernelReady,
+    /// The guest, the attestation or the first kernel failed.
+    BootFailed,
+    /// Somebody wants it to end, or a deadline passed.
+    EndRequested(EndReason),
+    /// The cell is gone or can't be reached any more.
+    CellLost(EndReason),
+    /// The cell's absence was seen.
+    RemovalSeen,
+    /// The cell could not be removed.
+    RemovalFailed,
+    /// It is time to try the removal again.
+    RetryDue,
+}
+
+/// Something to do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Effect {
+    /// Ask the engine for the cell.
+    EnsureCell,
+    /// Open the link, attest, start the first kernel.
+    BootGuest,
+    /// End every execution with what is known, and answer whoever waits.
+    SettleExecutions,
+    /// Remove the cell.
+    RemoveCell,
+    /// Come back with [`Event::RetryDue`] after a while.
+    ScheduleRetry,
+}
+
+/// What a session begins with.
+#[must_use]
+pub fn begin() -> (Phase, Vec<Effect>) {
+    (Phase::Provisioning, vec![Effect::EnsureCell])
+}
+
+/// What follows from an event. An event that has no meaning in a phase changes nothing.
+#[must_use]
+pub fn step(phase: Phase, event: Event) -> (Phase, Vec<Effect>) {
+    use Effect as Do;
+    use Event as On;
+    use Phase as In;
+    match (phase, event) {
+        (In::Provisioning, On::CellEnsured) => (In::Connecting, vec![Do::BootGuest]),
+        (In::Provisioning, On::EnsureFailed) => end(EndReason::StartFailed),
+        (In::Provisioning, On::EndRequested(reason) | On::CellLost(reason)) => {
+            (In::Aborting(reason), vec![Do::SettleExecutions])
+        }
+        (In::Aborting(reason), On::CellEnsured | On::EnsureFailed) => (In::Ending(reason), vec![Do::RemoveCell]),
+
+        (In::Connecting, On::KernelReady) => (In::Ready, vec![]),
+        (In::Connecting, On::BootFailed) => end(EndReason::StartFailed),
+        (In::Connecting | In::Ready, On::EndRequested(reason) | On::CellLost(reason)) => end(reason),
+
+        (In::Ending(reason), On::RemovalSeen) => (In::Ended(reason), vec![]),
+        (In::Ending(reason), On::RemovalFailed) => (In::Ending(reason), vec![Do::ScheduleRetry]),
+        (In::Ending(reason), On::RetryDue) => (In::Ending(reason), vec![Do::RemoveCell]),
+        (phase, _) => (phase, vec![]),
+    }
+}
+
+fn end(reason: EndReason) -> (Phase, Vec<Effect>) {
+    (Phase::Ending(reason), vec![Effect::SettleExecutions, Effect::RemoveCell])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn events() -> impl Strategy<Value = Event> {
+        let reason = prop_oneof![
+            Just(EndReason::Deleted),
+            Just(EndReason::Idle),
+            Just(EndReason::Lifetime),
+            Just(EndReason::Oom),
+            Just(EndReason::Lost),
+            Just(EndReason::Drained),
+        ];
+        prop_oneof![
+            Just(Event::CellEnsured),
+            Just(Event::EnsureFailed),
+            Just(Event::KernelReady),
+            Just(Event::BootFailed),
+            reason.clone().prop_map(Event::EndRequested),
+            reason.prop_map(Event::CellLost),
+            Just(Event::RemovalSeen),
+            Just(Event::RemovalFailed),
+            Just(Event::RetryDue),
+        ]
+    }
+
+    /// An engine as the world knows it: it answers `ensure` once, and a cell may exist from the question on.
+    #[derive(Default)]
+    struct World {
+        ensure_open: bool,
+        removal_open: bool,
+        may_exist: bool,
+    }
+
+    impl World {
+        fn perform(&mut self, effects: &[Effect]) {
+            for effect in effects {
+                match effect {
+                    Effect::EnsureCell => (self.ensure_open, self.may_exist) = (true, true),
+                    Effect::RemoveCell => self.removal_open = true,
+                    _ => {}
+                }
+            }
+        }
+
+        /// Whether this event can happen now.
+        fn allows(&self, event: Event) -> bool {
+            match event {
+                Event::CellEnsured | Event::EnsureFailed => self.ensure_open,
+                Event::RemovalSeen | Event::RemovalFailed => self.removal_open,
+                _ => true,
+            }
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn a_session_never_ends_while_a_cell_may_still_appear(events in proptest::collection::vec(events(), 0..60)) {
+            let mut world = World::default();
+            let (mut phase, effects) = begin();
+            world.perform(&effects);
+            let mut first_reason = None;
+            for event in events.into_iter() {
+                if !world.allows(event) { continue; }
+                match event {
+                    Event::CellEnsured | Event::EnsureFailed => world.ensure_open = false,
+                    Event::RemovalSeen => (world.removal_open, world.may_exist) = (false, world.ensure_open),
+                    Event::RemovalFailed => world.removal_open = false,
+                    _ => {}
+                }
+                let (next, effects) = step(phase, event);
+                world.perform(&effects);
+                let reason = match next {
+                    Phase::Aborting(r) | Phase::Ending(r) | Phase::Ended(r) => Some(r),
+                    _ => None,
+                };
+                if let Some(first) = first_reason {
+                    prop_assert_eq!(reason, Some(first), "an end is a one-way door, and its first reason stays");
+                }
+                first_reason = reason;
+                if matches!(next, Phase::Ended(_)) {
+                    prop_assert!(!world.may_exist, "ended while a cell may exist");
+                }
+                if matches!(phase, Phase::Ended(_)) {
+                    prop_assert_eq!(next, phase);
+                    prop_assert!(effects.is_empty());
+                }
+                phase = next;
+            }
+        }
+
+        #[test]
+        fn every_end_can_be_reached_from_everywhere(events in proptest::collection::vec(events(), 0..30)) {
+            let (mut phase, _) = begin();
+            for event in events { (phase, _) = step(phase, event); }
+            for event in [
+                Event::EndRequested(EndReason::Deleted), Event::EnsureFailed, Event::RemovalFailed, Event::RetryDue, Event::RemovalSeen,
+            ] { (phase, _) = step(phase, event); }
+            prop_assert!(matches!(phase, Phase::Ended(_)));
+        }
+    }
+
+    #[test]
+    fn an_end_before_the_engine_answered_waits_for_the_answer() {
+        let (phase, effects) = step(Phase::Provisioning, Event::EndRequested(EndReason::Deleted));
+        assert_eq!((phase, effects), (Phase::Aborting(EndReason::Deleted), vec![Effect::SettleExecutions]));
+        assert_eq!(step(phase, Event::RemovalSeen).0, phase);
+        assert_eq!(step(phase, Event::CellEnsured), (Phase::Ending(EndReason::Deleted), vec![Effect::RemoveCell]));
+    }
+}

@@ -1,0 +1,8 @@
+//! The words and rules of the product: ids, what may be asked for, the life of a session, the outcome of an execution.
+//!
+//! Pure values. No tokio, no serde, no clock, no I/O: everything here can be tested by calling it.
+
+pub mod ids;
+pub mod lifecycle;
+pub mod output;
+pub mod spec;

@@ -1,0 +1,361 @@
+//! What a session may be: templates with their ceilings, what a caller asks for, and the specification that results.
+//!
+//! [`resolve`] is the only way to a [`SessionSpec`], so that inside there is nothing to check again. Nothing is clamped
+//! silently: what is above a ceiling is refused with its field and the ceiling.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+/// Bytes in a MiB.
+pub const MIB: u64 = 1024 * 1024;
+
+/// A mistake in one field of a request or configuration.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct FieldError {
+    /// JSON pointer of the field.
+    pub pointer: String,
+    /// What is wrong and what is allowed.
+    pub message: String,
+}
+
+impl FieldError {
+    /// A mistake at a JSON pointer.
+    pub fn new(pointer: impl Into<String>, message: impl Into<String>) -> Self {
+        Self { pointer: pointer.into(), message: message.into() }
+    }
+}
+
+/// What a cell may use of its machine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Resources {
+    /// CPU time a second, in thousandths of a CPU.
+    pub cpu_millis: u32,
+    /// Memory with everything in it: processes, working folder, temporary files.
+    pub memory_bytes: u64,
+    /// Size of the working folder.
+    pub disk_bytes: u64,
+    /// Size of the folder for temporary files.
+    pub tmp_bytes: u64,
+    /// Processes and threads.
+    pub pids: u32,
+    /// Open files of one process.
+    pub open_files: u32,
+}
+
+/// How long things may take.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Timeouts {
+    /// A session without a running execution ends after this long.
+    pub idle: Duration,
+    /// A session ends at this age, whatever it does.
+    pub lifetime: Duration,
+    /// An execution is interrupted after this long.
+    pub execution: Duration,
+}
+
+/// What a session may reach outside its container.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum NetworkMode {
+    /// Nothing.
+    #[default]
+    None,
+}
+
+/// How the guest reaches a template's kernels.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum KernelTransport {
+    /// Unix sockets.
+    #[default]
+    Ipc,
+    /// TCP on the container's loopback.
+    Tcp,
+}
+
+/// What one execution may put out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct OutputLimits {
+    /// Bytes of stdout and of stderr, each.
+    pub text_bytes: u64,
+    /// Bytes of rich results and displays, all together.
+    pub result_bytes: u64,
+    /// Messages of any kind.
+    pub messages: u64,
+}
+
+/// An image and its limits, as an operator writes it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Template {
+    /// Its name.
+    pub name: String,
+    /// For people.
+    pub description: String,
+    /// The image: a reference that the engine knows, or can pull.
+    pub image: String,
+    /// The engine's runtime (`runc`, `runsc`, …); the engine's default when empty.
+    pub runtime: String,
+    /// The image's kernelspec; the guest chooses when empty.
+    pub kernelspec: String,
+    /// How its kernels are reached.
+    pub transport: KernelTransport,
+    /// Set for every process.
+    pub env: BTreeMap<String, String>,
+    /// What a session gets when nothing is asked for.
+    pub default_resources: Resources,
+    /// The ceilings.
+    pub max_resources: Resources,
+    /// The same for times.
+    pub default_timeouts: Timeouts,
+    /// The ceilings of times.
+    pub max_timeouts: Timeouts,
+    /// What an execution may put out; also the ceiling.
+    pub output: OutputLimits,
+    /// What sessions may reach.
+    pub network: NetworkMode,
+}
+
+/// What a caller asks for; everything is optional.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct SessionRequest {
+    /// A template's name.
+    pub template: Option<String>,
+    /// A name, unique among the tenant's live sessions.
+    pub name: Option<String>,
+    /// Give the live session of this name instead of a refusal.
+    pub reuse: bool,
+    /// Added to the template's environment.
+    pub env: BTreeMap<String, String>,
+    /// For finding sessions again.
+    pub labels: BTreeMap<String, String>,
+    /// CPUs.
+    pub cpu: Option<f64>,
+    /// MiB.
+    pub memory_mb: Option<u64>,
+    /// MiB.
+    pub disk_mb: Option<u64>,
+    /// Processes and threads.
+    pub pids: Option<u64>,
+    /// Seconds.
+    pub idle_seconds: Option<f64>,
+    /// Seconds.
+    pub lifetime_seconds: Option<f64>,
+    /// Seconds.
+    pub execution_seconds: Option<f64>,
+}
+
+/// A specification that holds every rule.
+#[derive(Debug, Clone, PartialEq)]
+pub struct SessionSpec {
+    /// The template it came from.
+    pub template: String,
+    /// The engine's id of the image.
+    pub image: String,
+    /// The engine's runtime.
+    pub runtime: String,
+    /// The image's kernelspec.
+    pub kernelspec: Option<String>,
+    /// How kernels are reached.
+    pub transport: KernelTransport,
+    /// The caller's name for it.
+    pub name: Option<String>,
+    /// Set for every process.
+    pub env: BTreeMap<String, String>,
+    /// For finding it again.
+    pub labels: BTreeMap<String, String>,
+    /// What it may use.
+    pub resources: Resources,
+    /// How long things may take.
+    pub timeouts: Timeouts,
+    /// The ceiling for one execution's own time limit.
+    pub max_execution: Duration,
+    /// The ceiling for a renewed age, counted from its creation.
+    pub max_lifetime: Duration,
+    /// The ceiling for a changed idle time.
+    pub max_idle: Duration,
+    /// What an execution may put out.
+    pub output: OutputLimits,
+    /// What it may reach.
+    pub network: NetworkMode,
+}
+
+/// Most entries in `env` and `labels`, each.
+pub const MAX_ENTRIES: usize = 64;
+/// Longest value of an `env` entry, in bytes.
+pub const MAX_ENV_VALUE: usize = 32 * 1024;
+/// Memory that a kernel needs beside its files, in bytes.
+pub const KERNEL_FLOOR: u64 = 48 * MIB;
+
+/// Environment names that would change how the interpreter or the loader starts, so that a caller can't set them.
+const RESERVED_ENV: [&str; 3] = ["LD_PRELOAD", "LD_AUDIT", "LD_LIBRARY_PATH"];
+
+/// Makes a specification of a template and a request.
+///
+/// # Errors
+/// All mistakes at once, each with its field and what is allowed.
+pub fn resolve(template: &Template, request: &SessionRequest) -> Result<SessionSpec, Vec<FieldError>> {
+    let mut errors = Vec::new();
+    check_name(request.name.as_deref(), &mut errors);
+    check_env(&request.env, &mut errors);
+    check_labels(&request.labels, &mut errors);
+    let resources = resolve_resources(template, request, &mut errors);
+    let timeouts = resolve_timeouts(template, request, &mut errors);
+    if !errors.is_empty() {
+        return Err(errors);
+    }
+    let mut env = template.env.clone();
+    env.extend(request.env.clone());
+    Ok(SessionSpec {
+        template: template.name.clone(),
+        image: template.image.clone(),
+        runtime: template.runtime.clone(),
+        kernelspec: Some(template.kernelspec.clone()).filter(|k| !k.is_empty()),
+        transport: template.transport,
+        name: request.name.clone(),
+        env,
+        labels: request.labels.clone(),
+        resources,
+        timeouts,
+        max_execution: template.max_timeouts.execution,
+        max_lifetime: template.max_timeouts.lifetime,
+        max_idle: template.max_timeouts.idle,
+        output: template.output,
+        network: template.network,
+    })
+}
+
+fn resolve_resources(template: &Template, request: &SessionRequest, errors: &mut Vec<FieldError>) -> Resources {
+    let (default, max) = (&template.default_resources, &template.max_resources);
+    let mut whole = |field: &str, asked: Option<u64>, unit: u64, default: u64, least: u64, most: u64| {
+        let Some(asked) = asked else { return default };
+        let (least, most) = (least / unit, most / unit);
+        if asked < least || asked > most {
+            errors.push(FieldError::new(
+                format!("/resources/{field}"),
+                format!("{asked} was asked for; template \"{}\" allows {least} to {most}", template.name),
+            ));
+        }
+        asked.saturating_mul(unit)
+    };
+    let memory_bytes =
+        whole("memory_mb", request.memory_mb, MIB, default.memory_bytes, KERNEL_FLOOR + 16 * MIB, max.memory_bytes);
+    let disk_bytes = whole("disk_mb", request.disk_mb, MIB, default.disk_bytes, MIB, max.disk_bytes);
+    let pids = whole("pids", request.pids, 1, default.pids.into(), 24, max.pids.into());
+    let cpu_millis = resolve_cpu(template, request.cpu, errors);
+    let asked_space = request.memory_mb.is_some() || request.disk_mb.is_some();
+    let tmp_bytes = default.tmp_bytes.min(max.tmp_bytes);
+    if asked_space && disk_bytes.saturating_add(tmp_bytes).saturating_add(KERNEL_FLOOR) > memory_bytes {
+        errors.push(FieldError::new(
+            "/resources/disk_mb",
+            format!(
+                "files are kept in memory: {} MiB of disk, {} MiB of temporary space and {} MiB for a kernel don't fit into {} MiB of memory",
+                disk_bytes / MIB,
+                tmp_bytes / MIB,
+                KERNEL_FLOOR / MIB,
+                memory_bytes / MIB
+            ),
+        ));
+    }
+    Resources {
+        cpu_millis,
+        memory_bytes,
+        disk_bytes,
+        tmp_bytes,
+        pids: u32::try_from(pids).unwrap_or(u32::MAX),
+        open_files: default.open_files,
+    }
+}
+
+fn resolve_cpu(template: &Template, asked: Option<f64>, errors: &mut Vec<FieldError>) -> u32 {
+    let Some(asked) = asked else { return template.default_resources.cpu_millis };
+    let most = f64::from(template.max_resources.cpu_millis) / 1000.0;
+    if !(0.05..=most).contains(&asked) {
+        errors.push(FieldError::new(
+            "/resources/cpu",
+            format!("{asked} was asked for; template \"{}\" allows 0.05 to {most}", template.name),
+        ));
+        return template.default_resources.cpu_millis;
+    }
+    (asked * 1000.0).round() as u32
+}
+
+fn resolve_timeouts(template: &Template, request: &SessionRequest, errors: &mut Vec<FieldError>) -> Timeouts {
+    let (default, max) = (&template.default_timeouts, &template.max_timeouts);
+    let mut resolve = |field: &str, asked: Option<f64>, default: Duration, most: Duration| {
+        let Some(asked) = asked else { return default };
+        seconds_within(asked, most).unwrap_or_else(|message| {
+            errors.push(FieldError::new(format!("/timeouts/{field}"), message));
+            default
+        })
+    };
+    Timeouts {
+        idle: resolve("idle_seconds", request.idle_seconds, default.idle, max.idle),
+        lifetime: resolve("lifetime_seconds", request.lifetime_seconds, default.lifetime, max.lifetime),
+        execution: resolve("execution_seconds", request.execution_seconds, default.execution, max.execution),
+    }
+}
+
+/// A number of seconds as a duration, above zero and up to a ceiling.
+///
+/// # Errors
+/// A sentence that says what is allowed.
+pub fn seconds_within(asked: f64, most: Duration) -> Result<Duration, String> {
+    if asked > 0.0 && asked <= most.as_secs_f64() {
+        Ok(Duration::from_secs_f64(asked))
+    } else {
+        Err(format!("{asked} was asked for; allowed is more than 0, up to {}", most.as_secs_f64()))
+    }
+}
+
+/// Whether a text may name a session: 1 to 64 of letters, digits, `.`, `_` and `-`.
+#[must_use]
+pub fn is_name(text: &str) -> bool {
+    (1..=64).contains(&text.len())
+        && text.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-'))
+}
+
+fn check_name(name: Option<&str>, errors: &mut Vec<FieldError>) {
+    if name.is_some_and(|n| !is_name(n)) {
+        errors.push(FieldError::new("/name", "allowed are 1 to 64 letters, digits, \".\", \"_\" and \"-\""));
+    }
+}
+
+/// Checks an environment that a caller gives.
+pub fn check_env(env: &BTreeMap<String, String>, errors: &mut Vec<FieldError>) {
+    if env.len() > MAX_ENTRIES {
+        errors.push(FieldError::new("/env", format!("{} entries; allowed are {MAX_ENTRIES}", env.len())));
+    }
+    for (name, value) in env {
+        let well_formed = !name.is_empty()
+            && name.len() <= 128
+            && name.bytes().enumerate().all(|(i, b)| b == b'_' || b.is_ascii_alphabetic() || (i > 0 && b.is_ascii_digit()));
+        let pointer = || format!("/env/{}", escape_pointer(name));
+        if !well_formed {
+            errors.push(FieldError::new(pointer(), "a name is letters, digits and \"_\", no digit first, at most 128"));
+        } else if RESERVED_ENV.contains(&name.as_str()) {
+            errors.push(FieldError::new(pointer(), "is reserved"));
+        }
+        if value.len() > MAX_ENV_VALUE || value.contains('\0') {
+            errors.push(FieldError::new(pointer(), format!("a value has at most {MAX_ENV_VALUE} bytes, none of them zero")));
+        }
+    }
+}
+
+/// Checks the labels that a caller gives.
+pub fn check_labels(labels: &BTreeMap<String, String>, errors: &mut Vec<FieldError>) {
+    if labels.len() > MAX_ENTRIES {
+        errors.push(FieldError::new("/labels", format!("{} entries; allowed are {MAX_ENTRIES}", labels.len())));
+    }
+    for (name, value) in labels {
+        if !is_name(name) || value.len() > 256 || value.chars().any(char::is_control) {
+            errors.push(FieldError::new(
+                format!("/labels/{}", escape_pointer(name)),
+                "a label's name is 1 to 64 letters, digits, \".\", \"_\" and \"-\", its value at most 256 bytes without control characters",
+            ));
+        }
+    }
+}
+
+/// One reference token of a JSON pointer (RFC 6901, section 3).
+#[must_use]
+pub fn escape_pointer(token: &str) -> String {
+    token.replace('~', "~0").replace('/', "~1")
+}
