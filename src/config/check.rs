@@ -1,0 +1,277 @@
+//! Rules that a type can't hold: floors, ceilings, names, and what must hold between two keys. Judges values; reads none.
+
+use std::time::Duration;
+
+use super::merge::Merge;
+use super::sections::{Bounds, Document, TemplateSection};
+use super::source::{Key, Mistake, Source, dotted, key_of};
+use crate::domain::spec::{self, KERNEL_FLOOR, MIB};
+
+/// Checks everything, each rule by itself.
+pub(super) fn check(document: &Document, merge: &Merge) -> Vec<Mistake> {
+    let mut checker = Checker { merge, mistakes: Vec::new() };
+    checker.server(document);
+    checker.engine(document);
+    checker.amounts(document);
+    checker.log(document);
+    checker.default_template(document);
+    for (name, template) in &document.templates {
+        checker.template(name, template);
+    }
+    checker.mistakes
+}
+
+struct Checker<'a> {
+    merge: &'a Merge,
+    mistakes: Vec<Mistake>,
+}
+
+impl Checker<'_> {
+    /// A mistake at the first key, which the others have a part in. Says nothing if one of them is a mistake already.
+    fn require(&mut self, holds: bool, keys: &[&str], message: impl FnOnce() -> String) {
+        let keys: Vec<Key> = keys.iter().map(|key| key_of(key)).collect();
+        if !holds && !keys.iter().any(|key| self.has_failed(key)) {
+            let (key, source) = (dotted(&keys[0]), self.source(&keys[0]));
+            self.mistakes.push(Mistake { key, source, message: message() });
+        }
+    }
+
+    fn has_failed(&self, key: &Key) -> bool {
+        let below = |key: &[String]| self.merge.failed.iter().any(|failed| key.starts_with(failed));
+        below(key) || (key[0] == "templates" && below(&[&["template_defaults".to_owned()], &key[2..]].concat()))
+    }
+
+    fn source(&self, key: &Key) -> Source {
+        self.merge.leaves.get(key).map_or(Source::Default, |leaf| leaf.source.clone())
+    }
+
+    fn server(&mut self, document: &Document) {
+        let server = &document.server;
+        let (listen, keys) = (server.listen, "server.listen");
+        if !listen.ip().is_loopback() {
+            self.require(server.allow_plain_http, &[keys, "server.allow_plain_http"], || {
+                format!(
+                    "{listen} is reachable from other machines, over HTTP without TLS: keys and code could be read on \
+                     the way. Listen on loopback (127.0.0.1:{0}) behind a proxy that ends TLS, or accept it with \
+                     server.allow_plain_http = true",
+                    listen.port()
+                )
+            });
+            self.require(server.api_key_file.is_some(), &[keys, "server.api_key_file"], || {
+                format!(
+                    "{listen} is reachable from other machines, so the API key must be one that you chose: set \
+                     server.api_key_file to a file with the key that only its owner may read, or listen on 127.0.0.1:{}",
+                    listen.port()
+                )
+            });
+        }
+        self.require(!server.data_dir.as_os_str().is_empty(), &["server.data_dir"], || {
+            "name a folder: there is neither HOME nor XDG_DATA_HOME to derive one from".to_owned()
+        });
+        self.require((4096..=1 << 30).contains(&server.max_body), &["server.max_body"], || {
+            "allowed are 4KiB to 1GiB".to_owned()
+        });
+        self.positive(server.request_timeout, "server.request_timeout");
+    }
+
+    fn engine(&mut self, document: &Document) {
+        let engine = &document.engine;
+        let host = engine.host.as_str();
+        let over_tcp = ["tcp://", "http://", "https://"].iter().find_map(|scheme| host.strip_prefix(scheme));
+        let is_host = over_tcp.is_some_and(|rest| !rest.is_empty()) || host.starts_with("unix:///");
+        self.require(is_host, &["engine.host"], || {
+            format!("{host:?} is none of unix:///path, tcp://host:port, http://host:port and https://host:port")
+        });
+        let certificates = engine.tls_cert_dir.as_deref().map(|dir| dir.display().to_string());
+        self.require(certificates.is_none() || over_tcp.is_some(), &["engine.tls_cert_dir", "engine.host"], || {
+            format!("certificates are for an engine over TCP; engine.host is {host:?}")
+        });
+        self.require(certificates.is_some() || !host.starts_with("https://"), &["engine.tls_cert_dir"], || {
+            format!("name the folder with ca.pem, cert.pem and key.pem; engine.host is {host:?}")
+        });
+        self.require(is_label(&engine.instance, 20), &["engine.instance"], || {
+            format!("{:?} is not 1 to 20 of a-z, 0-9 and \"-\", with a letter or digit at both ends", engine.instance)
+        });
+        self.positive(engine.orphan_timeout, "engine.orphan_timeout");
+        self.uids(document);
+    }
+
+    fn uids(&mut self, document: &Document) {
+        let (first, last) = (document.engine.uid_first, document.engine.uid_last);
+        self.require(first >= 1000, &["engine.uid_first"], || {
+            format!("{first} is among the users of the system; allowed are 1000 and above")
+        });
+        self.require(last < 65_536, &["engine.uid_last"], || {
+            format!("{last} doesn't exist under a rootless engine; allowed are up to 65535")
+        });
+        let sessions = document.limits.sessions;
+        let users = (u64::from(last) + 1).saturating_sub(first.into());
+        self.require(users >= sessions.into(), &["engine.uid_last", "engine.uid_first", "limits.sessions"], || {
+            format!(
+                "{first} to {last} are {users} users; each of the {sessions} of limits.sessions needs one of its own"
+            )
+        });
+    }
+
+    fn amounts(&mut self, document: &Document) {
+        let (limits, executions) = (&document.limits, &document.executions);
+        for (key, value, most) in [
+            ("limits.sessions", limits.sessions, 10_000),
+            ("limits.queued_executions", limits.queued_executions, 10_000),
+            ("limits.concurrent_starts", limits.concurrent_starts, 256),
+            ("executions.retention_count", executions.retention_count, 10_000_000),
+        ] {
+            self.require((1..=most).contains(&value), &[key], || format!("{value} is not within 1 to {most}"));
+        }
+        self.positive(executions.interrupt_grace, "executions.interrupt_grace");
+        self.positive(executions.queue_timeout, "executions.queue_timeout");
+        self.positive(executions.retention_time, "executions.retention_time");
+    }
+
+    fn log(&mut self, document: &Document) {
+        let level = &document.log.level;
+        self.require(level.split(',').all(is_directive), &["log.level"], || {
+            format!("{level:?} is not made of off, error, warn, info, debug and trace, such as \"info,cellblock::engine=debug\"")
+        });
+    }
+
+    fn default_template(&mut self, document: &Document) {
+        let name = &document.default_template;
+        let offered: Vec<&str> =
+            document.templates.iter().filter(|(_, t)| t.enabled).map(|(name, _)| name.as_str()).collect();
+        let own = format!("templates.{name}");
+        self.require(offered.contains(&name.as_str()), &["default_template", own.as_str()], || {
+            format!("{name:?} is none of the enabled templates: {}", offered.join(", "))
+        });
+    }
+
+    fn template(&mut self, name: &str, template: &TemplateSection) {
+        let key = |rest: &str| format!("templates.{name}.{rest}");
+        let section = format!("templates.{name}");
+        self.require(is_label(&name.replace('_', "-"), 40), &[&section], || {
+            "a template's name is 1 to 40 of a-z, 0-9, \"-\" and \"_\", with a letter or digit at both ends".to_owned()
+        });
+        if !template.enabled {
+            return;
+        }
+        self.require(!template.image.trim().is_empty(), &[&key("image")], || {
+            "every template names an image, such as \"cellblock/python:latest\"".to_owned()
+        });
+        self.env(name, template);
+        self.floors(name, "default", &template.default);
+        self.floors(name, "maximum", &template.maximum);
+        self.ceilings(name, template);
+        for (field, bytes) in [("output.text", template.output.text), ("output.results", template.output.results)] {
+            self.require((1024..=256 * MIB).contains(&bytes), &[&key(field)], || {
+                "allowed are 1KiB to 256MiB".to_owned()
+            });
+        }
+        let messages = template.output.messages;
+        self.require((10..=1_000_000).contains(&messages), &[&key("output.messages")], || {
+            format!("{messages} is not within 10 to 1000000")
+        });
+    }
+
+    fn env(&mut self, name: &str, template: &TemplateSection) {
+        let mut errors = Vec::new();
+        spec::check_env(&template.env, &mut errors);
+        for error in errors {
+            let key = format!("templates.{name}{}", error.pointer.replace('/', "."));
+            self.require(false, &[&key], || error.message);
+        }
+    }
+
+    /// What every session needs, whatever its template.
+    fn floors(&mut self, name: &str, which: &str, bounds: &Bounds) {
+        let key = |field: &str| format!("templates.{name}.{which}.{field}");
+        self.require((0.05..=1024.0).contains(&bounds.cpu), &[&key("cpu")], || {
+            format!("{} is not within 0.05 to 1024 CPUs", bounds.cpu)
+        });
+        let least = KERNEL_FLOOR + 16 * MIB;
+        self.require(bounds.memory >= least, &[&key("memory")], || {
+            format!("{} is less than a kernel needs, {}", mib(bounds.memory), mib(least))
+        });
+        for (field, bytes) in [("disk", bounds.disk), ("tmp", bounds.tmp)] {
+            self.require(bytes >= MIB, &[&key(field)], || "allowed is 1MiB and more".to_owned());
+        }
+        let files = bounds.disk.saturating_add(bounds.tmp);
+        let needed = files.saturating_add(KERNEL_FLOOR);
+        self.require(needed <= bounds.memory, &[&key("memory"), &key("disk"), &key("tmp")], || {
+            format!(
+                "files are kept in memory: disk {}, tmp {} and {} for a kernel don't fit into {}; set memory to at \
+                 least {}, or disk and tmp to at most {} together",
+                mib(bounds.disk),
+                mib(bounds.tmp),
+                mib(KERNEL_FLOOR),
+                mib(bounds.memory),
+                mib(needed.next_multiple_of(MIB)),
+                mib(bounds.memory.saturating_sub(KERNEL_FLOOR)),
+            )
+        });
+        self.require((24..=32_768).contains(&bounds.pids), &[&key("pids")], || {
+            format!("{} is not within 24 to 32768", bounds.pids)
+        });
+        self.require((64..=1_048_576).contains(&bounds.open_files), &[&key("open_files")], || {
+            format!("{} is not within 64 to 1048576", bounds.open_files)
+        });
+        for (field, time) in [("idle", bounds.idle), ("lifetime", bounds.lifetime), ("execution", bounds.execution)] {
+            self.positive(time, &key(field));
+        }
+    }
+
+    fn ceilings(&mut self, name: &str, template: &TemplateSection) {
+        let (default, maximum) = (&template.default, &template.maximum);
+        let seconds = |time: Duration| format!("{}s", time.as_secs_f64());
+        for (field, holds, default, maximum) in [
+            ("cpu", default.cpu <= maximum.cpu, default.cpu.to_string(), maximum.cpu.to_string()),
+            ("memory", default.memory <= maximum.memory, mib(default.memory), mib(maximum.memory)),
+            ("disk", default.disk <= maximum.disk, mib(default.disk), mib(maximum.disk)),
+            ("tmp", default.tmp <= maximum.tmp, mib(default.tmp), mib(maximum.tmp)),
+            ("pids", default.pids <= maximum.pids, default.pids.to_string(), maximum.pids.to_string()),
+            (
+                "open_files",
+                default.open_files <= maximum.open_files,
+                default.open_files.to_string(),
+                maximum.open_files.to_string(),
+            ),
+            ("idle", default.idle <= maximum.idle, seconds(default.idle), seconds(maximum.idle)),
+            ("lifetime", default.lifetime <= maximum.lifetime, seconds(default.lifetime), seconds(maximum.lifetime)),
+            (
+                "execution",
+                default.execution <= maximum.execution,
+                seconds(default.execution),
+                seconds(maximum.execution),
+            ),
+        ] {
+            let (low, high) =
+                (format!("templates.{name}.default.{field}"), format!("templates.{name}.maximum.{field}"));
+            let source = self.source(&key_of(&high));
+            self.require(holds, &[&low, &high], || {
+                format!("{default} is above its ceiling, {high} = {maximum} ({source})")
+            });
+        }
+    }
+
+    fn positive(&mut self, time: Duration, key: &str) {
+        self.require(!time.is_zero(), &[key], || "must be longer than zero".to_owned());
+    }
+}
+
+fn mib(bytes: u64) -> String {
+    match bytes % MIB {
+        0 => format!("{}MiB", bytes / MIB),
+        _ => format!("{bytes}B"),
+    }
+}
+
+/// Whether a text may be part of a container's name and of a DNS label.
+fn is_label(text: &str, longest: usize) -> bool {
+    let inner = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-';
+    (1..=longest).contains(&text.len()) && text.bytes().all(inner) && !text.starts_with('-') && !text.ends_with('-')
+}
+
+fn is_directive(directive: &str) -> bool {
+    let (target, level) = directive.trim().rsplit_once('=').unwrap_or(("cellblock", directive.trim()));
+    let is_target = !target.is_empty() && target.chars().all(|c| c.is_alphanumeric() || matches!(c, '_' | ':' | '-'));
+    is_target && ["off", "error", "warn", "info", "debug", "trace"].contains(&level.to_ascii_lowercase().as_str())
+}

@@ -1,0 +1,205 @@
+//! The configuration: layers of defaults, files, environment and flags, merged and checked as one, every mistake
+//! reported at once. The only reader of the environment. Builds nothing from what it reads.
+//!
+//! ```text
+//! default.toml < DOCKER_HOST and its like < files < CELLBLOCK__SECTION__KEY < --set and other flags
+//! ```
+//!
+//! Each layer is read into leaves that remember their source (`layers`); each leaf is checked by itself against the
+//! sections as serde knows them (`merge`); then rules between keys are checked (`check`).
+
+mod check;
+mod environment;
+mod layers;
+mod merge;
+mod schema;
+mod sections;
+mod source;
+#[cfg(test)]
+mod tests;
+mod units;
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+pub use environment::Environment;
+pub use sections::{EngineSection, Executions, Guest, Limits, Log, LogFormat, PullPolicy, Server};
+pub use source::{Mistake, Mistakes, Source};
+pub use units::{parse_duration, parse_size};
+
+use crate::domain::spec::Template;
+use layers::{Entry, Given};
+use merge::{Leaves, Merge, inherit, read};
+use source::{dotted, key_of};
+
+/// A configuration without mistakes.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Config {
+    /// The front door.
+    pub server: Server,
+    /// The Docker engine.
+    pub engine: EngineSection,
+    /// PID 1 of sessions.
+    pub guest: Guest,
+    /// How much of everything.
+    pub limits: Limits,
+    /// Executions.
+    pub executions: Executions,
+    /// What the server says about itself.
+    pub log: Log,
+    /// The enabled templates by name.
+    pub templates: BTreeMap<String, Template>,
+    /// The one of a caller that names none; always among `templates`.
+    pub default_template: String,
+}
+
+/// A value given by a flag.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Override {
+    /// The flag as mistakes name it: `--listen`, `--set`.
+    pub flag: String,
+    /// The key: `server.listen`.
+    pub key: String,
+    /// The value as text.
+    pub value: String,
+}
+
+/// Where to read from.
+#[derive(Debug, Clone, Default)]
+pub struct Inputs {
+    /// Files named by flags; if empty, `CELLBLOCK_CONFIG` and then [`Inputs::search`] say where to look.
+    pub files: Vec<PathBuf>,
+    /// Files that are read where they exist, later ones over earlier ones.
+    pub search: Vec<PathBuf>,
+    /// The environment.
+    pub environment: Environment,
+    /// Flags.
+    pub overrides: Vec<Override>,
+}
+
+impl Inputs {
+    /// The usual places: `/etc/cellblock/config.toml`, then `cellblock.toml` in the working directory.
+    #[must_use]
+    pub fn usual(environment: Environment) -> Self {
+        let search = ["/etc/cellblock/config.toml", "cellblock.toml"].map(PathBuf::from).to_vec();
+        Self { search, environment, ..Self::default() }
+    }
+
+    /// Adds the value of a flag.
+    #[must_use]
+    pub fn with(mut self, flag: &str, key: &str, value: impl Into<String>) -> Self {
+        self.overrides.push(Override { flag: flag.to_owned(), key: key.to_owned(), value: value.into() });
+        self
+    }
+
+    fn files(&self) -> Vec<PathBuf> {
+        if !self.files.is_empty() {
+            return self.files.clone();
+        }
+        match self.environment.get("CELLBLOCK_CONFIG") {
+            Some(path) => vec![PathBuf::from(path)],
+            None => self.search.iter().filter(|path| Path::exists(path)).cloned().collect(),
+        }
+    }
+}
+
+/// A value in force.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Effective {
+    /// The key: `server.listen`.
+    pub key: String,
+    /// The value as TOML; values from secret files aren't shown.
+    pub value: String,
+    /// Where it came from.
+    pub source: Source,
+}
+
+/// A configuration and where each of its values came from.
+#[derive(Debug, Clone)]
+pub struct Loaded {
+    /// What to run with.
+    pub config: Config,
+    /// Every value, by key.
+    pub values: Vec<Effective>,
+}
+
+/// Reads every layer and checks the result.
+///
+/// # Errors
+/// Every mistake in every layer, with its key, its source and what is allowed.
+pub fn load(inputs: &Inputs) -> Result<Loaded, Mistakes> {
+    let mut merge = Merge::new();
+    merge.lay((layers::conventional(&inputs.environment), Vec::new()));
+    for file in inputs.files() {
+        merge.lay(layers::read_file(&file));
+    }
+    let variables = layers::read_environment(&inputs.environment, &merge.schema);
+    merge.lay(variables);
+    merge.lay((inputs.overrides.iter().map(entry_of).collect(), Vec::new()));
+    finish(merge)
+}
+
+fn entry_of(given: &Override) -> Entry {
+    let source = Source::Flag(given.flag.clone());
+    Entry { key: key_of(&given.key), given: Given::Text(given.value.clone()), source }
+}
+
+fn finish(mut merge: Merge) -> Result<Loaded, Mistakes> {
+    layers::drop_foreign_certificates(&mut merge.leaves);
+    inherit(&mut merge.leaves, &merge.templates);
+    match read(&merge.leaves) {
+        Ok(document) => {
+            let found = check::check(&document, &merge);
+            merge.mistakes.extend(found);
+            if merge.mistakes.is_empty() {
+                let values = effective(&merge.leaves);
+                return Ok(Loaded { config: document.into(), values });
+            }
+        }
+        // Each leaf has been read by itself, so this speaks of leaves that can't stand together.
+        Err(message) => {
+            merge.mistakes.push(Mistake { key: String::new(), source: Source::Default, message });
+        }
+    }
+    Err(Mistakes(merge.mistakes))
+}
+
+impl From<sections::Document> for Config {
+    fn from(document: sections::Document) -> Self {
+        let enabled = document.templates.into_iter().filter(|(_, template)| template.enabled);
+        Self {
+            server: document.server,
+            engine: document.engine,
+            guest: document.guest,
+            limits: document.limits,
+            executions: document.executions,
+            log: document.log,
+            templates: enabled.map(|(name, template)| (name.clone(), template.into_template(name))).collect(),
+            default_template: document.default_template,
+        }
+    }
+}
+
+fn effective(leaves: &Leaves) -> Vec<Effective> {
+    let shown = |leaf: &merge::Leaf| match leaf.source {
+        Source::Secret(_) => "(not shown)".to_owned(),
+        _ => leaf.value.to_string(),
+    };
+    let line = |(key, leaf): (&source::Key, &merge::Leaf)| Effective {
+        key: dotted(key),
+        value: shown(leaf),
+        source: leaf.source.clone(),
+    };
+    leaves.iter().filter(|(key, _)| key[0] != "template_defaults").map(line).collect()
+}
+
+impl Loaded {
+    /// `key = value  # source`, a line each, in columns.
+    #[must_use]
+    pub fn describe(&self) -> String {
+        let pairs: Vec<String> = self.values.iter().map(|v| format!("{} = {}", v.key, v.value)).collect();
+        let width = pairs.iter().map(|p| p.chars().count()).max().unwrap_or(0).min(72);
+        let lines = pairs.iter().zip(&self.values).map(|(pair, v)| format!("{pair:width$}  # {}\n", v.source));
+        lines.collect()
+    }
+}

@@ -1,0 +1,262 @@
+//! The sections of the configuration as serde reads them. No defaults here: `default.toml` has every key, and a test
+//! holds the two together.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use serde::Deserialize;
+
+use super::units::{address, duration, optional_path, size};
+use crate::domain::spec::{KernelTransport, NetworkMode, OutputLimits, Resources, Template, Timeouts};
+
+/// The whole document, all layers merged and templates with what they inherit.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Document {
+    pub default_template: String,
+    pub server: Server,
+    pub engine: EngineSection,
+    pub guest: Guest,
+    pub limits: Limits,
+    pub executions: Executions,
+    pub log: Log,
+    #[expect(dead_code, reason = "read for its form; templates have their own copies of what is in it")]
+    pub template_defaults: TemplateSection,
+    pub templates: BTreeMap<String, TemplateSection>,
+}
+
+/// The front door.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Server {
+    /// Where the HTTP API listens.
+    #[serde(deserialize_with = "address")]
+    pub listen: SocketAddr,
+    /// Folder of the database and the generated key. Never empty.
+    pub data_dir: PathBuf,
+    /// File with the first API key; none: [`Server::key_file`] names the generated one.
+    #[serde(deserialize_with = "optional_path")]
+    pub api_key_file: Option<PathBuf>,
+    /// Whether plain HTTP may leave the machine.
+    pub allow_plain_http: bool,
+    /// Largest body of a request, in bytes.
+    #[serde(deserialize_with = "size")]
+    pub max_body: u64,
+    /// Time for a request that runs no user code.
+    #[serde(deserialize_with = "duration")]
+    pub request_timeout: Duration,
+    /// Time that running executions get at a shutdown.
+    #[serde(deserialize_with = "duration")]
+    pub drain_timeout: Duration,
+}
+
+impl Server {
+    /// The file with the first API key: the configured one, else `api-key` in the data folder.
+    #[must_use]
+    pub fn key_file(&self) -> PathBuf {
+        self.api_key_file.clone().unwrap_or_else(|| self.data_dir.join("api-key"))
+    }
+}
+
+/// The Docker engine.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct EngineSection {
+    /// `unix:///path`, `tcp://host:port`, `http://…` or `https://…`. Never empty.
+    pub host: String,
+    /// Folder with `ca.pem`, `cert.pem` and `key.pem`.
+    #[serde(deserialize_with = "optional_path")]
+    pub tls_cert_dir: Option<PathBuf>,
+    /// Separates control planes on one engine.
+    pub instance: String,
+    /// What to do about an image that the engine doesn't have.
+    pub pull: PullPolicy,
+    /// Folder with Docker's `config.json`.
+    #[serde(deserialize_with = "optional_path")]
+    pub docker_config: Option<PathBuf>,
+    /// First user id of sessions.
+    pub uid_first: u32,
+    /// Last user id of sessions, itself one of them.
+    pub uid_last: u32,
+    /// A container that has heard from no control plane for this long ends itself.
+    #[serde(deserialize_with = "duration")]
+    pub orphan_timeout: Duration,
+}
+
+/// What to do about an image that the engine doesn't have.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum PullPolicy {
+    /// Refuse.
+    Never,
+    /// Pull it.
+    Missing,
+}
+
+/// PID 1 of sessions.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Guest {
+    /// Its binary; none: the one built with this server.
+    #[serde(deserialize_with = "optional_path")]
+    pub binary: Option<PathBuf>,
+}
+
+/// How much of everything.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Limits {
+    /// Live sessions.
+    pub sessions: u32,
+    /// Executions that may wait in one context.
+    pub queued_executions: u32,
+    /// Containers started at the same time.
+    pub concurrent_starts: u32,
+}
+
+/// Executions.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Executions {
+    /// Time from an interrupt to the kernel's end.
+    #[serde(deserialize_with = "duration")]
+    pub interrupt_grace: Duration,
+    /// Longest wait in a context's queue.
+    #[serde(deserialize_with = "duration")]
+    pub queue_timeout: Duration,
+    /// How long finished executions can be read.
+    #[serde(deserialize_with = "duration")]
+    pub retention_time: Duration,
+    /// How many finished executions are kept, in all.
+    pub retention_count: u32,
+}
+
+/// What the server says about itself.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Log {
+    /// Directives as of `tracing_subscriber::EnvFilter`: `info,cellblock::engine=debug`.
+    pub level: String,
+    /// Text or JSON.
+    pub format: LogFormat,
+}
+
+/// The form of log lines.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum LogFormat {
+    /// For people.
+    Text,
+    /// For log collectors.
+    Json,
+}
+
+/// A template as an operator writes it.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct TemplateSection {
+    pub enabled: bool,
+    pub description: String,
+    pub image: String,
+    pub runtime: String,
+    pub kernelspec: String,
+    pub transport: Transport,
+    pub network: Network,
+    pub env: BTreeMap<String, String>,
+    pub default: Bounds,
+    pub maximum: Bounds,
+    pub output: Output,
+}
+
+#[derive(Debug, Clone, Copy, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(super) enum Transport {
+    Ipc,
+    Tcp,
+}
+
+#[derive(Debug, Clone, Copy, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(super) enum Network {
+    None,
+}
+
+/// Resources and times, once as defaults and once as ceilings.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Bounds {
+    pub cpu: f64,
+    #[serde(deserialize_with = "size")]
+    pub memory: u64,
+    #[serde(deserialize_with = "size")]
+    pub disk: u64,
+    #[serde(deserialize_with = "size")]
+    pub tmp: u64,
+    pub pids: u32,
+    pub open_files: u32,
+    #[serde(deserialize_with = "duration")]
+    pub idle: Duration,
+    #[serde(deserialize_with = "duration")]
+    pub lifetime: Duration,
+    #[serde(deserialize_with = "duration")]
+    pub execution: Duration,
+}
+
+impl Bounds {
+    /// `cpu` is checked to be small elsewhere; until then the cast saturates.
+    fn resources(&self) -> Resources {
+        Resources {
+            cpu_millis: (self.cpu * 1000.0).round() as u32,
+            memory_bytes: self.memory,
+            disk_bytes: self.disk,
+            tmp_bytes: self.tmp,
+            pids: self.pids,
+            open_files: self.open_files,
+        }
+    }
+
+    fn timeouts(&self) -> Timeouts {
+        Timeouts { idle: self.idle, lifetime: self.lifetime, execution: self.execution }
+    }
+}
+
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Output {
+    #[serde(deserialize_with = "size")]
+    pub text: u64,
+    #[serde(deserialize_with = "size")]
+    pub results: u64,
+    pub messages: u64,
+}
+
+impl TemplateSection {
+    pub(super) fn into_template(self, name: String) -> Template {
+        Template {
+            name,
+            description: self.description,
+            image: self.image,
+            runtime: self.runtime,
+            kernelspec: self.kernelspec,
+            transport: match self.transport {
+                Transport::Ipc => KernelTransport::Ipc,
+                Transport::Tcp => KernelTransport::Tcp,
+            },
+            env: self.env,
+            default_resources: self.default.resources(),
+            max_resources: self.maximum.resources(),
+            default_timeouts: self.default.timeouts(),
+            max_timeouts: self.maximum.timeouts(),
+            output: OutputLimits {
+                text_bytes: self.output.text,
+                result_bytes: self.output.results,
+                messages: self.output.messages,
+            },
+            network: match self.network {
+                Network::None => NetworkMode::None,
+            },
+        }
+    }
+}
