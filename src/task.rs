@@ -1,0 +1,32 @@
+//! The one place where a task is spawned. A task has a name, and a panic in it is told.
+
+use std::future::Future;
+
+use futures_util::FutureExt;
+use tokio::task::JoinHandle;
+
+/// Spawns a task. It is never aborted: what is to stop early is told to, and answers.
+#[expect(clippy::disallowed_methods, reason = "this is the one place")]
+pub fn spawn<F>(name: &'static str, future: F) -> JoinHandle<()>
+where
+    F: Future<Output = ()> + Send + 'static,
+{
+    tokio::spawn(async move {
+        if std::panic::AssertUnwindSafe(future).catch_unwind().await.is_err() {
+            tracing::error!(task = name, "a task panicked");
+        }
+    })
+}
+
+/// Spawns what hyper needs in the background.
+#[derive(Debug, Clone, Copy)]
+pub struct Executor;
+
+impl<F> hyper::rt::Executor<F> for Executor
+where
+    F: Future<Output = ()> + Send + 'static,
+{
+    fn execute(&self, future: F) {
+        spawn("http2", future);
+    }
+}
