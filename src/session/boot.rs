@@ -1,0 +1,62 @@
+//! Brings a running cell to the point where its kernels can be started: the link, the attestation, the stream of events.
+//!
+//! Also says what a failed start is to a caller: whose fault, in words that are not the engine's.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use cellblock_wire::GENERATION;
+use cellblock_wire::link::Init;
+use cellblock_wire::marker::LinkSecret;
+
+use super::{Settings, StartFailure, StartFault};
+use crate::engine::{ByteStream, CellSpec, Engine, EngineError};
+use crate::kernel::link::{Events, Link, LinkError};
+
+/// What a booted guest gives.
+pub(super) struct Booted {
+    pub(super) link: Link,
+    pub(super) events: Events,
+}
+
+/// Opens the link, attests the cell, and subscribes to its events. No kernel runs before this has succeeded.
+pub(super) async fn boot(
+    engine: Arc<dyn Engine>,
+    cell: CellSpec,
+    stream: ByteStream,
+    secret: LinkSecret,
+    settings: Settings,
+    env: BTreeMap<String, String>,
+) -> Result<Booted, StartFailure> {
+    let init = Init { generation: GENERATION, orphan_timeout_seconds: settings.orphan_timeout.as_secs(), env };
+    let (link, _hello) = Link::open(stream, secret, &init).await.map_err(|e| link_failure(&cell, &e))?;
+    let report = link.report().await.map_err(|e| link_failure(&cell, &e))?;
+    engine.attest(&cell, &report).await.map_err(|e| engine_failure(&cell, &e))?;
+    let events = link.events(0).await.map_err(|e| link_failure(&cell, &e))?;
+    Ok(Booted { link, events })
+}
+
+fn link_failure(cell: &CellSpec, error: &LinkError) -> StartFailure {
+    tracing::warn!(cell = %cell.name, %error, "a cell's guest could not be reached");
+    StartFailure {
+        fault: StartFault::GuestUnreachable,
+        detail: "the container started, but the program inside that runs its kernels did not answer".to_owned(),
+    }
+}
+
+/// Says a failed engine call to a caller; the engine's own words go to the log.
+pub(super) fn engine_failure(cell: &CellSpec, error: &EngineError) -> StartFailure {
+    tracing::warn!(cell = %cell.name, %error, "a cell could not be started");
+    let (fault, detail) = match error {
+        EngineError::Unavailable { .. } => (StartFault::EngineUnavailable, "the container engine can't be reached"),
+        EngineError::TimedOut { .. } => (StartFault::EngineUnavailable, "the container engine did not answer in time"),
+        EngineError::Absent { .. } => (StartFault::EngineRefused, "the template's image is not there any more"),
+        EngineError::Unverified { .. } => {
+            (StartFault::Unverified, "the container was not confined as specified, so nothing was run in it")
+        }
+        EngineError::Rejected { .. } | EngineError::Conflict { .. } | EngineError::Unexpected { .. } => {
+            (StartFault::EngineRefused, "the container engine would not start a container of this template")
+        }
+    };
+    StartFailure { fault, detail: detail.to_owned() }
+}

@@ -1,0 +1,289 @@
+//! Sessions: each has one task that owns it ([`actor`]); everybody else holds a [`Session`] handle and a watch of its snapshot.
+//!
+//! Nothing here knows HTTP, tenants' rights or an engine's name. Handles are cheap, and dropping one changes nothing.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use jiff::Timestamp;
+use tokio::sync::{mpsc, oneshot, watch};
+use uuid::Uuid;
+
+use crate::domain::ids::{ContextId, ExecutionId, SessionId};
+use crate::domain::lifecycle::{EndReason, Phase};
+use crate::domain::spec::SessionSpec;
+use crate::kernel::link::Link;
+
+mod actor;
+mod boot;
+mod context;
+pub mod execution;
+pub mod reconcile;
+pub mod registry;
+
+use execution::{Execution, ExecutionRequest};
+
+/// Commands that may wait for a session's task; more are refused.
+const COMMAND_QUEUE: usize = 256;
+
+/// A new id of any kind.
+#[must_use]
+pub fn fresh<T: From<Uuid>>() -> T {
+    Uuid::now_v7().into()
+}
+
+/// Times and bounds that all sessions keep to.
+#[derive(Debug, Clone, Copy)]
+pub struct Settings {
+    /// A session is ready within this time of its creation, or ends.
+    pub start_timeout: Duration,
+    /// An interrupt is obeyed within this time, or the kernel is replaced.
+    pub interrupt_grace: Duration,
+    /// A guest ends itself after hearing nothing for this long.
+    pub orphan_timeout: Duration,
+    /// Executions that may wait in one context.
+    pub queued_executions: usize,
+}
+
+/// What can be seen of a session. Changes are published as a whole, with a number that rises.
+#[derive(Debug, Clone)]
+pub struct Snapshot {
+    /// Rises with every change.
+    pub generation: u64,
+    /// Where it is in its life.
+    pub phase: Phase,
+    /// Whether anything runs or waits.
+    pub busy: bool,
+    /// Its labels and times, which a caller may change.
+    pub attributes: Arc<Attributes>,
+    /// When something was last asked of it.
+    pub last_active: Timestamp,
+    /// When it ends for its age.
+    pub expires_at: Timestamp,
+    /// When it ends for idleness; nothing while it is busy.
+    pub idle_deadline: Option<Timestamp>,
+    /// Why it never became ready.
+    pub start_failure: Option<Arc<StartFailure>>,
+    /// The language of its default context, once known.
+    pub language: Arc<str>,
+}
+
+/// What a caller may change of a live session.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Attributes {
+    /// For finding it again.
+    pub labels: BTreeMap<String, String>,
+    /// It ends after this long without work.
+    pub idle: Duration,
+}
+
+/// Why a session never became ready.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StartFailure {
+    /// Whose fault it is, and what can be done.
+    pub fault: StartFault,
+    /// A sentence for the caller; never an engine's own words.
+    pub detail: String,
+}
+
+/// Kinds of failed starts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum StartFault {
+    /// The engine can't be reached, or did not answer.
+    EngineUnavailable,
+    /// The engine would not start a cell of this kind.
+    EngineRefused,
+    /// The cell is not confined as specified.
+    Unverified,
+    /// The guest did not answer.
+    GuestUnreachable,
+    /// The kernel died or stalled while it started.
+    KernelFailed,
+    /// It took too long.
+    TimedOut,
+}
+
+/// A change of a live session.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Patch {
+    /// It ends for its age this long from now.
+    pub expires_in: Option<Duration>,
+    /// It ends after this long without work.
+    pub idle: Option<Duration>,
+    /// Replaces its labels.
+    pub labels: Option<BTreeMap<String, String>>,
+}
+
+/// Why a session's task does not do what was asked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum Refused {
+    /// It is not ready yet.
+    #[error("the session is still starting")]
+    NotReady,
+    /// It is ending or has ended.
+    #[error("the session has ended")]
+    Ended(EndReason),
+    /// As many executions as allowed are waiting.
+    #[error("the context's queue is full")]
+    QueueFull,
+    /// There is no such context.
+    #[error("the session has no such context")]
+    NoSuchContext,
+    /// The kernel did not come back.
+    #[error("the kernel did not start again")]
+    KernelLost,
+}
+
+enum Command {
+    Execute { context: Option<ContextId>, request: ExecutionRequest, reply: oneshot::Sender<Result<Arc<Execution>, Refused>> },
+    Cancel { execution: ExecutionId },
+    Interrupt { reply: oneshot::Sender<Result<(), Refused>> },
+    Restart { reply: oneshot::Sender<Result<(), Refused>> },
+    Patch { patch: Patch, reply: oneshot::Sender<Result<(), Refused>> },
+    KeepAlive { reply: oneshot::Sender<Result<(), Refused>> },
+    Link { reply: oneshot::Sender<Result<Link, Refused>> },
+    LookAtCell,
+}
+
+/// A handle on a session.
+#[derive(Debug, Clone)]
+pub struct Session {
+    /// Its id.
+    pub id: SessionId,
+    /// Whose it is.
+    pub tenant: Arc<str>,
+    /// What it is.
+    pub spec: Arc<SessionSpec>,
+    /// Its first context.
+    pub default_context: ContextId,
+    /// When it was created.
+    pub created_at: Timestamp,
+    commands: mpsc::Sender<Command>,
+    end: mpsc::Sender<EndReason>,
+    snapshot: watch::Receiver<Snapshot>,
+}
+
+impl std::fmt::Debug for Command {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Command")
+    }
+}
+
+impl Session {
+    /// What can be seen of it now.
+    #[must_use]
+    pub fn snapshot(&self) -> Snapshot {
+        self.snapshot.borrow().clone()
+    }
+
+    /// Where it is in its life.
+    #[must_use]
+    pub fn phase(&self) -> Phase {
+        self.snapshot.borrow().phase
+    }
+
+    /// Whether it will not come to anything any more.
+    #[must_use]
+    pub fn is_over(&self) -> bool {
+        matches!(self.phase(), Phase::Aborting(_) | Phase::Ending(_) | Phase::Ended(_))
+    }
+
+    /// Waits until a snapshot fulfils a condition. Level-triggered: it answers at once if it already does.
+    pub async fn wait_for(&self, mut condition: impl FnMut(&Snapshot) -> bool) -> Snapshot {
+        let mut snapshot = self.snapshot.clone();
+        match snapshot.wait_for(|s| condition(s)).await {
+            Ok(found) => found.clone(),
+            // The task is gone, so nothing changes any more.
+            Err(_) => self.snapshot(),
+        }
+    }
+
+    /// Asks it to end. Never waits behind other work; asking twice is asking once.
+    pub fn end(&self, reason: EndReason) {
+        // A full channel means that it was told already; a closed one that it has ended.
+        let _ = self.end.try_send(reason);
+    }
+
+    /// Runs code, or lets it wait for its turn.
+    ///
+    /// # Errors
+    /// See [`Refused`].
+    pub async fn execute(&self, context: Option<ContextId>, request: ExecutionRequest) -> Result<Arc<Execution>, Refused> {
+        self.ask(|reply| Command::Execute { context, request, reply }).await
+    }
+
+    /// Takes an execution back.
+    ///
+    /// # Errors
+    /// [`Refused::QueueFull`] when the session's task has too much to do.
+    pub fn cancel(&self, execution: ExecutionId) -> Result<(), Refused> {
+        self.commands.try_send(Command::Cancel { execution }).map_err(|e| self.why_not(&e))
+    }
+
+    /// Interrupts what runs in all contexts.
+    ///
+    /// # Errors
+    /// See [`Refused`].
+    pub async fn interrupt(&self) -> Result<(), Refused> {
+        self.ask(|reply| Command::Interrupt { reply }).await
+    }
+
+    /// Replaces the kernels; files stay, variables go. Answers once the new ones do.
+    ///
+    /// # Errors
+    /// See [`Refused`].
+    pub async fn restart(&self) -> Result<(), Refused> {
+        self.ask(|reply| Command::Restart { reply }).await
+    }
+
+    /// Changes it.
+    ///
+    /// # Errors
+    /// See [`Refused`].
+    pub async fn patch(&self, patch: Patch) -> Result<(), Refused> {
+        self.ask(|reply| Command::Patch { patch, reply }).await
+    }
+
+    /// Counts as activity.
+    ///
+    /// # Errors
+    /// See [`Refused`].
+    pub async fn keep_alive(&self) -> Result<(), Refused> {
+        self.ask(|reply| Command::KeepAlive { reply }).await
+    }
+
+    /// The link to its guest, for bulk work that doesn't concern its kernels.
+    ///
+    /// # Errors
+    /// See [`Refused`].
+    pub async fn link(&self) -> Result<Link, Refused> {
+        self.ask(|reply| Command::Link { reply }).await
+    }
+
+    /// A hint that something may have happened to its cell.
+    pub fn look_at_cell(&self) {
+        // A hint that finds the queue full is made good by the next round of the reconciler.
+        let _ = self.commands.try_send(Command::LookAtCell);
+    }
+
+    async fn ask<T>(&self, command: impl FnOnce(oneshot::Sender<Result<T, Refused>>) -> Command) -> Result<T, Refused> {
+        let (reply, answer) = oneshot::channel();
+        self.commands.try_send(command(reply)).map_err(|e| self.why_not(&e))?;
+        answer.await.unwrap_or_else(|_| Err(Refused::Ended(self.end_reason())))
+    }
+
+    fn why_not(&self, error: &mpsc::error::TrySendError<Command>) -> Refused {
+        match error {
+            mpsc::error::TrySendError::Full(_) => Refused::QueueFull,
+            mpsc::error::TrySendError::Closed(_) => Refused::Ended(self.end_reason()),
+        }
+    }
+
+    fn end_reason(&self) -> EndReason {
+        match self.phase() {
+            Phase::Aborting(reason) | Phase::Ending(reason) | Phase::Ended(reason) => reason,
+            Phase::Provisioning | Phase::Connecting | Phase::Ready => EndReason::Lost,
+        }
+    }
+}

@@ -1,0 +1,74 @@
+//! Compares what the engine has with what should exist, and acts. It takes no input: it looks at the world.
+//!
+//! Runs at start, on a timer, and whenever the engine tells that something happened to a cell.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures_util::StreamExt;
+use tokio_util::sync::CancellationToken;
+
+use super::registry::Registry;
+use crate::domain::lifecycle::Phase;
+use crate::engine::{Engine, EngineError, EngineEvent, EngineEventKind, Observed};
+
+/// The world is looked at this often, whatever events say.
+const INTERVAL: Duration = Duration::from_secs(30);
+
+/// Keeps the world and the registry in agreement until it is told to stop.
+pub async fn run(engine: Arc<dyn Engine>, registry: Arc<Registry>, stop: CancellationToken) {
+    let mut events = engine.watch();
+    let mut timer = tokio::time::interval(INTERVAL);
+    timer.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        tokio::select! {
+            () = stop.cancelled() => return,
+            Some(event) = events.next() => on_event(&registry, &event),
+            _ = timer.tick() => {
+                registry.prune();
+                if let Err(error) = round(engine.as_ref(), &registry).await {
+                    tracing::warn!(%error, "the engine's cells could not be compared with the sessions; it will be tried again");
+                }
+            }
+        }
+    }
+}
+
+fn on_event(registry: &Registry, event: &EngineEvent) {
+    let gone = matches!(event.kind, EngineEventKind::Exited | EngineEventKind::Removed);
+    let owner = registry.live().into_iter().find(|s| event.name.as_str().contains(&s.id.to_string()));
+    if let (true, Some(session)) = (gone, owner) {
+        session.look_at_cell();
+    }
+}
+
+/// One round: cells without a live session are removed, sessions without a cell are told to look. Returns how many were removed.
+///
+/// # Errors
+/// When the engine can't list its cells. A cell that can't be removed is left for the next round.
+pub async fn round(engine: &dyn Engine, registry: &Registry) -> Result<usize, EngineError> {
+    let cells = engine.list().await?;
+    let mut removed = 0;
+    for cell in cells.iter().filter(|cell| is_orphan(cell, registry)) {
+        match engine.remove(&cell.name).await {
+            Ok(()) => {
+                tracing::info!(cell = %cell.name, "removed a cell without a session");
+                removed += 1;
+            }
+            Err(error) => tracing::warn!(cell = %cell.name, %error, "a cell without a session could not be removed"),
+        }
+    }
+    for session in registry.live() {
+        let has_cell = cells.iter().any(|cell| cell.session == Some(session.id));
+        if session.phase() == Phase::Ready && !has_cell {
+            session.look_at_cell();
+        }
+    }
+    Ok(removed)
+}
+
+/// A session that is not known was made by an earlier process, or by nobody.
+fn is_orphan(cell: &Observed, registry: &Registry) -> bool {
+    let session = cell.session.and_then(|id| registry.any_session(id));
+    session.is_none_or(|s| matches!(s.phase(), Phase::Ended(_)))
+}

@@ -1,0 +1,224 @@
+//! All sessions and executions that can still be asked about, and the bounds on their number.
+//!
+//! It holds handles and never waits: what takes time is the business of a session's own task.
+
+use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use super::actor::{self, Birth};
+use super::execution::Execution;
+use super::{Session, Settings, fresh};
+use crate::domain::ids::{ExecutionId, SessionId};
+use crate::domain::lifecycle::{EndReason, Phase};
+use crate::domain::spec::SessionSpec;
+use crate::engine::Engine;
+
+/// How much is kept.
+#[derive(Debug, Clone, Copy)]
+pub struct Limits {
+    /// Sessions that may be live at once.
+    pub sessions: usize,
+    /// An ended session can be asked about for this long.
+    pub session_retention: Duration,
+    /// A finished execution can be asked about for this long.
+    pub execution_retention: Duration,
+    /// Bytes that the records of finished executions may hold, all together.
+    pub execution_bytes: u64,
+}
+
+/// Why a session is not created.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum CreateRefused {
+    /// As many sessions live as may.
+    AtCapacity,
+    /// The tenant has a live session of that name.
+    NameInUse(SessionId),
+    /// The control plane is stopping.
+    Draining,
+}
+
+/// What was created, or found.
+#[derive(Debug)]
+pub enum Created {
+    /// A new session.
+    New(Session),
+    /// The live session of that name.
+    Reused(Session),
+}
+
+/// The registry.
+pub struct Registry {
+    engine: Arc<dyn Engine>,
+    instance: String,
+    settings: Settings,
+    limits: Limits,
+    inner: Mutex<Inner>,
+}
+
+#[derive(Default)]
+struct Inner {
+    sessions: BTreeMap<SessionId, Session>,
+    over_since: HashMap<SessionId, Instant>,
+    executions: HashMap<ExecutionId, Arc<Execution>>,
+    order: VecDeque<ExecutionId>,
+    draining: bool,
+}
+
+impl std::fmt::Debug for Registry {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Registry").field("instance", &self.instance).finish_non_exhaustive()
+    }
+}
+
+impl Registry {
+    /// An empty one.
+    #[must_use]
+    pub fn new(engine: Arc<dyn Engine>, instance: String, settings: Settings, limits: Limits) -> Self {
+        Self { engine, instance, settings, limits, inner: Mutex::default() }
+    }
+
+    /// Creates a session, or finds the tenant's live one of that name if it may be `reuse`d.
+    ///
+    /// # Errors
+    /// See [`CreateRefused`].
+    pub fn create(&self, tenant: &Arc<str>, spec: SessionSpec, reuse: bool) -> Result<Created, CreateRefused> {
+        let mut inner = self.inner();
+        if inner.draining {
+            return Err(CreateRefused::Draining);
+        }
+        if let Some(name) = &spec.name {
+            let same = |s: &&Session| !s.is_over() && s.tenant == *tenant && s.spec.name.as_ref() == Some(name);
+            match inner.sessions.values().find(same) {
+                Some(session) if reuse => return Ok(Created::Reused(session.clone())),
+                Some(session) => return Err(CreateRefused::NameInUse(session.id)),
+                None => {}
+            }
+        }
+        // One that is ending still has its container.
+        let live = inner.sessions.values().filter(|s| !matches!(s.phase(), Phase::Ended(_))).count();
+        if live >= self.limits.sessions {
+            return Err(CreateRefused::AtCapacity);
+        }
+        let birth = Birth {
+            id: fresh(),
+            tenant: Arc::clone(tenant),
+            spec,
+            instance: self.instance.clone(),
+            settings: self.settings,
+            engine: Arc::clone(&self.engine),
+        };
+        let session = actor::spawn(birth);
+        inner.sessions.insert(session.id, session.clone());
+        Ok(Created::New(session))
+    }
+
+    /// A session of a tenant, live or kept.
+    #[must_use]
+    pub fn session(&self, tenant: &str, id: SessionId) -> Option<Session> {
+        self.inner().sessions.get(&id).filter(|s| *s.tenant == *tenant).cloned()
+    }
+
+    /// A session, whoever's it is.
+    #[must_use]
+    pub fn any_session(&self, id: SessionId) -> Option<Session> {
+        self.inner().sessions.get(&id).cloned()
+    }
+
+    /// A tenant's sessions in the order of their creation, after one of them.
+    #[must_use]
+    pub fn sessions(&self, tenant: &str, after: Option<SessionId>) -> Vec<Session> {
+        use std::ops::Bound;
+        let from = after.map_or(Bound::Unbounded, Bound::Excluded);
+        let inner = self.inner();
+        inner.sessions.range((from, Bound::Unbounded)).map(|(_, s)| s).filter(|s| *s.tenant == *tenant).cloned().collect()
+    }
+
+    /// All sessions that have not ended.
+    #[must_use]
+    pub fn live(&self) -> Vec<Session> {
+        self.inner().sessions.values().filter(|s| !matches!(s.phase(), Phase::Ended(_))).cloned().collect()
+    }
+
+    /// Keeps an execution, so that it can be asked about.
+    pub fn keep(&self, execution: &Arc<Execution>) {
+        let mut inner = self.inner();
+        inner.executions.insert(execution.id, Arc::clone(execution));
+        inner.order.push_back(execution.id);
+        inner.prune_executions(&self.limits, Instant::now());
+    }
+
+    /// An execution of one of a tenant's sessions.
+    #[must_use]
+    pub fn execution(&self, tenant: &str, id: ExecutionId) -> Option<Arc<Execution>> {
+        let inner = self.inner();
+        let execution = inner.executions.get(&id)?;
+        let session = inner.sessions.get(&execution.session)?;
+        (*session.tenant == *tenant).then(|| Arc::clone(execution))
+    }
+
+    /// Forgets what has been kept long enough.
+    pub fn prune(&self) {
+        let now = Instant::now();
+        let mut inner = self.inner();
+        inner.prune_sessions(&self.limits, now);
+        inner.prune_executions(&self.limits, now);
+    }
+
+    /// Ends every session and waits until all are gone, or the time is over. Returns how many are left.
+    pub async fn drain(&self, within: Duration) -> usize {
+        self.inner().draining = true;
+        let live = self.live();
+        live.iter().for_each(|s| s.end(EndReason::Drained));
+        let gone = async {
+            for session in &live {
+                session.wait_for(|s| matches!(s.phase, Phase::Ended(_))).await;
+            }
+        };
+        let _ = tokio::time::timeout(within, gone).await;
+        self.live().len()
+    }
+
+    /// Whether nothing new is accepted.
+    #[must_use]
+    pub fn is_draining(&self) -> bool {
+        self.inner().draining
+    }
+
+    fn inner(&self) -> MutexGuard<'_, Inner> {
+        // Every change is a single call on a map, so a panic leaves nothing half done.
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Inner {
+    fn prune_sessions(&mut self, limits: &Limits, now: Instant) {
+        let over = self.sessions.values().filter(|s| matches!(s.phase(), Phase::Ended(_))).map(|s| s.id);
+        for id in over {
+            self.over_since.entry(id).or_insert(now);
+        }
+        let expired = |since: &Instant| now.duration_since(*since) >= limits.session_retention;
+        for id in self.over_since.extract_if(|_, since| expired(since)).map(|(id, _)| id) {
+            self.sessions.remove(&id);
+        }
+    }
+
+    /// The oldest go first: those finished too long ago, and as many more as it takes to hold the bound on bytes.
+    fn prune_executions(&mut self, limits: &Limits, now: Instant) {
+        let mut bytes: u64 = self.executions.values().filter(|e| e.status().is_final()).map(|e| e.weight()).sum();
+        let executions = &mut self.executions;
+        let sessions = &self.sessions;
+        self.order.retain(|id| {
+            let Some(execution) = executions.get(id) else { return false };
+            let Some(finished) = execution.finished() else { return true };
+            let keep = bytes <= limits.execution_bytes
+                && now.duration_since(finished) < limits.execution_retention
+                && sessions.contains_key(&execution.session);
+            if !keep {
+                bytes -= execution.weight().min(bytes);
+                executions.remove(id);
+            }
+            keep
+        });
+    }
+}
