@@ -1,0 +1,280 @@
+//! What comes in: bodies, query parameters, ids and keys, each read once, at the door, into what the service takes.
+//!
+//! A body that is not understood is answered with every field that is wrong, not the first one.
+
+use axum::body::{Body as RawBody, Bytes};
+use axum::extract::{FromRequest, FromRequestParts, Request};
+use axum::http::header::{AUTHORIZATION, CONTENT_TYPE};
+use axum::http::request::Parts;
+use axum::response::{IntoResponse, Response};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use serde_json::Value;
+
+use super::problem::{self, Problem};
+use super::{App, BODY_LIMIT};
+use crate::domain::spec::{FieldError, escape_pointer};
+use crate::service::keys::Principal;
+
+/// Most mistakes told at once.
+const MAX_MISTAKES: usize = 32;
+
+/// A JSON body. An empty one is an empty object.
+#[derive(Debug)]
+pub struct Body<T>(pub T);
+
+impl<T: DeserializeOwned, S: Send + Sync> FromRequest<S> for Body<T> {
+    type Rejection = Problem;
+
+    async fn from_request(request: Request, state: &S) -> Result<Self, Problem> {
+        check_content_type(&request)?;
+        let bytes = read(request, state).await?;
+        let bytes: &[u8] = if bytes.is_empty() { b"{}" } else { &bytes };
+        let value: Value = serde_json::from_slice(bytes)
+            .map_err(|e| Problem::new(problem::INVALID_REQUEST, format!("the body is not JSON: {e}")))?;
+        from_value(value).map(Self).map_err(|mistakes| {
+            Problem::new(problem::INVALID_REQUEST, "fields of the body are not understood").with_fields(mistakes)
+        })
+    }
+}
+
+async fn read<S: Send + Sync>(request: Request<RawBody>, state: &S) -> Result<Bytes, Problem> {
+    Bytes::from_request(request, state).await.map_err(|rejection| {
+        if rejection.status() == axum::http::StatusCode::PAYLOAD_TOO_LARGE {
+            Problem::new(problem::PAYLOAD_TOO_LARGE, format!("a body may have {BODY_LIMIT} bytes"))
+        } else {
+            Problem::new(problem::INVALID_REQUEST, "the body could not be read to its end")
+        }
+    })
+}
+
+fn check_content_type(request: &Request) -> Result<(), Problem> {
+    let Some(given) = request.headers().get(CONTENT_TYPE) else { return Ok(()) };
+    let essence = given.to_str().unwrap_or_default().split(';').next().unwrap_or_default().trim().to_ascii_lowercase();
+    if essence == "application/json" || essence.ends_with("+json") {
+        Ok(())
+    } else {
+        Err(Problem::new(problem::UNSUPPORTED_MEDIA_TYPE, "send the body as application/json"))
+    }
+}
+
+/// Reads a structure and collects its mistakes: each wrong field is noted, taken out, and the rest is tried again.
+fn from_value<T: DeserializeOwned>(mut value: Value) -> Result<T, Vec<FieldError>> {
+    let mut mistakes = Vec::new();
+    loop {
+        match serde_path_to_error::deserialize::<_, T>(&value) {
+            Ok(read) if mistakes.is_empty() => return Ok(read),
+            Ok(_) => return Err(mistakes),
+            Err(error) => {
+                let (pointer, message) = mistake(&error);
+                let removed = remove(&mut value, &pointer);
+                mistakes.push(FieldError::new(pointer, message));
+                if !removed || mistakes.len() == MAX_MISTAKES {
+                    return Err(mistakes);
+                }
+            }
+        }
+    }
+}
+
+fn mistake(error: &serde_path_to_error::Error<serde_json::Error>) -> (String, String) {
+    use serde_path_to_error::Segment;
+    let message = error.inner().to_string();
+    let unknown = message.strip_prefix("unknown field `").and_then(|rest| rest.split('`').next());
+    let mut pointer = String::new();
+    for segment in error.path() {
+        match segment {
+            Segment::Map { key } => pointer = format!("{pointer}/{}", escape_pointer(key)),
+            Segment::Seq { index } => pointer = format!("{pointer}/{index}"),
+            Segment::Enum { .. } | Segment::Unknown => {}
+        }
+    }
+    if let Some(field) = unknown {
+        let at = format!("/{}", escape_pointer(field));
+        if !pointer.ends_with(&at) {
+            pointer.push_str(&at);
+        }
+    }
+    (pointer, message)
+}
+
+fn remove(value: &mut Value, pointer: &str) -> bool {
+    let Some((parent, token)) = pointer.rsplit_once('/') else { return false };
+    let token = token.replace("~1", "/").replace("~0", "~");
+    match value.pointer_mut(parent) {
+        Some(Value::Object(map)) => map.remove(&token).is_some(),
+        Some(Value::Array(items)) => token.parse().ok().filter(|i| *i < items.len()).map(|i: usize| items.remove(i)).is_some(),
+        _ => false,
+    }
+}
+
+/// Query parameters. What is not known is refused; a name may come more than once where the reader allows it.
+#[derive(Debug)]
+pub struct Params {
+    pairs: Vec<(String, String)>,
+}
+
+impl<S: Send + Sync> FromRequestParts<S> for Params {
+    type Rejection = Problem;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Problem> {
+        let axum::extract::Query(pairs) = axum::extract::Query::from_request_parts(parts, state)
+            .await
+            .map_err(|_| Problem::new(problem::INVALID_REQUEST, "the query is not understood"))?;
+        Ok(Self { pairs })
+    }
+}
+
+impl Params {
+    /// Refuses parameters of other names.
+    ///
+    /// # Errors
+    /// A problem that names them.
+    pub fn only(self, known: &[&str]) -> Result<Self, Problem> {
+        let unknown: Vec<_> = self
+            .pairs
+            .iter()
+            .filter(|(name, _)| !known.contains(&name.as_str()))
+            .map(|(name, _)| FieldError::new(format!("?{name}"), format!("is not known; known are {}", known.join(", "))))
+            .take(MAX_MISTAKES)
+            .collect();
+        if unknown.is_empty() {
+            Ok(self)
+        } else {
+            Err(Problem::new(problem::INVALID_REQUEST, "the query has unknown parameters").with_fields(unknown))
+        }
+    }
+
+    /// All values of a name.
+    pub fn all<'a>(&'a self, name: &'a str) -> impl Iterator<Item = &'a str> {
+        self.pairs.iter().filter(move |(n, _)| n == name).map(|(_, value)| value.as_str())
+    }
+
+    /// The value of a name.
+    #[must_use]
+    pub fn get(&self, name: &str) -> Option<&str> {
+        self.pairs.iter().find(|(n, _)| n == name).map(|(_, value)| value.as_str())
+    }
+
+    /// The value of a name, read as something.
+    ///
+    /// # Errors
+    /// A problem that says what is allowed.
+    pub fn parse<T: std::str::FromStr>(&self, name: &str, allowed: &str) -> Result<Option<T>, Problem> {
+        self.get(name)
+            .map(|text| {
+                text.parse().map_err(|_| {
+                    Problem::new(problem::INVALID_REQUEST, "a query parameter is not understood")
+                        .with_fields(vec![FieldError::new(format!("?{name}"), format!("allowed is {allowed}"))])
+                })
+            })
+            .transpose()
+    }
+}
+
+/// Who asks: the principal behind the request's key.
+#[derive(Debug)]
+pub struct Caller(pub Principal);
+
+impl FromRequestParts<App> for Caller {
+    type Rejection = Problem;
+
+    async fn from_request_parts(parts: &mut Parts, app: &App) -> Result<Self, Problem> {
+        let denied = || {
+            Problem::new(problem::UNAUTHENTICATED, "send a key of this server as \"Authorization: Bearer …\" or \"X-API-Key: …\"")
+        };
+        let key = key_of(parts).ok_or_else(denied)?;
+        app.keys.principal(key).cloned().map(Self).ok_or_else(denied)
+    }
+}
+
+/// The key of a request. One that names more than one is refused: nobody should have to guess which counts.
+fn key_of(parts: &Parts) -> Option<&str> {
+    let bearer = parts.headers.get_all(AUTHORIZATION).iter().map(|value| {
+        let (scheme, key) = value.to_str().ok()?.split_once(' ')?;
+        scheme.eq_ignore_ascii_case("bearer").then_some(key)
+    });
+    let plain = parts.headers.get_all("x-api-key").iter().map(|value| value.to_str().ok());
+    let mut keys = bearer.chain(plain);
+    let key = keys.next()??;
+    keys.next().is_none().then_some(key)
+}
+
+/// An id in a path. A text that is no id names nothing, so it is not found.
+#[derive(Debug)]
+pub struct Id<T>(pub T);
+
+impl<T, S> FromRequestParts<S> for Id<T>
+where
+    T: std::str::FromStr,
+    S: Send + Sync,
+{
+    type Rejection = Problem;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Problem> {
+        let missing = || Problem::new(problem::NOT_FOUND, "there is nothing under that id");
+        let axum::extract::Path(text) =
+            axum::extract::Path::<String>::from_request_parts(parts, state).await.map_err(|_| missing())?;
+        text.parse().map(Self).map_err(|_| missing())
+    }
+}
+
+/// A JSON answer.
+#[derive(Debug)]
+pub struct Answer<T>(pub T);
+
+impl<T: Serialize> IntoResponse for Answer<T> {
+    fn into_response(self) -> Response {
+        match serde_json::to_vec(&self.0) {
+            Ok(body) => ([(CONTENT_TYPE, "application/json")], body).into_response(),
+            Err(error) => {
+                tracing::error!(%error, "an answer could not be written");
+                Problem::new(problem::INTERNAL, "the answer could not be written").into_response()
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde::Deserialize;
+
+    #[derive(Debug, Deserialize)]
+    #[serde(deny_unknown_fields)]
+    #[allow(dead_code)]
+    struct Outer {
+        #[serde(default)]
+        name: Option<String>,
+        #[serde(default)]
+        inner: Option<Inner>,
+        #[serde(default)]
+        list: Vec<u8>,
+    }
+
+    #[derive(Debug, Deserialize)]
+    #[serde(deny_unknown_fields)]
+    #[allow(dead_code)]
+    struct Inner {
+        #[serde(default)]
+        size: Option<u64>,
+    }
+
+    fn mistakes(json: &str) -> Vec<String> {
+        let errors = from_value::<Outer>(serde_json::from_str(json).unwrap()).unwrap_err();
+        errors.into_iter().map(|e| e.pointer).collect()
+    }
+
+    #[test]
+    fn all_mistakes_are_told_at_once_with_their_pointers() {
+        let mut pointers = mistakes(r#"{"name": 3, "inner": {"size": "x", "privileged": true}, "list": [1, 999], "a/b": 1}"#);
+        pointers.sort();
+        assert_eq!(pointers, ["/a~1b", "/inner/privileged", "/inner/size", "/list/1", "/name"]);
+    }
+
+    #[test]
+    fn a_body_of_another_kind_is_one_mistake() {
+        assert_eq!(mistakes("[1, 2]").len(), 1);
+        assert_eq!(mistakes("null").len(), 1);
+    }
+}

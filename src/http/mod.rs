@@ -1,0 +1,122 @@
+//! The front doors. Each translates between HTTP and [`Service`], and calls nothing below it.
+//!
+//! One router, one onion of layers: request id and log line outside, then the time limit on reading, then panics, then the body limit.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Instant;
+
+use axum::Router;
+use axum::extract::{DefaultBodyLimit, Request, State};
+use axum::http::{HeaderName, HeaderValue, header};
+use axum::middleware::{self, Next};
+use axum::response::{IntoResponse, Response};
+use axum::routing::get;
+use axum::serve::ListenerExt;
+use tokio::net::TcpListener;
+use tokio_util::sync::CancellationToken;
+use tower_http::catch_panic::CatchPanicLayer;
+
+use crate::domain::ids::RequestId;
+use crate::service::Service;
+use crate::service::keys::KeyRing;
+use crate::session;
+
+pub mod docs;
+pub mod extract;
+pub mod problem;
+pub mod v1;
+
+use extract::Answer;
+use problem::Problem;
+
+/// Largest body of a request, in bytes.
+pub const BODY_LIMIT: usize = 8 * 1024 * 1024;
+/// Longest request id taken from a caller.
+const MAX_REQUEST_ID: usize = 128;
+
+const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+
+/// What handlers work with.
+#[derive(Debug, Clone)]
+pub struct App {
+    /// The product.
+    pub service: Arc<Service>,
+    /// Who may ask.
+    pub keys: Arc<KeyRing>,
+    /// This server's name among others on the same engine.
+    pub instance: Arc<str>,
+}
+
+/// All routes.
+#[must_use]
+pub fn router(app: App) -> Router {
+    let (v1, document) = v1::routes().split_for_parts();
+    Router::new()
+        .merge(v1)
+        .merge(docs::routes(document))
+        .route("/livez", get(livez))
+        .route("/readyz", get(readyz))
+        .fallback(|| async { Problem::new(problem::NOT_FOUND, "there is no such path; /docs lists all") })
+        .method_not_allowed_fallback(|| async { Problem::new(problem::METHOD_NOT_ALLOWED, "/docs lists the methods of each path") })
+        .layer(DefaultBodyLimit::max(BODY_LIMIT))
+        .layer(CatchPanicLayer::custom(|_| Problem::new(problem::INTERNAL, "the request made the server panic").into_response()))
+        .layer(middleware::from_fn(finish))
+        .with_state(app)
+}
+
+/// Serves until it is told to stop; requests under way may end.
+///
+/// # Errors
+/// When the listener breaks.
+pub async fn serve(listener: TcpListener, app: App, stop: CancellationToken) -> std::io::Result<()> {
+    // Without this, small answers wait for the other side's delayed acknowledgement: 40 ms each.
+    let listener = listener.tap_io(|stream| {
+        if let Err(error) = stream.set_nodelay(true) {
+            tracing::debug!(%error, "a connection keeps its delay");
+        }
+    });
+    let service = router(app).into_make_service_with_connect_info::<SocketAddr>();
+    axum::serve(listener, service).with_graceful_shutdown(stop.cancelled_owned()).await
+}
+
+/// Whether the process answers.
+async fn livez(State(app): State<App>) -> Answer<serde_json::Value> {
+    Answer(serde_json::json!({"status": "ok", "service": "cellblock", "version": env!("CARGO_PKG_VERSION"), "instance": &*app.instance}))
+}
+
+/// Whether new work is accepted and the engine answers.
+async fn readyz(State(app): State<App>) -> Result<Answer<serde_json::Value>, Problem> {
+    app.service.ready().await?;
+    Ok(Answer(serde_json::json!({"status": "ok"})))
+}
+
+/// Gives every request an id, every problem that id, every answer its headers, and the log one line.
+async fn finish(request: Request, next: Next) -> Response {
+    let started = Instant::now();
+    let id = request_id(&request);
+    let (method, path) = (request.method().clone(), request.uri().path().to_owned());
+    let mut response = next.run(request).await;
+    if let Some(problem) = response.extensions_mut().remove::<Arc<Problem>>() {
+        let problem = Problem { request_id: id.clone(), ..Problem::clone(&problem) };
+        response = problem.render();
+    }
+    let headers = response.headers_mut();
+    if let Ok(value) = HeaderValue::from_str(&id) {
+        headers.insert(REQUEST_ID, value);
+    }
+    headers.insert(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
+    headers.entry(header::CACHE_CONTROL).or_insert(HeaderValue::from_static("no-store"));
+    let (status, elapsed_ms) = (response.status().as_u16(), started.elapsed().as_secs_f64() * 1000.0);
+    tracing::info!(%method, path, status, elapsed_ms, request_id = id, "request");
+    response
+}
+
+/// The caller's id for the request if it is harmless, else one of ours.
+fn request_id(request: &Request) -> String {
+    let harmless = |id: &&str| {
+        (1..=MAX_REQUEST_ID).contains(&id.len()) && id.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(&b))
+    };
+    let given = request.headers().get(REQUEST_ID).and_then(|v| v.to_str().ok()).filter(harmless);
+    given.map_or_else(|| session::fresh::<RequestId>().to_string(), str::to_owned)
+}

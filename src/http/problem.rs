@@ -1,0 +1,208 @@
+//! Problems: how every refusal and failure is said (RFC 9457, `application/problem+json`).
+//!
+//! A handler returns a [`Problem`]; the outermost layer writes its body, since only that layer knows the request's id.
+
+use std::sync::Arc;
+
+use axum::http::{HeaderValue, StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use serde::Serialize;
+use utoipa::ToSchema;
+
+use crate::domain::lifecycle::EndReason;
+use crate::domain::spec::FieldError;
+use crate::service::{self, Error};
+use crate::session::StartFault;
+
+/// A refusal (4xx) or a failure of ours (5xx).
+#[derive(Debug, Clone, Serialize, ToSchema)]
+#[schema(as = Problem)]
+pub struct Problem {
+    /// A URI for the code.
+    #[serde(rename = "type")]
+    pub kind: String,
+    /// The code in words.
+    pub title: &'static str,
+    /// The HTTP status.
+    pub status: u16,
+    /// What happened here, and what can be done.
+    pub detail: String,
+    /// A word for programs.
+    pub code: &'static str,
+    /// The request, for the server's log.
+    pub request_id: String,
+    /// Whether the same request may succeed later.
+    pub retryable: bool,
+    /// When to try again.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub retry_after_seconds: Option<u64>,
+    /// Why the session ended, where that is the problem.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub end_reason: Option<&'static str>,
+    /// Each field that is wrong.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub errors: Vec<FieldProblem>,
+}
+
+/// One field that is wrong.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, ToSchema)]
+pub struct FieldProblem {
+    /// JSON pointer of the field; a query parameter's name after `?`.
+    pub pointer: String,
+    /// What is wrong and what is allowed.
+    pub message: String,
+}
+
+impl From<FieldError> for FieldProblem {
+    fn from(error: FieldError) -> Self {
+        Self { pointer: error.pointer, message: error.message }
+    }
+}
+
+/// The codes, each with its status, its title, and whether trying again may help.
+macro_rules! codes {
+    ($($name:ident $code:literal $status:ident $title:literal $retryable:literal;)*) => {
+        $(#[doc = $title]
+        pub const $name: Code = Code { code: $code, status: StatusCode::$status, title: $title, retryable: $retryable };)*
+    };
+}
+
+/// A kind of problem.
+#[derive(Debug, Clone, Copy)]
+pub struct Code {
+    code: &'static str,
+    status: StatusCode,
+    title: &'static str,
+    retryable: bool,
+}
+
+codes! {
+    INVALID_REQUEST "invalid-request" BAD_REQUEST "The request is not understood" false;
+    UNAUTHENTICATED "unauthenticated" UNAUTHORIZED "A valid API key is needed" false;
+    FORBIDDEN "forbidden" FORBIDDEN "The key does not allow this" false;
+    NOT_FOUND "not-found" NOT_FOUND "There is no such thing" false;
+    METHOD_NOT_ALLOWED "method-not-allowed" METHOD_NOT_ALLOWED "The path does not know this method" false;
+    SESSION_NOT_READY "session-not-ready" CONFLICT "The session is not ready" true;
+    NAME_IN_USE "name-in-use" CONFLICT "A live session has that name" false;
+    SESSION_ENDED "session-ended" GONE "The session has ended" false;
+    PAYLOAD_TOO_LARGE "payload-too-large" PAYLOAD_TOO_LARGE "The body is too large" false;
+    UNSUPPORTED_MEDIA_TYPE "unsupported-media-type" UNSUPPORTED_MEDIA_TYPE "The body is not JSON" false;
+    SPEC_REJECTED "spec-rejected" UNPROCESSABLE_ENTITY "The request asks for what is not allowed" false;
+    IMAGE_REJECTED "image-rejected" UNPROCESSABLE_ENTITY "The template's image can't be used" false;
+    QUEUE_FULL "queue-full" TOO_MANY_REQUESTS "Too many executions are waiting" true;
+    INTERNAL "internal" INTERNAL_SERVER_ERROR "The server failed" true;
+    GUEST_UNREACHABLE "guest-unreachable" BAD_GATEWAY "The session's container did not answer" true;
+    KERNEL_FAILED "kernel-failed" BAD_GATEWAY "The kernel did not start" false;
+    AT_CAPACITY "at-capacity" SERVICE_UNAVAILABLE "The server holds as many sessions as it may" true;
+    ENGINE_UNAVAILABLE "engine-unavailable" SERVICE_UNAVAILABLE "The container engine is unavailable" true;
+    ENGINE_REFUSED "engine-refused" BAD_GATEWAY "The container engine refused" false;
+    DRAINING "draining" SERVICE_UNAVAILABLE "The server is stopping" true;
+    ISOLATION_UNVERIFIED "isolation-unverified" SERVICE_UNAVAILABLE "The container was not confined as specified" true;
+    START_TIMED_OUT "start-timed-out" GATEWAY_TIMEOUT "The session was not ready in time" true;
+}
+
+impl Problem {
+    /// A problem of a kind, with what happened here.
+    #[must_use]
+    pub fn new(code: Code, detail: impl Into<String>) -> Self {
+        Self {
+            kind: format!("https://cellblock.dev/problems/{}", code.code),
+            title: code.title,
+            status: code.status.as_u16(),
+            detail: detail.into(),
+            code: code.code,
+            request_id: String::new(),
+            retryable: code.retryable,
+            retry_after_seconds: (code.retryable && code.status.is_server_error() || code.code == "queue-full").then_some(1),
+            end_reason: None,
+            errors: Vec::new(),
+        }
+    }
+
+    /// The same with the fields that are wrong.
+    #[must_use]
+    pub fn with_fields(mut self, errors: Vec<FieldError>) -> Self {
+        self.errors = errors.into_iter().map(FieldProblem::from).collect();
+        self
+    }
+
+    /// The whole answer. The body is written here; `request_id` is filled in by then.
+    pub(super) fn render(&self) -> Response {
+        let status = StatusCode::from_u16(self.status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
+        // A structure of texts and numbers: writing it can't fail.
+        let body = serde_json::to_vec(self).unwrap_or_default();
+        let mut response = (status, [(header::CONTENT_TYPE, "application/problem+json")], body).into_response();
+        if let Some(seconds) = self.retry_after_seconds {
+            response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from(seconds));
+        }
+        if status == StatusCode::UNAUTHORIZED {
+            response.headers_mut().insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
+        }
+        response
+    }
+}
+
+impl IntoResponse for Problem {
+    fn into_response(self) -> Response {
+        let mut response = self.render();
+        response.extensions_mut().insert(Arc::new(self));
+        response
+    }
+}
+
+impl From<Error> for Problem {
+    fn from(error: Error) -> Self {
+        let detail = error.to_string();
+        match error {
+            Error::SpecRejected(fields) => Self::new(SPEC_REJECTED, detail).with_fields(fields),
+            Error::Invalid(fields) => Self::new(INVALID_REQUEST, detail).with_fields(fields),
+            Error::NotFound(_) => Self::new(NOT_FOUND, detail),
+            Error::Forbidden(_) => Self::new(FORBIDDEN, detail),
+            Error::NameInUse(_) => Self::new(NAME_IN_USE, format!("{detail}; say \"if_exists\": \"reuse\" to get it")),
+            Error::NotReady => Self::new(SESSION_NOT_READY, format!("{detail}; wait with GET …/wait?state=ready")),
+            Error::SessionEnded(reason) => {
+                let reason = end_reason(reason);
+                let mut problem = Self::new(SESSION_ENDED, format!("{detail} ({reason}); create a new one"));
+                problem.end_reason = Some(reason);
+                problem
+            }
+            Error::QueueFull => Self::new(QUEUE_FULL, format!("{detail}; try again when some have ended")),
+            Error::AtCapacity => Self::new(AT_CAPACITY, format!("{detail}; end one, or try again later")),
+            Error::Draining => Self::new(DRAINING, detail),
+            Error::StartFailed(failure) => {
+                let mut problem = Self::new(start_code(failure.fault), failure.detail);
+                problem.retryable = service::is_retryable(failure.fault);
+                problem
+            }
+            Error::ImageRejected { .. } => Self::new(IMAGE_REJECTED, detail),
+            Error::EngineUnavailable => Self::new(ENGINE_UNAVAILABLE, format!("{detail}; is Docker running?")),
+            Error::GuestUnreachable => Self::new(GUEST_UNREACHABLE, detail),
+        }
+    }
+}
+
+fn start_code(fault: StartFault) -> Code {
+    match fault {
+        StartFault::EngineUnavailable => ENGINE_UNAVAILABLE,
+        StartFault::EngineRefused => ENGINE_REFUSED,
+        StartFault::Unverified => ISOLATION_UNVERIFIED,
+        StartFault::GuestUnreachable => GUEST_UNREACHABLE,
+        StartFault::KernelFailed => KERNEL_FAILED,
+        StartFault::TimedOut => START_TIMED_OUT,
+    }
+}
+
+/// The public word for a reason.
+#[must_use]
+pub fn end_reason(reason: EndReason) -> &'static str {
+    match reason {
+        EndReason::Deleted => "deleted",
+        EndReason::Idle => "idle",
+        EndReason::Lifetime => "lifetime",
+        EndReason::Oom => "oom",
+        EndReason::KernelDied => "kernel_died",
+        EndReason::Lost => "lost",
+        EndReason::Drained => "drained",
+        EndReason::StartFailed => "start_failed",
+    }
+}

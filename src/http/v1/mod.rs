@@ -1,0 +1,29 @@
+//! The native API, version 1: its routes in one place.
+
+use utoipa::OpenApi;
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
+
+use super::App;
+use super::docs::Head;
+
+pub mod executions;
+pub mod sessions;
+pub mod stream;
+pub mod templates;
+
+/// All routes of the API, with the document they make.
+pub fn routes() -> OpenApiRouter<App> {
+    OpenApiRouter::with_openapi(Head::openapi())
+        .routes(routes!(sessions::create_session, sessions::list_sessions, sessions::delete_sessions))
+        .routes(routes!(sessions::get_session, sessions::patch_session, sessions::delete_session))
+        .routes(routes!(sessions::wait_session))
+        .routes(routes!(sessions::keepalive_session))
+        .routes(routes!(sessions::interrupt_session))
+        .routes(routes!(sessions::restart_session))
+        .routes(routes!(executions::create_execution))
+        .routes(routes!(executions::get_execution))
+        .routes(routes!(executions::list_execution_events))
+        .routes(routes!(executions::cancel_execution))
+        .routes(routes!(templates::list_templates))
+}
