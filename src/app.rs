@@ -1,0 +1,253 @@
+//! Composition: builds the control plane from a configuration, runs it, and takes it down again. Decides nothing by itself.
+
+use std::io;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::net::TcpListener;
+use tokio_util::sync::CancellationToken;
+
+use crate::config::{Config, PullPolicy};
+use crate::engine::docker::{DockerEngine, DockerSettings, GuestFile};
+use crate::engine::{Engine, EngineError, Pull};
+use crate::http::{self, App};
+use crate::service::Service;
+use crate::service::keys::{self, KeyRing, Principal, Scope};
+use crate::session::registry::{Limits, Registry};
+use crate::session::{Settings, reconcile};
+use crate::task;
+
+/// A session is ready within this time of its creation, or ends.
+const START_TIMEOUT: Duration = Duration::from_secs(60);
+/// An ended session can be asked about for this long.
+const SESSION_RETENTION: Duration = Duration::from_secs(600);
+/// Containers are gone within this time at an orderly end, or are left to the next start.
+const DRAIN_REMOVAL: Duration = Duration::from_secs(30);
+/// Bytes that the records of finished executions may hold, all together.
+const EXECUTION_BYTES: u64 = 128 * 1024 * 1024;
+/// The tenant of the key that is made at the first start.
+const FIRST_TENANT: &str = "default";
+/// Our launcher for `ipykernel`, beside the guest in its volume.
+const IPYKERNEL_LAUNCHER: &[u8] = include_bytes!("../crates/guest/launcher/ipykernel_launcher.py");
+
+/// Why the control plane does not start. Each says what to do.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// The engine is not there, or can't be used.
+    #[error("the container engine at {host} can't be used: {source}\n  is Docker running, and may this user reach it? `docker info` tells; `make setup` installs and starts it")]
+    Engine {
+        /// Where it was looked for.
+        host: String,
+        /// Why.
+        source: EngineError,
+    },
+    /// The guest's binary is not there.
+    #[error("the guest binary {} can't be read: {source}\n  `make server` builds it; `guest.binary` in the configuration says where it is", path.display())]
+    Guest {
+        /// Where it was looked for.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// The key file can't be used.
+    #[error("the API key file {} can't be used: {reason}", path.display())]
+    Key {
+        /// The file.
+        path: PathBuf,
+        /// Why, and what to do.
+        reason: String,
+    },
+    /// The address can't be listened on.
+    #[error("can't listen on {address}: {source}\n  `server.listen` in the configuration, or --listen, says where to")]
+    Listen {
+        /// The address.
+        address: SocketAddr,
+        /// Why.
+        source: io::Error,
+    },
+}
+
+/// A running control plane without a front door.
+pub struct Plane {
+    /// Every command of the product.
+    pub service: Arc<Service>,
+    registry: Arc<Registry>,
+    stop: CancellationToken,
+}
+
+impl Plane {
+    /// Connects to the engine and makes it ready. With `owns_instance`, cells that an earlier process of this instance left
+    /// behind are removed before anything new is made; without, other processes may share the instance's name.
+    ///
+    /// # Errors
+    /// See [`StartError`].
+    pub async fn start(config: &Config, owns_instance: bool) -> Result<Self, StartError> {
+        let pull = match config.engine.pull {
+            PullPolicy::Never => Pull::Never,
+            PullPolicy::Missing => Pull::Missing,
+        };
+        let docker = connect(config).await?;
+        prepare(&docker, config).await?;
+        let engine: Arc<dyn Engine> = Arc::new(docker);
+        let (settings, limits) = (settings(config), limits(config));
+        let registry = Arc::new(Registry::new(Arc::clone(&engine), config.engine.instance.clone(), settings, limits));
+        let stop = CancellationToken::new();
+        if owns_instance {
+            reconcile::round(engine.as_ref(), &registry).await.map_err(|e| engine_error(config, e))?;
+            task::spawn("reconcile", reconcile::run(Arc::clone(&engine), Arc::clone(&registry), stop.clone()));
+        }
+        let service = Service::new(
+            Arc::clone(&registry),
+            engine,
+            config.templates.clone(),
+            config.default_template.clone(),
+            pull,
+        );
+        Ok(Self { service: Arc::new(service), registry, stop })
+    }
+
+    /// Ends every session and waits until their containers are gone. Returns how many are left after a while.
+    pub async fn stop(self) -> usize {
+        let left = self.registry.drain(DRAIN_REMOVAL).await;
+        self.stop.cancel();
+        left
+    }
+}
+
+/// Serves until `stop` is cancelled, then ends all sessions. `ready` is called with the address once requests are answered.
+///
+/// # Errors
+/// See [`StartError`].
+pub async fn serve(config: &Config, stop: CancellationToken, ready: impl FnOnce(SocketAddr)) -> Result<(), StartError> {
+    let address = config.server.listen;
+    let listen_error = |source| StartError::Listen { address, source };
+    // Bound first: a second server finds out before it touches the engine.
+    let listener = TcpListener::bind(address).await.map_err(listen_error)?;
+    let local = listener.local_addr().map_err(listen_error)?;
+    let keys = key_ring(&config.server.key_file())?;
+    let plane = Plane::start(config, true).await?;
+    let app = App {
+        service: Arc::clone(&plane.service),
+        keys: Arc::new(keys),
+        instance: Arc::from(config.engine.instance.as_str()),
+    };
+    ready(local);
+    let (closing, close) = (CancellationToken::new(), stop.clone());
+    let door = http::serve(listener, app, closing.clone());
+    let drain = async {
+        close.cancelled().await;
+        // Streams end with their sessions, so sessions go first and the door closes after them.
+        let left = plane.stop().await;
+        if left > 0 {
+            tracing::error!(left, "containers are left behind; the next start removes them");
+        }
+        closing.cancel();
+    };
+    let (served, ()) = tokio::join!(door, drain);
+    served.map_err(listen_error)
+}
+
+/// Connects to the engine that the configuration names, with the guest's files at hand.
+///
+/// # Errors
+/// See [`StartError`].
+pub async fn connect(config: &Config) -> Result<DockerEngine, StartError> {
+    let section = &config.engine;
+    let settings = DockerSettings {
+        host: Some(section.host.clone()),
+        tls_folder: section.tls_cert_dir.clone(),
+        instance: section.instance.clone(),
+        guest_files: guest_files(config.guest.binary.as_deref())?,
+        uids: section.uid_first..=section.uid_last,
+        credentials_file: section.docker_config.as_ref().map(|folder| folder.join("config.json")),
+        require_swap_limit: true,
+    };
+    DockerEngine::connect(settings).await.map_err(|e| engine_error(config, e))
+}
+
+/// Puts the guest in place, with the help of the first template image that is there. Without one nothing can start yet, and each
+/// create says so.
+async fn prepare(docker: &DockerEngine, config: &Config) -> Result<(), StartError> {
+    let default = config.templates.get(&config.default_template);
+    for template in default.into_iter().chain(config.templates.values()) {
+        match docker.resolve_image(&template.image, Pull::Never).await {
+            Ok(image) => return docker.prepare(&image.id).await.map_err(|e| engine_error(config, e)),
+            Err(error) => tracing::warn!(template = template.name, %error, "a template's image is not there"),
+        }
+    }
+    Ok(())
+}
+
+fn engine_error(config: &Config, source: EngineError) -> StartError {
+    StartError::Engine { host: config.engine.host.clone(), source }
+}
+
+fn guest_files(binary: Option<&Path>) -> Result<Vec<GuestFile>, StartError> {
+    let beside_us = || {
+        let exe = std::env::current_exe().unwrap_or_default();
+        exe.with_file_name("cellblock-guest")
+    };
+    let path = binary.map_or_else(beside_us, Path::to_path_buf);
+    let bytes = std::fs::read(&path).map_err(|source| StartError::Guest { path, source })?;
+    let file = |name: &str, mode, bytes| GuestFile { name: name.to_owned(), mode, bytes };
+    Ok(vec![file("guest", 0o555, bytes), file("ipykernel_launcher.py", 0o444, IPYKERNEL_LAUNCHER.to_vec())])
+}
+
+fn settings(config: &Config) -> Settings {
+    Settings {
+        start_timeout: START_TIMEOUT,
+        interrupt_grace: config.executions.interrupt_grace,
+        orphan_timeout: config.engine.orphan_timeout,
+        queued_executions: config.limits.queued_executions as usize,
+    }
+}
+
+fn limits(config: &Config) -> Limits {
+    Limits {
+        sessions: config.limits.sessions as usize,
+        session_retention: SESSION_RETENTION,
+        execution_retention: config.executions.retention_time,
+        execution_bytes: EXECUTION_BYTES,
+    }
+}
+
+/// Reads the first key, or makes it. The file is its owner's alone.
+fn key_ring(path: &Path) -> Result<KeyRing, StartError> {
+    let failed = |reason: String| StartError::Key { path: path.to_owned(), reason };
+    let key = match std::fs::read_to_string(path) {
+        Ok(key) => {
+            check_mode(path).map_err(failed)?;
+            key
+        }
+        Err(error) if error.kind() == io::ErrorKind::NotFound => create_key(path).map_err(|e| failed(e.to_string()))?,
+        Err(error) => return Err(failed(error.to_string())),
+    };
+    let mut ring = KeyRing::default();
+    let principal = Principal { tenant: Arc::from(FIRST_TENANT), scopes: Arc::new([Scope::Sessions, Scope::Admin]) };
+    ring.add(key.trim(), principal).map_err(|e| failed(format!("{e}; remove the file to have a new one made")))?;
+    Ok(ring)
+}
+
+fn check_mode(path: &Path) -> Result<(), String> {
+    use std::os::unix::fs::PermissionsExt;
+    let mode = std::fs::metadata(path).map_err(|e| e.to_string())?.permissions().mode() & 0o777;
+    if mode & 0o077 == 0 {
+        Ok(())
+    } else {
+        Err(format!("others may read it (mode {mode:03o}); `chmod 600` it, or remove it to have a new one made"))
+    }
+}
+
+fn create_key(path: &Path) -> io::Result<String> {
+    use std::io::Write;
+    use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+    let key = keys::generate().map_err(|e| io::Error::other(e.to_string()))?;
+    if let Some(folder) = path.parent() {
+        std::fs::DirBuilder::new().recursive(true).mode(0o700).create(folder)?;
+    }
+    let mut file = std::fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)?;
+    writeln!(file, "{key}")?;
+    Ok(key)
+}

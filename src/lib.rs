@@ -1,0 +1,16 @@
+//! Cellblock: a control plane that gives every session its own locked container with a real Jupyter kernel in it.
+//!
+//! Layers, each may use only those below: `app` → `http` → `service` → `session` → `engine`, `kernel` → `domain`.
+//! `docs/ARCHITECTURE.md` says why.
+
+pub mod app;
+pub mod cli;
+pub mod config;
+pub mod domain;
+pub mod engine;
+pub mod http;
+pub mod kernel;
+pub mod run;
+pub mod service;
+pub mod session;
+pub mod task;
