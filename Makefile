@@ -1,0 +1,75 @@
+# Everything there is to do here; `make help` lists it.
+#
+# Variables: PORT (8080), NO_INSTALL=1 (never install anything), CA_BUNDLE, PIP_INDEX_URL, BASE_IMAGE (see scripts/images)
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+# The steps take turns: they share two things that bear one user at a time, cargo's folder and the engine.
+.NOTPARALLEL:
+
+CARGO_TEST := $(shell command -v cargo-nextest >/dev/null && echo nextest run || echo test)
+
+.PHONY: help
+help: ## list these targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+.PHONY: setup
+setup: ## install and start what is missing (NO_INSTALL=1: only say what)
+	@scripts/setup
+
+.PHONY: images
+images: setup ## build the images for sessions: base, python, data
+	@scripts/images base python data
+
+.PHONY: guest
+guest: setup ## build the guest for the tests, beside the dev build of the server
+	@scripts/build dev guest
+
+.PHONY: server
+server: setup ## build the guest and the server, optimised
+	@scripts/build release
+
+.PHONY: run
+run: setup ## build what is missing, start a server on 127.0.0.1:$PORT and prove that it works
+	@scripts/run
+
+.PHONY: test
+test: images guest ## every test, with real containers, then the lints
+	cargo $(CARGO_TEST) --locked --workspace
+	cargo test --locked --workspace --doc
+	@$(MAKE) --no-print-directory lint
+
+.PHONY: lint
+lint: ## formatting, clippy, documentation, licences, shell
+	cargo fmt --all --check
+	cargo clippy --locked --workspace --all-targets -- -D warnings
+	RUSTDOCFLAGS="-D warnings" cargo doc --locked --workspace --no-deps --quiet
+	@if command -v cargo-deny >/dev/null; then cargo deny --locked check bans licenses sources; else echo "skipped: cargo-deny is not installed"; fi
+	@if command -v shellcheck >/dev/null; then scripts/lint-shell; else echo "skipped: shellcheck is not installed"; fi
+
+.PHONY: bench
+bench: images server ## measure: starts, executions, memory (release build, real containers)
+	cargo bench --locked --workspace
+
+.PHONY: soak
+soak: images server ## hours of sessions under faults; SOAK_SECONDS bounds it (default 3600)
+	SOAK_SECONDS=$${SOAK_SECONDS:-3600} cargo test --locked --release --test soak -- --ignored --nocapture
+
+.PHONY: compose-up
+compose-up: server ## the whole thing with docker compose
+	@scripts/setup compose
+	@scripts/images base python data server
+	@scripts/compose up --detach
+
+.PHONY: compose-down
+compose-down: ## stop what compose-up started; data stays
+	@scripts/compose down
+
+.PHONY: clean-containers
+clean-containers: ## remove the containers of every Cellblock server on this engine, nothing else
+	@scripts/clean containers
+
+.PHONY: uninstall
+uninstall: ## remove containers, volumes and images of ours, and the data folder
+	@scripts/clean everything
