@@ -19,14 +19,8 @@ use crate::session::registry::{Limits, Registry};
 use crate::session::{Settings, reconcile};
 use crate::task;
 
-/// A session is ready within this time of its creation, or ends.
-const START_TIMEOUT: Duration = Duration::from_secs(60);
-/// An ended session can be asked about for this long.
-const SESSION_RETENTION: Duration = Duration::from_secs(600);
 /// Containers are gone within this time at an orderly end, or are left to the next start.
 const DRAIN_REMOVAL: Duration = Duration::from_secs(30);
-/// Bytes that the records of finished executions may hold, all together.
-const EXECUTION_BYTES: u64 = 128 * 1024 * 1024;
 /// The tenant of the key that is made at the first start.
 const FIRST_TENANT: &str = "default";
 /// Our launcher for `ipykernel`, beside the guest in its volume.
@@ -69,6 +63,32 @@ pub enum StartError {
     },
 }
 
+/// Asks a server to stop. Cloning it gives another handle to the same wish.
+#[derive(Debug, Clone, Default)]
+pub struct Stop {
+    asked: CancellationToken,
+    at_once: CancellationToken,
+}
+
+impl Stop {
+    /// Lets running executions come to their end first, for as long as the configuration says.
+    pub fn gently(&self) {
+        self.asked.cancel();
+    }
+
+    /// Gives running executions no time.
+    pub fn at_once(&self) {
+        self.at_once.cancel();
+        self.asked.cancel();
+    }
+
+    /// Waits for the wish, and says how long running executions may go on.
+    async fn asked(&self) -> Duration {
+        self.asked.cancelled().await;
+        if self.at_once.is_cancelled() { Duration::ZERO } else { Duration::MAX }
+    }
+}
+
 /// A running control plane without a front door.
 pub struct Plane {
     /// Every command of the product.
@@ -108,19 +128,20 @@ impl Plane {
         Ok(Self { service: Arc::new(service), registry, stop })
     }
 
-    /// Ends every session and waits until their containers are gone. Returns how many are left after a while.
-    pub async fn stop(self) -> usize {
-        let left = self.registry.drain(DRAIN_REMOVAL).await;
+    /// Gives what runs a grace, ends every session and waits until their containers are gone. Returns how many are left after a
+    /// while.
+    pub async fn stop(self, grace: Duration) -> usize {
+        let left = self.registry.drain(grace, DRAIN_REMOVAL).await;
         self.stop.cancel();
         left
     }
 }
 
-/// Serves until `stop` is cancelled, then ends all sessions. `ready` is called with the address once requests are answered.
+/// Serves until it is told to stop, then ends all sessions. `ready` is called with the address once requests are answered.
 ///
 /// # Errors
 /// See [`StartError`].
-pub async fn serve(config: &Config, stop: CancellationToken, ready: impl FnOnce(SocketAddr)) -> Result<(), StartError> {
+pub async fn serve(config: &Config, stop: Stop, ready: impl FnOnce(SocketAddr)) -> Result<(), StartError> {
     let address = config.server.listen;
     let listen_error = |source| StartError::Listen { address, source };
     // Bound first: a second server finds out before it touches the engine.
@@ -132,14 +153,18 @@ pub async fn serve(config: &Config, stop: CancellationToken, ready: impl FnOnce(
         service: Arc::clone(&plane.service),
         keys: Arc::new(keys),
         instance: Arc::from(config.engine.instance.as_str()),
+        bounds: http::Bounds {
+            body: usize::try_from(config.server.max_body).unwrap_or(usize::MAX),
+            body_time: config.server.request_timeout,
+        },
     };
     ready(local);
-    let (closing, close) = (CancellationToken::new(), stop.clone());
+    let closing = CancellationToken::new();
     let door = http::serve(listener, app, closing.clone());
     let drain = async {
-        close.cancelled().await;
+        let grace = stop.asked().await.min(config.server.drain_timeout);
         // Streams end with their sessions, so sessions go first and the door closes after them.
-        let left = plane.stop().await;
+        let left = plane.stop(grace).await;
         if left > 0 {
             tracing::error!(left, "containers are left behind; the next start removes them");
         }
@@ -197,19 +222,21 @@ fn guest_files(binary: Option<&Path>) -> Result<Vec<GuestFile>, StartError> {
 
 fn settings(config: &Config) -> Settings {
     Settings {
-        start_timeout: START_TIMEOUT,
+        start_timeout: config.engine.start_timeout,
         interrupt_grace: config.executions.interrupt_grace,
         orphan_timeout: config.engine.orphan_timeout,
         queued_executions: config.limits.queued_executions as usize,
+        queue_timeout: config.executions.queue_timeout,
     }
 }
 
 fn limits(config: &Config) -> Limits {
     Limits {
         sessions: config.limits.sessions as usize,
-        session_retention: SESSION_RETENTION,
+        session_retention: config.limits.session_retention,
         execution_retention: config.executions.retention_time,
-        execution_bytes: EXECUTION_BYTES,
+        executions: config.executions.retention_count as usize,
+        execution_bytes: config.executions.retention_size,
     }
 }
 

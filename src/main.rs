@@ -4,7 +4,6 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use tokio::signal::unix::{SignalKind, signal};
-use tokio_util::sync::CancellationToken;
 use tracing_subscriber::EnvFilter;
 
 use cellblock::cli::{self, Cli, Command};
@@ -49,7 +48,7 @@ async fn serve(config: &Config) -> u8 {
         eprintln!("cellblock: {error}");
         return BAD_CONFIG;
     }
-    let stop = CancellationToken::new();
+    let stop = app::Stop::default();
     listen_to_signals(stop.clone());
     let ready = |address| {
         tracing::info!(%address, version = env!("CARGO_PKG_VERSION"), "listening; GET /docs shows the API");
@@ -86,23 +85,23 @@ fn openapi() -> u8 {
     }
 }
 
-/// The first signal asks for an orderly end, the second one ends at once.
-fn listen_to_signals(stop: CancellationToken) {
+/// The first signal asks for an orderly end, which from a terminal is quick; the second one ends at once.
+fn listen_to_signals(stop: app::Stop) {
     task::spawn("signals", async move {
         let (Ok(mut term), Ok(mut int)) = (signal(SignalKind::terminate()), signal(SignalKind::interrupt())) else {
             tracing::error!("signals can't be received; stop the server with SIGKILL");
             return;
         };
         for last in [false, true] {
-            tokio::select! {
-                _ = term.recv() => {}
-                _ = int.recv() => {}
-            }
+            let from_terminal = tokio::select! {
+                _ = term.recv() => false,
+                _ = int.recv() => true,
+            };
             if last {
                 std::process::exit(i32::from(cli::CANCELLED));
             }
             tracing::info!("stopping: ending all sessions; a second signal stops at once");
-            stop.cancel();
+            if from_terminal { stop.at_once() } else { stop.gently() }
         }
     });
 }

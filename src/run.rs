@@ -69,7 +69,7 @@ pub async fn run(args: &RunArgs, json: bool, mut config: Config) -> Result<u8, R
         result = run_in(&plane, &who, args, json, code) => result,
         _ = tokio::signal::ctrl_c() => Ok(cli::CANCELLED),
     };
-    let left = plane.stop().await;
+    let left = plane.stop(std::time::Duration::ZERO).await;
     if left > 0 {
         eprintln!("cellblock: the container could not be removed; `make clean-containers` does it");
     }

@@ -93,6 +93,7 @@ impl Checker<'_> {
             format!("{:?} is not 1 to 20 of a-z, 0-9 and \"-\", with a letter or digit at both ends", engine.instance)
         });
         self.positive(engine.orphan_timeout, "engine.orphan_timeout");
+        self.positive(engine.start_timeout, "engine.start_timeout");
         self.uids(document);
     }
 

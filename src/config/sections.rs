@@ -34,7 +34,7 @@ pub struct Server {
     /// Where the HTTP API listens.
     #[serde(deserialize_with = "address")]
     pub listen: SocketAddr,
-    /// Folder of the database and the generated key. Never empty.
+    /// Folder of what the server keeps. Never empty.
     pub data_dir: PathBuf,
     /// File with the first API key; none: [`Server::key_file`] names the generated one.
     #[serde(deserialize_with = "optional_path")]
@@ -44,10 +44,10 @@ pub struct Server {
     /// Largest body of a request, in bytes.
     #[serde(deserialize_with = "size")]
     pub max_body: u64,
-    /// Time for a request that runs no user code.
+    /// A request's body arrives within this time.
     #[serde(deserialize_with = "duration")]
     pub request_timeout: Duration,
-    /// Time that running executions get at a shutdown.
+    /// Time that running executions get after SIGTERM.
     #[serde(deserialize_with = "duration")]
     pub drain_timeout: Duration,
 }
@@ -80,6 +80,9 @@ pub struct EngineSection {
     pub uid_first: u32,
     /// Last user id of sessions, itself one of them.
     pub uid_last: u32,
+    /// A session is ready within this time of its creation, or ends.
+    #[serde(deserialize_with = "duration")]
+    pub start_timeout: Duration,
     /// A container that has heard from no control plane for this long ends itself.
     #[serde(deserialize_with = "duration")]
     pub orphan_timeout: Duration,
@@ -112,6 +115,9 @@ pub struct Limits {
     pub sessions: u32,
     /// Executions that may wait in one context.
     pub queued_executions: u32,
+    /// An ended session can be asked about for this long.
+    #[serde(deserialize_with = "duration")]
+    pub session_retention: Duration,
     /// Containers started at the same time.
     pub concurrent_starts: u32,
 }
@@ -131,6 +137,9 @@ pub struct Executions {
     pub retention_time: Duration,
     /// How many finished executions are kept, in all.
     pub retention_count: u32,
+    /// Bytes that finished executions hold, in all.
+    #[serde(deserialize_with = "size")]
+    pub retention_size: u64,
 }
 
 /// What the server says about itself.

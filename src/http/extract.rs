@@ -2,17 +2,18 @@
 //!
 //! A body that is not understood is answered with every field that is wrong, not the first one.
 
-use axum::body::{Body as RawBody, Bytes};
+use axum::body::{Body as RawBody, Bytes, HttpBody};
 use axum::extract::{FromRequest, FromRequestParts, Request};
 use axum::http::header::{AUTHORIZATION, CONTENT_TYPE};
 use axum::http::request::Parts;
 use axum::response::{IntoResponse, Response};
+use http_body_util::{BodyExt, LengthLimitError, Limited};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
 use super::problem::{self, Problem};
-use super::{App, BODY_LIMIT};
+use super::{App, Bounds};
 use crate::domain::spec::{FieldError, escape_pointer};
 use crate::service::keys::Principal;
 
@@ -23,12 +24,12 @@ const MAX_MISTAKES: usize = 32;
 #[derive(Debug)]
 pub struct Body<T>(pub T);
 
-impl<T: DeserializeOwned, S: Send + Sync> FromRequest<S> for Body<T> {
+impl<T: DeserializeOwned> FromRequest<App> for Body<T> {
     type Rejection = Problem;
 
-    async fn from_request(request: Request, state: &S) -> Result<Self, Problem> {
+    async fn from_request(request: Request, app: &App) -> Result<Self, Problem> {
         check_content_type(&request)?;
-        let bytes = read(request, state).await?;
+        let bytes = read(request.into_body(), app.bounds).await?;
         let bytes: &[u8] = if bytes.is_empty() { b"{}" } else { &bytes };
         let value: Value = serde_json::from_slice(bytes)
             .map_err(|e| Problem::new(problem::INVALID_REQUEST, format!("the body is not JSON: {e}")))?;
@@ -38,14 +39,20 @@ impl<T: DeserializeOwned, S: Send + Sync> FromRequest<S> for Body<T> {
     }
 }
 
-async fn read<S: Send + Sync>(request: Request<RawBody>, state: &S) -> Result<Bytes, Problem> {
-    Bytes::from_request(request, state).await.map_err(|rejection| {
-        if rejection.status() == axum::http::StatusCode::PAYLOAD_TOO_LARGE {
-            Problem::new(problem::PAYLOAD_TOO_LARGE, format!("a body may have {BODY_LIMIT} bytes"))
-        } else {
-            Problem::new(problem::INVALID_REQUEST, "the body could not be read to its end")
+/// Reads a body within its bounds. One that declares too much is refused before it is read.
+async fn read(body: RawBody, bounds: Bounds) -> Result<Bytes, Problem> {
+    let too_large = || Problem::new(problem::PAYLOAD_TOO_LARGE, format!("a body may have {} bytes", bounds.body));
+    if body.size_hint().lower() > bounds.body as u64 {
+        return Err(too_large());
+    }
+    match tokio::time::timeout(bounds.body_time, Limited::new(body, bounds.body).collect()).await {
+        Ok(Ok(collected)) => Ok(collected.to_bytes()),
+        Ok(Err(error)) if error.is::<LengthLimitError>() => Err(too_large()),
+        Ok(Err(_)) => Err(Problem::new(problem::INVALID_REQUEST, "the body could not be read to its end")),
+        Err(_) => {
+            Err(Problem::new(problem::REQUEST_TIMEOUT, format!("the body did not arrive within {:?}", bounds.body_time)))
         }
-    })
+    }
 }
 
 fn check_content_type(request: &Request) -> Result<(), Problem> {

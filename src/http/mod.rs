@@ -1,13 +1,13 @@
 //! The front doors. Each translates between HTTP and [`Service`], and calls nothing below it.
 //!
-//! One router, one onion of layers: request id and log line outside, then the time limit on reading, then panics, then the body limit.
+//! One router, one onion of layers: request id and log line outside, then panics. Bodies are bounded where they are read.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use axum::Router;
-use axum::extract::{DefaultBodyLimit, Request, State};
+use axum::extract::{Request, State};
 use axum::http::{HeaderName, HeaderValue, header};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
@@ -30,8 +30,6 @@ pub mod v1;
 use extract::Answer;
 use problem::Problem;
 
-/// Largest body of a request, in bytes.
-pub const BODY_LIMIT: usize = 8 * 1024 * 1024;
 /// Longest request id taken from a caller.
 const MAX_REQUEST_ID: usize = 128;
 
@@ -46,6 +44,17 @@ pub struct App {
     pub keys: Arc<KeyRing>,
     /// This server's name among others on the same engine.
     pub instance: Arc<str>,
+    /// What a request may cost before it is understood.
+    pub bounds: Bounds,
+}
+
+/// What a request may cost before it is understood.
+#[derive(Debug, Clone, Copy)]
+pub struct Bounds {
+    /// Bytes of its body.
+    pub body: usize,
+    /// Its body arrives within this time.
+    pub body_time: Duration,
 }
 
 /// All routes.
@@ -59,7 +68,6 @@ pub fn router(app: App) -> Router {
         .route("/readyz", get(readyz))
         .fallback(|| async { Problem::new(problem::NOT_FOUND, "there is no such path; /docs lists all") })
         .method_not_allowed_fallback(|| async { Problem::new(problem::METHOD_NOT_ALLOWED, "/docs lists the methods of each path") })
-        .layer(DefaultBodyLimit::max(BODY_LIMIT))
         .layer(CatchPanicLayer::custom(|_| Problem::new(problem::INTERNAL, "the request made the server panic").into_response()))
         .layer(middleware::from_fn(finish))
         .with_state(app)

@@ -82,6 +82,7 @@ codes! {
     FORBIDDEN "forbidden" FORBIDDEN "The key does not allow this" false;
     NOT_FOUND "not-found" NOT_FOUND "There is no such thing" false;
     METHOD_NOT_ALLOWED "method-not-allowed" METHOD_NOT_ALLOWED "The path does not know this method" false;
+    REQUEST_TIMEOUT "request-timeout" REQUEST_TIMEOUT "The body did not arrive in time" true;
     SESSION_NOT_READY "session-not-ready" CONFLICT "The session is not ready" true;
     NAME_IN_USE "name-in-use" CONFLICT "A live session has that name" false;
     SESSION_ENDED "session-ended" GONE "The session has ended" false;

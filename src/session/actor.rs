@@ -110,7 +110,11 @@ impl Actor {
         let now = Instant::now();
         let spec = Arc::new(birth.spec.clone());
         let settings = birth.settings;
-        let pace = Pace { boot: settings.start_timeout, interrupt_grace: settings.interrupt_grace };
+        let pace = Pace {
+            boot: settings.start_timeout,
+            interrupt_grace: settings.interrupt_grace,
+            queue: settings.queue_timeout,
+        };
         let default_context = fresh();
         let attributes = Arc::new(Attributes { labels: spec.labels.clone(), idle: spec.timeouts.idle });
         let snapshot = watch::Sender::new(Snapshot {
@@ -480,11 +484,11 @@ impl Actor {
             Notice::Ready => {
                 self.step(Event::KernelReady);
                 if self.contexts.values().all(Context::is_up) {
-                    self.restarts.drain(..).for_each(|reply| drop(reply.send(Ok(()))));
+                    self.answer_restarts(Ok(()));
                 }
             }
             Notice::BootFailed(detail) => {
-                self.restarts.drain(..).for_each(|reply| drop(reply.send(Err(Refused::KernelLost))));
+                self.answer_restarts(Err(Refused::KernelLost));
                 if self.phase == Phase::Connecting {
                     self.fail_start(StartFailure { fault: StartFault::KernelFailed, detail });
                     self.step(Event::BootFailed);
@@ -492,6 +496,13 @@ impl Actor {
                     self.step(Event::CellLost(EndReason::KernelDied));
                 }
             }
+        }
+    }
+
+    fn answer_restarts(&mut self, answer: Result<(), Refused>) {
+        for reply in self.restarts.drain(..) {
+            // A caller that went away needs no answer.
+            let _ = reply.send(answer);
         }
     }
 

@@ -53,6 +53,8 @@ pub(super) struct Pace {
     pub boot: Duration,
     /// An interrupt is obeyed within this time, or the kernel is replaced.
     pub interrupt_grace: Duration,
+    /// An execution that waits longer ends without having run.
+    pub queue: Duration,
 }
 
 #[derive(Debug)]
@@ -97,7 +99,7 @@ pub(super) struct Context {
     oom_kills: u64,
     messages: u64,
     state: State,
-    queue: VecDeque<Arc<Execution>>,
+    queue: VecDeque<(Instant, Arc<Execution>)>,
     max_queue: usize,
     actions: Vec<Action>,
     notices: Vec<Notice>,
@@ -142,11 +144,6 @@ impl Context {
         matches!(self.state, State::Idle | State::Running(_))
     }
 
-    /// Whether what runs is being stopped.
-    pub(super) fn is_interrupting(&self) -> bool {
-        matches!(&self.state, State::Running(Running { stop: Some(_), .. }))
-    }
-
     /// How many executions would be before a new one.
     pub(super) fn position(&self) -> usize {
         self.queue.len() + usize::from(matches!(self.state, State::Running(_)))
@@ -154,11 +151,13 @@ impl Context {
 
     /// When [`Context::on_time`] wants to be called next.
     pub(super) fn next_deadline(&self) -> Option<Instant> {
-        match &self.state {
+        let own = match &self.state {
             State::Booting { nudge_at, deadline, .. } => Some(*nudge_at.min(deadline)),
             State::Running(running) => Some(running.next_deadline()),
             State::Idle | State::Dead => None,
-        }
+        };
+        let queued = self.queue.front().map(|(since, _)| *since + self.pace.queue);
+        own.into_iter().chain(queued).min()
     }
 
     /// Starts a kernel under a new name.
@@ -181,7 +180,7 @@ impl Context {
         if self.queue.len() >= self.max_queue {
             return Err(QueueFull);
         }
-        self.queue.push_back(execution);
+        self.queue.push_back((now, execution));
         self.advance(now);
         Ok(())
     }
@@ -197,8 +196,8 @@ impl Context {
 
     /// Takes an execution back: out of the queue, or by an interrupt.
     pub(super) fn cancel(&mut self, id: ExecutionId, now: Instant) {
-        if let Some(at) = self.queue.iter().position(|e| e.id == id) {
-            if let Some(execution) = self.queue.remove(at) {
+        if let Some(at) = self.queue.iter().position(|(_, e)| e.id == id) {
+            if let Some((_, execution)) = self.queue.remove(at) {
                 execution.finish(Status::Cancelled);
             }
         } else if let State::Running(running) = &self.state
@@ -210,7 +209,7 @@ impl Context {
 
     /// Replaces the kernel. What runs or waits is cancelled.
     pub(super) fn restart(&mut self, now: Instant) {
-        self.queue.drain(..).for_each(|e| e.finish(Status::Cancelled));
+        self.queue.drain(..).for_each(|(_, e)| e.finish(Status::Cancelled));
         self.failed_boots = 0;
         self.replace_kernel(Status::Cancelled, &RestartCause::Requested, now);
     }
@@ -220,7 +219,7 @@ impl Context {
         if let State::Running(running) = std::mem::replace(&mut self.state, State::Dead) {
             running.execution.finish(status);
         }
-        self.queue.drain(..).for_each(|e| e.finish(status));
+        self.queue.drain(..).for_each(|(_, e)| e.finish(status));
     }
 
     /// Takes an event of the guest.
@@ -270,6 +269,9 @@ impl Context {
 
     /// Does what is due.
     pub(super) fn on_time(&mut self, now: Instant) {
+        while let Some((_, execution)) = self.queue.pop_front_if(|(since, _)| now >= *since + self.pace.queue) {
+            execution.finish(Status::Timeout);
+        }
         match &mut self.state {
             State::Booting { deadline, .. } if now >= *deadline => {
                 let reason = format!("the kernel did not answer within {:?}", self.pace.boot);
@@ -391,7 +393,7 @@ impl Context {
         if !matches!(self.state, State::Idle) {
             return;
         }
-        let Some(execution) = self.queue.pop_front() else { return };
+        let Some((_, execution)) = self.queue.pop_front() else { return };
         let msg_id = execution.id.to_string();
         let asked = &execution.request;
         let content = protocol::execute_content(&asked.code, asked.silent, asked.store_history, false);

@@ -44,6 +44,8 @@ pub struct Settings {
     pub orphan_timeout: Duration,
     /// Executions that may wait in one context.
     pub queued_executions: usize,
+    /// One that waits longer ends without having run.
+    pub queue_timeout: Duration,
 }
 
 /// What can be seen of a session. Changes are published as a whole, with a number that rises.

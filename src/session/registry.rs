@@ -23,6 +23,8 @@ pub struct Limits {
     pub session_retention: Duration,
     /// A finished execution can be asked about for this long.
     pub execution_retention: Duration,
+    /// Finished executions that are kept, all together.
+    pub executions: usize,
     /// Bytes that the records of finished executions may hold, all together.
     pub execution_bytes: u64,
 }
@@ -165,10 +167,17 @@ impl Registry {
         inner.prune_executions(&self.limits, now);
     }
 
-    /// Ends every session and waits until all are gone, or the time is over. Returns how many are left.
-    pub async fn drain(&self, within: Duration) -> usize {
+    /// Takes nothing new, gives what runs a grace, ends every session, and waits until all are gone, or the time is over.
+    /// Returns how many are left.
+    pub async fn drain(&self, grace: Duration, within: Duration) -> usize {
         self.inner().draining = true;
         let live = self.live();
+        let quiet = async {
+            for session in &live {
+                session.wait_for(|s| !s.busy).await;
+            }
+        };
+        let _ = tokio::time::timeout(grace, quiet).await;
         live.iter().for_each(|s| s.end(EndReason::Drained));
         let gone = async {
             for session in &live {
@@ -205,17 +214,21 @@ impl Inner {
 
     /// The oldest go first: those finished too long ago, and as many more as it takes to hold the bound on bytes.
     fn prune_executions(&mut self, limits: &Limits, now: Instant) {
-        let mut bytes: u64 = self.executions.values().filter(|e| e.status().is_final()).map(|e| e.weight()).sum();
+        let finished = || self.executions.values().filter(|e| e.status().is_final());
+        let mut bytes: u64 = finished().map(|e| e.weight()).sum();
+        let mut count = finished().count();
         let executions = &mut self.executions;
         let sessions = &self.sessions;
         self.order.retain(|id| {
             let Some(execution) = executions.get(id) else { return false };
             let Some(finished) = execution.finished() else { return true };
             let keep = bytes <= limits.execution_bytes
+                && count <= limits.executions
                 && now.duration_since(finished) < limits.execution_retention
                 && sessions.contains_key(&execution.session);
             if !keep {
                 bytes -= execution.weight().min(bytes);
+                count -= 1;
                 executions.remove(id);
             }
             keep

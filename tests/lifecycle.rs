@@ -1,0 +1,379 @@
+//! Sessions and executions against an engine that can be told to fail: what happens when it does. No containers; the same contract
+//! suite that Docker passes holds the fake to the truth.
+
+#[path = "support/engine_fake.rs"]
+mod engine_fake;
+#[path = "support/engine_suite.rs"]
+mod engine_suite;
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use cellblock::domain::lifecycle::{EndReason, Phase};
+use cellblock::domain::output::Status;
+use cellblock::domain::spec::{MIB, NetworkMode, OutputLimits, Resources, SessionRequest, Template, Timeouts};
+use cellblock::engine::{CellName, Engine, Pull};
+use cellblock::service::keys::{Principal, Scope};
+use cellblock::service::{Error, ExecuteRequest, Service};
+use cellblock::session::execution::Execution;
+use cellblock::session::reconcile;
+use cellblock::session::registry::{Created, Limits, Registry};
+use cellblock::session::{Session, Settings, StartFault};
+use engine_fake::{FakeEngine, Faults, IMAGE};
+use tokio_util::sync::CancellationToken;
+
+const INSTANCE: &str = "fake";
+/// How long anything here may take before it counts as never.
+const NEVER: Duration = Duration::from_secs(20);
+
+struct Bench {
+    engine: Arc<FakeEngine>,
+    registry: Arc<Registry>,
+    service: Arc<Service>,
+    who: Principal,
+}
+
+impl Bench {
+    fn new() -> Self {
+        Self::with(|_, _| {})
+    }
+
+    fn with(change: impl FnOnce(&mut Settings, &mut Template)) -> Self {
+        let engine = Arc::new(FakeEngine::new(INSTANCE));
+        let mut settings = Settings {
+            start_timeout: Duration::from_secs(5),
+            interrupt_grace: Duration::from_millis(200),
+            orphan_timeout: Duration::from_secs(60),
+            queued_executions: 3,
+            queue_timeout: Duration::from_secs(60),
+        };
+        let mut template = template();
+        change(&mut settings, &mut template);
+        let limits = Limits {
+            sessions: 5,
+            session_retention: NEVER,
+            execution_retention: NEVER,
+            executions: 100,
+            execution_bytes: MIB,
+        };
+        let shared: Arc<dyn Engine> = engine.clone();
+        let registry = Arc::new(Registry::new(Arc::clone(&shared), INSTANCE.to_owned(), settings, limits));
+        let templates = BTreeMap::from([("t".to_owned(), template)]);
+        let service = Arc::new(Service::new(Arc::clone(&registry), shared, templates, "t".to_owned(), Pull::Never));
+        let who = Principal { tenant: Arc::from("one"), scopes: Arc::new([Scope::Sessions]) };
+        Self { engine, registry, service, who }
+    }
+
+    async fn create(&self) -> Result<Session, Error> {
+        let request = SessionRequest::default();
+        match bounded(self.service.create_session(&self.who, &request, true)).await? {
+            Created::New(session) | Created::Reused(session) => Ok(session),
+        }
+    }
+
+    async fn start(&self, session: &Session, code: &str, timeout_seconds: f64) -> Result<Arc<Execution>, Error> {
+        let request =
+            ExecuteRequest { code: code.to_owned(), timeout_seconds: Some(timeout_seconds), ..ExecuteRequest::default() };
+        self.service.execute(&self.who, session.id, request).await
+    }
+
+    async fn run(&self, session: &Session, code: &str, timeout_seconds: f64) -> Arc<Execution> {
+        let execution = self.start(session, code, timeout_seconds).await.expect("accepted");
+        bounded(execution.ended()).await;
+        execution
+    }
+
+    async fn cells(&self) -> usize {
+        self.engine.list().await.map_or(0, |cells| cells.len())
+    }
+}
+
+fn template() -> Template {
+    let resources = Resources {
+        cpu_millis: 1000,
+        memory_bytes: 512 * MIB,
+        disk_bytes: 64 * MIB,
+        tmp_bytes: 64 * MIB,
+        pids: 64,
+        open_files: 1024,
+    };
+    let timeouts = Timeouts { idle: NEVER, lifetime: NEVER, execution: NEVER };
+    Template {
+        name: "t".to_owned(),
+        description: String::new(),
+        image: IMAGE.to_owned(),
+        runtime: String::new(),
+        kernelspec: String::new(),
+        transport: cellblock::domain::spec::KernelTransport::Ipc,
+        env: BTreeMap::new(),
+        default_resources: resources,
+        max_resources: resources,
+        default_timeouts: timeouts,
+        max_timeouts: timeouts,
+        output: OutputLimits { text_bytes: 1000, result_bytes: 1000, messages: 100 },
+        network: NetworkMode::None,
+    }
+}
+
+async fn bounded<T>(future: impl Future<Output = T>) -> T {
+    tokio::time::timeout(NEVER, future).await.expect("this never ends")
+}
+
+async fn end_of(session: &Session) -> EndReason {
+    match bounded(session.wait_for(|s| matches!(s.phase, Phase::Ended(_)))).await.phase {
+        Phase::Ended(reason) => reason,
+        phase => panic!("{phase:?}"),
+    }
+}
+
+#[tokio::test]
+async fn the_fake_keeps_the_contract_of_engines() {
+    let engine = Arc::new(FakeEngine::new(INSTANCE));
+    let killed = Arc::clone(&engine);
+    let kill = move |name: CellName| -> futures_util::future::BoxFuture<'static, ()> {
+        let engine = Arc::clone(&killed);
+        Box::pin(async move { engine.kill(&name) })
+    };
+    let subject = engine_suite::Subject { engine: engine.as_ref(), instance: INSTANCE, image: IMAGE, kill: &kill };
+    engine_suite::run(&subject).await;
+}
+
+#[tokio::test]
+async fn code_runs_and_the_session_ends_without_a_trace() {
+    let bench = Bench::new();
+    let session = bench.create().await.unwrap();
+    let execution = bench.run(&session, "print hello", 5.0).await;
+    assert_eq!((execution.status(), execution.outcome().stdout.as_str()), (Status::Ok, "hello"));
+    assert_eq!(bench.run(&session, "raise", 5.0).await.status(), Status::Error);
+    let deleted = bounded(bench.service.delete_session(&bench.who, session.id)).await.unwrap();
+    assert_eq!(deleted.phase(), Phase::Ended(EndReason::Deleted));
+    assert_eq!(bench.cells().await, 0);
+    let refused = bench.start(&session, "hello", 1.0).await.unwrap_err();
+    assert_eq!(refused, Error::SessionEnded(EndReason::Deleted));
+}
+
+#[tokio::test]
+async fn an_answer_never_reaches_another_execution() {
+    let bench = Bench::new();
+    let session = bench.create().await.unwrap();
+    let execution = bench.run(&session, "foreign", 5.0).await;
+    assert_eq!((execution.status(), execution.outcome().stdout.as_str()), (Status::Ok, ""));
+}
+
+#[tokio::test]
+async fn a_failed_start_says_why_and_leaves_no_cell() {
+    let table: [(fn(&mut Faults), StartFault); 5] = [
+        (|f| f.ensure_fails = true, StartFault::EngineUnavailable),
+        (|f| f.unverified = true, StartFault::Unverified),
+        (|f| f.kernel_dies = true, StartFault::KernelFailed),
+        (|f| f.kernel_stalls = true, StartFault::TimedOut),
+        (|f| f.guest_silent = true, StartFault::TimedOut),
+    ];
+    for (fault, expected) in table {
+        let bench = Bench::with(|settings, _| settings.start_timeout = Duration::from_secs(1));
+        bench.engine.faults(fault);
+        let Err(Error::StartFailed(failure)) = bench.create().await else { panic!("{expected:?}: it started") };
+        let kernel_gave_up = failure.fault == StartFault::KernelFailed && expected == StartFault::TimedOut;
+        assert!(failure.fault == expected || kernel_gave_up, "{failure:?}");
+        assert_eq!(bench.cells().await, 0, "{expected:?}");
+        if expected == StartFault::Unverified {
+            assert_eq!(bench.engine.kernels_started(), 0, "nothing may run in a cell that is not confined");
+        }
+        if expected == StartFault::KernelFailed {
+            assert!(failure.detail.contains("the last words"), "{failure:?}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_session_that_ends_while_the_engine_is_asked_waits_for_the_answer() {
+    let bench = Bench::new();
+    bench.engine.faults(|f| f.ensure_takes = Duration::from_millis(400));
+    let created = bench.service.create_session(&bench.who, &SessionRequest::default(), false).await.unwrap();
+    let Created::New(session) = created else { panic!("not new") };
+    session.end(EndReason::Deleted);
+    bounded(session.wait_for(|s| matches!(s.phase, Phase::Aborting(EndReason::Deleted)))).await;
+    assert_eq!(end_of(&session).await, EndReason::Deleted);
+    assert_eq!(bench.cells().await, 0, "the cell that was made meanwhile is gone");
+}
+
+#[tokio::test]
+async fn a_removal_is_tried_until_the_cell_is_gone() {
+    let bench = Bench::new();
+    let session = bench.create().await.unwrap();
+    bench.engine.faults(|f| f.removals_fail = 2);
+    session.end(EndReason::Deleted);
+    assert_eq!(end_of(&session).await, EndReason::Deleted);
+    assert_eq!(bench.cells().await, 0);
+}
+
+#[tokio::test]
+async fn a_caller_that_goes_away_changes_nothing() {
+    let bench = Bench::new();
+    bench.engine.faults(|f| f.ensure_takes = Duration::from_millis(300));
+    let request = SessionRequest { name: Some("kept".to_owned()), ..SessionRequest::default() };
+    let creating = bench.service.create_session(&bench.who, &request, true);
+    assert!(tokio::time::timeout(Duration::from_millis(50), creating).await.is_err(), "it was too quick to be left");
+    let [session] = bench.service.list_sessions(&bench.who, &cellblock::service::Filter::default(), None).try_into().unwrap();
+    bounded(session.wait_for(|s| s.phase == Phase::Ready)).await;
+    assert_eq!(bench.run(&session, "hello", 5.0).await.status(), Status::Ok);
+}
+
+#[tokio::test]
+async fn a_time_limit_interrupts_and_code_that_ignores_it_loses_its_kernel() {
+    let bench = Bench::new();
+    let session = bench.create().await.unwrap();
+    let heeding = bench.run(&session, "hang", 0.1).await;
+    assert_eq!((heeding.status(), heeding.outcome().restarted), (Status::Timeout, None));
+    let ignoring = bench.run(&session, "hang hard", 0.1).await;
+    assert_eq!(ignoring.status(), Status::Timeout);
+    assert!(ignoring.outcome().restarted.is_some());
+    assert_eq!(bench.run(&session, "hello", 5.0).await.status(), Status::Ok);
+}
+
+#[tokio::test]
+async fn a_dead_kernel_is_replaced_and_the_queue_goes_on() {
+    let bench = Bench::new();
+    let session = bench.create().await.unwrap();
+    let dying = bench.start(&session, "die", 5.0).await.unwrap();
+    let waiting = bench.start(&session, "hello", 5.0).await.unwrap();
+    bounded(async { tokio::join!(dying.ended(), waiting.ended()) }).await;
+    assert_eq!((dying.status(), waiting.status()), (Status::KernelDied, Status::Ok));
+}
+
+#[tokio::test]
+async fn the_queue_has_an_end_in_length_and_in_time() {
+    let bench = Bench::with(|settings, _| settings.queue_timeout = Duration::from_millis(200));
+    let session = bench.create().await.unwrap();
+    let running = bench.start(&session, "hang", 2.0).await.unwrap();
+    let mut waiting = Vec::new();
+    for _ in 0..3 {
+        waiting.push(bench.start(&session, "hello", 5.0).await.unwrap());
+    }
+    assert_eq!(bench.start(&session, "hello", 5.0).await.unwrap_err(), Error::QueueFull);
+    for execution in waiting {
+        bounded(execution.ended()).await;
+        assert_eq!(execution.status(), Status::Timeout, "it waited too long");
+    }
+    assert_eq!(running.status(), Status::Running, "what runs is not disturbed");
+    bench.service.cancel(&bench.who, running.id).unwrap();
+    bounded(running.ended()).await;
+    assert_eq!(running.status(), Status::Cancelled);
+}
+
+#[tokio::test]
+async fn a_guest_that_is_gone_ends_the_session_as_lost() {
+    let bench = Bench::new();
+    let session = bench.create().await.unwrap();
+    let running = bench.start(&session, "hang", 5.0).await.unwrap();
+    bench.engine.kill(&CellName::new(INSTANCE, session.id, 1));
+    assert_eq!(end_of(&session).await, EndReason::Lost);
+    assert_eq!(running.status(), Status::Lost);
+    assert_eq!(bench.cells().await, 0);
+}
+
+#[tokio::test]
+async fn idle_and_lifetime_end_a_session_but_work_is_not_idle() {
+    let bench = Bench::with(|_, template| template.default_timeouts.idle = Duration::from_millis(300));
+    let idle = bench.create().await.unwrap();
+    let busy = bench.create().await.unwrap();
+    let work = bench.start(&busy, "hang", 1.5).await.unwrap();
+    assert_eq!(end_of(&idle).await, EndReason::Idle);
+    assert_eq!((busy.phase(), work.status()), (Phase::Ready, Status::Running));
+    bounded(work.ended()).await;
+    assert_eq!(end_of(&busy).await, EndReason::Idle);
+
+    let bench = Bench::with(|_, template| template.default_timeouts.lifetime = Duration::from_millis(300));
+    let old = bench.create().await.unwrap();
+    let work = bench.start(&old, "hang", 5.0).await.unwrap();
+    assert_eq!(end_of(&old).await, EndReason::Lifetime);
+    assert!(work.status().is_final());
+}
+
+#[tokio::test]
+async fn names_are_unique_among_a_tenants_live_sessions() {
+    let bench = Bench::new();
+    let named = |reuse| SessionRequest { name: Some("chat".to_owned()), reuse, ..SessionRequest::default() };
+    let Created::New(first) = bench.service.create_session(&bench.who, &named(false), true).await.unwrap() else { panic!() };
+    let refused = bench.service.create_session(&bench.who, &named(false), true).await.unwrap_err();
+    assert_eq!(refused, Error::NameInUse(first.id));
+    let Created::Reused(same) = bench.service.create_session(&bench.who, &named(true), true).await.unwrap() else { panic!() };
+    assert_eq!(same.id, first.id);
+    let other = Principal { tenant: Arc::from("two"), ..bench.who.clone() };
+    let Created::New(theirs) = bench.service.create_session(&other, &named(true), true).await.unwrap() else { panic!() };
+    assert_ne!(theirs.id, first.id);
+    assert_eq!(bench.service.session(&other, first.id).unwrap_err(), Error::NotFound("session"));
+}
+
+#[tokio::test]
+async fn capacity_is_full_until_a_container_is_gone() {
+    let bench = Bench::new();
+    let mut sessions = Vec::new();
+    for _ in 0..5 {
+        sessions.push(bench.create().await.unwrap());
+    }
+    assert_eq!(bench.create().await.unwrap_err(), Error::AtCapacity);
+    bounded(bench.service.delete_session(&bench.who, sessions[0].id)).await.unwrap();
+    bench.create().await.unwrap();
+}
+
+#[tokio::test]
+async fn the_reconciler_removes_what_nobody_knows_and_notices_what_is_missing() {
+    let bench = Bench::new();
+    let session = bench.create().await.unwrap();
+    let stranger = Bench::new();
+    let subject = engine_suite::Subject {
+        engine: bench.engine.as_ref(),
+        instance: INSTANCE,
+        image: IMAGE,
+        kill: &|_| Box::pin(async {}),
+    };
+    let orphan = engine_suite::spec(&subject).await;
+    bench.engine.ensure(&orphan).await.unwrap();
+    assert_eq!(reconcile::round(bench.engine.as_ref(), &bench.registry).await, Ok(1));
+    assert_eq!(bench.engine.observe(&orphan.name).await, Ok(None));
+    assert_eq!(session.phase(), Phase::Ready, "a session's own cell stays");
+    drop(stranger);
+
+    let stop = CancellationToken::new();
+    let engine: Arc<dyn Engine> = bench.engine.clone();
+    let running = tokio::spawn(reconcile::run(engine, Arc::clone(&bench.registry), stop.clone()));
+    bounded(async {
+        while !session.is_over() {
+            // Events are hints that may be lost while the reconciler is starting, so it is told again.
+            bench.engine.kill(&CellName::new(INSTANCE, session.id, 1));
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    })
+    .await;
+    assert_eq!(end_of(&session).await, EndReason::Lost);
+    stop.cancel();
+    bounded(running).await.unwrap();
+}
+
+#[tokio::test]
+async fn an_engine_that_comes_back_is_used_again() {
+    let bench = Bench::new();
+    let session = bench.create().await.unwrap();
+    bench.engine.faults(|f| f.unreachable = true);
+    assert_eq!(bench.create().await.unwrap_err(), Error::EngineUnavailable);
+    assert_eq!(bench.service.ready().await, Err(Error::EngineUnavailable));
+    assert_eq!(bench.run(&session, "hello", 5.0).await.status(), Status::Ok, "a link needs no engine");
+    session.end(EndReason::Deleted);
+    bounded(session.wait_for(|s| matches!(s.phase, Phase::Ending(_)))).await;
+    bench.engine.faults(|f| f.unreachable = false);
+    assert_eq!(end_of(&session).await, EndReason::Deleted);
+    bench.create().await.unwrap();
+}
+
+#[tokio::test]
+async fn draining_takes_nothing_new_and_lets_work_end() {
+    let bench = Bench::new();
+    let session = bench.create().await.unwrap();
+    let work = bench.start(&session, "hang", 0.5).await.unwrap();
+    let left = bounded(bench.registry.drain(Duration::from_secs(5), Duration::from_secs(5))).await;
+    assert_eq!((left, work.status()), (0, Status::Timeout), "it came to its own end");
+    assert_eq!(bench.create().await.unwrap_err(), Error::Draining);
+    assert_eq!(bench.cells().await, 0);
+}

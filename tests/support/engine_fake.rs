@@ -1,0 +1,437 @@
+//! An engine without containers: its cells are tasks that speak the link, with a kernel that understands a few words. It keeps the
+//! same contract as Docker (`tests/lifecycle.rs` runs the suite on it), and it can be told to fail.
+#![allow(dead_code, reason = "each test takes a part of it")]
+
+use std::collections::{BTreeMap, VecDeque};
+use std::convert::Infallible;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use bytes::{Bytes, BytesMut};
+use cellblock::domain::spec::MIB;
+use cellblock::engine::{
+    ByteStream, CellName, CellSpec, CellState, Engine, EngineError, EngineEvent, EngineEventKind, EngineInfo, ImageInfo, Observed, Pull,
+};
+use cellblock_wire::frame::{self, Frame};
+use cellblock_wire::link::{Channel, Event, Hello, KernelStarted, Numbered, Outbound, Refusal, Report, StartKernel};
+use cellblock_wire::marker::{MARKER_LEN, MarkerScanner, Scanned};
+use futures_util::StreamExt;
+use futures_util::stream::BoxStream;
+use http_body_util::{BodyExt, Full, StreamBody, combinators::UnsyncBoxBody};
+use hyper::body::Incoming;
+use hyper::{Request, Response, StatusCode};
+use hyper_util::rt::{TokioExecutor, TokioIo};
+use serde_json::{Value, json};
+use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream};
+use tokio::sync::{broadcast, watch};
+use tokio_util::sync::CancellationToken;
+
+/// The one image there is.
+pub const IMAGE: &str = "fake:latest";
+
+/// What goes wrong, until it is changed.
+#[derive(Debug, Clone, Default)]
+pub struct Faults {
+    /// `ensure` takes this long.
+    pub ensure_takes: Duration,
+    /// `ensure` fails after the cell was made.
+    pub ensure_fails: bool,
+    /// This many removals fail.
+    pub removals_fail: u32,
+    /// Attestation finds this.
+    pub unverified: bool,
+    /// The guest never answers its marker.
+    pub guest_silent: bool,
+    /// Kernels never connect.
+    pub kernel_stalls: bool,
+    /// Kernels die while they start.
+    pub kernel_dies: bool,
+    /// The engine can't be reached.
+    pub unreachable: bool,
+}
+
+/// The engine.
+pub struct FakeEngine {
+    instance: String,
+    faults: Arc<Mutex<Faults>>,
+    cells: Arc<Mutex<BTreeMap<CellName, Cell>>>,
+    events: broadcast::Sender<EngineEvent>,
+}
+
+#[derive(Clone)]
+struct Cell {
+    spec: CellSpec,
+    state: CellState,
+    guest: Arc<Guest>,
+}
+
+impl FakeEngine {
+    /// An engine with nothing on it.
+    pub fn new(instance: &str) -> Self {
+        let events = broadcast::channel(64).0;
+        Self { instance: instance.to_owned(), faults: Arc::default(), cells: Arc::default(), events }
+    }
+
+    /// Changes what goes wrong.
+    pub fn faults(&self, change: impl FnOnce(&mut Faults)) {
+        change(&mut self.faults.lock().unwrap());
+    }
+
+    /// Ends a cell's guest behind the engine's back.
+    pub fn kill(&self, name: &CellName) {
+        if let Some(cell) = self.cells.lock().unwrap().get_mut(name) {
+            cell.state = CellState::Exited { status: 137, oom: false };
+            cell.guest.stop.cancel();
+        }
+        self.tell(name, EngineEventKind::Exited);
+    }
+
+    /// The kernels that were started in all cells so far.
+    pub fn kernels_started(&self) -> usize {
+        self.cells.lock().unwrap().values().map(|c| c.guest.state.lock().unwrap().started).sum()
+    }
+
+    fn tell(&self, name: &CellName, kind: EngineEventKind) {
+        // Nobody may be watching.
+        let _ = self.events.send(EngineEvent { name: name.clone(), kind });
+    }
+
+    fn reachable(&self, attempt: &'static str) -> Result<Faults, EngineError> {
+        let faults = self.faults.lock().unwrap().clone();
+        if faults.unreachable {
+            return Err(EngineError::Unavailable { attempt, detail: "told to fail".to_owned() });
+        }
+        Ok(faults)
+    }
+
+    fn open(&self, name: &CellName, attempt: &'static str) -> Result<ByteStream, EngineError> {
+        let cells = self.cells.lock().unwrap();
+        let cell = cells.get(name).ok_or(EngineError::Absent { attempt, what: name.to_string() })?;
+        if cell.state != CellState::Running {
+            return Err(EngineError::Conflict { attempt, detail: "it does not run".to_owned() });
+        }
+        let (ours, theirs) = tokio::io::duplex(256 * 1024);
+        let (guest, faults) = (Arc::clone(&cell.guest), self.faults.lock().unwrap().clone());
+        tokio::spawn(async move {
+            let stop = guest.stop.clone();
+            tokio::select! {
+                () = stop.cancelled() => {}
+                () = serve(guest, theirs, faults) => {}
+            }
+        });
+        Ok(Box::new(ours))
+    }
+}
+
+#[async_trait]
+impl Engine for FakeEngine {
+    async fn info(&self) -> Result<EngineInfo, EngineError> {
+        self.reachable("ask")?;
+        Ok(EngineInfo { version: "fake".to_owned(), cpus: 2, memory_bytes: 1024 * MIB })
+    }
+
+    async fn resolve_image(&self, reference: &str, _pull: Pull) -> Result<ImageInfo, EngineError> {
+        self.reachable("find an image")?;
+        if reference != IMAGE && reference != "sha256:fake" {
+            return Err(EngineError::Absent { attempt: "find an image", what: reference.to_owned() });
+        }
+        Ok(ImageInfo { id: "sha256:fake".to_owned(), reference: reference.to_owned(), size_bytes: 1, labels: BTreeMap::new() })
+    }
+
+    async fn ensure(&self, spec: &CellSpec) -> Result<ByteStream, EngineError> {
+        let attempt = "make a cell";
+        let faults = self.reachable(attempt)?;
+        if spec.image != "sha256:fake" {
+            return Err(EngineError::Absent { attempt, what: spec.image.clone() });
+        }
+        tokio::time::sleep(faults.ensure_takes).await;
+        {
+            let mut cells = self.cells.lock().unwrap();
+            let cell = cells.entry(spec.name.clone()).or_insert_with(|| Cell {
+                spec: spec.clone(),
+                state: CellState::Running,
+                guest: Arc::default(),
+            });
+            if cell.spec != *spec {
+                return Err(EngineError::Conflict { attempt, detail: "made from another specification".to_owned() });
+            }
+        }
+        if faults.ensure_fails {
+            return Err(EngineError::TimedOut { attempt, limit: faults.ensure_takes });
+        }
+        self.open(&spec.name, attempt)
+    }
+
+    async fn link(&self, name: &CellName) -> Result<ByteStream, EngineError> {
+        self.reachable("link")?;
+        self.open(name, "link")
+    }
+
+    async fn attest(&self, _cell: &CellSpec, _report: &Report) -> Result<(), EngineError> {
+        let faults = self.reachable("attest")?;
+        if faults.unverified {
+            return Err(EngineError::Unverified { mismatches: vec!["told to".to_owned()] });
+        }
+        Ok(())
+    }
+
+    async fn remove(&self, name: &CellName) -> Result<(), EngineError> {
+        self.reachable("remove")?;
+        {
+            let mut faults = self.faults.lock().unwrap();
+            if faults.removals_fail > 0 {
+                faults.removals_fail -= 1;
+                return Err(EngineError::Unexpected { attempt: "remove", detail: "told to fail".to_owned() });
+            }
+        }
+        if let Some(cell) = self.cells.lock().unwrap().remove(name) {
+            cell.guest.stop.cancel();
+            self.tell(name, EngineEventKind::Exited);
+            self.tell(name, EngineEventKind::Removed);
+        }
+        Ok(())
+    }
+
+    async fn observe(&self, name: &CellName) -> Result<Option<Observed>, EngineError> {
+        Ok(self.list().await?.into_iter().find(|seen| seen.name == *name))
+    }
+
+    async fn list(&self) -> Result<Vec<Observed>, EngineError> {
+        self.reachable("list")?;
+        let cells = self.cells.lock().unwrap();
+        Ok(cells.values().map(|c| Observed { name: c.spec.name.clone(), session: Some(c.spec.session), state: c.state }).collect())
+    }
+
+    fn watch(&self) -> BoxStream<'static, EngineEvent> {
+        tokio_stream::wrappers::BroadcastStream::new(self.events.subscribe()).filter_map(|e| async { e.ok() }).boxed()
+    }
+}
+
+/// A guest, as far as a control plane can tell.
+struct Guest {
+    state: Mutex<GuestState>,
+    newest: watch::Sender<u64>,
+    stop: CancellationToken,
+}
+
+#[derive(Default)]
+struct GuestState {
+    log: VecDeque<(Numbered, Vec<Bytes>)>,
+    kernels: BTreeMap<String, Kernel>,
+    started: usize,
+}
+
+#[derive(Default)]
+struct Kernel {
+    count: u64,
+    /// The header of what runs without end, and whether it heeds interrupts.
+    hanging: Option<(Bytes, bool)>,
+}
+
+impl Default for Guest {
+    fn default() -> Self {
+        Self { state: Mutex::default(), newest: watch::Sender::new(0), stop: CancellationToken::new() }
+    }
+}
+
+async fn serve(guest: Arc<Guest>, mut stream: DuplexStream, faults: Faults) {
+    let mut scanner = MarkerScanner::default();
+    let mut buffer = [0; MARKER_LEN];
+    loop {
+        let Ok(read @ 1..) = stream.read(&mut buffer).await else { return };
+        let pieces = scanner.push(&buffer[..read], |_| true);
+        if let Some(Scanned::Marker(marker)) = pieces.into_iter().next_back() {
+            if faults.guest_silent {
+                return std::future::pending().await;
+            }
+            if stream.write_all(&marker.to_bytes()).await.is_err() {
+                return;
+            }
+            break;
+        }
+    }
+    let service = hyper::service::service_fn(move |request| {
+        let (guest, faults) = (Arc::clone(&guest), faults.clone());
+        async move { Ok::<_, Infallible>(answer(&guest, &faults, request).await) }
+    });
+    let _ = hyper::server::conn::http2::Builder::new(TokioExecutor::new()).serve_connection(TokioIo::new(stream), service).await;
+}
+
+type Answer = Response<UnsyncBoxBody<Bytes, Infallible>>;
+
+async fn answer(guest: &Arc<Guest>, faults: &Faults, request: Request<Incoming>) -> Answer {
+    let (method, path) = (request.method().to_string(), request.uri().path().to_owned());
+    if path == "/events" {
+        let after = request.uri().query().and_then(|q| q.strip_prefix("after=")).and_then(|n| n.parse().ok()).unwrap_or(0);
+        return events(Arc::clone(guest), after);
+    }
+    let body = request.into_body().collect().await.map(|b| b.to_bytes()).unwrap_or_default();
+    let parts: Vec<&str> = path.trim_start_matches('/').split('/').collect();
+    match (method.as_str(), parts.as_slice()) {
+        ("POST", ["init"]) => json_answer(&Hello { generation: 1, version: "fake".to_owned(), last_seq: 0 }),
+        ("GET", ["report"]) => json_answer(&Report::default()),
+        ("POST", ["kernels"]) => {
+            let start: StartKernel = serde_json::from_slice(&body).unwrap();
+            guest.start(&start.kernel, faults);
+            json_answer(&KernelStarted { kernelspec: "fake".to_owned(), language: "fake".to_owned() })
+        }
+        ("POST", ["kernels", kernel, "messages"]) => {
+            let mut decoder = frame::Decoder::default();
+            decoder.push(&body);
+            let frame: Frame<Outbound> = decoder.next().unwrap().unwrap();
+            guest.take(kernel, &frame)
+        }
+        ("DELETE", ["kernels", kernel]) => {
+            guest.state.lock().unwrap().kernels.remove(*kernel);
+            empty()
+        }
+        ("POST", ["ack" | "kernels", ..]) => empty(),
+        _ => refuse("not-found"),
+    }
+}
+
+impl Guest {
+    fn tell(&self, kernel: &str, event: Event, parts: Vec<Bytes>) {
+        let mut state = self.state.lock().unwrap();
+        let seq = state.log.back().map_or(0, |(n, _)| n.seq) + 1;
+        state.log.push_back((Numbered { seq, kernel: kernel.to_owned(), event }, parts));
+        drop(state);
+        self.newest.send_replace(seq);
+    }
+
+    fn start(&self, kernel: &str, faults: &Faults) {
+        {
+            let mut state = self.state.lock().unwrap();
+            state.kernels.insert(kernel.to_owned(), Kernel::default());
+            state.started += 1;
+        }
+        if faults.kernel_dies {
+            self.exit(kernel, 3);
+        } else if !faults.kernel_stalls {
+            self.tell(kernel, Event::KernelConnected, vec![]);
+        }
+    }
+
+    fn exit(&self, kernel: &str, status: i32) {
+        let stderr_tail = "the last words".to_owned();
+        self.tell(kernel, Event::KernelExited { status: Some(status), signal: None, oom_kills: 0, stderr_tail }, vec![]);
+    }
+
+    fn take(&self, kernel: &str, frame: &Frame<Outbound>) -> Answer {
+        if !self.state.lock().unwrap().kernels.contains_key(kernel) {
+            return refuse("not-found");
+        }
+        let header: Value = serde_json::from_slice(&frame.parts[0]).unwrap();
+        let content: Value = serde_json::from_slice(&frame.parts[3]).unwrap();
+        match header["msg_type"].as_str().unwrap() {
+            "kernel_info_request" => {
+                self.say(kernel, &frame.parts[0], Channel::Iopub, "status", &json!({"execution_state": "busy"}));
+                let info = json!({"language_info": {"name": "fake"}});
+                self.say(kernel, &frame.parts[0], Channel::Shell, "kernel_info_reply", &info);
+            }
+            "interrupt_request" => self.interrupt(kernel),
+            "execute_request" => self.execute(kernel, &frame.parts[0], content["code"].as_str().unwrap()),
+            _ => {}
+        }
+        empty()
+    }
+
+    /// The kernel's language: `print X`, `hang`, `hang hard`, `die`, `raise`, and `hello` whose value is 1.
+    fn execute(&self, kernel: &str, parent: &Bytes, code: &str) {
+        self.say(kernel, parent, Channel::Iopub, "status", &json!({"execution_state": "busy"}));
+        let word = code.split(' ').next().unwrap_or_default();
+        match word {
+            "hang" => {
+                let heeds = code != "hang hard";
+                let mut state = self.state.lock().unwrap();
+                state.kernels.entry(kernel.to_owned()).or_default().hanging = Some((parent.clone(), heeds));
+                return;
+            }
+            "die" => return self.exit(kernel, 3),
+            "print" => self.say(kernel, parent, Channel::Iopub, "stream", &json!({"name": "stdout", "text": &code[6..]})),
+            "raise" => return self.finish(kernel, parent, "Error"),
+            "foreign" => {
+                let other = Bytes::from(json!({"msg_id": "another"}).to_string());
+                self.say(kernel, &other, Channel::Iopub, "stream", &json!({"name": "stdout", "text": "not yours"}));
+            }
+            _ => {
+                let data = json!({"data": {"text/plain": "1"}, "metadata": {}, "execution_count": 1});
+                self.say(kernel, parent, Channel::Iopub, "execute_result", &data);
+            }
+        }
+        self.finish(kernel, parent, "");
+    }
+
+    fn interrupt(&self, kernel: &str) {
+        let hanging = {
+            let mut state = self.state.lock().unwrap();
+            let kernel = state.kernels.entry(kernel.to_owned()).or_default();
+            kernel.hanging.take_if(|(_, heeds)| *heeds)
+        };
+        if let Some((parent, _)) = hanging {
+            self.finish(kernel, &parent, "KeyboardInterrupt");
+        }
+    }
+
+    fn finish(&self, kernel: &str, parent: &Bytes, error: &str) {
+        let count = {
+            let mut state = self.state.lock().unwrap();
+            let kernel = state.kernels.entry(kernel.to_owned()).or_default();
+            kernel.count += 1;
+            kernel.count
+        };
+        let reply = match error {
+            "" => json!({"status": "ok", "execution_count": count}),
+            name => json!({"status": "error", "execution_count": count, "ename": name, "evalue": "", "traceback": []}),
+        };
+        self.say(kernel, parent, Channel::Shell, "execute_reply", &reply);
+        self.say(kernel, parent, Channel::Iopub, "status", &json!({"execution_state": "idle"}));
+    }
+
+    fn say(&self, kernel: &str, parent: &Bytes, channel: Channel, msg_type: &str, content: &Value) {
+        let parent_id = serde_json::from_slice::<Value>(parent).unwrap()["msg_id"].as_str().unwrap().to_owned();
+        let parts = ["{}", "{}", "{}", &content.to_string()].map(|p| Bytes::from(p.to_owned())).to_vec();
+        self.tell(kernel, Event::Message { channel, msg_type: msg_type.to_owned(), parent_id }, parts);
+    }
+}
+
+fn events(guest: Arc<Guest>, after: u64) -> Answer {
+    let newest = guest.newest.subscribe();
+    let frames = futures_util::stream::unfold((guest, newest, after), |(guest, mut newest, mut seq)| async move {
+        loop {
+            newest.mark_unchanged();
+            let (mut bytes, mut last) = (BytesMut::new(), seq);
+            for (head, parts) in guest.state.lock().unwrap().log.iter().filter(|(n, _)| n.seq > seq) {
+                frame::encode(head, parts, &mut bytes).unwrap();
+                last = head.seq;
+            }
+            if !bytes.is_empty() {
+                seq = last;
+                let frame = Ok::<_, Infallible>(hyper::body::Frame::data(bytes.freeze()));
+                return Some((frame, (guest, newest, seq)));
+            }
+            newest.changed().await.ok()?;
+        }
+    });
+    Response::new(UnsyncBoxBody::new(StreamBody::new(frames.boxed())))
+}
+
+fn json_answer<T: serde::Serialize>(body: &T) -> Answer {
+    Response::new(UnsyncBoxBody::new(Full::new(Bytes::from(serde_json::to_vec(body).unwrap()))))
+}
+
+fn empty() -> Answer {
+    status(StatusCode::NO_CONTENT, Bytes::new())
+}
+
+fn refuse(code: &str) -> Answer {
+    let refusal = Refusal { code: code.to_owned(), message: "told to".to_owned() };
+    status(StatusCode::NOT_FOUND, Bytes::from(serde_json::to_vec(&refusal).unwrap()))
+}
+
+fn status(status: StatusCode, body: Bytes) -> Answer {
+    let mut response = Response::new(UnsyncBoxBody::new(Full::new(body)));
+    *response.status_mut() = status;
+    response
+}

@@ -1,0 +1,215 @@
+//! What every engine promises, as one suite over `&dyn Engine`. Nothing here is true of Docker alone.
+#![allow(dead_code, reason = "each test takes a part of it")]
+
+use std::time::Duration;
+
+use cellblock::domain::ids::SessionId;
+use cellblock::domain::spec::{MIB, Resources};
+use cellblock::engine::{
+    ByteStream, CellName, CellSpec, CellState, Engine, EngineError, EngineEvent, EngineEventKind, Pull,
+};
+use cellblock_wire::marker::{LinkSecret, Marker, MarkerScanner, Scanned};
+use futures_util::StreamExt;
+use futures_util::future::BoxFuture;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use uuid::Uuid;
+
+/// How long anything in this suite may take before it counts as never.
+const NEVER: Duration = Duration::from_secs(30);
+
+/// An engine under test. Its cells run a guest that answers reset markers.
+pub struct Subject<'a> {
+    /// The engine.
+    pub engine: &'a dyn Engine,
+    /// Its instance.
+    pub instance: &'a str,
+    /// A reference that it can resolve.
+    pub image: &'a str,
+    /// Ends a cell's first process behind the engine's back.
+    pub kill: &'a (dyn Fn(CellName) -> BoxFuture<'static, ()> + Sync),
+}
+
+/// The whole suite.
+pub async fn run(subject: &Subject<'_>) {
+    info_and_images(subject).await;
+    absent_cells_are_no_error_to_look_at(subject).await;
+    a_life(subject).await;
+    streams_follow_each_other(subject).await;
+    another_specification_is_a_conflict(subject).await;
+    events_tell_of_ends(subject).await;
+    a_killed_guest_is_seen(subject).await;
+    assert_eq!(subject.engine.list().await, Ok(vec![]), "the suite leaves nothing");
+}
+
+/// A specification that no other cell has.
+pub async fn spec(subject: &Subject<'_>) -> CellSpec {
+    let session = SessionId::from_uuid(Uuid::now_v7());
+    let image = subject.engine.resolve_image(subject.image, Pull::Never).await.expect("the image is there");
+    CellSpec {
+        name: CellName::new(subject.instance, session, 0),
+        session,
+        image: image.id,
+        runtime: String::new(),
+        resources: resources(),
+    }
+}
+
+/// Small, but enough for a kernel.
+pub fn resources() -> Resources {
+    Resources {
+        cpu_millis: 1000,
+        memory_bytes: 256 * MIB,
+        disk_bytes: 64 * MIB,
+        tmp_bytes: 32 * MIB,
+        pids: 64,
+        open_files: 1024,
+    }
+}
+
+/// Sends a marker and waits for its echo, throwing away what comes before it.
+pub async fn echo(stream: &mut ByteStream, secret: LinkSecret) {
+    let marker = Marker { secret, nonce: *Uuid::new_v4().as_bytes() };
+    let exchange = async {
+        stream.write_all(&marker.to_bytes()).await.expect("writing to a cell");
+        stream.flush().await.expect("writing to a cell");
+        let mut scanner = MarkerScanner::default();
+        let mut buffer = vec![0; 64 * 1024];
+        loop {
+            let read = stream.read(&mut buffer).await.expect("reading from a cell");
+            assert_ne!(read, 0, "the stream ended before the echo");
+            if scanner.push(&buffer[..read], |m| *m == marker).contains(&Scanned::Marker(marker)) {
+                return;
+            }
+        }
+    };
+    tokio::time::timeout(NEVER, exchange).await.expect("an echo of the marker");
+}
+
+/// A secret for one cell.
+pub fn secret() -> LinkSecret {
+    LinkSecret(*Uuid::new_v4().as_bytes())
+}
+
+async fn info_and_images(subject: &Subject<'_>) {
+    let info = subject.engine.info().await.expect("information");
+    assert!(info.cpus > 0 && info.memory_bytes > 64 * MIB && !info.version.is_empty(), "{info:?}");
+
+    let image = subject.engine.resolve_image(subject.image, Pull::Never).await.expect("the image is there");
+    assert!(!image.id.is_empty());
+    let by_id = subject.engine.resolve_image(&image.id, Pull::Never).await.expect("an id is a reference as well");
+    assert_eq!(by_id.id, image.id);
+    let missing = subject.engine.resolve_image("cellblock-no-such-image:none", Pull::Never).await;
+    assert!(matches!(missing, Err(EngineError::Absent { .. })), "{missing:?}");
+}
+
+async fn absent_cells_are_no_error_to_look_at(subject: &Subject<'_>) {
+    let name = CellName::new(subject.instance, SessionId::from_uuid(Uuid::now_v7()), 0);
+    assert_eq!(subject.engine.observe(&name).await, Ok(None));
+    assert_eq!(subject.engine.remove(&name).await, Ok(()), "what is not there is removed");
+    let link = subject.engine.link(&name).await.err();
+    assert!(matches!(link, Some(EngineError::Absent { .. })), "{link:?}");
+
+    let mut cell = spec(subject).await;
+    cell.image = format!("sha256:{}", "0".repeat(64));
+    let ensured = subject.engine.ensure(&cell).await.err();
+    assert!(matches!(ensured, Some(EngineError::Absent { .. })), "{ensured:?}");
+    assert_eq!(subject.engine.remove(&cell.name).await, Ok(()));
+}
+
+async fn a_life(subject: &Subject<'_>) {
+    let cell = spec(subject).await;
+    let secret = secret();
+    let mut stream = subject.engine.ensure(&cell).await.expect("a cell");
+    echo(&mut stream, secret).await;
+
+    let seen = subject.engine.observe(&cell.name).await.expect("a look").expect("a cell");
+    assert_eq!((seen.state, seen.session), (CellState::Running, Some(cell.session)));
+    assert_eq!(subject.engine.list().await, Ok(vec![seen]));
+
+    drop(stream);
+    let mut stream = subject.engine.ensure(&cell).await.expect("the same cell");
+    echo(&mut stream, secret).await;
+    assert_eq!(subject.engine.list().await.expect("a list").len(), 1, "made twice is made once");
+
+    assert_eq!(subject.engine.remove(&cell.name).await, Ok(()));
+    assert_eq!(subject.engine.observe(&cell.name).await, Ok(None), "removed means gone");
+    assert_eq!(subject.engine.remove(&cell.name).await, Ok(()), "removed twice is removed");
+    end_of(stream).await;
+}
+
+async fn streams_follow_each_other(subject: &Subject<'_>) {
+    let cell = spec(subject).await;
+    let secret = secret();
+    let mut stream = subject.engine.ensure(&cell).await.expect("a cell");
+    echo(&mut stream, secret).await;
+    for _ in 0..10 {
+        drop(stream);
+        let link = tokio::time::timeout(Duration::from_secs(3), subject.engine.link(&cell.name)).await;
+        stream = link.expect("a link answers at once").expect("a link");
+        echo(&mut stream, secret).await;
+    }
+    drop(stream);
+    assert_eq!(subject.engine.remove(&cell.name).await, Ok(()));
+}
+
+async fn another_specification_is_a_conflict(subject: &Subject<'_>) {
+    let cell = spec(subject).await;
+    let stream = subject.engine.ensure(&cell).await.expect("a cell");
+    drop(stream);
+    let mut other = cell.clone();
+    other.resources.memory_bytes += MIB;
+    let refused = subject.engine.ensure(&other).await.err();
+    assert!(matches!(refused, Some(EngineError::Conflict { .. })), "{refused:?}");
+    let state = subject.engine.observe(&cell.name).await.expect("a look").map(|seen| seen.state);
+    assert_eq!(state, Some(CellState::Running), "the first one is undisturbed");
+    assert_eq!(subject.engine.remove(&cell.name).await, Ok(()));
+}
+
+async fn events_tell_of_ends(subject: &Subject<'_>) {
+    let cell = spec(subject).await;
+    let mut stream = subject.engine.ensure(&cell).await.expect("a cell");
+    echo(&mut stream, secret()).await;
+    let mut events = subject.engine.watch();
+    let removal = async {
+        // Nobody can wait for a watch to have begun; events are hints.
+        tokio::time::sleep(Duration::from_millis(300)).await;
+        assert_eq!(subject.engine.remove(&cell.name).await, Ok(()));
+    };
+    let seen = async {
+        let mut kinds = Vec::new();
+        while !kinds.contains(&EngineEventKind::Removed) {
+            let EngineEvent { name, kind } = events.next().await.expect("a watch never ends");
+            if name == cell.name {
+                kinds.push(kind);
+            }
+        }
+        kinds
+    };
+    let (kinds, ()) = tokio::time::timeout(NEVER, async { tokio::join!(seen, removal) }).await.expect("events");
+    assert!(kinds.contains(&EngineEventKind::Exited), "{kinds:?}");
+}
+
+async fn a_killed_guest_is_seen(subject: &Subject<'_>) {
+    let cell = spec(subject).await;
+    let mut stream = subject.engine.ensure(&cell).await.expect("a cell");
+    echo(&mut stream, secret()).await;
+    (subject.kill)(cell.name.clone()).await;
+    end_of(stream).await;
+    let state =
+        subject.engine.observe(&cell.name).await.expect("a look").expect("a cell that ended is still there").state;
+    assert!(matches!(state, CellState::Exited { oom: false, .. }), "{state:?}");
+    let listed = subject.engine.list().await.expect("a list");
+    assert_eq!(listed.iter().map(|o| (&o.name, o.state)).collect::<Vec<_>>(), [(&cell.name, state)]);
+    let link = subject.engine.link(&cell.name).await.err();
+    assert!(matches!(link, Some(EngineError::Conflict { .. })), "{link:?}");
+    let again = subject.engine.ensure(&cell).await.err();
+    assert!(matches!(again, Some(EngineError::Conflict { .. })), "{again:?}");
+    assert_eq!(subject.engine.remove(&cell.name).await, Ok(()));
+}
+
+/// Reads to the end, or to the error that a broken connection is.
+async fn end_of(mut stream: ByteStream) {
+    let mut buffer = vec![0; 64 * 1024];
+    let reading = async { while !matches!(stream.read(&mut buffer).await, Ok(0) | Err(_)) {} };
+    tokio::time::timeout(NEVER, reading).await.expect("the end of the stream of a cell that is gone");
+}
