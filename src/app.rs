@@ -30,7 +30,9 @@ const IPYKERNEL_LAUNCHER: &[u8] = include_bytes!("../crates/guest/launcher/ipyke
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
     /// The engine is not there, or can't be used.
-    #[error("the container engine at {host} can't be used: {source}\n  is Docker running, and may this user reach it? `docker info` tells; `make setup` installs and starts it")]
+    #[error(
+        "the container engine at {host} can't be used: {source}\n  is Docker running, and may this user reach it? `docker info` tells; `make setup` installs and starts it"
+    )]
     Engine {
         /// Where it was looked for.
         host: String,
@@ -188,12 +190,13 @@ pub async fn connect(config: &Config) -> Result<DockerEngine, StartError> {
         uids: section.uid_first..=section.uid_last,
         credentials_file: section.docker_config.as_ref().map(|folder| folder.join("config.json")),
         require_swap_limit: true,
+        starts_at_once: config.limits.concurrent_starts as usize,
     };
     DockerEngine::connect(settings).await.map_err(|e| engine_error(config, e))
 }
 
-/// Puts the guest in place, with the help of the first template image that is there. Without one nothing can start yet, and each
-/// create says so.
+/// Puts the guest in place, with the help of the first template image that is there. Without one nothing can start yet: each
+/// create says so, and the first one that can puts the guest in place.
 async fn prepare(docker: &DockerEngine, config: &Config) -> Result<(), StartError> {
     let default = config.templates.get(&config.default_template);
     for template in default.into_iter().chain(config.templates.values()) {

@@ -11,7 +11,8 @@ use async_trait::async_trait;
 use bytes::{Bytes, BytesMut};
 use cellblock::domain::spec::MIB;
 use cellblock::engine::{
-    ByteStream, CellName, CellSpec, CellState, Engine, EngineError, EngineEvent, EngineEventKind, EngineInfo, ImageInfo, Observed, Pull,
+    ByteStream, CellName, CellSpec, CellState, Engine, EngineError, EngineEvent, EngineEventKind, EngineInfo,
+    ImageInfo, Observed, Pull,
 };
 use cellblock_wire::frame::{self, Frame};
 use cellblock_wire::link::{Channel, Event, Hello, KernelStarted, Numbered, Outbound, Refusal, Report, StartKernel};
@@ -21,7 +22,7 @@ use futures_util::stream::BoxStream;
 use http_body_util::{BodyExt, Full, StreamBody, combinators::UnsyncBoxBody};
 use hyper::body::Incoming;
 use hyper::{Request, Response, StatusCode};
-use hyper_util::rt::{TokioExecutor, TokioIo};
+use hyper_util::rt::TokioIo;
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream};
 use tokio::sync::{broadcast, watch};
@@ -113,7 +114,7 @@ impl FakeEngine {
         }
         let (ours, theirs) = tokio::io::duplex(256 * 1024);
         let (guest, faults) = (Arc::clone(&cell.guest), self.faults.lock().unwrap().clone());
-        tokio::spawn(async move {
+        cellblock::task::spawn("guest", async move {
             let stop = guest.stop.clone();
             tokio::select! {
                 () = stop.cancelled() => {}
@@ -136,7 +137,12 @@ impl Engine for FakeEngine {
         if reference != IMAGE && reference != "sha256:fake" {
             return Err(EngineError::Absent { attempt: "find an image", what: reference.to_owned() });
         }
-        Ok(ImageInfo { id: "sha256:fake".to_owned(), reference: reference.to_owned(), size_bytes: 1, labels: BTreeMap::new() })
+        Ok(ImageInfo {
+            id: "sha256:fake".to_owned(),
+            reference: reference.to_owned(),
+            size_bytes: 1,
+            labels: BTreeMap::new(),
+        })
     }
 
     async fn ensure(&self, spec: &CellSpec) -> Result<ByteStream, EngineError> {
@@ -200,7 +206,10 @@ impl Engine for FakeEngine {
     async fn list(&self) -> Result<Vec<Observed>, EngineError> {
         self.reachable("list")?;
         let cells = self.cells.lock().unwrap();
-        Ok(cells.values().map(|c| Observed { name: c.spec.name.clone(), session: Some(c.spec.session), state: c.state }).collect())
+        Ok(cells
+            .values()
+            .map(|c| Observed { name: c.spec.name.clone(), session: Some(c.spec.session), state: c.state })
+            .collect())
     }
 
     fn watch(&self) -> BoxStream<'static, EngineEvent> {
@@ -255,7 +264,9 @@ async fn serve(guest: Arc<Guest>, mut stream: DuplexStream, faults: Faults) {
         let (guest, faults) = (Arc::clone(&guest), faults.clone());
         async move { Ok::<_, Infallible>(answer(&guest, &faults, request).await) }
     });
-    let _ = hyper::server::conn::http2::Builder::new(TokioExecutor::new()).serve_connection(TokioIo::new(stream), service).await;
+    let _ = hyper::server::conn::http2::Builder::new(cellblock::task::Executor)
+        .serve_connection(TokioIo::new(stream), service)
+        .await;
 }
 
 type Answer = Response<UnsyncBoxBody<Bytes, Infallible>>;
@@ -263,7 +274,8 @@ type Answer = Response<UnsyncBoxBody<Bytes, Infallible>>;
 async fn answer(guest: &Arc<Guest>, faults: &Faults, request: Request<Incoming>) -> Answer {
     let (method, path) = (request.method().to_string(), request.uri().path().to_owned());
     if path == "/events" {
-        let after = request.uri().query().and_then(|q| q.strip_prefix("after=")).and_then(|n| n.parse().ok()).unwrap_or(0);
+        let after =
+            request.uri().query().and_then(|q| q.strip_prefix("after=")).and_then(|n| n.parse().ok()).unwrap_or(0);
         return events(Arc::clone(guest), after);
     }
     let body = request.into_body().collect().await.map(|b| b.to_bytes()).unwrap_or_default();
@@ -315,7 +327,11 @@ impl Guest {
 
     fn exit(&self, kernel: &str, status: i32) {
         let stderr_tail = "the last words".to_owned();
-        self.tell(kernel, Event::KernelExited { status: Some(status), signal: None, oom_kills: 0, stderr_tail }, vec![]);
+        self.tell(
+            kernel,
+            Event::KernelExited { status: Some(status), signal: None, oom_kills: 0, stderr_tail },
+            vec![],
+        );
     }
 
     fn take(&self, kernel: &str, frame: &Frame<Outbound>) -> Answer {
@@ -349,7 +365,9 @@ impl Guest {
                 return;
             }
             "die" => return self.exit(kernel, 3),
-            "print" => self.say(kernel, parent, Channel::Iopub, "stream", &json!({"name": "stdout", "text": &code[6..]})),
+            "print" => {
+                self.say(kernel, parent, Channel::Iopub, "stream", &json!({"name": "stdout", "text": &code[6..]}))
+            }
             "raise" => return self.finish(kernel, parent, "Error"),
             "foreign" => {
                 let other = Bytes::from(json!({"msg_id": "another"}).to_string());

@@ -1,0 +1,288 @@
+//! The volume that holds the guest: named by its content, filled and read back through a container that never runs.
+//!
+//! Only here is the engine's archive API used, and never on a container in which anything has run.
+
+use std::collections::{BTreeMap, HashMap};
+use std::io::Read;
+
+use bollard::Docker;
+use bollard::models::{
+    ContainerCreateBody, HostConfig, Mount, MountType, MountVolumeOptions, Volume, VolumeCreateRequest,
+};
+use bollard::query_parameters::{
+    CreateContainerOptionsBuilder, DownloadFromContainerOptionsBuilder, ListVolumesOptionsBuilder,
+    RemoveContainerOptionsBuilder, RemoveVolumeOptionsBuilder, UploadToContainerOptionsBuilder,
+};
+use cellblock_wire::link::{GUEST_DIR, GUEST_PATH};
+use futures_util::StreamExt;
+use sha2::{Digest, Sha256};
+
+use super::super::EngineError;
+use super::client::{self, call};
+use crate::engine::lockdown::{LABEL_INSTANCE, LABEL_ROLE, ROLE_GUEST, ROLE_HELPER, hex};
+
+const ATTEMPT: &str = "preparing the guest's volume";
+
+/// A file of the volume.
+#[derive(Clone, PartialEq, Eq)]
+pub struct GuestFile {
+    /// Its name in the volume's folder.
+    pub name: String,
+    /// Its permissions: 0o555 for a program, 0o444 for anything else.
+    pub mode: u32,
+    /// Its content.
+    pub bytes: Vec<u8>,
+}
+
+impl std::fmt::Debug for GuestFile {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} ({:o}, {} bytes)", self.name, self.mode, self.bytes.len())
+    }
+}
+
+/// The files, and the name that follows from them.
+#[derive(Debug)]
+pub(super) struct GuestVolume {
+    instance: String,
+    name: String,
+    files: Vec<GuestFile>,
+}
+
+impl GuestVolume {
+    pub(super) fn new(instance: &str, files: Vec<GuestFile>) -> Self {
+        let name = format!("cellblock-guest-{instance}-{}", &content_hash(&files)[..12]);
+        Self { instance: instance.to_owned(), name, files }
+    }
+
+    pub(super) fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Makes sure that the volume holds exactly the files, and says which volume it was: the time of its making.
+    /// `image` is any image that the engine has.
+    pub(super) async fn ensure(&self, docker: &Docker, image: &str) -> Result<String, EngineError> {
+        self.remove_helper(docker).await?;
+        let volume = self.create(docker).await?;
+        let helper = self.create_helper(docker, image).await?;
+        let filled = self.fill(docker, &helper).await;
+        // Whatever happened: the helper does not stay.
+        let removed = self.remove_helper(docker).await;
+        filled.and(removed)?;
+        Ok(birth(&volume))
+    }
+
+    /// When the volume was made, if it is there: tells whether it is still the one that was verified.
+    pub(super) async fn observe(&self, docker: &Docker) -> Result<Option<String>, EngineError> {
+        match call(ATTEMPT, &self.name, client::INSPECT, docker.inspect_volume(&self.name)).await {
+            Ok(volume) => Ok(Some(birth(&volume))),
+            Err(EngineError::Absent { .. }) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Removes volumes of this instance with other guests, as far as no cell uses them.
+    pub(super) async fn remove_others(&self, docker: &Docker) -> Result<(), EngineError> {
+        let labels = [format!("{LABEL_INSTANCE}={}", self.instance), format!("{LABEL_ROLE}={ROLE_GUEST}")];
+        let filters = HashMap::from([("label", labels.to_vec())]);
+        let options = ListVolumesOptionsBuilder::default().filters(&filters).build();
+        let listed = call(ATTEMPT, "volumes", client::INSPECT, docker.list_volumes(Some(options))).await?;
+        for volume in listed.volumes.unwrap_or_default().into_iter().filter(|v| v.name != self.name) {
+            let options = RemoveVolumeOptionsBuilder::default().force(false).build();
+            let removal = docker.remove_volume(&volume.name, Some(options));
+            match call(ATTEMPT, &volume.name, client::REMOVE, removal).await {
+                // In use by a cell of an earlier version: the next start tries again.
+                Ok(()) | Err(EngineError::Absent { .. } | EngineError::Conflict { .. }) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+
+    async fn create(&self, docker: &Docker) -> Result<Volume, EngineError> {
+        let request = VolumeCreateRequest {
+            name: Some(self.name.clone()),
+            driver: Some("local".to_owned()),
+            labels: Some(self.labels(ROLE_GUEST)),
+            ..VolumeCreateRequest::default()
+        };
+        call(ATTEMPT, &self.name, client::CREATE, docker.create_volume(request)).await
+    }
+
+    fn labels(&self, role: &str) -> HashMap<String, String> {
+        HashMap::from([(LABEL_INSTANCE.to_owned(), self.instance.clone()), (LABEL_ROLE.to_owned(), role.to_owned())])
+    }
+
+    fn helper_name(&self) -> String {
+        format!("cellblock-{}-helper", self.instance)
+    }
+
+    async fn create_helper(&self, docker: &Docker, image: &str) -> Result<String, EngineError> {
+        let body = ContainerCreateBody {
+            image: Some(image.to_owned()),
+            // It is never started; if somebody else does, it has nothing but the guest, which finds no link and ends.
+            entrypoint: Some(vec![GUEST_PATH.to_owned()]),
+            user: Some("65534:65534".to_owned()),
+            network_disabled: Some(true),
+            labels: Some(self.labels(ROLE_HELPER)),
+            host_config: Some(HostConfig {
+                network_mode: Some("none".to_owned()),
+                cap_drop: Some(vec!["ALL".to_owned()]),
+                security_opt: Some(vec!["no-new-privileges:true".to_owned()]),
+                mounts: Some(vec![Mount {
+                    typ: Some(MountType::VOLUME),
+                    source: Some(self.name.clone()),
+                    target: Some(GUEST_DIR.to_owned()),
+                    read_only: Some(false),
+                    volume_options: Some(MountVolumeOptions { no_copy: Some(true), ..MountVolumeOptions::default() }),
+                    ..Mount::default()
+                }]),
+                ..HostConfig::default()
+            }),
+            ..ContainerCreateBody::default()
+        };
+        let options = CreateContainerOptionsBuilder::default().name(&self.helper_name()).build();
+        let created = call(ATTEMPT, image, client::CREATE, docker.create_container(Some(options), body)).await?;
+        Ok(created.id)
+    }
+
+    async fn remove_helper(&self, docker: &Docker) -> Result<(), EngineError> {
+        let options = RemoveContainerOptionsBuilder::default().force(true).v(true).build();
+        let name = self.helper_name();
+        match call(ATTEMPT, &name, client::REMOVE, docker.remove_container(&name, Some(options))).await {
+            Ok(()) | Err(EngineError::Absent { .. }) => Ok(()),
+            Err(error) => Err(error),
+        }
+    }
+
+    async fn fill(&self, docker: &Docker, helper: &str) -> Result<(), EngineError> {
+        if self.reads_back(docker, helper).await? {
+            return Ok(());
+        }
+        tracing::info!(volume = self.name, "writing the guest into its volume");
+        let options = UploadToContainerOptionsBuilder::default().path(GUEST_DIR).build();
+        let archive = bollard::body_full(archive(&self.files).map_err(unexpected)?.into());
+        call(ATTEMPT, GUEST_DIR, client::ARCHIVE, docker.upload_to_container(helper, Some(options), archive)).await?;
+        if self.reads_back(docker, helper).await? {
+            return Ok(());
+        }
+        Err(unexpected(format!("volume {} does not hold what was written to it", self.name)))
+    }
+
+    /// Whether the volume holds the files, all of them, nothing else, and with the right owners and permissions.
+    async fn reads_back(&self, docker: &Docker, helper: &str) -> Result<bool, EngineError> {
+        let most = self.files.iter().map(|f| f.bytes.len() + 4096).sum::<usize>() + 64 * 1024;
+        let options = DownloadFromContainerOptionsBuilder::default().path(GUEST_DIR).build();
+        let mut download = docker.download_from_container(helper, Some(options));
+        let whole = async {
+            let mut bytes = Vec::new();
+            while let Some(piece) = download.next().await {
+                bytes.extend_from_slice(&piece?);
+                if bytes.len() > most {
+                    return Ok(None);
+                }
+            }
+            Ok(Some(bytes))
+        };
+        let archive = call(ATTEMPT, GUEST_DIR, client::ARCHIVE, whole).await?;
+        Ok(archive.is_some_and(|bytes| holds(&bytes, &self.files)))
+    }
+}
+
+fn unexpected(detail: impl ToString) -> EngineError {
+    EngineError::Unexpected { attempt: ATTEMPT, detail: detail.to_string() }
+}
+
+/// To the second, which is enough: two volumes of one name are not made within one.
+fn birth(volume: &Volume) -> String {
+    volume.created_at.as_ref().map(ToString::to_string).unwrap_or_default()
+}
+
+fn content_hash(files: &[GuestFile]) -> String {
+    let mut hash = Sha256::new();
+    for file in files {
+        hash.update(format!("{} {:o} {}\n", file.name, file.mode, file.bytes.len()));
+        hash.update(&file.bytes);
+    }
+    hex(&hash.finalize())
+}
+
+fn archive(files: &[GuestFile]) -> std::io::Result<Vec<u8>> {
+    let mut builder = tar::Builder::new(Vec::new());
+    for file in files {
+        let mut header = tar::Header::new_ustar();
+        header.set_entry_type(tar::EntryType::Regular);
+        header.set_size(file.bytes.len() as u64);
+        header.set_mode(file.mode);
+        header.set_uid(0);
+        header.set_gid(0);
+        header.set_mtime(0);
+        builder.append_data(&mut header, &file.name, file.bytes.as_slice())?;
+    }
+    builder.into_inner()
+}
+
+/// Whether an archive of the volume's folder holds exactly these files.
+fn holds(archive: &[u8], files: &[GuestFile]) -> bool {
+    let folder = GUEST_DIR.trim_start_matches('/');
+    let mut wanted: BTreeMap<String, &GuestFile> = files.iter().map(|f| (format!("{folder}/{}", f.name), f)).collect();
+    let mut reader = tar::Archive::new(archive);
+    let Ok(entries) = reader.entries() else { return false };
+    for entry in entries {
+        let Ok(mut entry) = entry else { return false };
+        let path = entry.path().map(|p| p.to_string_lossy().into_owned()).unwrap_or_default();
+        let header = entry.header();
+        let owned_by_root = header.uid().ok() == Some(0) && header.gid().ok() == Some(0);
+        let mode = header.mode().unwrap_or(0o7777) & 0o7777;
+        if entry.header().entry_type().is_dir() {
+            if path.trim_end_matches('/') != folder || !owned_by_root || mode & 0o7022 != 0 {
+                return false;
+            }
+            continue;
+        }
+        let Some(file) = wanted.remove(&path) else { return false };
+        let mut bytes = Vec::new();
+        if entry.read_to_end(&mut bytes).is_err() {
+            return false;
+        }
+        let regular = entry.header().entry_type().is_file();
+        if !regular || !owned_by_root || mode != file.mode || bytes != file.bytes {
+            return false;
+        }
+    }
+    wanted.is_empty()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn file(name: &str, mode: u32, bytes: &[u8]) -> GuestFile {
+        GuestFile { name: name.to_owned(), mode, bytes: bytes.to_vec() }
+    }
+
+    fn in_folder(files: &[GuestFile]) -> Vec<u8> {
+        let moved: Vec<_> = files.iter().map(|f| file(&format!("cellblock/{}", f.name), f.mode, &f.bytes)).collect();
+        archive(&moved).expect("an archive in memory")
+    }
+
+    #[test]
+    fn exactly_the_files_are_accepted() {
+        let files = [file("guest", 0o555, b"program"), file("launcher.py", 0o444, b"text")];
+        assert!(holds(&in_folder(&files), &files));
+        assert!(!holds(&in_folder(&files[..1]), &files), "one is missing");
+        assert!(!holds(&in_folder(&files), &files[..1]), "one too many");
+        assert!(!holds(&in_folder(&[file("guest", 0o555, b"pr0gram"), files[1].clone()]), &files), "other content");
+        assert!(!holds(&in_folder(&[file("guest", 0o755, b"program"), files[1].clone()]), &files), "other mode");
+        assert!(!holds(b"no archive at all", &files));
+    }
+
+    #[test]
+    fn the_name_follows_from_the_content() {
+        let name = |files| GuestVolume::new("i", files).name().to_owned();
+        let one = name(vec![file("guest", 0o555, b"1")]);
+        assert!(one.starts_with("cellblock-guest-i-"), "{one}");
+        assert_eq!(one, name(vec![file("guest", 0o555, b"1")]));
+        assert_ne!(one, name(vec![file("guest", 0o555, b"2")]));
+        assert_ne!(one, name(vec![file("guest", 0o444, b"1")]));
+    }
+}

@@ -1,0 +1,367 @@
+//! Docker as an engine: cells are containers, found again by their names and labels.
+//!
+//! The one place of the control plane that speaks Docker's API. What a cell may do is decided in
+//! [`lockdown`](crate::engine::lockdown), not here.
+
+use std::ops::RangeInclusive;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use async_trait::async_trait;
+use bollard::Docker;
+use bollard::models::SystemInfo;
+use cellblock_wire::link::Report;
+use futures_util::stream::BoxStream;
+use tokio::sync::{Semaphore, SemaphorePermit};
+
+use super::lockdown::{self, HostFacts, LABEL_SPEC, LABEL_UID};
+use super::{
+    ByteStream, CellName, CellSpec, CellState, Engine, EngineError, EngineEvent, EngineInfo, ImageInfo, Observed, Pull,
+};
+
+mod cells;
+mod client;
+mod events;
+mod guest_volume;
+mod images;
+mod preflight;
+mod stream;
+mod uids;
+
+pub use guest_volume::GuestFile;
+use guest_volume::GuestVolume;
+use uids::UidPool;
+
+/// How often a uid may turn out to be another control plane's before that is an error.
+const UID_ATTEMPTS: usize = 8;
+
+/// How to reach an engine, and what belongs to this control plane there.
+#[derive(Debug, Clone)]
+pub struct DockerSettings {
+    /// As in `DOCKER_HOST`: `unix://`, `tcp://` or `http://`. The usual socket when absent.
+    pub host: Option<String>,
+    /// A folder with `ca.pem`, `cert.pem` and `key.pem`. With it, `tcp://` is TLS.
+    pub tls_folder: Option<PathBuf>,
+    /// Name of this control plane on the engine: lower-case letters, digits and `-`. No two may share one.
+    pub instance: String,
+    /// What the guest's volume holds.
+    pub guest_files: Vec<GuestFile>,
+    /// Uids for cells. Nothing else on the engine's machine should have them.
+    pub uids: RangeInclusive<u32>,
+    /// The operator's `config.json` of Docker, for registry credentials.
+    pub credentials_file: Option<PathBuf>,
+    /// Whether a machine that can't limit swap is refused.
+    pub require_swap_limit: bool,
+    /// Cells that are made at one time. More only wait for each other inside the engine.
+    pub starts_at_once: usize,
+}
+
+impl DockerSettings {
+    /// The local engine, and an instance without a guest.
+    #[must_use]
+    pub fn new(instance: &str) -> Self {
+        Self {
+            host: None,
+            tls_folder: None,
+            instance: instance.to_owned(),
+            guest_files: Vec::new(),
+            uids: 200_000..=265_535,
+            credentials_file: None,
+            require_swap_limit: true,
+            starts_at_once: 4,
+        }
+    }
+}
+
+/// A Docker engine. Cloning it gives another handle to the same one.
+#[derive(Clone)]
+pub struct DockerEngine {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    docker: Docker,
+    settings: DockerSettings,
+    facts: HostFacts,
+    architecture: String,
+    guest: GuestVolume,
+    /// Which volume was read back.
+    verified: tokio::sync::Mutex<Option<String>>,
+    uids: Mutex<UidPool>,
+    starts: Semaphore,
+}
+
+impl std::fmt::Debug for DockerEngine {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("DockerEngine").field("instance", &self.shared.settings.instance).finish_non_exhaustive()
+    }
+}
+
+/// Whether a container of the wanted name was there already.
+enum Made {
+    New,
+    Was(CellState),
+}
+
+impl DockerEngine {
+    /// Connects, agrees on a version of the API, and learns which uids are in use. Changes nothing on the engine.
+    ///
+    /// # Errors
+    /// When the engine does not answer, or is older than Docker 20.10; [`EngineError::Rejected`] with what its machine lacks to
+    /// confine cells.
+    pub async fn connect(settings: DockerSettings) -> Result<Self, EngineError> {
+        let docker = client::connect(settings.host.as_deref(), settings.tls_folder.as_ref()).await?;
+        let info = system_info(&docker).await?;
+        preflight::check(&info, &settings)?;
+        for warning in info.warnings.iter().flatten() {
+            tracing::warn!(warning, "the engine warns about its machine");
+        }
+        let shared = Shared {
+            facts: preflight::host_facts(&info),
+            architecture: info.architecture.clone().unwrap_or_default(),
+            guest: GuestVolume::new(&settings.instance, settings.guest_files.clone()),
+            verified: tokio::sync::Mutex::default(),
+            uids: Mutex::new(UidPool::new(settings.uids.clone(), random()?)),
+            starts: Semaphore::new(settings.starts_at_once),
+            docker,
+            settings,
+        };
+        let engine = Self { shared: Arc::new(shared) };
+        engine.load_uids().await?;
+        Ok(engine)
+    }
+
+    /// Puts the guest into its volume ahead of the first cell, and removes volumes of other guests that nobody uses.
+    ///
+    /// `image` is the id of any image on the engine: the volume is filled through a container of it that is never started.
+    ///
+    /// # Errors
+    /// What went wrong with the volume.
+    pub async fn prepare(&self, image: &str) -> Result<(), EngineError> {
+        let shared = &*self.shared;
+        let mut verified = shared.verified.lock().await;
+        *verified = Some(shared.guest.ensure(&shared.docker, image).await?);
+        shared.guest.remove_others(&shared.docker).await
+    }
+
+    /// What of the engine's machine changes how cells are locked.
+    #[must_use]
+    pub fn host_facts(&self) -> HostFacts {
+        self.shared.facts
+    }
+
+    /// The guest's volume.
+    #[must_use]
+    pub fn guest_volume(&self) -> &str {
+        self.shared.guest.name()
+    }
+
+    fn uids(&self) -> MutexGuard<'_, UidPool> {
+        // Every change of the pool is complete in itself.
+        self.shared.uids.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The kernel counts by uid whoever made the container, so other control planes' cells count as well.
+    async fn load_uids(&self) -> Result<(), EngineError> {
+        let all = cells::list(&self.shared.docker, vec![LABEL_UID.to_owned()]).await?;
+        let mut pool = self.uids();
+        for summary in &all {
+            match (cells::listed_name(summary), cells::listed_uid(summary)) {
+                (Some(name), Some(uid)) if self.owns(&name) => pool.hold(name.as_str(), uid),
+                (_, Some(uid)) => pool.exclude(uid),
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    fn owns(&self, name: &CellName) -> bool {
+        let mine = format!("cellblock-{}-ses", self.shared.settings.instance);
+        name.as_str().starts_with(&mine)
+    }
+
+    /// Nothing here touches a container that is not this instance's.
+    fn check_name(&self, attempt: &'static str, name: &CellName) -> Result<(), EngineError> {
+        if self.owns(name) {
+            return Ok(());
+        }
+        Err(EngineError::Rejected { attempt, detail: format!("{name} is not a cell of this instance") })
+    }
+
+    async fn start_permit(&self) -> Result<SemaphorePermit<'_>, EngineError> {
+        let closed = |_| EngineError::Unavailable { attempt: "starting a cell", detail: "shutting down".to_owned() };
+        self.shared.starts.acquire().await.map_err(closed)
+    }
+
+    /// The guest's volume is still the one that was read back; one that was pruned away meanwhile is made again. The engine
+    /// would make an empty one by itself.
+    async fn check_guest(&self, image: &str) -> Result<(), EngineError> {
+        let shared = &*self.shared;
+        let mut verified = shared.verified.lock().await;
+        let there = shared.guest.observe(&shared.docker).await?;
+        if there.is_none() || there != *verified {
+            if verified.is_some() {
+                let volume = shared.guest.name();
+                tracing::warn!(volume, "the guest's volume was replaced or removed; filling it again");
+            }
+            *verified = None;
+            *verified = Some(shared.guest.ensure(&shared.docker, image).await?);
+        }
+        Ok(())
+    }
+
+    async fn make(&self, cell: &CellSpec) -> Result<Made, EngineError> {
+        let shared = &*self.shared;
+        for _ in 0..UID_ATTEMPTS {
+            let Some(uid) = self.uids().take(cell.name.as_str()) else {
+                return Err(out_of_uids());
+            };
+            let guest = shared.guest.name();
+            let body = lockdown::container(cell, uid, guest, &shared.settings.instance, &shared.facts);
+            match cells::create(&shared.docker, &cell.name, body).await {
+                Ok(warnings) => self.judge(warnings)?,
+                Err(EngineError::Conflict { .. }) => return self.adopt(cell).await,
+                Err(error) => return Err(error),
+            }
+            if !self.is_shared(uid).await? {
+                return Ok(Made::New);
+            }
+            cells::remove(&shared.docker, &cell.name).await?;
+            self.uids().avoid(cell.name.as_str());
+        }
+        Err(out_of_uids())
+    }
+
+    /// A warning says that part of what was asked for will not be enforced.
+    fn judge(&self, mut warnings: Vec<String>) -> Result<(), EngineError> {
+        if !self.shared.settings.require_swap_limit {
+            warnings.retain(|w| !w.contains("swap limit"));
+        }
+        if warnings.is_empty() { Ok(()) } else { Err(EngineError::Unverified { mismatches: warnings }) }
+    }
+
+    /// Whether the uid of a new cell is also another one's: two control planes can choose the same at the same time.
+    async fn is_shared(&self, uid: u32) -> Result<bool, EngineError> {
+        let same = cells::list(&self.shared.docker, vec![format!("{LABEL_UID}={uid}")]).await?;
+        Ok(same.len() > 1)
+    }
+
+    /// Takes a container that has the wanted name already, if it is the wanted one.
+    async fn adopt(&self, cell: &CellSpec) -> Result<Made, EngineError> {
+        let shared = &*self.shared;
+        let conflict = |detail: &str| {
+            Err(EngineError::Conflict { attempt: "creating a cell", detail: format!("{} {detail}", cell.name) })
+        };
+        let found = cells::inspect(&shared.docker, &cell.name).await?;
+        let wanted = lockdown::spec_hash(cell, shared.guest.name(), &shared.facts);
+        if cells::label(&found, LABEL_SPEC) != Some(wanted.as_str()) {
+            return conflict("exists and was made from another specification");
+        }
+        if let Some(uid) = cells::label(&found, LABEL_UID).and_then(|uid| uid.parse().ok()) {
+            self.uids().hold(cell.name.as_str(), uid);
+        }
+        match cells::observed(&cell.name, &found).state {
+            state @ (CellState::Created | CellState::Running) => Ok(Made::Was(state)),
+            CellState::Paused => conflict("exists and is paused"),
+            CellState::Exited { .. } => conflict("exists and has ended"),
+        }
+    }
+}
+
+#[async_trait]
+impl Engine for DockerEngine {
+    async fn info(&self) -> Result<EngineInfo, EngineError> {
+        Ok(preflight::engine_info(&system_info(&self.shared.docker).await?))
+    }
+
+    async fn resolve_image(&self, reference: &str, pull: Pull) -> Result<ImageInfo, EngineError> {
+        let shared = &*self.shared;
+        let credentials = shared.settings.credentials_file.as_deref();
+        images::resolve(&shared.docker, credentials, &shared.architecture, reference, pull).await
+    }
+
+    async fn ensure(&self, cell: &CellSpec) -> Result<ByteStream, EngineError> {
+        self.check_name("creating a cell", &cell.name)?;
+        let _permit = self.start_permit().await?;
+        self.check_guest(&cell.image).await?;
+        let made = self.make(cell).await?;
+        // Before the start, so that not a byte is missed: the engine throws away what nobody is attached to.
+        let stream = cells::attach(&self.shared.docker, &cell.name).await?;
+        if !matches!(made, Made::Was(CellState::Running)) {
+            cells::start(&self.shared.docker, &cell.name).await?;
+        }
+        Ok(stream)
+    }
+
+    async fn link(&self, name: &CellName) -> Result<ByteStream, EngineError> {
+        const ATTEMPT: &str = "attaching to a cell";
+        self.check_name(ATTEMPT, name)?;
+        // The engine would attach to one that has ended, and then nothing would ever come.
+        let found = cells::inspect(&self.shared.docker, name).await?;
+        match cells::observed(name, &found).state {
+            CellState::Running => cells::attach(&self.shared.docker, name).await,
+            state => Err(EngineError::Conflict { attempt: ATTEMPT, detail: format!("{name} does not run: {state:?}") }),
+        }
+    }
+
+    async fn attest(&self, cell: &CellSpec, report: &Report) -> Result<(), EngineError> {
+        let shared = &*self.shared;
+        let unknown = || EngineError::Absent { attempt: "attesting a cell", what: cell.name.to_string() };
+        let uid = self.uids().held(cell.name.as_str()).ok_or_else(unknown)?;
+        let inspected = cells::inspect(&shared.docker, &cell.name).await?;
+        let guest = shared.guest.name();
+        let body = lockdown::container(cell, uid, guest, &shared.settings.instance, &shared.facts);
+        let mut mismatches = lockdown::attest(&body, uid, &inspected, report, &shared.facts);
+        if self.is_shared(uid).await? {
+            mismatches.push(format!("uid {uid} is another cell's as well"));
+        }
+        if mismatches.is_empty() { Ok(()) } else { Err(EngineError::Unverified { mismatches }) }
+    }
+
+    async fn remove(&self, name: &CellName) -> Result<(), EngineError> {
+        self.check_name("removing a cell", name)?;
+        cells::remove(&self.shared.docker, name).await?;
+        // Only now, and not when the removal was merely asked for: until then its processes may live.
+        self.uids().release(name.as_str());
+        Ok(())
+    }
+
+    async fn observe(&self, name: &CellName) -> Result<Option<Observed>, EngineError> {
+        self.check_name("inspecting a cell", name)?;
+        match cells::inspect(&self.shared.docker, name).await {
+            Ok(found) => Ok(Some(cells::observed(name, &found))),
+            Err(EngineError::Absent { .. }) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    async fn list(&self) -> Result<Vec<Observed>, EngineError> {
+        let labels = cells::labels_of(&self.shared.settings.instance);
+        let mut all = Vec::new();
+        for summary in cells::list(&self.shared.docker, labels).await? {
+            // How a cell ended is not in the list.
+            match (cells::listed(&summary), cells::listed_name(&summary)) {
+                (Some(observed), _) => all.push(observed),
+                (None, Some(name)) => all.extend(self.observe(&name).await?),
+                (None, None) => {}
+            }
+        }
+        Ok(all)
+    }
+
+    fn watch(&self) -> BoxStream<'static, EngineEvent> {
+        events::watch(self.shared.docker.clone(), self.shared.settings.instance.clone())
+    }
+}
+
+async fn system_info(docker: &Docker) -> Result<SystemInfo, EngineError> {
+    client::call("asking the engine about itself", "the engine", client::INSPECT, docker.info()).await
+}
+
+fn out_of_uids() -> EngineError {
+    EngineError::Unavailable { attempt: "creating a cell", detail: "no uid of the range is free".to_owned() }
+}
+
+fn random() -> Result<u32, EngineError> {
+    getrandom::u32().map_err(|e| EngineError::Unexpected { attempt: "choosing uids", detail: e.to_string() })
+}

@@ -1,0 +1,253 @@
+//! The engine: what runs cells. [`Engine`] is all that the rest of the control plane knows of it.
+//!
+//! Everything is idempotent by the cell's name, and nothing in the contract is a word of Docker's: a cell could as well be a pod.
+//! What an engine must promise is in `tests/engine_contract.rs`, which every implementation passes.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use cellblock_wire::link::Report;
+use futures_util::stream::BoxStream;
+use tokio::io::{AsyncRead, AsyncWrite};
+
+use crate::domain::ids::SessionId;
+use crate::domain::spec::Resources;
+
+pub mod docker;
+pub mod lockdown;
+
+/// A byte stream in both directions. Dropping it closes it whole, at once.
+pub trait Duplex: AsyncRead + AsyncWrite + Send + Unpin {}
+impl<T: AsyncRead + AsyncWrite + Send + Unpin> Duplex for T {}
+
+/// A cell's standard input and output, as one stream.
+pub type ByteStream = Box<dyn Duplex>;
+
+/// Name of a cell: `cellblock-<instance>-<session>-<n>`, where `n` counts the cells of one session.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct CellName(String);
+
+impl CellName {
+    /// The name of a session's `n`th cell.
+    #[must_use]
+    pub fn new(instance: &str, session: SessionId, n: u32) -> Self {
+        Self(format!("cellblock-{instance}-{session}-{n}"))
+    }
+
+    /// The name as the engine has it.
+    #[must_use]
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+
+    /// A name that the engine listed under this instance's label.
+    #[must_use]
+    pub(crate) fn listed(name: String) -> Self {
+        Self(name)
+    }
+}
+
+impl fmt::Display for CellName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// Everything an engine needs to know of a cell. What locks it is the engine's own business and not for the caller to choose.
+#[derive(Debug, Clone, PartialEq)]
+pub struct CellSpec {
+    /// Its name.
+    pub name: CellName,
+    /// Whose it is.
+    pub session: SessionId,
+    /// The engine's id of the image, from [`Engine::resolve_image`].
+    pub image: String,
+    /// The engine's runtime; its default when empty.
+    pub runtime: String,
+    /// What it may use.
+    pub resources: Resources,
+}
+
+/// A cell as the engine sees it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Observed {
+    /// Its name.
+    pub name: CellName,
+    /// Whose it is, if its label can be read.
+    pub session: Option<SessionId>,
+    /// What it does.
+    pub state: CellState,
+}
+
+/// What a cell does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum CellState {
+    /// It exists and was never started.
+    Created,
+    /// It runs.
+    Running,
+    /// It is frozen.
+    Paused,
+    /// Its first process has ended.
+    Exited {
+        /// The exit status.
+        status: i64,
+        /// Whether memory ran out.
+        oom: bool,
+    },
+}
+
+/// Something happened to a cell.
+#[derive(Debug, Clone, PartialEq)]
+pub struct EngineEvent {
+    /// The cell.
+    pub name: CellName,
+    /// What happened.
+    pub kind: EngineEventKind,
+}
+
+/// What happened to a cell. Events may be lost or come twice: they are hints to look again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum EngineEventKind {
+    /// Its first process ended.
+    Exited,
+    /// A process in it was ended because memory ran out.
+    OutOfMemory,
+    /// It was removed.
+    Removed,
+    /// It was frozen.
+    Paused,
+    /// It was thawed.
+    Resumed,
+}
+
+/// An image that the engine has.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ImageInfo {
+    /// The engine's id: the content, whatever a tag says later.
+    pub id: String,
+    /// The reference that was resolved.
+    pub reference: String,
+    /// Size in bytes.
+    pub size_bytes: u64,
+    /// Its labels.
+    pub labels: BTreeMap<String, String>,
+}
+
+/// What the engine is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct EngineInfo {
+    /// Name and version, for people.
+    pub version: String,
+    /// CPUs of its machine.
+    pub cpus: u32,
+    /// Memory of its machine, in bytes.
+    pub memory_bytes: u64,
+}
+
+/// Whether an image that is missing may be fetched from its registry.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Pull {
+    /// What is not there is refused.
+    Never,
+    /// What is not there is pulled, with the operator's credentials.
+    Missing,
+}
+
+/// Why an engine could not do what it was asked. Classified where it enters; nobody above sees an engine's own type.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum EngineError {
+    /// The cell or image does not exist.
+    #[error("{attempt}: {what} does not exist")]
+    Absent {
+        /// What was attempted.
+        attempt: &'static str,
+        /// What is not there.
+        what: String,
+    },
+    /// It exists already, in another form.
+    #[error("{attempt}: {detail}")]
+    Conflict {
+        /// What was attempted.
+        attempt: &'static str,
+        /// The engine's words.
+        detail: String,
+    },
+    /// The engine refuses, and would again.
+    #[error("{attempt}: the engine refused: {detail}")]
+    Rejected {
+        /// What was attempted.
+        attempt: &'static str,
+        /// The engine's words.
+        detail: String,
+    },
+    /// The engine can't be reached.
+    #[error("{attempt}: the engine can't be reached: {detail}")]
+    Unavailable {
+        /// What was attempted.
+        attempt: &'static str,
+        /// Why.
+        detail: String,
+    },
+    /// The engine did not answer in time.
+    #[error("{attempt}: no answer within {limit:?}")]
+    TimedOut {
+        /// What was attempted.
+        attempt: &'static str,
+        /// The limit.
+        limit: Duration,
+    },
+    /// A cell is not confined as it was asked to be.
+    #[error("the cell is not confined as specified: {}", mismatches.join("; "))]
+    Unverified {
+        /// Each difference, for an operator.
+        mismatches: Vec<String>,
+    },
+    /// Anything else.
+    #[error("{attempt}: {detail}")]
+    Unexpected {
+        /// What was attempted.
+        attempt: &'static str,
+        /// The engine's words.
+        detail: String,
+    },
+}
+
+/// Runs cells.
+#[async_trait]
+pub trait Engine: Send + Sync + 'static {
+    /// Says what the engine is, if it answers.
+    async fn info(&self) -> Result<EngineInfo, EngineError>;
+
+    /// Finds an image and says its id, which stays the same content for ever.
+    async fn resolve_image(&self, reference: &str, pull: Pull) -> Result<ImageInfo, EngineError>;
+
+    /// Makes sure that this cell runs, and opens its stream. A cell of that name that was made from the same
+    /// specification is taken as it is; one made from another is a [`EngineError::Conflict`].
+    ///
+    /// When this fails the cell may or may not exist: [`Engine::remove`] it.
+    async fn ensure(&self, cell: &CellSpec) -> Result<ByteStream, EngineError>;
+
+    /// Opens the stream of a running cell. There must be no other open stream to it.
+    async fn link(&self, name: &CellName) -> Result<ByteStream, EngineError>;
+
+    /// Compares the running cell, as the engine shows it and as the guest reports it, with its specification.
+    ///
+    /// # Errors
+    /// [`EngineError::Unverified`] with every difference.
+    async fn attest(&self, cell: &CellSpec, report: &Report) -> Result<(), EngineError>;
+
+    /// Removes a cell, whatever it does. Success means that its absence was seen.
+    async fn remove(&self, name: &CellName) -> Result<(), EngineError>;
+
+    /// Looks at one cell; `None` when it does not exist.
+    async fn observe(&self, name: &CellName) -> Result<Option<Observed>, EngineError>;
+
+    /// All cells of this instance.
+    async fn list(&self) -> Result<Vec<Observed>, EngineError>;
+
+    /// Events of this instance's cells. Never ends: it reconnects by itself.
+    fn watch(&self) -> BoxStream<'static, EngineEvent>;
+}
