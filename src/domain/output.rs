@@ -347,7 +347,12 @@ mod tests {
 
     fn shown(id: &str, html: &str) -> RichOutput {
         let data = MimeBundle::from([("text/html".to_owned(), JsonText(format!("{html:?}")))]);
-        RichOutput { kind: ResultKind::DisplayData, data, metadata: JsonText::object(), display_id: Some(id.to_owned()) }
+        RichOutput {
+            kind: ResultKind::DisplayData,
+            data,
+            metadata: JsonText::object(),
+            display_id: Some(id.to_owned()),
+        }
     }
 
     #[test]
@@ -369,7 +374,8 @@ mod tests {
             data: new.data.clone(),
             metadata: JsonText::object(),
         };
-        let outcome = fold(&[ExecutionEvent::Result(shown("d", "old")), ExecutionEvent::Result(shown("e", "x")), update]);
+        let outcome =
+            fold(&[ExecutionEvent::Result(shown("d", "old")), ExecutionEvent::Result(shown("e", "x")), update]);
         assert_eq!(outcome.results, vec![new, shown("e", "x")]);
     }
 

@@ -308,8 +308,7 @@ pub fn seconds_within(asked: f64, most: Duration) -> Result<Duration, String> {
 /// Whether a text may name a session: 1 to 64 of letters, digits, `.`, `_` and `-`.
 #[must_use]
 pub fn is_name(text: &str) -> bool {
-    (1..=64).contains(&text.len())
-        && text.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-'))
+    (1..=64).contains(&text.len()) && text.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-'))
 }
 
 fn check_name(name: Option<&str>, errors: &mut Vec<FieldError>) {
@@ -326,7 +325,10 @@ pub fn check_env(env: &BTreeMap<String, String>, errors: &mut Vec<FieldError>) {
     for (name, value) in env {
         let well_formed = !name.is_empty()
             && name.len() <= 128
-            && name.bytes().enumerate().all(|(i, b)| b == b'_' || b.is_ascii_alphabetic() || (i > 0 && b.is_ascii_digit()));
+            && name
+                .bytes()
+                .enumerate()
+                .all(|(i, b)| b == b'_' || b.is_ascii_alphabetic() || (i > 0 && b.is_ascii_digit()));
         let pointer = || format!("/env/{}", escape_pointer(name));
         if !well_formed {
             errors.push(FieldError::new(pointer(), "a name is letters, digits and \"_\", no digit first, at most 128"));
@@ -334,7 +336,10 @@ pub fn check_env(env: &BTreeMap<String, String>, errors: &mut Vec<FieldError>) {
             errors.push(FieldError::new(pointer(), "is reserved"));
         }
         if value.len() > MAX_ENV_VALUE || value.contains('\0') {
-            errors.push(FieldError::new(pointer(), format!("a value has at most {MAX_ENV_VALUE} bytes, none of them zero")));
+            errors.push(FieldError::new(
+                pointer(),
+                format!("a value has at most {MAX_ENV_VALUE} bytes, none of them zero"),
+            ));
         }
     }
 }

@@ -49,9 +49,10 @@ async fn read(body: RawBody, bounds: Bounds) -> Result<Bytes, Problem> {
         Ok(Ok(collected)) => Ok(collected.to_bytes()),
         Ok(Err(error)) if error.is::<LengthLimitError>() => Err(too_large()),
         Ok(Err(_)) => Err(Problem::new(problem::INVALID_REQUEST, "the body could not be read to its end")),
-        Err(_) => {
-            Err(Problem::new(problem::REQUEST_TIMEOUT, format!("the body did not arrive within {:?}", bounds.body_time)))
-        }
+        Err(_) => Err(Problem::new(
+            problem::REQUEST_TIMEOUT,
+            format!("the body did not arrive within {:?}", bounds.body_time),
+        )),
     }
 }
 
@@ -110,7 +111,9 @@ fn remove(value: &mut Value, pointer: &str) -> bool {
     let token = token.replace("~1", "/").replace("~0", "~");
     match value.pointer_mut(parent) {
         Some(Value::Object(map)) => map.remove(&token).is_some(),
-        Some(Value::Array(items)) => token.parse().ok().filter(|i| *i < items.len()).map(|i: usize| items.remove(i)).is_some(),
+        Some(Value::Array(items)) => {
+            token.parse().ok().filter(|i| *i < items.len()).map(|i: usize| items.remove(i)).is_some()
+        }
         _ => false,
     }
 }
@@ -142,7 +145,9 @@ impl Params {
             .pairs
             .iter()
             .filter(|(name, _)| !known.contains(&name.as_str()))
-            .map(|(name, _)| FieldError::new(format!("?{name}"), format!("is not known; known are {}", known.join(", "))))
+            .map(|(name, _)| {
+                FieldError::new(format!("?{name}"), format!("is not known; known are {}", known.join(", ")))
+            })
             .take(MAX_MISTAKES)
             .collect();
         if unknown.is_empty() {
@@ -188,7 +193,10 @@ impl FromRequestParts<App> for Caller {
 
     async fn from_request_parts(parts: &mut Parts, app: &App) -> Result<Self, Problem> {
         let denied = || {
-            Problem::new(problem::UNAUTHENTICATED, "send a key of this server as \"Authorization: Bearer …\" or \"X-API-Key: …\"")
+            Problem::new(
+                problem::UNAUTHENTICATED,
+                "send a key of this server as \"Authorization: Bearer …\" or \"X-API-Key: …\"",
+            )
         };
         let key = key_of(parts).ok_or_else(denied)?;
         app.keys.principal(key).cloned().map(Self).ok_or_else(denied)
@@ -274,7 +282,8 @@ mod tests {
 
     #[test]
     fn all_mistakes_are_told_at_once_with_their_pointers() {
-        let mut pointers = mistakes(r#"{"name": 3, "inner": {"size": "x", "privileged": true}, "list": [1, 999], "a/b": 1}"#);
+        let mut pointers =
+            mistakes(r#"{"name": 3, "inner": {"size": "x", "privileged": true}, "list": [1, 999], "a/b": 1}"#);
         pointers.sort();
         assert_eq!(pointers, ["/a~1b", "/inner/privileged", "/inner/size", "/list/1", "/name"]);
     }

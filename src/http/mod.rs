@@ -67,8 +67,12 @@ pub fn router(app: App) -> Router {
         .route("/livez", get(livez))
         .route("/readyz", get(readyz))
         .fallback(|| async { Problem::new(problem::NOT_FOUND, "there is no such path; /docs lists all") })
-        .method_not_allowed_fallback(|| async { Problem::new(problem::METHOD_NOT_ALLOWED, "/docs lists the methods of each path") })
-        .layer(CatchPanicLayer::custom(|_| Problem::new(problem::INTERNAL, "the request made the server panic").into_response()))
+        .method_not_allowed_fallback(|| async {
+            Problem::new(problem::METHOD_NOT_ALLOWED, "/docs lists the methods of each path")
+        })
+        .layer(CatchPanicLayer::custom(|_| {
+            Problem::new(problem::INTERNAL, "the request made the server panic").into_response()
+        }))
         .layer(middleware::from_fn(finish))
         .with_state(app)
 }
@@ -90,7 +94,9 @@ pub async fn serve(listener: TcpListener, app: App, stop: CancellationToken) -> 
 
 /// Whether the process answers.
 async fn livez(State(app): State<App>) -> Answer<serde_json::Value> {
-    Answer(serde_json::json!({"status": "ok", "service": "cellblock", "version": env!("CARGO_PKG_VERSION"), "instance": &*app.instance}))
+    Answer(
+        serde_json::json!({"status": "ok", "service": "cellblock", "version": env!("CARGO_PKG_VERSION"), "instance": &*app.instance}),
+    )
 }
 
 /// Whether new work is accepted and the engine answers.

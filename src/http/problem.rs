@@ -114,7 +114,8 @@ impl Problem {
             code: code.code,
             request_id: String::new(),
             retryable: code.retryable,
-            retry_after_seconds: (code.retryable && code.status.is_server_error() || code.code == "queue-full").then_some(1),
+            retry_after_seconds: (code.retryable && code.status.is_server_error() || code.code == "queue-full")
+                .then_some(1),
             end_reason: None,
             errors: Vec::new(),
         }

@@ -11,7 +11,8 @@ use std::time::Duration;
 use bytes::{Bytes, BytesMut};
 use cellblock_wire::frame::{self, Frame};
 use cellblock_wire::link::{
-    Ack, FileEntry, Hello, Init, KernelSpec, KernelStarted, Numbered, Outbound, Refusal, Report, Signal, StartKernel, Stats,
+    Ack, FileEntry, Hello, Init, KernelSpec, KernelStarted, Numbered, Outbound, Refusal, Report, Signal, StartKernel,
+    Stats,
 };
 use cellblock_wire::marker::{LinkSecret, Marker, MarkerScanner, Scanned};
 use http_body_util::{BodyExt, Full, Limited};
@@ -227,11 +228,7 @@ impl Link {
     pub async fn read_file(&self, path: &str) -> Result<Incoming, LinkError> {
         let attempt = "read a file";
         let response = self.send(attempt, Method::GET, &format!("/files/{}", escape_path(path)), Bytes::new()).await?;
-        if response.status().is_success() {
-            Ok(response.into_body())
-        } else {
-            Err(refused(attempt, response).await)
-        }
+        if response.status().is_success() { Ok(response.into_body()) } else { Err(refused(attempt, response).await) }
     }
 
     /// Events after number `after`, replayed and then as they happen.
@@ -247,7 +244,13 @@ impl Link {
         Ok(Events { body: response.into_body(), decoder: frame::Decoder::default() })
     }
 
-    async fn call<T: DeserializeOwned>(&self, attempt: &str, method: Method, path: &str, body: Bytes) -> Result<T, LinkError> {
+    async fn call<T: DeserializeOwned>(
+        &self,
+        attempt: &str,
+        method: Method,
+        path: &str,
+        body: Bytes,
+    ) -> Result<T, LinkError> {
         let answer = async {
             let response = self.send(attempt, method, path, body).await?;
             if !response.status().is_success() {
@@ -268,7 +271,13 @@ impl Link {
         within(attempt, answer).await
     }
 
-    async fn send(&self, attempt: &str, method: Method, path: &str, body: Bytes) -> Result<Response<Incoming>, LinkError> {
+    async fn send(
+        &self,
+        attempt: &str,
+        method: Method,
+        path: &str,
+        body: Bytes,
+    ) -> Result<Response<Incoming>, LinkError> {
         let mut request = Request::new(Full::new(body));
         *request.method_mut() = method;
         *request.uri_mut() = format!("http://guest{path}")
@@ -334,7 +343,9 @@ async fn refused(attempt: &str, response: Response<Incoming>) -> LinkError {
     };
     match told {
         Some(refusal) => LinkError::Refused { attempt: attempt.to_owned(), refusal },
-        None => LinkError::Protocol { attempt: attempt.to_owned(), detail: format!("status {status} without a reason") },
+        None => {
+            LinkError::Protocol { attempt: attempt.to_owned(), detail: format!("status {status} without a reason") }
+        }
     }
 }
 

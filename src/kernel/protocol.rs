@@ -134,11 +134,10 @@ fn read_iopub_text(msg_type: &str, text: &str) -> Result<Iopub, serde_json::Erro
 /// When the content is not JSON of its form.
 pub fn read_execute_reply(content: &[u8]) -> Result<ExecuteReply, Unreadable> {
     let text = String::from_utf8_lossy(content);
-    let reply: ReplyContent = from_json(&text)
-        .map_err(|source| Unreadable { msg_type: "execute_reply".to_owned(), source })?;
-    let error = (reply.status == "error").then(|| {
-        ErrorContent { ename: reply.ename, evalue: reply.evalue, traceback: reply.traceback }.into_info()
-    });
+    let reply: ReplyContent =
+        from_json(&text).map_err(|source| Unreadable { msg_type: "execute_reply".to_owned(), source })?;
+    let error = (reply.status == "error")
+        .then(|| ErrorContent { ename: reply.ename, evalue: reply.evalue, traceback: reply.traceback }.into_info());
     Ok(ExecuteReply { ok: reply.status == "ok", execution_count: reply.execution_count, error })
 }
 
@@ -165,7 +164,8 @@ pub fn language_of(content: &[u8]) -> Option<String> {
         name: String,
     }
     let info: Info = from_json(&String::from_utf8_lossy(content)).ok()?;
-    Some(info.language_info.name).filter(|name| name.len() <= 64 && name.chars().all(|c| c.is_ascii_graphic() || c == ' '))
+    Some(info.language_info.name)
+        .filter(|name| name.len() <= 64 && name.chars().all(|c| c.is_ascii_graphic() || c == ' '))
 }
 
 fn from_json<'a, T: Deserialize<'a>>(text: &'a str) -> Result<T, serde_json::Error> {
@@ -213,7 +213,9 @@ impl DisplayContent<'_> {
     }
 
     fn metadata(&self) -> JsonText {
-        self.metadata.filter(|m| m.get().starts_with('{')).map_or_else(JsonText::object, |m| JsonText(m.get().to_owned()))
+        self.metadata
+            .filter(|m| m.get().starts_with('{'))
+            .map_or_else(JsonText::object, |m| JsonText(m.get().to_owned()))
     }
 
     fn display_id(&self) -> Option<String> {

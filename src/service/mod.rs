@@ -168,12 +168,20 @@ impl Service {
     ///
     /// # Errors
     /// See [`Error`].
-    pub async fn create_session(&self, who: &Principal, request: &SessionRequest, wait: bool) -> Result<Created, Error> {
+    pub async fn create_session(
+        &self,
+        who: &Principal,
+        request: &SessionRequest,
+        wait: bool,
+    ) -> Result<Created, Error> {
         who.require_sessions()?;
         let name = request.template.as_ref().unwrap_or(&self.default_template);
         let template = self.templates.get(name).ok_or_else(|| {
             let known = self.templates.keys().map(|t| format!("\"{t}\"")).collect::<Vec<_>>().join(", ");
-            Error::SpecRejected(vec![FieldError::new("/template", format!("there is no template of that name; there are {known}"))])
+            Error::SpecRejected(vec![FieldError::new(
+                "/template",
+                format!("there is no template of that name; there are {known}"),
+            )])
         })?;
         let mut spec = spec::resolve(template, request).map_err(Error::SpecRejected)?;
         spec.image = self.resolve_image(template).await?.id;
@@ -196,9 +204,14 @@ impl Service {
                 EngineError::Unavailable { .. } | EngineError::TimedOut { .. } => Error::EngineUnavailable,
                 EngineError::Absent { .. } => Error::ImageRejected {
                     template: template.name.clone(),
-                    detail: format!("the engine has no image \"{}\"; build it with `make images`, or pull it", template.image),
+                    detail: format!(
+                        "the engine has no image \"{}\"; build it with `make images`, or pull it",
+                        template.image
+                    ),
                 },
-                EngineError::Rejected { detail, .. } => Error::ImageRejected { template: template.name.clone(), detail },
+                EngineError::Rejected { detail, .. } => {
+                    Error::ImageRejected { template: template.name.clone(), detail }
+                }
                 _ => Error::EngineUnavailable,
             }
         })
@@ -207,7 +220,9 @@ impl Service {
     async fn wait_until_started(&self, session: &Session) -> Result<(), Error> {
         let started = |phase: Phase| !matches!(phase, Phase::Provisioning | Phase::Connecting);
         let snapshot = session.wait_for(|s| started(s.phase)).await;
-        let (Phase::Aborting(reason) | Phase::Ending(reason) | Phase::Ended(reason)) = snapshot.phase else { return Ok(()) };
+        let (Phase::Aborting(reason) | Phase::Ending(reason) | Phase::Ended(reason)) = snapshot.phase else {
+            return Ok(());
+        };
         wait_for_end(session).await;
         Err(match session.snapshot().start_failure {
             Some(failure) => Error::StartFailed(StartFailure::clone(&failure)),
@@ -303,7 +318,12 @@ impl Service {
     ///
     /// # Errors
     /// See [`Error`].
-    pub async fn execute(&self, who: &Principal, id: SessionId, request: ExecuteRequest) -> Result<Arc<Execution>, Error> {
+    pub async fn execute(
+        &self,
+        who: &Principal,
+        id: SessionId,
+        request: ExecuteRequest,
+    ) -> Result<Arc<Execution>, Error> {
         who.require_sessions()?;
         let session = self.session(who, id)?;
         let context = request.context;
@@ -399,11 +419,17 @@ impl SessionPatch {
             spec::check_labels(labels, &mut errors);
         }
         let mut seconds = |field: &str, asked: Option<f64>, most: Duration| {
-            asked.and_then(|asked| spec::seconds_within(asked, most).map_err(|m| errors.push(FieldError::new(field, m))).ok())
+            asked.and_then(|asked| {
+                spec::seconds_within(asked, most).map_err(|m| errors.push(FieldError::new(field, m))).ok()
+            })
         };
         let age = jiff::Timestamp::now().duration_since(session.created_at).unsigned_abs();
         let patch = Patch {
-            expires_in: seconds("/expires_in_seconds", self.expires_in_seconds, session.spec.max_lifetime.saturating_sub(age)),
+            expires_in: seconds(
+                "/expires_in_seconds",
+                self.expires_in_seconds,
+                session.spec.max_lifetime.saturating_sub(age),
+            ),
             idle: seconds("/idle_seconds", self.idle_seconds, session.spec.max_idle),
             labels: self.labels.clone(),
         };

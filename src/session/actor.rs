@@ -18,7 +18,9 @@ use tokio::sync::{mpsc, oneshot, watch};
 use super::boot::{self, Booted};
 use super::context::{Action, Context, Notice, Pace};
 use super::execution::Execution;
-use super::{Attributes, COMMAND_QUEUE, Command, Patch, Refused, Session, Settings, Snapshot, StartFailure, StartFault, fresh};
+use super::{
+    Attributes, COMMAND_QUEUE, Command, Patch, Refused, Session, Settings, Snapshot, StartFailure, StartFault, fresh,
+};
 use crate::domain::ids::{ContextId, SessionId};
 use crate::domain::lifecycle::{self, Effect, EndReason, Event, Phase};
 use crate::domain::output::Status;
@@ -140,7 +142,10 @@ impl Actor {
             engine: Arc::clone(&birth.engine),
             secret: LinkSecret(uuid::Uuid::new_v4().into_bytes()),
             phase: Phase::Provisioning,
-            contexts: BTreeMap::from([(default_context, Context::new(default_context, pace, settings.queued_executions))]),
+            contexts: BTreeMap::from([(
+                default_context,
+                Context::new(default_context, pace, settings.queued_executions),
+            )]),
             default_context,
             link: None,
             events: None,
@@ -362,7 +367,8 @@ impl Actor {
     fn on_command(&mut self, command: Command) {
         match command {
             Command::Execute { context, request, reply } => {
-                let _ = reply.send(self.execute(context, request));
+                let answer = self.execute(context, request);
+                self.answer(reply, answer);
             }
             Command::Cancel { execution } => {
                 let now = Instant::now();
@@ -379,8 +385,14 @@ impl Actor {
                 }
                 Err(refused) => drop(reply.send(Err(refused))),
             },
-            Command::Patch { patch, reply } => drop(reply.send(self.patch(patch))),
-            Command::KeepAlive { reply } => drop(reply.send(self.not_over().map(|()| self.last_active = Instant::now()))),
+            Command::Patch { patch, reply } => {
+                let answer = self.patch(patch);
+                self.answer(reply, answer);
+            }
+            Command::KeepAlive { reply } => {
+                let answer = self.not_over().map(|()| self.last_active = Instant::now());
+                self.answer(reply, answer);
+            }
             Command::Link { reply } => {
                 let link = self.link.clone().ok_or(Refused::NotReady);
                 drop(reply.send(self.live().and(link)));
@@ -393,7 +405,18 @@ impl Actor {
         }
     }
 
-    fn execute(&mut self, context: Option<ContextId>, request: super::ExecutionRequest) -> Result<Arc<Execution>, Refused> {
+    /// Answers a command that changed something. Whoever looks after the answer sees the change.
+    fn answer<T>(&self, reply: oneshot::Sender<Result<T, Refused>>, answer: Result<T, Refused>) {
+        self.publish();
+        // A caller that went away needs no answer.
+        let _ = reply.send(answer);
+    }
+
+    fn execute(
+        &mut self,
+        context: Option<ContextId>,
+        request: super::ExecutionRequest,
+    ) -> Result<Arc<Execution>, Refused> {
         let now = self.live()?;
         let context = context.unwrap_or(self.default_context);
         let context = self.contexts.get_mut(&context).ok_or(Refused::NoSuchContext)?;
@@ -482,6 +505,10 @@ impl Actor {
     fn on_notice(&mut self, notice: Notice) {
         match notice {
             Notice::Ready => {
+                if self.phase == Phase::Connecting {
+                    // Starting is not idling.
+                    self.last_active = Instant::now();
+                }
                 self.step(Event::KernelReady);
                 if self.contexts.values().all(Context::is_up) {
                     self.answer_restarts(Ok(()));
@@ -576,9 +603,7 @@ impl Actor {
         };
         let busy = self.is_busy();
         let idle_deadline = (self.phase == Phase::Ready).then(|| self.idle_deadline()).flatten();
-        let fingerprint = |s: &Snapshot| {
-            (s.phase, s.busy, Arc::as_ptr(&s.attributes), s.start_failure.is_some())
-        };
+        let fingerprint = |s: &Snapshot| (s.phase, s.busy, Arc::as_ptr(&s.attributes), s.start_failure.is_some());
         self.snapshot.send_if_modified(|snapshot| {
             let before = fingerprint(snapshot);
             let language = self.contexts.get(&self.default_context).map(|c| c.language.as_str()).unwrap_or_default();

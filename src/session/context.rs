@@ -19,8 +19,9 @@ use crate::kernel::protocol::{self, Iopub, Request};
 const NUDGE_AFTER: Duration = Duration::from_millis(250);
 /// An interrupt by message is followed by a signal after this long.
 const SIGNAL_AFTER: Duration = Duration::from_secs(1);
-/// A reply without an idle status counts as the end after this long.
-const IDLE_AFTER_REPLY: Duration = Duration::from_secs(1);
+/// A reply without an idle status counts as the end after this long without any output. A kernel answers before its output
+/// has arrived: on a busy machine that takes seconds.
+const IDLE_AFTER_REPLY: Duration = Duration::from_secs(10);
 /// Most times in a row that a kernel may die before it ran anything.
 const MAX_FAILED_BOOTS: u32 = 3;
 
@@ -59,7 +60,13 @@ pub(super) struct Pace {
 
 #[derive(Debug)]
 enum State {
-    Booting { connected: bool, replied: bool, iopub: bool, nudge_at: Instant, deadline: Instant },
+    Booting {
+        connected: bool,
+        replied: bool,
+        iopub: bool,
+        nudge_at: Instant,
+        deadline: Instant,
+    },
     Idle,
     Running(Running),
     /// The kernel is gone and no new one was asked for.
@@ -71,6 +78,7 @@ struct Running {
     execution: Arc<Execution>,
     msg_id: String,
     reply: Option<protocol::ExecuteReply>,
+    /// When something was last heard of it, once it has replied: output that was under way may take its time.
     replied_at: Option<Instant>,
     idle: bool,
     deadline: Instant,
@@ -228,7 +236,9 @@ impl Context {
             return;
         }
         match event {
-            Event::Message { channel, msg_type, parent_id } => self.on_message(channel, &msg_type, &parent_id, parts, now),
+            Event::Message { channel, msg_type, parent_id } => {
+                self.on_message(channel, &msg_type, &parent_id, parts, now)
+            }
             Event::Gap { parent_id, stream, total_bytes, omitted_bytes } => {
                 if let Some(running) = self.running(&parent_id) {
                     let what = truncated(stream);
@@ -330,6 +340,7 @@ impl Context {
 
     fn on_iopub(&mut self, msg_type: &str, parent_id: &str, content: &[u8], now: Instant) {
         let Some(running) = self.running(parent_id) else { return };
+        running.replied_at = running.replied_at.map(|_| now);
         match protocol::read_iopub(msg_type, content) {
             Ok(Iopub::Output(event)) => {
                 running.error_told |= matches!(event, ExecutionEvent::Error(_));
@@ -484,7 +495,11 @@ enum Due {
 impl Running {
     fn next_deadline(&self) -> Instant {
         let stop = self.stop.as_ref();
-        let times = [self.replied_at.map(|t| t + IDLE_AFTER_REPLY), stop.and_then(|s| s.signal_at), stop.and_then(|s| s.kill_at)];
+        let times = [
+            self.replied_at.map(|t| t + IDLE_AFTER_REPLY),
+            stop.and_then(|s| s.signal_at),
+            stop.and_then(|s| s.kill_at),
+        ];
         let limit = if stop.is_some_and(|s| s.kill_at.is_some()) { None } else { Some(self.deadline) };
         times.into_iter().chain([limit]).flatten().min().unwrap_or(self.deadline)
     }

@@ -222,7 +222,8 @@ impl Execution {
     fn leave_out(&self, what: Truncated, size: u64) {
         let mut record = self.record();
         let last = record.events.last_mut().map(Arc::make_mut);
-        if let Some(Logged { event: ExecutionEvent::OutputTruncated { what: w, omitted_bytes, total_bytes }, .. }) = last
+        if let Some(Logged { event: ExecutionEvent::OutputTruncated { what: w, omitted_bytes, total_bytes }, .. }) =
+            last
             && *w == what
         {
             *omitted_bytes += size;
@@ -253,7 +254,8 @@ fn what_is_left_out(event: &ExecutionEvent) -> Option<Truncated> {
 }
 
 fn size_of_event(event: &ExecutionEvent) -> u64 {
-    let bundle = |data: &crate::domain::output::MimeBundle| data.iter().map(|(k, v)| k.len() + v.0.len()).sum::<usize>();
+    let bundle =
+        |data: &crate::domain::output::MimeBundle| data.iter().map(|(k, v)| k.len() + v.0.len()).sum::<usize>();
     let size = match event {
         ExecutionEvent::Text { text, .. } => text.len(),
         ExecutionEvent::Result(RichOutput { data, metadata, .. }) => bundle(data) + metadata.0.len(),

@@ -138,13 +138,30 @@ pub enum Refused {
 }
 
 enum Command {
-    Execute { context: Option<ContextId>, request: ExecutionRequest, reply: oneshot::Sender<Result<Arc<Execution>, Refused>> },
-    Cancel { execution: ExecutionId },
-    Interrupt { reply: oneshot::Sender<Result<(), Refused>> },
-    Restart { reply: oneshot::Sender<Result<(), Refused>> },
-    Patch { patch: Patch, reply: oneshot::Sender<Result<(), Refused>> },
-    KeepAlive { reply: oneshot::Sender<Result<(), Refused>> },
-    Link { reply: oneshot::Sender<Result<Link, Refused>> },
+    Execute {
+        context: Option<ContextId>,
+        request: ExecutionRequest,
+        reply: oneshot::Sender<Result<Arc<Execution>, Refused>>,
+    },
+    Cancel {
+        execution: ExecutionId,
+    },
+    Interrupt {
+        reply: oneshot::Sender<Result<(), Refused>>,
+    },
+    Restart {
+        reply: oneshot::Sender<Result<(), Refused>>,
+    },
+    Patch {
+        patch: Patch,
+        reply: oneshot::Sender<Result<(), Refused>>,
+    },
+    KeepAlive {
+        reply: oneshot::Sender<Result<(), Refused>>,
+    },
+    Link {
+        reply: oneshot::Sender<Result<Link, Refused>>,
+    },
     LookAtCell,
 }
 
@@ -211,7 +228,11 @@ impl Session {
     ///
     /// # Errors
     /// See [`Refused`].
-    pub async fn execute(&self, context: Option<ContextId>, request: ExecutionRequest) -> Result<Arc<Execution>, Refused> {
+    pub async fn execute(
+        &self,
+        context: Option<ContextId>,
+        request: ExecutionRequest,
+    ) -> Result<Arc<Execution>, Refused> {
         self.ask(|reply| Command::Execute { context, request, reply }).await
     }
 

@@ -133,7 +133,13 @@ impl Registry {
         use std::ops::Bound;
         let from = after.map_or(Bound::Unbounded, Bound::Excluded);
         let inner = self.inner();
-        inner.sessions.range((from, Bound::Unbounded)).map(|(_, s)| s).filter(|s| *s.tenant == *tenant).cloned().collect()
+        inner
+            .sessions
+            .range((from, Bound::Unbounded))
+            .map(|(_, s)| s)
+            .filter(|s| *s.tenant == *tenant)
+            .cloned()
+            .collect()
     }
 
     /// All sessions that have not ended.

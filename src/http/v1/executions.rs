@@ -12,7 +12,9 @@ use utoipa::ToSchema;
 
 use super::stream::{self, Format};
 use crate::domain::ids::{ContextId, ExecutionId, SessionId};
-use crate::domain::output::{ErrorInfo, JsonText, MimeBundle, Outcome, RestartCause, ResultKind, RichOutput, Status, TextTotals, Truncated};
+use crate::domain::output::{
+    ErrorInfo, JsonText, MimeBundle, Outcome, RestartCause, ResultKind, RichOutput, Status, TextTotals, Truncated,
+};
 use crate::domain::spec::FieldError;
 use crate::http::App;
 use crate::http::extract::{Answer, Body, Caller, Id, Params};
@@ -300,7 +302,8 @@ pub async fn create_execution(
     let execution = app.service.execute(&who, id, request).await?;
     if background {
         let location = format!("/v1/executions/{}", execution.id);
-        return Ok((StatusCode::ACCEPTED, [(header::LOCATION, location)], Answer(ExecutionView::of(&execution))).into_response());
+        return Ok((StatusCode::ACCEPTED, [(header::LOCATION, location)], Answer(ExecutionView::of(&execution)))
+            .into_response());
     }
     let guard = Listener { app, who, execution: Arc::clone(&execution), on_disconnect };
     if let Some(format) = Format::wanted(&headers) {

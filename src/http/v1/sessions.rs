@@ -302,7 +302,11 @@ pub async fn create_session(
         ("name" = Option<String>, Query), ("limit" = Option<usize>, Query, description = "1 to 200; 50 when absent"),
         ("cursor" = Option<String>, Query, description = "From `next_cursor`")),
     responses((status = 200, body = SessionPage), (status = "4XX", body = Problem)))]
-pub async fn list_sessions(State(app): State<App>, Caller(who): Caller, params: Params) -> Result<Answer<SessionPage>, Problem> {
+pub async fn list_sessions(
+    State(app): State<App>,
+    Caller(who): Caller,
+    params: Params,
+) -> Result<Answer<SessionPage>, Problem> {
     let params = params.only(&["state", "label", "name", "limit", "cursor"])?;
     let wanted = params.get("state").map(check_state).transpose()?;
     let limit = params.parse::<usize>("limit", "1 to 200")?.unwrap_or(PAGE.0);
@@ -323,7 +327,11 @@ pub async fn list_sessions(State(app): State<App>, Caller(who): Caller, params: 
 #[utoipa::path(delete, path = "/v1/sessions", operation_id = "delete_sessions", tag = "sessions",
     params(("label" = Option<String>, Query, description = "`name:value`; may come more than once"), ("name" = Option<String>, Query)),
     responses((status = 200, body = SessionPage), (status = "4XX", body = Problem)))]
-pub async fn delete_sessions(State(app): State<App>, Caller(who): Caller, params: Params) -> Result<Answer<SessionPage>, Problem> {
+pub async fn delete_sessions(
+    State(app): State<App>,
+    Caller(who): Caller,
+    params: Params,
+) -> Result<Answer<SessionPage>, Problem> {
     let filter = filter(&params.only(&["label", "name"])?)?;
     if filter == Filter::default() {
         return Err(bad_parameter("label", "a filter is required: label=name:value or name="));
@@ -335,7 +343,11 @@ pub async fn delete_sessions(State(app): State<App>, Caller(who): Caller, params
 /// Look at a session
 #[utoipa::path(get, path = "/v1/sessions/{id}", operation_id = "get_session", tag = "sessions", params(("id" = String, Path)),
     responses((status = 200, body = SessionView), (status = "4XX", body = Problem)))]
-pub async fn get_session(State(app): State<App>, Caller(who): Caller, Id(id): Id<SessionId>) -> Result<Answer<SessionView>, Problem> {
+pub async fn get_session(
+    State(app): State<App>,
+    Caller(who): Caller,
+    Id(id): Id<SessionId>,
+) -> Result<Answer<SessionView>, Problem> {
     Ok(Answer(SessionView::of(&app.service.session(&who, id)?)))
 }
 
@@ -361,7 +373,11 @@ pub async fn patch_session(
 /// Answers once its container is gone. Ending one that has ended is no error.
 #[utoipa::path(delete, path = "/v1/sessions/{id}", operation_id = "delete_session", tag = "sessions", params(("id" = String, Path)),
     responses((status = 200, body = SessionView), (status = "4XX", body = Problem)))]
-pub async fn delete_session(State(app): State<App>, Caller(who): Caller, Id(id): Id<SessionId>) -> Result<Answer<SessionView>, Problem> {
+pub async fn delete_session(
+    State(app): State<App>,
+    Caller(who): Caller,
+    Id(id): Id<SessionId>,
+) -> Result<Answer<SessionView>, Problem> {
     Ok(Answer(SessionView::of(&app.service.delete_session(&who, id).await?)))
 }
 

@@ -84,7 +84,11 @@ struct Follow {
     _listener: Option<Listener>,
 }
 
-fn events(execution: Arc<Execution>, after: u64, listener: Option<Listener>) -> impl Stream<Item = (u64, &'static str, Value)> {
+fn events(
+    execution: Arc<Execution>,
+    after: u64,
+    listener: Option<Listener>,
+) -> impl Stream<Item = (u64, &'static str, Value)> {
     let version = execution.subscribe();
     let follow = Follow { execution, version, seq: after, ready: VecDeque::new(), done: false, _listener: listener };
     stream::unfold(follow, |mut follow| async move {
@@ -113,7 +117,9 @@ fn events(execution: Arc<Execution>, after: u64, listener: Option<Listener>) -> 
 
 fn describe(execution: &Execution, logged: &Logged) -> (&'static str, Value) {
     match &logged.event {
-        ExecutionEvent::Queued { position } => ("execution.queued", json!({"position": position, "execution_id": execution.id.to_string()})),
+        ExecutionEvent::Queued { position } => {
+            ("execution.queued", json!({"position": position, "execution_id": execution.id.to_string()}))
+        }
         ExecutionEvent::Started => ("execution.started", json!({"execution_id": execution.id.to_string()})),
         ExecutionEvent::Text { stream, text } => {
             let name = if *stream == TextStream::Stdout { "stdout" } else { "stderr" };
@@ -124,7 +130,9 @@ fn describe(execution: &Execution, logged: &Logged) -> (&'static str, Value) {
             ("result.update", json!({"display_id": display_id, "data": bundle(data), "metadata": raw(metadata)}))
         }
         ExecutionEvent::OutputClear { wait } => ("output.clear", json!({"wait": wait})),
-        ExecutionEvent::InputRequested { prompt, password } => ("input.requested", json!({"prompt": prompt, "password": password})),
+        ExecutionEvent::InputRequested { prompt, password } => {
+            ("input.requested", json!({"prompt": prompt, "password": password}))
+        }
         ExecutionEvent::Error(error) => ("error", json!(ErrorView::of(error.clone()))),
         ExecutionEvent::OutputTruncated { what, omitted_bytes, total_bytes } => (
             "output.truncated",

@@ -92,7 +92,11 @@ impl TemplateView {
 /// List the templates
 #[utoipa::path(get, path = "/v1/templates", operation_id = "list_templates", tag = "templates",
     responses((status = 200, body = TemplateList), (status = "4XX", body = Problem)))]
-pub async fn list_templates(State(app): State<App>, Caller(_): Caller, params: Params) -> Result<Answer<TemplateList>, Problem> {
+pub async fn list_templates(
+    State(app): State<App>,
+    Caller(_): Caller,
+    params: Params,
+) -> Result<Answer<TemplateList>, Problem> {
     params.only(&[])?;
     let default = app.service.default_template();
     let templates = app.service.templates().await.into_iter().map(|t| TemplateView::of(t, default)).collect();
