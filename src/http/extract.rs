@@ -2,14 +2,17 @@
 //!
 //! A body that is not understood is answered with every field that is wrong, not the first one.
 
+use std::marker::PhantomData;
+
 use axum::body::{Body as RawBody, Bytes, HttpBody};
 use axum::extract::{FromRequest, FromRequestParts, Request};
 use axum::http::header::{AUTHORIZATION, CONTENT_TYPE};
 use axum::http::request::Parts;
 use axum::response::{IntoResponse, Response};
 use http_body_util::{BodyExt, LengthLimitError, Limited};
-use serde::Serialize;
-use serde::de::DeserializeOwned;
+use serde::de::value::MapAccessDeserializer;
+use serde::de::{DeserializeOwned, Deserializer, MapAccess, Visitor};
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::problem::{self, Problem};
@@ -70,8 +73,8 @@ fn check_content_type(request: &Request) -> Result<(), Problem> {
 fn from_value<T: DeserializeOwned>(mut value: Value) -> Result<T, Vec<FieldError>> {
     let mut mistakes = Vec::new();
     loop {
-        match serde_path_to_error::deserialize::<_, T>(&value) {
-            Ok(read) if mistakes.is_empty() => return Ok(read),
+        match serde_path_to_error::deserialize::<_, Object<T>>(&value) {
+            Ok(Object(read)) if mistakes.is_empty() => return Ok(read),
             Ok(_) => return Err(mistakes),
             Err(error) => {
                 let (pointer, message) = mistake(&error);
@@ -83,6 +86,35 @@ fn from_value<T: DeserializeOwned>(mut value: Value) -> Result<T, Vec<FieldError
             }
         }
     }
+}
+
+/// A structure that is written as an object.
+struct Object<T>(T);
+
+impl<'de, T: Deserialize<'de>> Deserialize<'de> for Object<T> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        object(deserializer).map(Self)
+    }
+}
+
+/// Reads a structure from an object only. Left to itself, serde takes a list of its fields' values as well.
+///
+/// # Errors
+/// When it is written otherwise, or a field of it is wrong.
+pub fn object<'de, D: Deserializer<'de>, T: Deserialize<'de>>(deserializer: D) -> Result<T, D::Error> {
+    struct Reader<T>(PhantomData<T>);
+    impl<'de, T: Deserialize<'de>> Visitor<'de> for Reader<T> {
+        type Value = T;
+
+        fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+            f.write_str("an object")
+        }
+
+        fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<T, A::Error> {
+            T::deserialize(MapAccessDeserializer::new(map))
+        }
+    }
+    deserializer.deserialize_map(Reader(PhantomData))
 }
 
 fn mistake(error: &serde_path_to_error::Error<serde_json::Error>) -> (String, String) {
@@ -292,5 +324,7 @@ mod tests {
     fn a_body_of_another_kind_is_one_mistake() {
         assert_eq!(mistakes("[1, 2]").len(), 1);
         assert_eq!(mistakes("null").len(), 1);
+        assert_eq!(mistakes("[]").len(), 1);
+        assert_eq!(mistakes(r#"["name"]"#).len(), 1);
     }
 }

@@ -29,8 +29,10 @@ use crate::engine::{ByteStream, CellName, CellSpec, CellState, Engine, EngineErr
 use crate::kernel::link::{Events, Link, LinkError};
 use crate::task;
 
-/// Events are acknowledged after this many, or when nothing more is under way.
+/// Events are acknowledged after this many, or when nothing more is under way …
 const ACK_EVERY: u64 = 128;
+/// … or after this many bytes: a guest's ring holds a few MiB, and what does not fit is cut.
+const ACK_BYTES: usize = 512 * 1024;
 /// A failed removal is tried again after this long; doubled each time up to the maximum.
 const RETRY_FIRST: Duration = Duration::from_millis(500);
 /// The longest wait between two tries.
@@ -72,6 +74,7 @@ struct Actor {
     events: Option<Events>,
     last_seq: u64,
     acked: u64,
+    unacked_bytes: usize,
     acking: bool,
     pending: VecDeque<Action>,
     acting: bool,
@@ -151,6 +154,7 @@ impl Actor {
             events: None,
             last_seq: 0,
             acked: 0,
+            unacked_bytes: 0,
             acking: false,
             pending: VecDeque::new(),
             acting: false,
@@ -327,6 +331,7 @@ impl Actor {
                     return;
                 }
                 self.last_seq = head.seq;
+                self.unacked_bytes += parts.iter().map(bytes::Bytes::len).sum::<usize>();
                 let now = Instant::now();
                 for context in self.contexts.values_mut() {
                     context.on_event(&head.kernel, head.event.clone(), &parts, now);
@@ -581,11 +586,12 @@ impl Actor {
     fn acknowledge(&mut self) {
         let behind = self.last_seq - self.acked;
         let quiet = !self.is_busy() && behind > 0;
-        if self.acking || !(quiet || behind >= ACK_EVERY) {
+        let much = behind >= ACK_EVERY || self.unacked_bytes >= ACK_BYTES;
+        if self.acking || !(quiet || much) {
             return;
         }
         let Some(link) = self.link.clone() else { return };
-        (self.acking, self.acked) = (true, self.last_seq);
+        (self.acking, self.acked, self.unacked_bytes) = (true, self.last_seq, 0);
         let seq = self.last_seq;
         self.work.push(Box::pin(async move {
             // A link that fails here fails for its event stream too, which tells.

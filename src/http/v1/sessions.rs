@@ -14,7 +14,7 @@ use crate::domain::ids::SessionId;
 use crate::domain::lifecycle::Phase;
 use crate::domain::spec::{FieldError, MIB, NetworkMode, SessionRequest};
 use crate::http::App;
-use crate::http::extract::{Answer, Body, Caller, Id, Params};
+use crate::http::extract::{Answer, Body, Caller, Id, Params, object};
 use crate::http::problem::{self, Problem, end_reason};
 use crate::service::{Filter, MAX_WAIT, SessionPatch};
 use crate::session::registry::Created;
@@ -38,10 +38,13 @@ pub struct CreateSession {
     /// For finding it again.
     labels: BTreeMap<String, String>,
     /// What it may use.
+    #[serde(deserialize_with = "object")]
     resources: ResourceRequest,
     /// How long things may take.
+    #[serde(deserialize_with = "object")]
     timeouts: TimeoutRequest,
     /// What it may reach.
+    #[serde(deserialize_with = "object")]
     network: NetworkRequest,
 }
 

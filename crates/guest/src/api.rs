@@ -1,0 +1,316 @@
+//! The link's requests: routing, bodies within bounds, refusals. What they do is done elsewhere.
+
+use std::convert::Infallible;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use bytes::Bytes;
+use cellblock_wire::frame::{Decoder, Frame, MAX_FRAME};
+use cellblock_wire::link::{Ack, Hello, Init, Outbound, Refusal, Signal, StartKernel};
+use http_body_util::{BodyExt, Limited};
+use hyper::body::{Body, Frame as BodyFrame, Incoming, SizeHint};
+use hyper::{Method, Request, Response, StatusCode};
+use serde::{Serialize, de::DeserializeOwned};
+use tokio::sync::watch;
+
+use crate::cgroup::Cgroup;
+use crate::events::{Ring, Subscription};
+use crate::files::{Download, FileError, RelativePath, Upload, list_files};
+use crate::kernel::{Kernels, Places};
+use crate::report::take_report;
+
+const MAX_JSON: usize = 1024 * 1024;
+/// The shortest lease that can be asked for.
+const MIN_ORPHAN_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// A refusal and its status.
+#[derive(Debug)]
+pub struct Refused {
+    status: StatusCode,
+    code: &'static str,
+    message: String,
+}
+
+impl Refused {
+    fn new(status: StatusCode, code: &'static str, message: impl Into<String>) -> Self {
+        Self { status, code, message: message.into() }
+    }
+
+    /// There is nothing of this kind under this name.
+    #[must_use]
+    pub fn not_found(what: &str) -> Self {
+        Self::new(StatusCode::NOT_FOUND, "not-found", format!("there is no such {what}"))
+    }
+
+    /// It was there before.
+    #[must_use]
+    pub fn exists(message: &str) -> Self {
+        Self::new(StatusCode::CONFLICT, "exists", message)
+    }
+
+    /// The request itself will not do.
+    #[must_use]
+    pub fn invalid(message: &str) -> Self {
+        Self::new(StatusCode::BAD_REQUEST, "invalid", message)
+    }
+
+    /// A bound is reached; later it may be different.
+    #[must_use]
+    pub fn busy(message: &str) -> Self {
+        Self::new(StatusCode::SERVICE_UNAVAILABLE, "busy", message)
+    }
+
+    /// The image offers no such kernel.
+    #[must_use]
+    pub fn no_kernelspec(wanted: Option<&str>) -> Self {
+        let message = match wanted {
+            Some(name) => format!("the image has no kernelspec `{}`", name.chars().take(100).collect::<String>()),
+            None => "the image has no kernelspec".to_owned(),
+        };
+        Self::new(StatusCode::NOT_FOUND, "no-kernelspec", message)
+    }
+
+    /// The kernel's process can't be started.
+    #[must_use]
+    pub fn spawn_failed(error: &std::io::Error) -> Self {
+        Self::new(StatusCode::INTERNAL_SERVER_ERROR, "spawn-failed", format!("the kernel can't be started: {error}"))
+    }
+
+    fn too_large() -> Self {
+        Self::new(StatusCode::PAYLOAD_TOO_LARGE, "too-large", "the body is longer than the link allows")
+    }
+}
+
+impl From<FileError> for Refused {
+    fn from(error: FileError) -> Self {
+        let (status, code) = match error {
+            FileError::Absent => (StatusCode::NOT_FOUND, "not-found"),
+            FileError::Invalid(_) => (StatusCode::BAD_REQUEST, "invalid"),
+            FileError::Failed(..) => (StatusCode::INTERNAL_SERVER_ERROR, "failed"),
+        };
+        Self::new(status, code, error.to_string())
+    }
+}
+
+/// The body of an answer.
+pub enum Answer {
+    /// These bytes, if any.
+    Bytes(Option<Bytes>),
+    /// Events as they come.
+    Events(Subscription),
+    /// A file.
+    File(Download),
+}
+
+impl Body for Answer {
+    type Data = Bytes;
+    type Error = std::io::Error;
+
+    fn poll_frame(
+        self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<BodyFrame<Bytes>, Self::Error>>> {
+        match self.get_mut() {
+            Self::Bytes(bytes) => Poll::Ready(bytes.take().map(|bytes| Ok(BodyFrame::data(bytes)))),
+            Self::Events(events) => {
+                events.poll_chunk(context).map(|chunk| chunk.map(|chunk| Ok(BodyFrame::data(chunk))))
+            }
+            Self::File(file) => Poll::Ready(match file.read() {
+                Ok(chunk) if chunk.is_empty() => None,
+                Ok(chunk) => Some(Ok(BodyFrame::data(chunk))),
+                Err(errno) => Some(Err(errno.into())),
+            }),
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        matches!(self, Self::Bytes(None))
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        match self {
+            Self::Bytes(bytes) => SizeHint::with_exact(bytes.as_ref().map_or(0, |bytes| bytes.len() as u64)),
+            _ => SizeHint::default(),
+        }
+    }
+}
+
+/// All that requests may ask of the guest.
+pub struct Guest {
+    /// The kernels.
+    pub kernels: Kernels,
+    /// The events.
+    pub ring: Ring,
+    /// The container's figures.
+    pub cgroup: Cgroup,
+    /// Where things are.
+    pub places: Places,
+    /// How long the guest lives without hearing anything.
+    pub orphan_timeout: watch::Sender<Duration>,
+}
+
+type Answered = Result<Response<Answer>, Refused>;
+
+impl Guest {
+    /// Answers a request.
+    ///
+    /// # Errors
+    /// Never: refusals are answers.
+    pub async fn serve(self: Arc<Self>, request: Request<Incoming>) -> Result<Response<Answer>, Infallible> {
+        Ok(self.route(request).await.unwrap_or_else(|refused| {
+            let refusal = Refusal { code: refused.code.to_owned(), message: refused.message };
+            let mut response = json(&refusal);
+            *response.status_mut() = refused.status;
+            response
+        }))
+    }
+
+    async fn route(&self, request: Request<Incoming>) -> Answered {
+        let (head, body) = request.into_parts();
+        let path = head.uri.path().trim_start_matches('/').to_owned();
+        let (first, rest) = path.split_once('/').unwrap_or((&path, ""));
+        let query = head.uri.query().unwrap_or_default();
+        match (&head.method, first, rest) {
+            (&Method::POST, "init", "") => self.init(read_json(body).await?),
+            (&Method::GET, "report", "") => Ok(json(&take_report(&self.cgroup))),
+            (&Method::GET, "stats", "") => Ok(json(&self.cgroup.stats())),
+            (&Method::GET, "kernelspecs", "") => Ok(json(&self.kernels.specs())),
+            (&Method::GET, "events", "") => self.events(query),
+            (&Method::POST, "ack", "") => self.acknowledge(read_json(body).await?),
+            (method, "kernels", rest) => self.route_kernels(method, rest, body).await,
+            (method, "files", rest) => self.route_files(method, rest, body).await,
+            _ => Err(Refused::not_found("request")),
+        }
+    }
+
+    async fn route_kernels(&self, method: &Method, rest: &str, body: Incoming) -> Answered {
+        match (method, rest.split_once('/').unwrap_or((rest, ""))) {
+            (&Method::POST, ("", "")) => {
+                let request: StartKernel = read_json(body).await?;
+                Ok(json(&self.kernels.start(&request)?))
+            }
+            (&Method::DELETE, (kernel, "")) => self.kernels.delete(kernel).await.map(|()| nothing()),
+            (&Method::POST, (kernel, "messages")) => {
+                let Frame { head, parts } = read_frame::<Outbound>(body).await?;
+                self.kernels.send(kernel, &head, parts).map(|()| nothing())
+            }
+            (&Method::POST, (kernel, "signal")) => {
+                let Signal { signal } = read_json(body).await?;
+                self.kernels.signal(kernel, &signal).map(|()| nothing())
+            }
+            _ => Err(Refused::not_found("request")),
+        }
+    }
+
+    async fn route_files(&self, method: &Method, rest: &str, body: Incoming) -> Answered {
+        if (method, rest) == (&Method::GET, "") {
+            return Ok(json(&list_files(&self.places.workdir).await?));
+        }
+        let path = RelativePath::parse(&percent_decode(rest))?;
+        match *method {
+            Method::GET => Ok(Response::new(Answer::File(Download::open(&self.places.workdir, &path)?))),
+            Method::PUT => self.put_file(&path, body).await,
+            _ => Err(Refused::not_found("request")),
+        }
+    }
+
+    fn init(&self, init: Init) -> Answered {
+        self.orphan_timeout.send_replace(Duration::from_secs(init.orphan_timeout_seconds).max(MIN_ORPHAN_TIMEOUT));
+        self.kernels.set_env(init.env);
+        let version = env!("CARGO_PKG_VERSION").to_owned();
+        Ok(json(&Hello { generation: cellblock_wire::GENERATION, version, last_seq: self.ring.last_seq() }))
+    }
+
+    fn events(&self, query: &str) -> Answered {
+        let after = match query.split('&').find_map(|pair| pair.strip_prefix("after=")) {
+            Some(after) => after.parse().map_err(|_| Refused::invalid("`after` is the number of an event"))?,
+            None => 0,
+        };
+        Ok(Response::new(Answer::Events(self.ring.subscribe(after))))
+    }
+
+    fn acknowledge(&self, ack: Ack) -> Answered {
+        match self.ring.acknowledge(ack.seq) {
+            true => Ok(nothing()),
+            false => Err(Refused::invalid("there was no event of this number")),
+        }
+    }
+
+    async fn put_file(&self, path: &RelativePath, mut body: Incoming) -> Answered {
+        let mut upload = Upload::create(&self.places.workdir, path)?;
+        while let Some(frame) = body.frame().await {
+            let frame = frame.map_err(|_| Refused::invalid("the body broke off"))?;
+            if let Ok(data) = frame.into_data() {
+                upload.write(&data)?;
+                tokio::task::yield_now().await;
+            }
+        }
+        upload.finish()?;
+        Ok(nothing())
+    }
+}
+
+fn nothing() -> Response<Answer> {
+    let mut response = Response::new(Answer::Bytes(None));
+    *response.status_mut() = StatusCode::NO_CONTENT;
+    response
+}
+
+fn json(value: &impl Serialize) -> Response<Answer> {
+    let bytes = serde_json::to_vec(value).unwrap_or_default();
+    let mut response = Response::new(Answer::Bytes(Some(bytes.into())));
+    let kind = hyper::header::HeaderValue::from_static("application/json");
+    response.headers_mut().insert(hyper::header::CONTENT_TYPE, kind);
+    response
+}
+
+async fn read_json<T: DeserializeOwned>(body: Incoming) -> Result<T, Refused> {
+    let body = Limited::new(body, MAX_JSON).collect().await.map_err(|_| Refused::too_large())?;
+    serde_json::from_slice(&body.to_bytes())
+        .map_err(|error| Refused::invalid(&format!("the body is not understood: {error}")))
+}
+
+async fn read_frame<H: DeserializeOwned>(mut body: Incoming) -> Result<Frame<H>, Refused> {
+    let mut decoder = Decoder::default();
+    let mut length = 0;
+    while let Some(chunk) = body.frame().await {
+        let chunk = chunk.map_err(|_| Refused::invalid("the body broke off"))?;
+        let Ok(data) = chunk.into_data() else { continue };
+        length += data.len();
+        if length > MAX_FRAME + 4 {
+            return Err(Refused::too_large());
+        }
+        decoder.push(&data);
+    }
+    match decoder.next() {
+        Ok(Some(frame)) if decoder.is_empty() => Ok(frame),
+        Ok(_) => Err(Refused::invalid("the body is not one frame")),
+        Err(error) => Err(Refused::invalid(&error.to_string())),
+    }
+}
+
+/// Decodes `%xx`; what is no such sequence stays.
+fn percent_decode(path: &str) -> Vec<u8> {
+    let path = path.as_bytes();
+    let mut decoded = Vec::with_capacity(path.len());
+    let mut at = 0;
+    while let Some(byte) = path.get(at) {
+        let hex = path.get(at + 1..at + 3).filter(|hex| *byte == b'%' && hex.iter().all(u8::is_ascii_hexdigit));
+        let value = hex.and_then(|hex| u8::from_str_radix(std::str::from_utf8(hex).ok()?, 16).ok());
+        decoded.push(value.unwrap_or(*byte));
+        at += if value.is_some() { 3 } else { 1 };
+    }
+    decoded
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn paths_are_decoded_once() {
+        assert_eq!(percent_decode("a%20b/%C3%A9%252F%zz%"), "a b/é%2F%zz%".as_bytes());
+    }
+}

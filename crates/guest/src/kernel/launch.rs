@@ -1,0 +1,276 @@
+//! Starts a kernel's process from its kernelspec and ends it with what it started. Speaks to no channel.
+
+use std::collections::BTreeMap;
+use std::ffi::OsStr;
+use std::io::{self, Read, Write};
+use std::net::{Ipv4Addr, TcpListener};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{ChildStderr, Command, Stdio};
+
+use cellblock_wire::link::Transport;
+use rustix::process::{Pid, Signal, kill_process, kill_process_group};
+
+use super::spec::FoundSpec;
+use crate::message::Signer;
+
+/// Longest path of a unix socket, without its closing zero.
+const MAX_SOCKET_PATH: usize = 107;
+/// Marks the environment of a kernel and of what it starts, with the kernel's folder.
+const MARK: &str = "CELLBLOCK_KERNEL";
+
+/// Where one of a kernel's five ports is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Endpoint {
+    /// A unix socket.
+    Unix(PathBuf),
+    /// A port of the loopback.
+    Tcp(u16),
+}
+
+/// A kernel's private folder, removed when dropped.
+#[derive(Debug)]
+pub struct Folder(PathBuf);
+
+impl Folder {
+    /// What stands in the environment of the kernel that this is the folder of.
+    fn mark(&self) -> &OsStr {
+        self.0.as_os_str()
+    }
+
+    /// Makes a folder that was not there before and is closed to others.
+    ///
+    /// # Errors
+    /// When it can't be made, or stands there already.
+    pub fn create(parent: &Path, name: &str) -> io::Result<Self> {
+        std::fs::DirBuilder::new().recursive(true).mode(0o700).create(parent)?;
+        let folder = parent.join(name);
+        std::fs::DirBuilder::new().mode(0o700).create(&folder)?;
+        Ok(Self(folder))
+    }
+}
+
+impl Drop for Folder {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
+/// What is needed to start a kernel.
+pub struct Launch<'a> {
+    /// The kernel's name.
+    pub kernel: &'a str,
+    /// Its kernelspec.
+    pub spec: &'a FoundSpec,
+    /// How it is to be reached.
+    pub transport: Transport,
+    /// Added to the guest's own environment, later ones last.
+    pub env: [&'a BTreeMap<String, String>; 3],
+    /// Working folder.
+    pub cwd: &'a Path,
+    /// The folder of the kernels' folders.
+    pub state: &'a Path,
+    /// Our launcher for `ipykernel`, used if it is there.
+    pub launcher: &'a Path,
+}
+
+/// A kernel's running process.
+pub struct Launched {
+    /// Its process id, and its group's.
+    pub pid: i32,
+    /// What it complains.
+    pub stderr: Option<ChildStderr>,
+    /// Shell, iopub, stdin, control, heartbeat.
+    pub endpoints: [Endpoint; 5],
+    /// Signs with its key.
+    pub signer: Signer,
+    /// Its folder.
+    pub folder: Folder,
+}
+
+impl Launch<'_> {
+    /// Starts the process, leader of its own group.
+    ///
+    /// # Errors
+    /// When its folder, its ports or its process can't be made.
+    pub fn start(&self) -> io::Result<Launched> {
+        let folder = Folder::create(self.state, self.kernel)?;
+        let mut key = [0; 32];
+        getrandom::fill(&mut key).map_err(|_| io::Error::other("no random numbers"))?;
+        let key: String = key.iter().map(|b| format!("{b:02x}")).collect();
+        let (ip, ports) = self.ports(&folder)?;
+        let file = folder.0.join("connection.json");
+        self.write_connection_file(&file, &ip, &ports, &key)?;
+        let mut child = self.command(&file, &folder).spawn()?;
+        let stderr = child.stderr.take();
+        let pid = child.id() as i32;
+        // Of all processes in the cell the kernel is the first to go when memory runs out, and the guest the last.
+        let _ = std::fs::write(format!("/proc/{pid}/oom_score_adj"), "1000");
+        let endpoints = ports.map(|port| match self.transport {
+            Transport::Ipc => Endpoint::Unix(format!("{ip}-{port}").into()),
+            Transport::Tcp => Endpoint::Tcp(port),
+        });
+        Ok(Launched { pid, stderr, endpoints, signer: Signer::new(key.as_bytes()), folder })
+    }
+
+    fn ports(&self, folder: &Folder) -> io::Result<(String, [u16; 5])> {
+        if self.transport == Transport::Tcp {
+            return Ok(("127.0.0.1".to_owned(), free_ports()?));
+        }
+        match folder.0.join("k").into_os_string().into_string() {
+            Ok(ip) if ip.len() + 2 <= MAX_SOCKET_PATH => Ok((ip, [1, 2, 3, 4, 5])),
+            _ => Err(io::Error::other("the kernel's folder is too long for a socket's path")),
+        }
+    }
+
+    fn write_connection_file(&self, path: &Path, ip: &str, ports: &[u16; 5], key: &str) -> io::Result<()> {
+        let [shell, iopub, stdin, control, heartbeat] = ports;
+        let content = serde_json::json!({
+            "transport": self.transport, "ip": ip, "key": key, "signature_scheme": "hmac-sha256", "kernel_name": self.spec.name,
+            "shell_port": shell, "iopub_port": iopub, "stdin_port": stdin, "control_port": control, "hb_port": heartbeat,
+        });
+        let mut file = std::fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)?;
+        file.write_all(content.to_string().as_bytes())
+    }
+
+    fn command(&self, connection_file: &Path, folder: &Folder) -> Command {
+        let launcher = self.launcher.is_file().then_some(self.launcher);
+        let argv = command_line(&self.spec.json.argv, connection_file, &self.spec.folder, launcher);
+        let mut command = Command::new(&argv[0]);
+        command.args(&argv[1..]).current_dir(self.cwd).process_group(0);
+        self.env.iter().for_each(|env| {
+            command.envs(env.iter().filter(|(name, value)| is_env(name) && !value.contains('\0')));
+        });
+        command.env(MARK, folder.mark());
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
+        command
+    }
+}
+
+fn is_env(name: &str) -> bool {
+    !name.is_empty() && !name.contains(['=', '\0'])
+}
+
+/// Five ports that are free now, found by listening on all of them at once.
+fn free_ports() -> io::Result<[u16; 5]> {
+    let listeners: Vec<TcpListener> =
+        (0..5).map(|_| TcpListener::bind((Ipv4Addr::LOCALHOST, 0))).collect::<io::Result<_>>()?;
+    let mut ports = [0; 5];
+    for (port, listener) in ports.iter_mut().zip(&listeners) {
+        *port = listener.local_addr()?.port();
+    }
+    Ok(ports)
+}
+
+/// A kernelspec's command with its places filled in, and `ipykernel` started by our launcher if there is one.
+fn command_line(argv: &[String], connection_file: &Path, folder: &Path, launcher: Option<&Path>) -> Vec<String> {
+    let fill = |arg: &String| {
+        arg.replace("{connection_file}", &connection_file.to_string_lossy())
+            .replace("{resource_dir}", &folder.to_string_lossy())
+    };
+    let mut argv: Vec<String> = argv.iter().map(fill).collect();
+    // As jupyter_client does: a bare `python` is the one that the kernelspec was installed for.
+    if matches!(argv[0].as_str(), "python" | "python3")
+        && let Some(own) =
+            folder.ancestors().nth(4).map(|prefix| prefix.join("bin").join(&argv[0])).filter(|own| own.is_file())
+    {
+        argv[0] = own.to_string_lossy().into_owned();
+    }
+    let module = argv
+        .windows(2)
+        .position(|pair| pair[0] == "-m" && matches!(pair[1].as_str(), "ipykernel_launcher" | "ipykernel"));
+    if let (Some(at), Some(launcher)) = (module, launcher) {
+        argv.splice(at..at + 2, [launcher.to_string_lossy().into_owned()]);
+        // Without a debugger there is nothing that frozen modules could disturb, and they start faster.
+        argv.retain(|arg| arg != "-Xfrozen_modules=off");
+        if let Some(at) = argv.windows(2).position(|pair| pair == ["-X", "frozen_modules=off"]) {
+            argv.drain(at..at + 2);
+        }
+    }
+    argv
+}
+
+/// Signals a kernel's group; false when it is gone.
+#[must_use]
+pub fn signal_group(pid: i32, signal: Signal) -> bool {
+    Pid::from_raw(pid).is_some_and(|pid| kill_process_group(pid, signal).is_ok())
+}
+
+impl Launched {
+    /// Kills the kernel's group and those of its descendants that can be found; says whether any were.
+    pub fn kill_tree(&self) -> bool {
+        let mut found = self.descendants();
+        let _ = signal_group(self.pid, Signal::KILL);
+        found.retain(|found| Pid::from_raw(*found).is_some_and(|found| kill_process(found, Signal::KILL).is_ok()));
+        !found.is_empty()
+    }
+
+    /// Living processes below the kernel's, or with its mark in their environment; the kernel's own too.
+    fn descendants(&self) -> Vec<i32> {
+        let mark = [MARK.as_bytes(), b"=", self.folder.mark().as_bytes()].concat();
+        let processes = processes();
+        let mut found: Vec<i32> =
+            processes.iter().map(|(process, _)| *process).filter(|process| has_mark(*process, &mark)).collect();
+        found.push(self.pid);
+        let mut at = 0;
+        while at < found.len() {
+            let children = processes.iter().filter(|(_, parent)| *parent == found[at]).map(|(process, _)| *process);
+            let new: Vec<i32> = children.filter(|child| !found.contains(child)).collect();
+            found.extend(new);
+            at += 1;
+        }
+        let own = std::process::id() as i32;
+        found.retain(|process| *process != own && processes.iter().any(|(known, _)| known == process));
+        found
+    }
+}
+
+/// Process and parent of everything alive that `/proc` shows.
+fn processes() -> Vec<(i32, i32)> {
+    let entries = std::fs::read_dir("/proc").into_iter().flatten().flatten();
+    let read = |entry: std::fs::DirEntry| {
+        let pid: i32 = entry.file_name().to_str()?.parse().ok()?;
+        let stat = std::fs::read_to_string(entry.path().join("stat")).ok()?;
+        let mut fields = stat.rsplit_once(')')?.1.split_whitespace();
+        let state = fields.next()?;
+        let parent = fields.next()?.parse().ok()?;
+        (!matches!(state, "Z" | "X")).then_some((pid, parent))
+    };
+    entries.filter_map(read).collect()
+}
+
+fn has_mark(pid: i32, mark: &[u8]) -> bool {
+    let mut environ = Vec::new();
+    let read = std::fs::File::open(format!("/proc/{pid}/environ"))
+        .and_then(|file| file.take(1 << 20).read_to_end(&mut environ));
+    read.is_ok() && environ.split(|b| *b == 0).any(|variable| variable == mark)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn line(argv: &[&str], launcher: Option<&str>) -> Vec<String> {
+        let argv: Vec<String> = argv.iter().map(|s| (*s).to_owned()).collect();
+        command_line(&argv, Path::new("/c.json"), Path::new("/spec"), launcher.map(Path::new))
+    }
+
+    #[test]
+    fn ipykernel_is_started_by_our_launcher_and_others_as_they_say() {
+        let stock = ["python", "-Xfrozen_modules=off", "-m", "ipykernel_launcher", "-f", "{connection_file}"];
+        assert_eq!(line(&stock, Some("/l.py")), ["python", "/l.py", "-f", "/c.json"]);
+        assert_eq!(line(&stock, None)[1..4], ["-Xfrozen_modules=off", "-m", "ipykernel_launcher"]);
+        assert_eq!(line(&["R", "--x={resource_dir}/a"], Some("/l.py")), ["R", "--x=/spec/a"]);
+        assert_eq!(line(&["p", "-X", "frozen_modules=off", "-m", "ipykernel"], Some("/l.py")), ["p", "/l.py"]);
+    }
+
+    #[test]
+    fn five_free_ports_differ() {
+        let mut ports = free_ports().unwrap().to_vec();
+        ports.sort_unstable();
+        ports.dedup();
+        assert_eq!(ports.len(), 5);
+    }
+}

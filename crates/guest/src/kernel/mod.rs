@@ -1,0 +1,206 @@
+//! The kernels of the cell, by name: starting, messages, signals, deleting. Each lives in a task of its own ([`live`]).
+
+pub mod channels;
+pub mod launch;
+pub mod live;
+pub mod outbox;
+pub mod relay;
+pub mod spec;
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use bytes::Bytes;
+use cellblock_wire::link::{Channel, KernelSpec, KernelStarted, Outbound, StartKernel};
+use rustix::process::Signal;
+use tokio::sync::{mpsc, oneshot};
+use tokio::time::Instant;
+
+use crate::api::Refused;
+use crate::cgroup::Cgroup;
+use crate::events::Ring;
+use crate::reap::Reaper;
+use launch::{Launch, signal_group};
+use live::{Deletion, Life, Shared};
+use outbox::Port;
+use spec::{FoundSpec, find_specs};
+
+const MAX_KERNELS: usize = 32;
+const MAX_NAMES: usize = 4096;
+const MAX_CONNECT: Duration = Duration::from_secs(600);
+
+/// Where things are.
+#[derive(Debug, Clone)]
+pub struct Places {
+    /// The session's working folder.
+    pub workdir: PathBuf,
+    /// The folder of the kernels' folders.
+    pub state: PathBuf,
+    /// Our launcher for `ipykernel`.
+    pub launcher: PathBuf,
+}
+
+struct Handle {
+    shared: Arc<Shared>,
+    pid: i32,
+    exit: crate::reap::ExitWatch,
+    deletions: mpsc::Sender<Deletion>,
+}
+
+#[derive(Default)]
+struct Table {
+    kernels: HashMap<String, Handle>,
+    used: HashSet<String>,
+    env: Option<BTreeMap<String, String>>,
+}
+
+/// The kernels. Cheap to clone.
+#[derive(Clone)]
+pub struct Kernels {
+    table: Arc<Mutex<Table>>,
+    places: Arc<Places>,
+    ring: Ring,
+    reaper: Reaper,
+    cgroup: Cgroup,
+}
+
+impl Kernels {
+    /// No kernels yet.
+    #[must_use]
+    pub fn new(places: Places, ring: Ring, reaper: Reaper, cgroup: Cgroup) -> Self {
+        Self { table: Arc::default(), places: Arc::new(places), ring, reaper, cgroup }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Table> {
+        self.table.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Sets the environment of all kernels, the first time only.
+    pub fn set_env(&self, env: BTreeMap<String, String>) {
+        self.lock().env.get_or_insert(env);
+    }
+
+    /// What the image offers.
+    #[must_use]
+    pub fn specs(&self) -> Vec<KernelSpec> {
+        let tell = |spec: FoundSpec| KernelSpec {
+            name: spec.name,
+            language: spec.json.language,
+            display_name: spec.json.display_name,
+        };
+        find_specs().into_iter().map(tell).collect()
+    }
+
+    /// Starts a kernel's process and its task.
+    ///
+    /// # Errors
+    /// When the name or the kernelspec will not do, or the process can't be started.
+    pub fn start(&self, request: &StartKernel) -> Result<KernelStarted, Refused> {
+        let name = &request.kernel;
+        self.check_name(name)?;
+        let wanted = request.kernelspec.as_deref();
+        let Some(spec) = find_specs().into_iter().find(|spec| wanted.is_none_or(|name| spec.name == name)) else {
+            return Err(Refused::no_kernelspec(wanted));
+        };
+        let init_env = self.lock().env.clone().unwrap_or_default();
+        let launch = Launch {
+            kernel: name,
+            spec: &spec,
+            transport: request.transport,
+            env: [&init_env, &spec.json.env, &request.env],
+            cwd: request.cwd.as_deref().map_or(self.places.workdir.as_path(), std::path::Path::new),
+            state: &self.places.state,
+            launcher: &self.places.launcher,
+        };
+        let launched = launch.start().map_err(|error| Refused::spawn_failed(&error))?;
+        let exit = self.reaper.watch(launched.pid);
+        let shared = Arc::new(Shared::new(name.clone(), launched.signer.clone(), self.ring.clone()));
+        let (deletions, to_delete) = mpsc::channel(1);
+        let handle = Handle { shared: shared.clone(), pid: launched.pid, exit: exit.clone(), deletions };
+        let mut table = self.lock();
+        table.kernels.insert(name.clone(), handle);
+        table.used.insert(name.clone());
+        drop(table);
+        let deadline = Instant::now() + Duration::from_millis(request.connect_timeout_ms).min(MAX_CONNECT);
+        let life = Life { shared, launched, exit, cgroup: self.cgroup.clone(), deadline };
+        let (kernels, removed) = (self.clone(), name.clone());
+        tokio::spawn(life.run(to_delete, move || drop(kernels.lock().kernels.remove(&removed))));
+        Ok(KernelStarted { kernelspec: spec.name, language: spec.json.language })
+    }
+
+    fn check_name(&self, name: &str) -> Result<(), Refused> {
+        let fits = (1..=64).contains(&name.len()) && name.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit());
+        let table = self.lock();
+        if !fits {
+            Err(Refused::invalid("a kernel's name is 1 to 64 lower-case letters and digits"))
+        } else if table.used.contains(name) {
+            Err(Refused::exists("a kernel of this name was started before"))
+        } else if table.kernels.len() >= MAX_KERNELS || table.used.len() >= MAX_NAMES {
+            Err(Refused::busy("no more kernels can be started in this cell"))
+        } else {
+            Ok(())
+        }
+    }
+
+    /// Queues a message to a kernel.
+    ///
+    /// # Errors
+    /// When there is no such kernel, the message is none, its id was seen, or too much waits.
+    pub fn send(&self, name: &str, head: &Outbound, parts: Vec<Bytes>) -> Result<(), Refused> {
+        let port = match head.channel {
+            Channel::Shell => Port::Shell,
+            Channel::Stdin => Port::Stdin,
+            Channel::Control => Port::Control,
+            Channel::Iopub => return Err(Refused::invalid("nothing can be sent on iopub")),
+        };
+        if parts.len() < 4 || head.msg_id.is_empty() {
+            return Err(Refused::invalid("a message has an id and at least four parts"));
+        }
+        let shared = self.lock().kernels.get(name).map(|handle| handle.shared.clone());
+        let Some(shared) = shared else { return Err(Refused::not_found("kernel")) };
+        let frames = shared.signer.frames(parts);
+        shared.outbox.push(port, &head.msg_id, frames).map_err(|refused| match refused {
+            outbox::Refused::Seen => Refused::exists("a message of this id was sent before"),
+            outbox::Refused::Full => Refused::busy("too many messages to this kernel wait"),
+            outbox::Refused::Closed => Refused::not_found("living kernel"),
+        })?;
+        shared.relay().sent(&head.msg_id, head.cap);
+        Ok(())
+    }
+
+    /// Signals a kernel's process group.
+    ///
+    /// # Errors
+    /// When there is no such kernel or signal.
+    pub fn signal(&self, name: &str, signal: &str) -> Result<(), Refused> {
+        let signal = match signal {
+            "SIGINT" => Signal::INT,
+            "SIGTERM" => Signal::TERM,
+            "SIGKILL" => Signal::KILL,
+            _ => return Err(Refused::invalid("the signal is SIGINT, SIGTERM or SIGKILL")),
+        };
+        let table = self.lock();
+        let alive = table.kernels.get(name).filter(|handle| handle.exit.borrow().is_none());
+        match alive.is_some_and(|handle| signal_group(handle.pid, signal)) {
+            true => Ok(()),
+            false => Err(Refused::not_found("living kernel")),
+        }
+    }
+
+    /// Ends a kernel and all that is known to be of it.
+    ///
+    /// # Errors
+    /// When there is no such kernel.
+    pub async fn delete(&self, name: &str) -> Result<(), Refused> {
+        let deletions = self.lock().kernels.get(name).map(|handle| handle.deletions.clone());
+        let Some(deletions) = deletions else { return Err(Refused::not_found("kernel")) };
+        let (done, is_done) = oneshot::channel();
+        // A second deletion waits for the first one's end: its answer is dropped with the task.
+        if deletions.send(done).await.is_ok() {
+            let _ = is_done.await;
+        }
+        Ok(())
+    }
+}

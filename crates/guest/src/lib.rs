@@ -1,0 +1,24 @@
+//! The guest: PID 1 of a session's container. Starts kernels and relays their messages over the container's own stdin and stdout.
+//!
+//! A library only so that tests and fuzzers reach the decoders; `main.rs` is the program.
+//!
+//! ```text
+//! stdin/stdout ─ link ─ api ─┬─ files, report, cgroup
+//!                            ├─ events ◀──────────────┐
+//!                            └─ kernel ─ launch, live ─ channels ─ zmtp ─ message ─ relay ─ cap
+//! ```
+
+pub mod api;
+pub mod cap;
+pub mod capture;
+pub mod cgroup;
+pub mod events;
+pub mod files;
+pub mod json;
+pub mod kernel;
+pub mod link;
+pub mod message;
+pub mod names;
+pub mod reap;
+pub mod report;
+pub mod zmtp;
