@@ -34,8 +34,14 @@ server: setup ## build the guest and the server, optimised
 run: setup ## build what is missing, start a server on 127.0.0.1:$PORT and prove that it works
 	@scripts/run
 
+# A Python with a kernel, for the guest's tests.
+.PHONY: test-kernel
+test-kernel:
+	@scripts/setup test
+	@scripts/test-kernel
+
 .PHONY: test
-test: images guest ## every test, with real containers, then the lints
+test: images guest test-kernel ## every test, with real containers, then the lints
 	cargo $(CARGO_TEST) --locked --workspace
 	cargo test --locked --workspace --doc
 	@$(MAKE) --no-print-directory lint
@@ -49,8 +55,8 @@ lint: ## formatting, clippy, documentation, licences, shell
 	@if command -v shellcheck >/dev/null; then scripts/lint-shell; else echo "skipped: shellcheck is not installed"; fi
 
 .PHONY: bench
-bench: images server ## measure: starts, executions, memory (release build, real containers)
-	cargo bench --locked --workspace
+bench: images server ## measure: starts, executions, boots, memory (release build, real containers); BENCH names some
+	cargo bench --locked --bench compare -- $(BENCH)
 
 .PHONY: soak
 soak: images server ## hours of sessions under faults; SOAK_SECONDS bounds it (default 3600)

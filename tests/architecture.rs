@@ -35,7 +35,8 @@ const CRATES: [(&str, &[&str]); 9] = [
 ];
 
 /// What the domain does without: it is to be tested by calling it.
-const NOT_IN_DOMAIN: [&str; 8] = ["tokio", "serde", "serde_json", "futures_util", "tracing", "jiff", "std::time::Instant", "std::time::SystemTime"];
+const NOT_IN_DOMAIN: [&str; 8] =
+    ["tokio", "serde", "serde_json", "futures_util", "tracing", "jiff", "std::time::Instant", "std::time::SystemTime"];
 
 #[derive(Default)]
 struct Names {
@@ -128,7 +129,13 @@ fn modules_use_lower_layers_only() {
             wrong.push(format!("{} is in no layer: give it one here", source.module));
             continue;
         };
-        wrong.extend(source.uses().into_iter().filter(|used| !allowed.contains(used)).map(|used| format!("{} uses {used}", source.module)));
+        wrong.extend(
+            source
+                .uses()
+                .into_iter()
+                .filter(|used| !allowed.contains(used))
+                .map(|used| format!("{} uses {used}", source.module)),
+        );
     }
     assert!(wrong.is_empty(), "{wrong:#?}");
 }

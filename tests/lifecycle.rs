@@ -73,8 +73,11 @@ impl Bench {
     }
 
     async fn start(&self, session: &Session, code: &str, timeout_seconds: f64) -> Result<Arc<Execution>, Error> {
-        let request =
-            ExecuteRequest { code: code.to_owned(), timeout_seconds: Some(timeout_seconds), ..ExecuteRequest::default() };
+        let request = ExecuteRequest {
+            code: code.to_owned(),
+            timeout_seconds: Some(timeout_seconds),
+            ..ExecuteRequest::default()
+        };
         self.service.execute(&self.who, session.id, request).await
     }
 
@@ -215,7 +218,8 @@ async fn a_caller_that_goes_away_changes_nothing() {
     let request = SessionRequest { name: Some("kept".to_owned()), ..SessionRequest::default() };
     let creating = bench.service.create_session(&bench.who, &request, true);
     assert!(tokio::time::timeout(Duration::from_millis(50), creating).await.is_err(), "it was too quick to be left");
-    let [session] = bench.service.list_sessions(&bench.who, &cellblock::service::Filter::default(), None).try_into().unwrap();
+    let [session] =
+        bench.service.list_sessions(&bench.who, &cellblock::service::Filter::default(), None).try_into().unwrap();
     bounded(session.wait_for(|s| s.phase == Phase::Ready)).await;
     assert_eq!(bench.run(&session, "hello", 5.0).await.status(), Status::Ok);
 }
@@ -295,13 +299,19 @@ async fn idle_and_lifetime_end_a_session_but_work_is_not_idle() {
 async fn names_are_unique_among_a_tenants_live_sessions() {
     let bench = Bench::new();
     let named = |reuse| SessionRequest { name: Some("chat".to_owned()), reuse, ..SessionRequest::default() };
-    let Created::New(first) = bench.service.create_session(&bench.who, &named(false), true).await.unwrap() else { panic!() };
+    let Created::New(first) = bench.service.create_session(&bench.who, &named(false), true).await.unwrap() else {
+        panic!()
+    };
     let refused = bench.service.create_session(&bench.who, &named(false), true).await.unwrap_err();
     assert_eq!(refused, Error::NameInUse(first.id));
-    let Created::Reused(same) = bench.service.create_session(&bench.who, &named(true), true).await.unwrap() else { panic!() };
+    let Created::Reused(same) = bench.service.create_session(&bench.who, &named(true), true).await.unwrap() else {
+        panic!()
+    };
     assert_eq!(same.id, first.id);
     let other = Principal { tenant: Arc::from("two"), ..bench.who.clone() };
-    let Created::New(theirs) = bench.service.create_session(&other, &named(true), true).await.unwrap() else { panic!() };
+    let Created::New(theirs) = bench.service.create_session(&other, &named(true), true).await.unwrap() else {
+        panic!()
+    };
     assert_ne!(theirs.id, first.id);
     assert_eq!(bench.service.session(&other, first.id).unwrap_err(), Error::NotFound("session"));
 }
@@ -338,7 +348,8 @@ async fn the_reconciler_removes_what_nobody_knows_and_notices_what_is_missing() 
 
     let stop = CancellationToken::new();
     let engine: Arc<dyn Engine> = bench.engine.clone();
-    let running = tokio::spawn(reconcile::run(engine, Arc::clone(&bench.registry), stop.clone()));
+    let running =
+        cellblock::task::spawn("reconcile", reconcile::run(engine, Arc::clone(&bench.registry), stop.clone()));
     bounded(async {
         while !session.is_over() {
             // Events are hints that may be lost while the reconciler is starting, so it is told again.

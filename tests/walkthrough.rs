@@ -21,7 +21,8 @@ fn readme_block(heading: &str) -> String {
 
 async fn bash(script: String, folder: &Path) -> Output {
     let folder = folder.to_owned();
-    let run = move || Command::new("bash").args(["-euo", "pipefail", "-c", &script]).current_dir(folder).output().unwrap();
+    let run =
+        move || Command::new("bash").args(["-euo", "pipefail", "-c", &script]).current_dir(folder).output().unwrap();
     tokio::task::spawn_blocking(run).await.unwrap()
 }
 
@@ -69,7 +70,8 @@ async fn finish(mut command: Command) -> (i32, String, String) {
 
 async fn commands_against_a_server(server: &Server) {
     assert_eq!(cellblock(server, &["health"]).await.0, 0);
-    let (code, out, err) = cellblock(server, &["exec", "--new", "--template", "python", "-c", "x = 6\nprint(x * 7)"]).await;
+    let (code, out, err) =
+        cellblock(server, &["exec", "--new", "--template", "python", "-c", "x = 6\nprint(x * 7)"]).await;
     assert_eq!((code, out.as_str()), (0, "42\n"), "{err}");
     let (_, listed, _) = cellblock(server, &["ps", "--json"]).await;
     let id = listed.split('"').find(|word| word.starts_with("ses")).expect("the session is listed").to_owned();
@@ -106,7 +108,8 @@ fn run(arguments: &[&str]) -> Command {
 async fn run_needs_no_server() {
     let folder = tempfile::tempdir().unwrap();
     let out = folder.path().join("out");
-    let code = "import matplotlib.pyplot as plt\nopen('a.txt', 'w').write('hello')\nprint('made')\nplt.plot([1]); plt.show()";
+    let code =
+        "import matplotlib.pyplot as plt\nopen('a.txt', 'w').write('hello')\nprint('made')\nplt.plot([1]); plt.show()";
     let (status, stdout, err) = finish(run(&["--out", out.to_str().unwrap(), "-c", code])).await;
     assert!(status == 0 && stdout.starts_with("made\n"), "{status} {stdout} {err}");
     assert_eq!(std::fs::read_to_string(out.join("a.txt")).unwrap(), "hello");
@@ -153,7 +156,10 @@ async fn a_server_that_should_not_start_says_why() {
         (&[free, ("CELLBLOCK__SERVER__API_KEY_FILE", open_key.to_str().unwrap())], &["644", "chmod 600"]),
         (&[free, ("CELLBLOCK__SERVER__API_KEY_FILE", short_key.to_str().unwrap())], &["64 lower-case"]),
         (&[("CELLBLOCK__SERVER__LISTEN", &taken_address)], &[&taken_address, "--listen"]),
-        (&[free, ("CELLBLOCK__ENGINE__HOST", "unix:///nowhere/docker.sock")], &["/nowhere/docker.sock", "Docker running"]),
+        (
+            &[free, ("CELLBLOCK__ENGINE__HOST", "unix:///nowhere/docker.sock")],
+            &["/nowhere/docker.sock", "Docker running"],
+        ),
         (
             &[free, ("CELLBLOCK__LIMITS__SESSIONS", "many"), ("CELLBLOCK__SERVER__LISTNE", "x")],
             &["limits.sessions", "server.listne", "listen"],
@@ -174,10 +180,16 @@ async fn a_server_that_should_not_start_says_why() {
 #[tokio::test]
 async fn the_configuration_is_explained() {
     let mut command = Command::new(CELLBLOCK);
-    command.args(["check-config", "--json"]).env("CELLBLOCK_CONFIG", "/dev/null").env("CELLBLOCK__LIMITS__SESSIONS", "7");
+    command
+        .args(["check-config", "--json"])
+        .env("CELLBLOCK_CONFIG", "/dev/null")
+        .env("CELLBLOCK__LIMITS__SESSIONS", "7");
     let (status, out, err) = finish(command).await;
     assert_eq!(status, 0, "{err}");
     let values: Value = serde_json::from_str(&out).unwrap();
     let sessions = values["values"].as_array().unwrap().iter().find(|v| v["key"] == "limits.sessions").unwrap();
-    assert!(sessions["value"] == "7" && sessions["source"].as_str().unwrap().contains("CELLBLOCK__LIMITS__SESSIONS"), "{sessions}");
+    assert!(
+        sessions["value"] == "7" && sessions["source"].as_str().unwrap().contains("CELLBLOCK__LIMITS__SESSIONS"),
+        "{sessions}"
+    );
 }

@@ -78,6 +78,10 @@ fn from_value<T: DeserializeOwned>(mut value: Value) -> Result<T, Vec<FieldError
             Ok(_) => return Err(mistakes),
             Err(error) => {
                 let (pointer, message) = mistake(&error);
+                // A field that was taken out is missed, which is no mistake of its own.
+                if mistakes.iter().any(|m: &FieldError| m.pointer == pointer) {
+                    return Err(mistakes);
+                }
                 let removed = remove(&mut value, &pointer);
                 mistakes.push(FieldError::new(pointer, message));
                 if !removed || mistakes.len() == MAX_MISTAKES {
@@ -120,7 +124,8 @@ pub fn object<'de, D: Deserializer<'de>, T: Deserialize<'de>>(deserializer: D) -
 fn mistake(error: &serde_path_to_error::Error<serde_json::Error>) -> (String, String) {
     use serde_path_to_error::Segment;
     let message = error.inner().to_string();
-    let unknown = message.strip_prefix("unknown field `").and_then(|rest| rest.split('`').next());
+    let rest = message.strip_prefix("unknown field `").or_else(|| message.strip_prefix("missing field `"));
+    let named = rest.and_then(|rest| rest.split('`').next());
     let mut pointer = String::new();
     for segment in error.path() {
         match segment {
@@ -129,7 +134,7 @@ fn mistake(error: &serde_path_to_error::Error<serde_json::Error>) -> (String, St
             Segment::Enum { .. } | Segment::Unknown => {}
         }
     }
-    if let Some(field) = unknown {
+    if let Some(field) = named {
         let at = format!("/{}", escape_pointer(field));
         if !pointer.ends_with(&at) {
             pointer.push_str(&at);
@@ -297,6 +302,22 @@ mod tests {
         inner: Option<Inner>,
         #[serde(default)]
         list: Vec<u8>,
+    }
+
+    #[derive(Debug, Deserialize)]
+    #[allow(dead_code)]
+    struct Needy {
+        code: String,
+    }
+
+    #[test]
+    fn a_field_that_is_missing_is_named_and_one_that_is_wrong_is_not_missing() {
+        let mistakes = |json: &str| {
+            let errors = from_value::<Needy>(serde_json::from_str(json).unwrap()).unwrap_err();
+            errors.into_iter().map(|e| e.pointer).collect::<Vec<_>>()
+        };
+        assert_eq!(mistakes("{}"), ["/code"]);
+        assert_eq!(mistakes(r#"{"code": 1}"#), ["/code"]);
     }
 
     #[derive(Debug, Deserialize)]

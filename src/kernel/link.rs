@@ -307,7 +307,7 @@ impl Events {
     pub async fn next(&mut self) -> Result<Option<Frame<Numbered>>, LinkError> {
         let broken = |detail: String| LinkError::Protocol { attempt: "tell its events".to_owned(), detail };
         loop {
-            if let Some(event) = self.decoder.next::<Numbered>().map_err(|e| broken(e.to_string()))? {
+            if let Some(event) = self.decoder.next_frame::<Numbered>().map_err(|e| broken(e.to_string()))? {
                 return Ok(Some(event));
             }
             match self.body.frame().await {

@@ -291,7 +291,7 @@ async fn answer(guest: &Arc<Guest>, faults: &Faults, request: Request<Incoming>)
         ("POST", ["kernels", kernel, "messages"]) => {
             let mut decoder = frame::Decoder::default();
             decoder.push(&body);
-            let frame: Frame<Outbound> = decoder.next().unwrap().unwrap();
+            let frame: Frame<Outbound> = decoder.next_frame().unwrap().unwrap();
             guest.take(kernel, &frame)
         }
         ("DELETE", ["kernels", kernel]) => {

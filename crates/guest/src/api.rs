@@ -284,7 +284,7 @@ async fn read_frame<H: DeserializeOwned>(mut body: Incoming) -> Result<Frame<H>,
         }
         decoder.push(&data);
     }
-    match decoder.next() {
+    match decoder.next_frame() {
         Ok(Some(frame)) if decoder.is_empty() => Ok(frame),
         Ok(_) => Err(Refused::invalid("the body is not one frame")),
         Err(error) => Err(Refused::invalid(&error.to_string())),

@@ -306,7 +306,7 @@ mod tests {
         let mut seqs = Vec::new();
         while seqs.len() < count {
             decoder.push(&subscription.chunk().await.unwrap());
-            while let Some(frame) = decoder.next::<Numbered>().unwrap() {
+            while let Some(frame) = decoder.next_frame::<Numbered>().unwrap() {
                 assert_eq!(frame.parts[0], "{}");
                 seqs.push(frame.head.seq);
             }
@@ -354,7 +354,7 @@ mod tests {
         assert_eq!(before.elapsed(), Duration::ZERO, "the end tells all");
         let mut decoder = Decoder::default();
         decoder.push(&chunk);
-        assert!((0..3).all(|_| decoder.next::<Numbered>().unwrap().is_some()), "in one chunk");
+        assert!((0..3).all(|_| decoder.next_frame::<Numbered>().unwrap().is_some()), "in one chunk");
     }
 
     #[tokio::test(start_paused = true)]

@@ -1,11 +1,13 @@
 //! The real guest over real pipes: the link, takeover, files, and kernels both faked and, where there is one, real.
 //!
-//! The fake kernel is `fake_kernel.py`, which needs nothing but Python. `CELLBLOCK_TEST_PYTHON` names a Python with `ipykernel`.
+//! The fake kernel is `fake_kernel.py`, which needs nothing but Python. `make test-kernel` makes a Python with `ipykernel`.
 
 #![allow(clippy::unwrap_used, reason = "a test that finds something else is to fail")]
 
 mod support;
 
+use std::ffi::OsString;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -294,9 +296,16 @@ async fn signals_mean_nothing() {
     cell.end().await;
 }
 
+/// The one that `make test` makes.
+fn python_with_ipykernel() -> OsString {
+    let python = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../target/ipykernel/bin/python");
+    assert!(python.exists(), "{} is not there; `make test-kernel` makes it", python.display());
+    python.into_os_string()
+}
+
 #[tokio::test]
 async fn real_ipykernel_runs_code_and_loses_nothing() {
-    let Some(python) = std::env::var_os("CELLBLOCK_TEST_PYTHON") else { return };
+    let python = python_with_ipykernel();
     let mut cell = Cell::start_with(&python);
     cell.attach().await;
     for (name, transport) in [("k1", Transport::Ipc), ("k2", Transport::Tcp)] {
@@ -326,7 +335,7 @@ async fn real_ipykernel_runs_code_and_loses_nothing() {
 
 #[tokio::test]
 async fn real_ipykernel_asks_for_input_on_the_stdin_channel() {
-    let Some(python) = std::env::var_os("CELLBLOCK_TEST_PYTHON") else { return };
+    let python = python_with_ipykernel();
     let mut cell = Cell::start_with(&python);
     cell.attach().await;
     cell.start_kernel("k1", "real", Transport::Ipc, &[]).await;

@@ -70,7 +70,7 @@ impl Decoder {
     ///
     /// # Errors
     /// On bytes that are no frame; the decoder is of no further use then.
-    pub fn next<H: DeserializeOwned>(&mut self) -> Result<Option<Frame<H>>, FrameError> {
+    pub fn next_frame<H: DeserializeOwned>(&mut self) -> Result<Option<Frame<H>>, FrameError> {
         let Some(length) = self.buffer.first_chunk::<4>().map(|b| u32::from_be_bytes(*b) as usize) else {
             return Ok(None);
         };
@@ -134,7 +134,7 @@ mod tests {
             let mut seen = Vec::new();
             for chunk in stream.chunks(step) {
                 decoder.push(chunk);
-                while let Some(frame) = decoder.next::<u32>().unwrap() {
+                while let Some(frame) = decoder.next_frame::<u32>().unwrap() {
                     seen.push((frame.head, frame.parts.iter().map(|p| p.to_vec()).collect::<Vec<_>>()));
                 }
             }
@@ -146,7 +146,7 @@ mod tests {
         fn no_bytes_make_the_decoder_panic_or_reserve(bytes in proptest::collection::vec(any::<u8>(), 0..400)) {
             let mut decoder = Decoder::default();
             decoder.push(&bytes);
-            while let Ok(Some(_)) = decoder.next::<serde_json::Value>() {}
+            while let Ok(Some(_)) = decoder.next_frame::<serde_json::Value>() {}
             prop_assert!(decoder.buffer.capacity() < 4096);
         }
     }

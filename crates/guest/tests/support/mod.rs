@@ -169,7 +169,7 @@ impl Cell {
             let (mut body, mut decoder) = (response.into_body(), Decoder::default());
             while let Some(Ok(frame)) = body.frame().await {
                 decoder.push(&frame.into_data().unwrap_or_default());
-                while let Some(told) = decoder.next::<Numbered>().unwrap() {
+                while let Some(told) = decoder.next_frame::<Numbered>().unwrap() {
                     let _ = sender.send(told);
                 }
             }
