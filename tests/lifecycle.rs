@@ -1,5 +1,6 @@
 //! Sessions and executions against an engine that can be told to fail: what happens when it does. No containers; the same contract
 //! suite that Docker passes holds the fake to the truth.
+#![allow(clippy::unwrap_used, reason = "a test that finds something else is to fail")]
 
 #[path = "support/engine_fake.rs"]
 mod engine_fake;
@@ -166,7 +167,8 @@ async fn an_answer_never_reaches_another_execution() {
 
 #[tokio::test]
 async fn a_failed_start_says_why_and_leaves_no_cell() {
-    let table: [(fn(&mut Faults), StartFault); 5] = [
+    type Break = fn(&mut Faults);
+    let table: [(Break, StartFault); 5] = [
         (|f| f.ensure_fails = true, StartFault::EngineUnavailable),
         (|f| f.unverified = true, StartFault::Unverified),
         (|f| f.kernel_dies = true, StartFault::KernelFailed),

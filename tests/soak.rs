@@ -1,5 +1,6 @@
 //! Sessions one after another, with code that behaves and code that doesn't: afterwards the server holds what it held before. The short form
 //! runs with all tests; `make soak` runs the long one, for SOAK_SECONDS.
+#![allow(clippy::unwrap_used, reason = "a test that finds something else is to fail")]
 
 #[path = "support/server.rs"]
 mod server;

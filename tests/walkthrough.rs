@@ -1,4 +1,5 @@
 //! The first session of the README, line by line as it stands there, and the command line against the same server.
+#![allow(clippy::unwrap_used, reason = "a test that finds something else is to fail")]
 
 #[path = "support/server.rs"]
 mod server;

@@ -58,7 +58,6 @@ pub struct Bounds {
 }
 
 /// All routes.
-#[must_use]
 pub fn router(app: App) -> Router {
     let (v1, document) = v1::routes().split_for_parts();
     Router::new()

@@ -1,7 +1,28 @@
 """Starts ipykernel as a cell wants it: no output lost silently, no history, no debugger. Started by the guest, with Python 3.8 or later."""
 
+import importlib.util
 import os
 import sys
+import types
+
+
+def import_in_parts(name, part):
+    """A package whose own content is imported with the first name that is taken from it and is not in its module `part`."""
+    spec = importlib.util.find_spec(name)
+
+    class Package(types.ModuleType):
+        def __getattr__(self, wanted):
+            module = importlib.import_module(f"{name}.{part}")
+            if hasattr(module, wanted):
+                return getattr(module, wanted)
+            self.__class__ = types.ModuleType
+            spec.loader.exec_module(self)
+            return getattr(self, wanted)
+
+    if spec is not None and spec.loader is not None:
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        sys.modules[name].__class__ = Package
+
 
 if __name__ == "__main__":
     os.umask(0o077)
@@ -10,7 +31,10 @@ if __name__ == "__main__":
         del sys.path[0]
     # A third of the boot is spent on importing a debugger that nobody can reach. ipykernel does without one that it can't import.
     sys.modules["debugpy"] = None
+    # Of the clients' package a kernel needs messages and connection files.
+    import_in_parts("jupyter_client", "connect")
 
+    import traitlets
     import zmq
     from ipykernel.iostream import OutStream
     from ipykernel.kernelapp import IPKernelApp
@@ -19,6 +43,9 @@ if __name__ == "__main__":
     OutStream.flush_interval = 0.02
 
     class CellKernelApp(IPKernelApp):
+        # A kernel makes no clients, and naming their class would import them all.
+        blocking_class = traitlets.Type(object)
+
         def init_iopub(self, context):
             class Context:
                 @staticmethod

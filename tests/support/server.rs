@@ -1,0 +1,600 @@
+//! A whole server in this process, under an instance's name of its own, and what tests need to speak HTTP to it.
+//!
+//! [`Server::finish`] stops it and fails if a container is left. Nothing here knows what is tested.
+#![allow(dead_code, reason = "each test takes a part of it")]
+
+use std::collections::HashMap;
+use std::net::SocketAddr;
+use std::panic::AssertUnwindSafe;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use bollard::Docker;
+use bollard::query_parameters::{
+    ListContainersOptionsBuilder, ListVolumesOptionsBuilder, RemoveContainerOptionsBuilder, RemoveVolumeOptionsBuilder,
+};
+use cellblock::app::{self, Plane, Stop};
+use cellblock::config::{self, Config, Environment, Inputs};
+use cellblock::http::{self, App, Bounds};
+use cellblock::service::keys::{self, KeyRing, Principal, Scope};
+use cellblock::task;
+use futures_util::future::BoxFuture;
+use futures_util::{FutureExt, StreamExt};
+use reqwest::header::HeaderMap;
+use reqwest::{Method, RequestBuilder, Response};
+use serde_json::{Value, json};
+use tokio::net::TcpListener;
+use tokio::sync::oneshot;
+use tokio_util::sync::CancellationToken;
+
+/// How long anything may take before it counts as never.
+pub const NEVER: Duration = Duration::from_secs(60);
+
+/// A server that runs in this process.
+pub struct Server {
+    /// `http://127.0.0.1:…`
+    pub url: String,
+    /// The key that requests carry unless they say otherwise.
+    pub key: String,
+    /// Key of another tenant, where there is one.
+    pub other_key: String,
+    /// Key of the first tenant that may not work with sessions, where there is one.
+    pub powerless_key: String,
+    /// The name of this server on the engine.
+    pub instance: String,
+    /// Docker without anything between.
+    pub docker: Docker,
+    http: reqwest::Client,
+    stop: CancellationToken,
+    ended: Mutex<Option<oneshot::Receiver<Result<(), String>>>>,
+    _folder: tempfile::TempDir,
+}
+
+impl Server {
+    /// Starts one as `cellblock serve` does. `settings` is a configuration file laid over what every test needs.
+    pub async fn start(settings: &str) -> Arc<Self> {
+        let (folder, config) = configured(settings);
+        let (address_in, address) = oneshot::channel();
+        let (ended_in, ended) = oneshot::channel();
+        let stop = CancellationToken::new();
+        let (serving, asked, told) = (config.clone(), stop.clone(), Stop::default());
+        let wish = told.clone();
+        task::spawn("stop", async move {
+            asked.cancelled().await;
+            wish.at_once();
+        });
+        task::spawn("server", async move {
+            let ready = |address| {
+                let _ = address_in.send(address);
+            };
+            let served = app::serve(&serving, told, ready).await;
+            let _ = ended_in.send(served.map_err(|e| e.to_string()));
+        });
+        let Ok(address) = address.await else { panic!("the server did not start: {:?}", ended.await) };
+        let key = std::fs::read_to_string(config.server.key_file()).expect("a key file").trim().to_owned();
+        Self::new(address, [key, String::new(), String::new()], &config, (stop, ended), folder)
+    }
+
+    /// Starts one with three keys: two tenants', and one without scopes.
+    pub async fn start_with_tenants(settings: &str) -> Arc<Self> {
+        let (folder, config) = configured(settings);
+        let keys = [(); 3].map(|()| keys::generate().expect("random bytes"));
+        let mut ring = KeyRing::default();
+        for (key, (tenant, scopes)) in keys.iter().zip([("one", 1), ("two", 1), ("one", 0)]) {
+            let scopes = vec![Scope::Sessions; scopes].into();
+            ring.add(key, Principal { tenant: tenant.into(), scopes }).expect("a key");
+        }
+        let plane = Plane::start(&config, true).await.unwrap_or_else(|e| panic!("the server did not start: {e}"));
+        let listener = TcpListener::bind(config.server.listen).await.expect("an address");
+        let address = listener.local_addr().expect("an address");
+        let body = usize::try_from(config.server.max_body).expect("a size");
+        let app = App {
+            service: Arc::clone(&plane.service),
+            keys: Arc::new(ring),
+            instance: config.engine.instance.as_str().into(),
+            bounds: Bounds { body, body_time: config.server.request_timeout },
+        };
+        let (stop, closing) = (CancellationToken::new(), CancellationToken::new());
+        let (ended_in, ended) = oneshot::channel();
+        let (asked, closed) = (stop.clone(), closing.clone());
+        task::spawn("server", async move {
+            let drain = async {
+                asked.cancelled().await;
+                let left = plane.stop(Duration::ZERO).await;
+                closing.cancel();
+                left
+            };
+            let (served, left) = tokio::join!(http::serve(listener, app, closed), drain);
+            let outcome = served.map_err(|e| e.to_string());
+            let _ =
+                ended_in.send(outcome.and(if left == 0 { Ok(()) } else { Err(format!("{left} sessions are left")) }));
+        });
+        Self::new(address, keys, &config, (stop, ended), folder)
+    }
+
+    fn new(
+        address: SocketAddr,
+        [key, other_key, powerless_key]: [String; 3],
+        config: &Config,
+        (stop, ended): (CancellationToken, oneshot::Receiver<Result<(), String>>),
+        folder: tempfile::TempDir,
+    ) -> Arc<Self> {
+        let http = reqwest::Client::builder().timeout(2 * NEVER).no_proxy().build().expect("a client");
+        Arc::new(Self {
+            url: format!("http://{address}"),
+            key,
+            other_key,
+            powerless_key,
+            instance: config.engine.instance.clone(),
+            docker: Docker::connect_with_socket_defaults().expect("a Docker engine on this machine"),
+            http,
+            stop,
+            ended: Mutex::new(Some(ended)),
+            _folder: folder,
+        })
+    }
+
+    /// Runs cases, some at once; then ends the server, looks for leftovers, and fails with the names of all cases that failed.
+    pub async fn run_and_finish(self: Arc<Self>, at_once: usize, cases: Vec<Case>) {
+        let failed = run(at_once, cases).await;
+        let left = self.finish().await;
+        assert!(failed.is_empty(), "{} cases failed:\n{}", failed.len(), failed.join("\n"));
+        left.unwrap_or_else(|left| panic!("{left}"));
+    }
+
+    /// Ends the server. An error says what it left, which is removed then.
+    pub async fn finish(&self) -> Result<(), String> {
+        let ended = self.ended.lock().expect("a lock").take().expect("a server that was not stopped before");
+        self.stop.cancel();
+        let outcome = tokio::time::timeout(NEVER, ended).await.map_err(|_| "the server does not stop".to_owned());
+        let left = self.containers("").await;
+        for name in &left {
+            let options = RemoveContainerOptionsBuilder::default().force(true).v(true).build();
+            self.docker.remove_container(name, Some(options)).await.expect("a removal");
+        }
+        self.remove_volumes().await;
+        outcome?.map_err(|_| "the server's task panicked".to_owned())??;
+        if left.is_empty() { Ok(()) } else { Err(format!("the server left containers: {left:?}")) }
+    }
+
+    async fn remove_volumes(&self) {
+        let options = ListVolumesOptionsBuilder::default().filters(&self.label()).build();
+        let volumes = self.docker.list_volumes(Some(options)).await.expect("a list").volumes;
+        for volume in volumes.into_iter().flatten() {
+            let options = RemoveVolumeOptionsBuilder::default().build();
+            self.docker.remove_volume(&volume.name, Some(options)).await.expect("a removal");
+        }
+    }
+
+    fn label(&self) -> HashMap<&'static str, Vec<String>> {
+        HashMap::from([("label", vec![format!("io.cellblock.instance={}", self.instance)])])
+    }
+
+    /// Names of this server's containers, running or not, that contain a text.
+    pub async fn containers(&self, text: &str) -> Vec<String> {
+        let options = ListContainersOptionsBuilder::default().all(true).filters(&self.label()).build();
+        let found = self.docker.list_containers(Some(options)).await.expect("a list");
+        let names = found.into_iter().flat_map(|c| c.names.unwrap_or_default());
+        names.map(|n| n.trim_start_matches('/').to_owned()).filter(|n| n.contains(text)).collect()
+    }
+
+    /// A request without a key.
+    pub fn bare(&self, method: Method, path: &str) -> RequestBuilder {
+        self.http.request(method, format!("{}{path}", self.url))
+    }
+
+    /// A request with the key.
+    pub fn request(&self, method: Method, path: &str) -> RequestBuilder {
+        self.bare(method, path).bearer_auth(&self.key)
+    }
+
+    /// Sends a request and reads the whole answer.
+    pub async fn send(&self, request: RequestBuilder) -> Reply {
+        let response = request.send().await.expect("an answer");
+        let (status, headers) = (response.status().as_u16(), response.headers().clone());
+        let text = response.text().await.expect("a whole answer");
+        let json = serde_json::from_str(&text).unwrap_or(Value::Null);
+        let reply = Reply { status, headers, text, json };
+        reply.tells_nothing_of_the_inside(self);
+        reply
+    }
+
+    /// `GET`.
+    pub async fn get(&self, path: &str) -> Reply {
+        self.send(self.request(Method::GET, path)).await
+    }
+
+    /// `POST` with a body; null stands for none.
+    pub async fn post(&self, path: &str, body: &Value) -> Reply {
+        let request = self.request(Method::POST, path);
+        self.send(if body.is_null() { request } else { request.json(body) }).await
+    }
+
+    /// `PATCH`.
+    pub async fn patch(&self, path: &str, body: &Value) -> Reply {
+        self.send(self.request(Method::PATCH, path).json(body)).await
+    }
+
+    /// `DELETE`.
+    pub async fn delete(&self, path: &str) -> Reply {
+        self.send(self.request(Method::DELETE, path)).await
+    }
+
+    /// Creates a session that is ready.
+    pub async fn create(self: &Arc<Self>, body: Value) -> Cell {
+        let reply = self.post("/v1/sessions", &body).await;
+        assert_eq!((reply.status, &reply.json["state"]), (201, &json!("ready")), "{body}: {}", reply.text);
+        Cell { server: Arc::clone(self), id: text(&reply.json["id"]), view: reply.json }
+    }
+
+    /// Creates a session of the smallest template.
+    pub async fn cell(self: &Arc<Self>) -> Cell {
+        self.create(json!({"template": "python"})).await
+    }
+
+    /// Follows an execution's events from after number `after` on.
+    pub async fn follow(&self, execution: &str, after: u64) -> Follow {
+        let request = self.request(Method::GET, &format!("/v1/executions/{execution}/events"));
+        let request = if after > 0 { request.header("last-event-id", after) } else { request };
+        Follow::new(request.send().await.expect("an answer"), Form::Sse)
+    }
+
+    /// Waits for the end of an execution and answers with it.
+    pub async fn ended(&self, execution: &str) -> Value {
+        self.follow(execution, 0).await.rest().await;
+        let reply = self.get(&format!("/v1/executions/{execution}")).await;
+        assert_eq!(reply.status, 200, "{}", reply.text);
+        reply.json
+    }
+}
+
+impl Drop for Server {
+    /// A test that panics early still stops its server; the task does the rest while the runtime lives.
+    fn drop(&mut self) {
+        self.stop.cancel();
+        let finished = self.ended.lock().map(|e| e.is_none()).unwrap_or(true);
+        assert!(finished || std::thread::panicking(), "a test forgot to finish its server");
+    }
+}
+
+/// The configuration of a test: a name and a folder of its own, any free port, the guest that was built for tests.
+fn configured(settings: &str) -> (tempfile::TempDir, Config) {
+    let folder = tempfile::tempdir().expect("a folder");
+    let file = |name: &str, text: &str| {
+        let path = folder.path().join(name);
+        std::fs::write(&path, text).expect("a file");
+        path
+    };
+    let id = uuid::Uuid::new_v4().simple().to_string();
+    let base = format!(
+        "[server]\nlisten = \"127.0.0.1:0\"\ndata_dir = {:?}\n[engine]\ninstance = \"t{}\"\norphan_timeout = \"3m\"\n[guest]\nbinary = {:?}\n",
+        folder.path().join("data"),
+        &id[..12],
+        guest(),
+    );
+    let inputs = Inputs { files: vec![file("base.toml", &base), file("test.toml", settings)], ..Inputs::default() };
+    let loaded = config::load(&inputs).unwrap_or_else(|mistakes| panic!("{mistakes}"));
+    (folder, loaded.config)
+}
+
+/// Reads a test's configuration without starting anything.
+pub fn configuration(settings: &str) -> (tempfile::TempDir, Config) {
+    configured(settings)
+}
+
+/// The guest as it is built for containers. The one in `target/debug` may be cargo's own, which needs the machine's libraries.
+fn guest() -> PathBuf {
+    let folder = format!("target/{}-unknown-linux-gnu/guest", std::env::consts::ARCH);
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(folder).join("cellblock-guest");
+    assert!(path.exists(), "{} is not there; run `make guest`", path.display());
+    path
+}
+
+/// An answer, read whole.
+pub struct Reply {
+    /// Its status.
+    pub status: u16,
+    /// Its headers.
+    pub headers: HeaderMap,
+    /// Its body.
+    pub text: String,
+    /// Its body as JSON; null when it is none.
+    pub json: Value,
+}
+
+impl Reply {
+    /// A header, empty when absent.
+    pub fn header(&self, name: &str) -> &str {
+        self.headers.get(name).and_then(|v| v.to_str().ok()).unwrap_or_default()
+    }
+
+    /// Checks that this is a well-formed problem of a kind, and answers with its body.
+    #[track_caller]
+    pub fn problem(&self, status: u16, code: &str) -> &Value {
+        let body = &self.json;
+        assert_eq!((self.status, body["code"].as_str()), (status, Some(code)), "{}", self.text);
+        self.is_a_problem();
+        body
+    }
+
+    /// Checks that this is a well-formed problem, of whatever kind.
+    #[track_caller]
+    pub fn is_a_problem(&self) {
+        let body = &self.json;
+        assert_eq!(self.header("content-type"), "application/problem+json", "{}", self.text);
+        assert_eq!(body["status"], json!(self.status), "{}", self.text);
+        let code = body["code"].as_str().expect("a code");
+        assert!(text(&body["type"]).ends_with(&format!("/problems/{code}")), "{}", self.text);
+        assert!(
+            ["title", "detail", "request_id"].iter().all(|k| body[k].as_str().is_some_and(|v| !v.is_empty())),
+            "{}",
+            self.text
+        );
+        assert_eq!(body["request_id"], self.header("x-request-id"), "{}", self.text);
+        assert!(body["retryable"].is_boolean(), "{}", self.text);
+        assert_eq!(self.header("retry-after").is_empty(), body["retry_after_seconds"].is_null(), "{}", self.text);
+    }
+
+    /// The pointers of the fields that are wrong, sorted.
+    pub fn pointers(&self) -> Vec<String> {
+        let errors = self.json["errors"].as_array().cloned().unwrap_or_default();
+        let mut pointers: Vec<_> = errors.iter().map(|e| text(&e["pointer"])).collect();
+        pointers.sort();
+        pointers
+    }
+
+    /// No refusal says where things are on this machine, what the engine said, or what the key is.
+    #[track_caller]
+    fn tells_nothing_of_the_inside(&self, server: &Server) {
+        if self.status < 400 {
+            return;
+        }
+        let secrets = [&server.key, &server.other_key, &server.powerless_key];
+        let inside = [
+            "docker.sock",
+            "/var/lib",
+            "/work/",
+            ".rs:",
+            "panicked",
+            "hyper",
+            "bollard",
+            "io.cellblock",
+            "cellblock-t",
+        ];
+        let told = inside
+            .into_iter()
+            .chain(secrets.into_iter().map(String::as_str))
+            .find(|s| !s.is_empty() && self.text.contains(s));
+        assert_eq!(told, None, "a problem tells of the inside: {}", self.text);
+    }
+}
+
+/// A session.
+pub struct Cell {
+    /// Its server.
+    pub server: Arc<Server>,
+    /// Its id.
+    pub id: String,
+    /// What the server said of it when it was created.
+    pub view: Value,
+}
+
+impl Cell {
+    /// A path below this session's.
+    pub fn path(&self, below: &str) -> String {
+        format!("/v1/sessions/{}{below}", self.id)
+    }
+
+    /// Runs code to its end.
+    pub async fn run(&self, code: &str) -> Value {
+        self.execute(json!({"code": code})).await
+    }
+
+    /// Runs code to its end, with more than code in the request.
+    pub async fn execute(&self, request: Value) -> Value {
+        let reply = self.server.post(&self.path("/executions"), &request).await;
+        assert_eq!(reply.status, 200, "{request}: {}", reply.text);
+        reply.json
+    }
+
+    /// Runs code that must end well; answers with what it printed, or else with the text of its last value.
+    pub async fn value(&self, code: &str) -> String {
+        let ran = self.run(code).await;
+        assert_eq!(ran["status"], "ok", "{code}: {ran}");
+        match ran["results"].as_array().and_then(|r| r.last()) {
+            Some(result) => text(&result["data"]["text/plain"]),
+            None => text(&ran["stdout"]).trim().to_owned(),
+        }
+    }
+
+    /// Runs code that must end well and print JSON.
+    pub async fn json(&self, code: &str) -> Value {
+        let printed = self.value(code).await;
+        serde_json::from_str(&printed).unwrap_or_else(|_| panic!("{printed}"))
+    }
+
+    /// Starts code and answers with the execution's id.
+    pub async fn background(&self, code: &str) -> String {
+        let reply = self.server.post(&self.path("/executions"), &json!({"code": code, "background": true})).await;
+        assert_eq!(reply.status, 202, "{}", reply.text);
+        assert_eq!(reply.header("location"), format!("/v1/executions/{}", text(&reply.json["id"])));
+        text(&reply.json["id"])
+    }
+
+    /// Starts code and waits until it has printed something.
+    pub async fn background_until_output(&self, code: &str) -> String {
+        let id = self.background(code).await;
+        let mut follow = self.server.follow(&id, 0).await;
+        while let Some(seen) = follow.next().await {
+            if seen.kind == "stdout" {
+                return id;
+            }
+            assert_ne!(seen.kind, "execution.completed", "{}", seen.data);
+        }
+        panic!("the events of {id} broke off");
+    }
+
+    /// Runs code and follows its events in the answer itself.
+    pub async fn stream(&self, request: Value, form: Form) -> Follow {
+        let accept = match form {
+            Form::Sse => "text/event-stream",
+            Form::Lines => "application/x-ndjson",
+        };
+        let request =
+            self.server.request(Method::POST, &self.path("/executions")).header("accept", accept).json(&request);
+        let response = request.send().await.expect("an answer");
+        assert_eq!(response.status(), 200);
+        assert!(response.headers()["content-type"].to_str().is_ok_and(|t| t.starts_with(accept)));
+        Follow::new(response, form)
+    }
+
+    /// What the server says of it now.
+    pub async fn look(&self) -> Value {
+        self.server.get(&self.path("")).await.json
+    }
+
+    /// Waits for a state and answers with what the server says of it then.
+    pub async fn wait(&self, state: &str) -> Value {
+        let reply = self.server.get(&self.path(&format!("/wait?state={state}&timeout_seconds=60"))).await;
+        assert_eq!((reply.status, &reply.json["state"]), (200, &json!(state)), "{}", reply.text);
+        reply.json
+    }
+
+    /// Its containers.
+    pub async fn containers(&self) -> Vec<String> {
+        self.server.containers(&self.id).await
+    }
+
+    /// Checks that it still works.
+    pub async fn works(&self) {
+        assert_eq!(self.value("40 + 2").await, "42");
+    }
+
+    /// Ends it.
+    pub async fn delete(&self) {
+        let reply = self.server.delete(&self.path("")).await;
+        assert_eq!((reply.status, &reply.json["state"]), (200, &json!("ended")), "{}", reply.text);
+    }
+}
+
+/// How events are written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Form {
+    /// Server-sent events.
+    Sse,
+    /// A JSON object a line.
+    Lines,
+}
+
+/// An event as it arrived.
+#[derive(Debug, Clone)]
+pub struct Seen {
+    /// Its type.
+    pub kind: String,
+    /// Its number.
+    pub seq: u64,
+    /// Its body.
+    pub data: Value,
+    /// When it arrived.
+    pub at: Instant,
+}
+
+/// The events of an execution, as they arrive.
+pub struct Follow {
+    response: Response,
+    form: Form,
+    buffer: String,
+}
+
+impl Follow {
+    fn new(response: Response, form: Form) -> Self {
+        assert_eq!(response.status(), 200);
+        Self { response, form, buffer: String::new() }
+    }
+
+    /// The next event; nothing after the last.
+    pub async fn next(&mut self) -> Option<Seen> {
+        let end = if self.form == Form::Sse { "\n\n" } else { "\n" };
+        loop {
+            if let Some(at) = self.buffer.find(end) {
+                let rest = self.buffer.split_off(at + end.len());
+                let block = std::mem::replace(&mut self.buffer, rest);
+                if let Some(seen) = self.read(block.trim_end()) {
+                    return Some(seen);
+                }
+                continue;
+            }
+            let chunk = tokio::time::timeout(NEVER, self.response.chunk()).await.expect("an event in time");
+            let Some(chunk) = chunk.expect("a whole answer") else {
+                assert_eq!(self.buffer, "", "the stream broke off within an event");
+                return None;
+            };
+            self.buffer.push_str(std::str::from_utf8(&chunk).expect("no event is cut within a character"));
+        }
+    }
+
+    /// All events that are still to come.
+    pub async fn rest(mut self) -> Vec<Seen> {
+        let mut all = Vec::new();
+        while let Some(seen) = self.next().await {
+            all.push(seen);
+        }
+        all
+    }
+
+    fn read(&self, block: &str) -> Option<Seen> {
+        let at = Instant::now();
+        if self.form == Form::Lines {
+            let data: Value = serde_json::from_str(block).expect("a line of JSON");
+            return Some(Seen { kind: text(&data["type"]), seq: data["seq"].as_u64().expect("a number"), data, at });
+        }
+        let field = |name: &str| block.lines().find_map(|l| l.strip_prefix(name)).map(|v| v.trim_start().to_owned());
+        let data = serde_json::from_str(&field("data:")?).expect("data that is JSON");
+        Some(Seen { kind: field("event:")?, seq: field("id:")?.parse().expect("a number"), data, at })
+    }
+}
+
+/// The text of a JSON string; anything else as JSON.
+pub fn text(value: &Value) -> String {
+    value.as_str().map_or_else(|| value.to_string(), str::to_owned)
+}
+
+/// The text of one stream in events.
+pub fn joined(events: &[Seen], kind: &str) -> String {
+    events.iter().filter(|e| e.kind == kind).map(|e| text(&e.data["text"])).collect()
+}
+
+/// Something to be tested, and its name.
+pub type Case = (&'static str, BoxFuture<'static, ()>);
+
+/// Functions of a server as cases, by their names.
+#[macro_export]
+macro_rules! cases {
+    ($server:expr; $($name:ident),* $(,)?) => {
+        vec![$((stringify!($name), Box::pin($name(std::sync::Arc::clone(&$server))) as futures_util::future::BoxFuture<'static, ()>)),*]
+    };
+}
+
+/// Runs cases, some at once. Answers with what failed. `CASES=word` runs only those with the word in their names.
+pub async fn run(at_once: usize, cases: Vec<Case>) -> Vec<String> {
+    let environment = Environment::capture();
+    let wanted = environment.get("CASES").unwrap_or_default();
+    let chosen = cases.into_iter().filter(|(name, _)| name.contains(wanted));
+    let running = futures_util::stream::iter(chosen).map(|(name, case)| async move {
+        let began = Instant::now();
+        let outcome = tokio::time::timeout(2 * NEVER, AssertUnwindSafe(case).catch_unwind()).await;
+        println!("{name}: {:.1} s", began.elapsed().as_secs_f64());
+        match outcome {
+            Ok(Ok(())) => None,
+            Ok(Err(panic)) => Some(format!("  {name}: {}", said(&*panic))),
+            Err(_) => Some(format!("  {name}: did not end")),
+        }
+    });
+    running.buffer_unordered(at_once).filter_map(|failed| async { failed }).collect().await
+}
+
+fn said(panic: &(dyn std::any::Any + Send)) -> String {
+    let owned = panic.downcast_ref::<String>().cloned();
+    owned.or_else(|| panic.downcast_ref::<&str>().map(ToString::to_string)).unwrap_or_else(|| "a panic".to_owned())
+}
