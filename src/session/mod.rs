@@ -1,4 +1,4 @@
-//! Sessions: each has one task that owns it ([`actor`]); everybody else holds a [`Session`] handle and a watch of its snapshot.
+//! Sessions: each has one task that owns it (`actor`); everybody else holds a [`Session`] handle and a watch of its snapshot.
 //!
 //! Nothing here knows HTTP, tenants' rights or an engine's name. Handles are cheap, and dropping one changes nothing.
 

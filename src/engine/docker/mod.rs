@@ -1,7 +1,7 @@
 //! Docker as an engine: cells are containers, found again by their names and labels.
 //!
 //! The one place of the control plane that speaks Docker's API. What a cell may do is decided in
-//! [`lockdown`](crate::engine::lockdown), not here.
+//! [`lockdown`], not here.
 
 use std::ops::RangeInclusive;
 use std::path::PathBuf;
