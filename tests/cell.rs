@@ -36,6 +36,7 @@ async fn one_cell() {
     let cases = cases![server;
         values_are_kept_from_cell_to_cell,
         a_plot_is_a_png,
+        a_figure_of_plotly_is_json,
         rich_results_come_in_every_form,
         an_interrupt_ends_the_loop_and_nothing_else,
         a_time_limit_ends_the_loop_and_nothing_else,
@@ -78,6 +79,15 @@ async fn values_are_kept_from_cell_to_cell(server: Arc<Server>) {
             {"kind": "execute_result", "data": {"text/plain": "42"}, "metadata": {}, "display_id": null}
         ])
     );
+}
+
+async fn a_figure_of_plotly_is_json(server: Arc<Server>) {
+    let cell = server.create(json!({"template": "data"})).await;
+    let ran = cell.run("import plotly.express as px\npx.bar(x=[1, 2], y=[3, 4])").await;
+    assert_eq!(ran["status"], "ok", "{ran}");
+    let figure = &ran["results"][0]["data"]["application/vnd.plotly.v1+json"];
+    assert_eq!(figure["data"][0]["type"], "bar", "{ran}");
+    cell.delete().await;
 }
 
 async fn a_plot_is_a_png(server: Arc<Server>) {

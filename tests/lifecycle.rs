@@ -12,7 +12,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use cellblock::domain::lifecycle::{EndReason, Phase};
-use cellblock::domain::output::Status;
+use cellblock::domain::output::{ExecutionEvent, Status};
 use cellblock::domain::spec::{MIB, NetworkMode, OutputLimits, Resources, SessionRequest, Template, Timeouts};
 use cellblock::engine::{CellName, Engine, Pull};
 use cellblock::service::keys::{Principal, Scope};
@@ -246,6 +246,16 @@ async fn a_dead_kernel_is_replaced_and_the_queue_goes_on() {
     let waiting = bench.start(&session, "hello", 5.0).await.unwrap();
     bounded(async { tokio::join!(dying.ended(), waiting.ended()) }).await;
     assert_eq!((dying.status(), waiting.status()), (Status::KernelDied, Status::Ok));
+}
+
+#[tokio::test]
+async fn code_that_a_dying_kernel_never_began_runs_in_the_next_one() {
+    let bench = Bench::new();
+    let session = bench.create().await.unwrap();
+    let execution = bench.run(&session, "vanish", 5.0).await;
+    assert_eq!((execution.status(), execution.outcome().restarted), (Status::Ok, None));
+    let started = execution.events_after(0).iter().filter(|e| e.event == ExecutionEvent::Started).count();
+    assert_eq!(started, 1);
 }
 
 #[tokio::test]

@@ -471,7 +471,7 @@ async fn kernels_that_do_not_start() {
     left.unwrap_or_else(|left| panic!("{left}"));
 }
 
-/// The image for plain Python with another command for its kernel.
+/// The image for plain Python with another command for its kernel, and without a resolver of its own for `localhost`.
 async fn image(reference: &str, argv: &Value) {
     let docker = bollard::Docker::connect_with_socket_defaults().expect("a Docker engine on this machine");
     let name = reference.replace(':', "-");
@@ -482,12 +482,17 @@ async fn image(reference: &str, argv: &Value) {
     let spec =
         json!({"argv": argv, "display_name": "x", "language": "python", "interrupt_mode": "message"}).to_string();
     let mut archive = tar::Builder::new(Vec::new());
-    let mut header = tar::Header::new_gnu();
-    header.set_size(spec.len() as u64);
-    header.set_mode(0o644);
-    archive.append_data(&mut header, "kernel.json", spec.as_bytes()).expect("an archive");
+    for (path, text) in [
+        ("opt/venv/share/jupyter/kernels/python3/kernel.json", spec.as_str()),
+        ("etc/nsswitch.conf", "hosts: files dns\n"),
+    ] {
+        let mut header = tar::Header::new_gnu();
+        header.set_size(text.len() as u64);
+        header.set_mode(0o644);
+        archive.append_data(&mut header, path, text.as_bytes()).expect("an archive");
+    }
     let archive = archive.into_inner().expect("an archive");
-    let options = UploadToContainerOptionsBuilder::default().path("/opt/venv/share/jupyter/kernels/python3").build();
+    let options = UploadToContainerOptionsBuilder::default().path("/").build();
     docker.upload_to_container(&name, Some(options), body_full(archive.into())).await.expect("an upload");
     let (repo, tag) = reference.split_once(':').expect("a tag");
     let options = CommitContainerOptionsBuilder::default().container(&name).repo(repo).tag(tag).build();
@@ -515,10 +520,9 @@ async fn a_kernel_that_exits_says_its_last_words(server: Arc<Server>) {
 async fn a_kernel_that_stalls_is_given_up(server: Arc<Server>) {
     let began = Instant::now();
     let reply = server.post("/v1/sessions", &json!({"template": "stalls"})).await;
-    assert!((9.0..20.0).contains(&began.elapsed().as_secs_f64()), "{:?}", began.elapsed());
-    assert!([502, 504].contains(&reply.status), "{}", reply.text);
-    reply.is_a_problem();
-    let detail = text(&reply.json["detail"]);
+    assert!((7.0..20.0).contains(&began.elapsed().as_secs_f64()), "{:?}", began.elapsed());
+    let detail = text(&reply.problem(502, "kernel-failed")["detail"]);
+    assert!(detail.contains("still thinking"), "{detail}");
     ended_without_a_container(&server, "stalls", &detail).await;
 }
 
@@ -529,7 +533,15 @@ async fn a_kernel_that_is_not_there(server: Arc<Server>) {
 }
 
 async fn another_kernelspec_works(server: Arc<Server>) {
-    server.create(json!({"template": "works"})).await.works().await;
+    let cell = server.create(json!({"template": "works"})).await;
+    cell.works().await;
+    // This image resolves names from files and by asking, as most do, and there is no file.
+    let names = "import json, socket, time\nbegan = time.monotonic()\ntry: outside = socket.gethostbyname('example.org')\n\
+        except OSError as error: outside = None\n\
+        print(json.dumps([open('/etc/hosts').read(), sorted({i[4][0] for i in socket.getaddrinfo('localhost', 1)}), outside, time.monotonic() - began]))";
+    let seen = cell.json(names).await;
+    assert_eq!((&seen[0], &seen[1], &seen[2]), (&json!(""), &json!(["127.0.0.1", "::1"]), &Value::Null));
+    assert!(seen[3].as_f64().is_some_and(|seconds| seconds < 1.0), "names of the world fail at once: {seen}");
 }
 
 /// The session of a template that failed is kept with the reason, and nothing of it is left.

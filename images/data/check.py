@@ -7,7 +7,7 @@ import tempfile
 for name in """
     scipy.stats scipy.optimize scipy.signal scipy.sparse.linalg sklearn.ensemble statsmodels.api numpy.testing pandas.testing
     pyarrow.parquet pyarrow.dataset pyarrow.fs pyarrow.compute pyarrow.csv mpl_toolkits.mplot3d networkx xlrd pypdf docx
-    lxml.etree bs4 html5lib yaml jinja2 requests tqdm PIL.Image
+    lxml.etree bs4 html5lib yaml jinja2 nbformat requests tqdm PIL.Image
 """.split():
     importlib.import_module(name)
 

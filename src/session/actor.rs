@@ -116,7 +116,8 @@ impl Actor {
         let spec = Arc::new(birth.spec.clone());
         let settings = birth.settings;
         let pace = Pace {
-            boot: settings.start_timeout,
+            // Before the session's own deadline, so that a kernel's last words are heard.
+            boot: settings.start_timeout.mul_f64(0.9),
             interrupt_grace: settings.interrupt_grace,
             queue: settings.queue_timeout,
         };
@@ -579,7 +580,8 @@ impl Actor {
             },
             env: BTreeMap::new(),
             cwd: None,
-            connect_timeout_ms: u64::try_from(self.settings.start_timeout.as_millis()).unwrap_or(u64::MAX),
+            // Before the context's own deadline, for the same reason.
+            connect_timeout_ms: u64::try_from(self.settings.start_timeout.mul_f64(0.8).as_millis()).unwrap_or(u64::MAX),
         }
     }
 

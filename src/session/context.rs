@@ -84,6 +84,10 @@ struct Running {
     deadline: Instant,
     stop: Option<Stop>,
     error_told: bool,
+    /// Something was heard of it.
+    begun: bool,
+    /// It was sent to an earlier kernel already.
+    again: bool,
 }
 
 /// An execution is being stopped.
@@ -107,10 +111,19 @@ pub(super) struct Context {
     oom_kills: u64,
     messages: u64,
     state: State,
-    queue: VecDeque<(Instant, Arc<Execution>)>,
+    queue: VecDeque<Waiting>,
     max_queue: usize,
     actions: Vec<Action>,
     notices: Vec<Notice>,
+}
+
+/// An execution that waits for its turn.
+#[derive(Debug)]
+struct Waiting {
+    since: Instant,
+    execution: Arc<Execution>,
+    /// It was sent to a kernel that died before it began.
+    again: bool,
 }
 
 /// The queue of a context is full.
@@ -164,7 +177,7 @@ impl Context {
             State::Running(running) => Some(running.next_deadline()),
             State::Idle | State::Dead => None,
         };
-        let queued = self.queue.front().map(|(since, _)| *since + self.pace.queue);
+        let queued = self.queue.front().map(|waiting| waiting.since + self.pace.queue);
         own.into_iter().chain(queued).min()
     }
 
@@ -188,7 +201,7 @@ impl Context {
         if self.queue.len() >= self.max_queue {
             return Err(QueueFull);
         }
-        self.queue.push_back((now, execution));
+        self.queue.push_back(Waiting { since: now, execution, again: false });
         self.advance(now);
         Ok(())
     }
@@ -204,9 +217,9 @@ impl Context {
 
     /// Takes an execution back: out of the queue, or by an interrupt.
     pub(super) fn cancel(&mut self, id: ExecutionId, now: Instant) {
-        if let Some(at) = self.queue.iter().position(|(_, e)| e.id == id) {
-            if let Some((_, execution)) = self.queue.remove(at) {
-                execution.finish(Status::Cancelled);
+        if let Some(at) = self.queue.iter().position(|w| w.execution.id == id) {
+            if let Some(waiting) = self.queue.remove(at) {
+                waiting.execution.finish(Status::Cancelled);
             }
         } else if let State::Running(running) = &self.state
             && running.execution.id == id
@@ -217,7 +230,7 @@ impl Context {
 
     /// Replaces the kernel. What runs or waits is cancelled.
     pub(super) fn restart(&mut self, now: Instant) {
-        self.queue.drain(..).for_each(|(_, e)| e.finish(Status::Cancelled));
+        self.queue.drain(..).for_each(|w| w.execution.finish(Status::Cancelled));
         self.failed_boots = 0;
         self.replace_kernel(Status::Cancelled, &RestartCause::Requested, now);
     }
@@ -227,7 +240,7 @@ impl Context {
         if let State::Running(running) = std::mem::replace(&mut self.state, State::Dead) {
             running.execution.finish(status);
         }
-        self.queue.drain(..).for_each(|(_, e)| e.finish(status));
+        self.queue.drain(..).for_each(|w| w.execution.finish(status));
     }
 
     /// Takes an event of the guest.
@@ -279,8 +292,8 @@ impl Context {
 
     /// Does what is due.
     pub(super) fn on_time(&mut self, now: Instant) {
-        while let Some((_, execution)) = self.queue.pop_front_if(|(since, _)| now >= *since + self.pace.queue) {
-            execution.finish(Status::Timeout);
+        while let Some(waiting) = self.queue.pop_front_if(|w| now >= w.since + self.pace.queue) {
+            waiting.execution.finish(Status::Timeout);
         }
         match &mut self.state {
             State::Booting { deadline, .. } if now >= *deadline => {
@@ -340,6 +353,7 @@ impl Context {
 
     fn on_iopub(&mut self, msg_type: &str, parent_id: &str, content: &[u8], now: Instant) {
         let Some(running) = self.running(parent_id) else { return };
+        running.begun = true;
         running.replied_at = running.replied_at.map(|_| now);
         match protocol::read_iopub(msg_type, content) {
             Ok(Iopub::Output(event)) => {
@@ -404,7 +418,7 @@ impl Context {
         if !matches!(self.state, State::Idle) {
             return;
         }
-        let Some((_, execution)) = self.queue.pop_front() else { return };
+        let Some(Waiting { execution, again, .. }) = self.queue.pop_front() else { return };
         let msg_id = execution.id.to_string();
         let asked = &execution.request;
         let content = protocol::execute_content(&asked.code, asked.silent, asked.store_history, false);
@@ -425,6 +439,8 @@ impl Context {
             deadline,
             stop: None,
             error_told: false,
+            begun: false,
+            again,
         });
         self.send(Channel::Shell, request, Some(cap));
     }
@@ -471,7 +487,19 @@ impl Context {
                 return;
             }
         }
+        self.take_back_what_never_began(now);
         self.replace_kernel(status, cause, now);
+    }
+
+    /// A kernel that was ending (after `exit()`, say) takes a request and dies without having begun it. It is asked of the next one,
+    /// once.
+    fn take_back_what_never_began(&mut self, now: Instant) {
+        let never_began = |r: &Running| !r.begun && !r.again && r.stop.is_none() && r.reply.is_none();
+        if matches!(&self.state, State::Running(running) if never_began(running))
+            && let State::Running(running) = std::mem::replace(&mut self.state, State::Dead)
+        {
+            self.queue.push_front(Waiting { since: now, execution: running.execution, again: true });
+        }
     }
 
     fn replace_kernel(&mut self, status: Status, cause: &RestartCause, now: Instant) {

@@ -164,9 +164,13 @@ impl Execution {
         )
     }
 
+    /// Starts it; only the first start counts.
     pub(super) fn start(&self) {
         {
             let mut record = self.record();
+            if record.started.is_some() {
+                return;
+            }
             record.status = Status::Running;
             record.started = Some(Instant::now());
         }

@@ -210,7 +210,7 @@ async fn sweep(docker: &Docker, instance: &str) -> Vec<String> {
 
 /// The guest of this repository, built for containers.
 pub fn real_guest() -> Vec<GuestFile> {
-    let program = Path::new(env!("CARGO_MANIFEST_DIR")).join("target/x86_64-unknown-linux-gnu/guest/cellblock-guest");
+    let program = Path::new(env!("CARGO_BIN_EXE_cellblock")).with_file_name("cellblock-guest");
     let bytes = std::fs::read(&program).unwrap_or_else(|e| panic!("{}: {e}; run `make guest`", program.display()));
     vec![GuestFile { name: "guest".to_owned(), mode: 0o555, bytes }]
 }

@@ -353,8 +353,12 @@ impl Guest {
         empty()
     }
 
-    /// The kernel's language: `print X`, `hang`, `hang hard`, `die`, `raise`, and `hello` whose value is 1.
+    /// The kernel's language: `print X`, `hang`, `hang hard`, `die`, `raise`, `vanish` (the first kernel ends without having begun it),
+    /// and `hello` whose value is 1.
     fn execute(&self, kernel: &str, parent: &Bytes, code: &str) {
+        if code == "vanish" && self.state.lock().unwrap().started == 1 {
+            return self.exit(kernel, 0);
+        }
         self.say(kernel, parent, Channel::Iopub, "status", &json!({"execution_state": "busy"}));
         let word = code.split(' ').next().unwrap_or_default();
         match word {

@@ -283,10 +283,9 @@ pub fn configuration(settings: &str) -> (tempfile::TempDir, Config) {
     configured(settings)
 }
 
-/// The guest as it is built for containers. The one in `target/debug` may be cargo's own, which needs the machine's libraries.
+/// The guest as it is built for containers, where the server looks for it too: beside the binary.
 fn guest() -> PathBuf {
-    let folder = format!("target/{}-unknown-linux-gnu/guest", std::env::consts::ARCH);
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(folder).join("cellblock-guest");
+    let path = Path::new(env!("CARGO_BIN_EXE_cellblock")).with_file_name("cellblock-guest");
     assert!(path.exists(), "{} is not there; run `make guest`", path.display());
     path
 }
@@ -354,7 +353,7 @@ impl Reply {
         let inside = [
             "docker.sock",
             "/var/lib",
-            "/work/",
+            env!("CARGO_MANIFEST_DIR"),
             ".rs:",
             "panicked",
             "hyper",

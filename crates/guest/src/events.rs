@@ -15,9 +15,10 @@ use tokio::sync::Notify;
 use tokio::time::{Instant, Sleep};
 
 /// Events are kept up to this many bytes; above it kernels wait.
-const LIMIT: usize = 8 * 1024 * 1024;
-/// Output is kept up to this; the rest is reserved for replies, status, gaps and ends.
-const OUTPUT_LIMIT: usize = 6 * 1024 * 1024;
+const LIMIT: usize = 16 * 1024 * 1024;
+/// Output is kept up to this, which is all that one execution may put out by default; the rest is reserved for replies, status, gaps
+/// and ends.
+const OUTPUT_LIMIT: usize = 12 * 1024 * 1024;
 /// What an event costs beside its bytes.
 const OVERHEAD: usize = 256;
 /// What a message costs beside its content, most of the time.

@@ -80,7 +80,7 @@ impl Cell {
                 .unwrap();
         }
         std::fs::create_dir(root.join("w")).unwrap();
-        let guest = std::env::var_os(GUEST).unwrap_or(env!("CARGO_BIN_EXE_cellblock-guest").into());
+        let guest = std::env::var_os(GUEST).unwrap_or(env!("CARGO_BIN_EXE_guest").into());
         let mut guest = Command::new(guest)
             .args([root.join("w"), root.join("s"), crate_root.join("launcher/ipykernel_launcher.py")])
             .env("JUPYTER_PATH", root.join("jupyter"))
