@@ -1,0 +1,109 @@
+//! A Cellblock server of the bench's own, on a free port, and requests to it.
+
+use std::fs;
+use std::net::{Ipv4Addr, TcpListener};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+use crate::{INSTANCE, Result, TEMPLATE};
+
+const START: Duration = Duration::from_secs(30);
+
+/// The server. Killed when dropped, without a drain: what it leaves on the engine is [`Engine`](crate::engine::Engine)'s.
+pub struct Server {
+    process: Child,
+    /// Holds its data.
+    _folder: TempDir,
+    url: String,
+    authorization: String,
+    http: reqwest::Client,
+}
+
+impl Server {
+    /// Starts it with its default configuration, whatever stands in this machine's, and waits until it is ready.
+    pub async fn start() -> Result<Self> {
+        let folder = tempfile::tempdir()?;
+        let config = folder.path().join("empty.toml");
+        fs::write(&config, "")?;
+        let port = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()?.port();
+        let process = Command::new(env!("CARGO_BIN_EXE_cellblock"))
+            .args(["serve", "--set", &format!("engine.instance={INSTANCE}"), "--set", "log.level=warn"])
+            .args(["--listen", &format!("127.0.0.1:{port}")])
+            .arg("--data-dir")
+            .arg(folder.path())
+            .arg("--config")
+            .arg(config)
+            .stdin(Stdio::null())
+            .spawn()?;
+        let url = format!("http://127.0.0.1:{port}");
+        let mut server =
+            Self { process, _folder: folder, url, authorization: String::new(), http: reqwest::Client::new() };
+        server.await_ready().await?;
+        let key = fs::read_to_string(server._folder.path().join("api-key"))?;
+        server.authorization = format!("Bearer {}", key.trim());
+        Ok(server)
+    }
+
+    async fn await_ready(&mut self) -> Result<()> {
+        let deadline = Instant::now() + START;
+        let url = format!("{}/readyz", self.url);
+        while !self.http.get(&url).send().await.is_ok_and(|answer| answer.status().is_success()) {
+            if let Some(status) = self.process.try_wait()? {
+                return Err(format!("the server ended with {status}").into());
+            }
+            if Instant::now() > deadline {
+                return Err("the server is not ready in time".into());
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        Ok(())
+    }
+
+    /// Its process.
+    pub fn pid(&self) -> i64 {
+        self.process.id().into()
+    }
+
+    async fn send(&self, request: reqwest::RequestBuilder) -> Result<Value> {
+        let answer = request.header("authorization", &self.authorization).send().await?;
+        let status = answer.status();
+        let body: Value = answer.json().await?;
+        if status.is_success() { Ok(body) } else { Err(format!("{status}: {body}").into()) }
+    }
+
+    /// Creates a session and waits until it is ready; its id.
+    pub async fn create(&self) -> Result<String> {
+        let body = json!({"template": TEMPLATE});
+        let session = self.send(self.http.post(format!("{}/v1/sessions", self.url)).json(&body)).await?;
+        match (&session["id"], session["state"].as_str()) {
+            (Value::String(id), Some("ready")) => Ok(id.clone()),
+            _ => Err(format!("a session is not ready: {session}").into()),
+        }
+    }
+
+    /// Runs `1+1`.
+    pub async fn execute(&self, session: &str) -> Result<()> {
+        let request = self.http.post(format!("{}/v1/sessions/{session}/executions", self.url));
+        let execution = self.send(request.json(&json!({"code": "1+1"}))).await?;
+        match execution.pointer("/results/0/data/text~1plain").and_then(Value::as_str) {
+            Some("2") => Ok(()),
+            _ => Err(format!("1+1 came to this: {execution}").into()),
+        }
+    }
+
+    /// Ends a session; answered once its container is gone.
+    pub async fn delete(&self, session: &str) -> Result<()> {
+        self.send(self.http.delete(format!("{}/v1/sessions/{session}", self.url))).await?;
+        Ok(())
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}
