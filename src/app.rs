@@ -21,6 +21,8 @@ use crate::task;
 
 /// Containers are gone within this time at an orderly end, or are left to the next start.
 const DRAIN_REMOVAL: Duration = Duration::from_secs(30);
+/// After the last session has ended, answers under way have this long.
+const LAST_ANSWERS: Duration = Duration::from_secs(3);
 /// The tenant of the key that is made at the first start.
 const FIRST_TENANT: &str = "default";
 /// Our launcher for `ipykernel`, beside the guest in its volume.
@@ -101,7 +103,8 @@ pub struct Plane {
 
 impl Plane {
     /// Connects to the engine and makes it ready. With `owns_instance`, cells that an earlier process of this instance left
-    /// behind are removed before anything new is made; without, other processes may share the instance's name.
+    /// behind are removed before anything new is made; without, other processes may share the instance's name, and only cells that
+    /// have ended are removed.
     ///
     /// # Errors
     /// See [`StartError`].
@@ -119,6 +122,8 @@ impl Plane {
         if owns_instance {
             reconcile::round(engine.as_ref(), &registry).await.map_err(|e| engine_error(config, e))?;
             task::spawn("reconcile", reconcile::run(Arc::clone(&engine), Arc::clone(&registry), stop.clone()));
+        } else {
+            reconcile::remove_ended(engine.as_ref()).await.map_err(|e| engine_error(config, e))?;
         }
         let service = Service::new(
             Arc::clone(&registry),
@@ -171,9 +176,13 @@ pub async fn serve(config: &Config, stop: Stop, ready: impl FnOnce(SocketAddr)) 
             tracing::error!(left, "containers are left behind; the next start removes them");
         }
         closing.cancel();
+        // A connection that neither ends nor reads must not keep the process.
+        tokio::time::sleep(LAST_ANSWERS).await;
     };
-    let (served, ()) = tokio::join!(door, drain);
-    served.map_err(listen_error)
+    tokio::select! {
+        served = door => served.map_err(listen_error),
+        () = drain => Ok(()),
+    }
 }
 
 /// Connects to the engine that the configuration names, with the guest's files at hand.

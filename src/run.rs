@@ -8,19 +8,21 @@ use std::sync::Arc;
 use http_body_util::BodyExt;
 use hyper::body::Incoming;
 use tokio::io::AsyncWriteExt;
+use tokio::signal::unix::{SignalKind, signal};
 
 use crate::app::{Plane, StartError};
 use crate::cli::{self, Images, Renderer, RunArgs, while_waiting};
 use crate::config::Config;
 use crate::domain::ids::SessionId;
 use crate::domain::spec::SessionRequest;
-use crate::http::v1::stream::event_object;
+use crate::http::v1::stream::event_line;
 use crate::service::keys::{Principal, Scope};
 use crate::service::{Error, ExecuteRequest};
 use crate::session::execution::Execution;
 use crate::session::registry::Created;
 
-/// The instance of all such commands. They don't clean up after each other: a killed one's container ends by its lease.
+/// The instance of all such commands. Each removes its own container; what a killed one leaves ends by its lease, and is removed by
+/// the next one.
 const INSTANCE: &str = "run";
 /// Most files that are saved, and most bytes in all.
 const MAX_FILES: (usize, u64) = (1000, 4 * 1024 * 1024 * 1024);
@@ -49,9 +51,7 @@ pub enum RunError {
 /// Each field that was refused, a line each.
 fn fields(error: &Error) -> String {
     match error {
-        Error::SpecRejected(fields) | Error::Invalid(fields) => {
-            fields.iter().map(|f| format!("\n  {}: {}", f.pointer, f.message)).collect()
-        }
+        Error::SpecRejected(fields) => fields.iter().map(|f| format!("\n  {}: {}", f.pointer, f.message)).collect(),
         _ => String::new(),
     }
 }
@@ -67,13 +67,24 @@ pub async fn run(args: &RunArgs, json: bool, mut config: Config) -> Result<u8, R
     let who = Principal { tenant: Arc::from(INSTANCE), scopes: Arc::new([Scope::Sessions]) };
     let result = tokio::select! {
         result = run_in(&plane, &who, args, json, code) => result,
-        _ = tokio::signal::ctrl_c() => Ok(cli::CANCELLED),
+        () = told_to_stop() => Ok(cli::CANCELLED),
     };
     let left = plane.stop(std::time::Duration::ZERO).await;
     if left > 0 {
         eprintln!("cellblock: the container could not be removed; `make clean-containers` does it");
     }
     result
+}
+
+/// Waits for a signal that asks the command to end: from a terminal, from `timeout(1)`, or because the terminal is gone.
+async fn told_to_stop() {
+    let kinds = [SignalKind::interrupt(), SignalKind::terminate(), SignalKind::hangup()];
+    let signals = kinds.into_iter().filter_map(|kind| signal(kind).ok()).map(|mut signal| {
+        Box::pin(async move {
+            signal.recv().await;
+        })
+    });
+    futures_util::future::select_all(signals).await;
 }
 
 async fn run_in(plane: &Plane, who: &Principal, args: &RunArgs, json: bool, code: String) -> Result<u8, RunError> {
@@ -104,7 +115,9 @@ async fn follow(execution: &Execution, mut show: impl FnMut(serde_json::Value) -
         let events = execution.events_after(seq);
         for logged in &events {
             seq = logged.seq;
-            show(event_object(execution, logged))?;
+            // What a kernel calls JSON may be more than a reader takes; then only its type is shown.
+            let line = event_line(execution, logged);
+            show(serde_json::from_str(&line).unwrap_or(serde_json::Value::Null))?;
         }
         if events.is_empty() && execution.status().is_final() {
             return Ok(());

@@ -13,7 +13,7 @@ const LAYERS: [(&str, &[&str]); 12] = [
     ("engine", &["domain", "task"]),
     ("kernel", &["domain", "task"]),
     ("session", &["domain", "task", "engine", "kernel"]),
-    ("service", &["domain", "engine", "kernel", "session"]),
+    ("service", &["domain", "task", "engine", "kernel", "session"]),
     ("http", &["domain", "session", "service"]),
     ("config", &["domain"]),
     ("cli", &["domain", "config"]),

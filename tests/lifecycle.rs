@@ -12,7 +12,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use cellblock::domain::lifecycle::{EndReason, Phase};
-use cellblock::domain::output::{ExecutionEvent, Status};
+use cellblock::domain::output::Status;
 use cellblock::domain::spec::{MIB, NetworkMode, OutputLimits, Resources, SessionRequest, Template, Timeouts};
 use cellblock::engine::{CellName, Engine, Pull};
 use cellblock::service::keys::{Principal, Scope};
@@ -249,13 +249,40 @@ async fn a_dead_kernel_is_replaced_and_the_queue_goes_on() {
 }
 
 #[tokio::test]
-async fn code_that_a_dying_kernel_never_began_runs_in_the_next_one() {
+async fn a_kernel_that_is_leaving_gets_nothing_more() {
     let bench = Bench::new();
     let session = bench.create().await.unwrap();
-    let execution = bench.run(&session, "vanish", 5.0).await;
-    assert_eq!((execution.status(), execution.outcome().restarted), (Status::Ok, None));
-    let started = execution.events_after(0).iter().filter(|e| e.event == ExecutionEvent::Started).count();
-    assert_eq!(started, 1);
+    let leaving = bench.start(&session, "leave", 5.0).await.unwrap();
+    let next = bench.start(&session, "hello", 5.0).await.unwrap();
+    bounded(async { tokio::join!(leaving.ended(), next.ended()) }).await;
+    assert_eq!((leaving.status(), next.status()), (Status::Ok, Status::Ok));
+    assert!(leaving.outcome().restarted.is_some());
+    assert_eq!(bench.engine.kernels_started(), 2);
+}
+
+#[tokio::test]
+async fn asking_again_puts_nothing_off() {
+    let bench = Bench::with(|settings, _| settings.interrupt_grace = Duration::from_millis(500));
+    let session = bench.create().await.unwrap();
+    let running = bench.start(&session, "hang hard", 10.0).await.unwrap();
+    let began = std::time::Instant::now();
+    while !running.status().is_final() {
+        bench.service.cancel(&bench.who, running.id).unwrap();
+        bench.service.interrupt(&bench.who, session.id).await.unwrap();
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        assert!(began.elapsed() < Duration::from_secs(5), "cancelling it again and again keeps it alive");
+    }
+    assert_eq!(running.status(), Status::Cancelled);
+}
+
+#[tokio::test]
+async fn the_environment_is_not_kept_with_a_session() {
+    let bench = Bench::new();
+    let env = BTreeMap::from([("SECRET".to_owned(), "x".to_owned())]);
+    let request = SessionRequest { env, ..SessionRequest::default() };
+    let created = bench.service.create_session(&bench.who, &request, true).await.unwrap();
+    let (Created::New(session) | Created::Reused(session)) = created;
+    assert!(session.spec.env.is_empty());
 }
 
 #[tokio::test]

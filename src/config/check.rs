@@ -68,8 +68,8 @@ impl Checker<'_> {
         self.require(!server.data_dir.as_os_str().is_empty(), &["server.data_dir"], || {
             "name a folder: there is neither HOME nor XDG_DATA_HOME to derive one from".to_owned()
         });
-        self.require((4096..=1 << 30).contains(&server.max_body), &["server.max_body"], || {
-            "allowed are 4KiB to 1GiB".to_owned()
+        self.require((4096..=64 * MIB).contains(&server.max_body), &["server.max_body"], || {
+            "allowed are 4KiB to 64MiB".to_owned()
         });
         self.positive(server.request_timeout, "server.request_timeout");
     }
@@ -162,9 +162,12 @@ impl Checker<'_> {
         self.floors(name, "default", &template.default);
         self.floors(name, "maximum", &template.maximum);
         self.ceilings(name, template);
-        for (field, bytes) in [("output.text", template.output.text), ("output.results", template.output.results)] {
-            self.require((1024..=256 * MIB).contains(&bytes), &[&key(field)], || {
-                "allowed are 1KiB to 256MiB".to_owned()
+        // The guest holds the tail of the text, and all of what it has not yet got rid of.
+        for (field, bytes, most) in
+            [("output.text", template.output.text, 8), ("output.results", template.output.results, 64)]
+        {
+            self.require((1024..=most * MIB).contains(&bytes), &[&key(field)], || {
+                format!("allowed are 1KiB to {most}MiB")
             });
         }
         let messages = template.output.messages;

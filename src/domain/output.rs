@@ -248,7 +248,7 @@ impl Fold {
                 self.clear_if_pending();
                 let target = self.text_mut(*stream);
                 target.text.push_str(text);
-                target.totals.bytes += text.len() as u64;
+                target.totals.bytes = target.totals.bytes.saturating_add(text.len() as u64);
             }
             ExecutionEvent::Result(output) => {
                 self.clear_if_pending();
@@ -298,13 +298,13 @@ impl Fold {
             Truncated::Stdout => TextStream::Stdout,
             Truncated::Stderr => TextStream::Stderr,
             Truncated::Results => {
-                self.results_omitted += omitted;
+                self.results_omitted = self.results_omitted.saturating_add(omitted);
                 return;
             }
         };
         let target = self.text_mut(stream);
-        target.totals.omitted += omitted;
-        target.totals.bytes += omitted;
+        target.totals.omitted = target.totals.omitted.saturating_add(omitted);
+        target.totals.bytes = target.totals.bytes.saturating_add(omitted);
         target.text.push_str(&format!("\n[… {omitted} bytes left out …]\n"));
     }
 

@@ -181,6 +181,8 @@ pub struct SessionSpec {
 pub const MAX_ENTRIES: usize = 64;
 /// Longest value of an `env` entry, in bytes.
 pub const MAX_ENV_VALUE: usize = 32 * 1024;
+/// Most bytes of an environment, names and values together: the guest takes it in one small request.
+pub const MAX_ENV: usize = 256 * 1024;
 /// Memory that a kernel needs beside its files, in bytes.
 pub const KERNEL_FLOOR: u64 = 48 * MIB;
 
@@ -321,6 +323,10 @@ fn check_name(name: Option<&str>, errors: &mut Vec<FieldError>) {
 pub fn check_env(env: &BTreeMap<String, String>, errors: &mut Vec<FieldError>) {
     if env.len() > MAX_ENTRIES {
         errors.push(FieldError::new("/env", format!("{} entries; allowed are {MAX_ENTRIES}", env.len())));
+    }
+    let bytes: usize = env.iter().map(|(name, value)| name.len() + value.len()).sum();
+    if bytes > MAX_ENV {
+        errors.push(FieldError::new("/env", format!("{bytes} bytes in all; allowed are {MAX_ENV}")));
     }
     for (name, value) in env {
         let well_formed = !name.is_empty()

@@ -157,7 +157,6 @@ impl From<Error> for Problem {
         let detail = error.to_string();
         match error {
             Error::SpecRejected(fields) => Self::new(SPEC_REJECTED, detail).with_fields(fields),
-            Error::Invalid(fields) => Self::new(INVALID_REQUEST, detail).with_fields(fields),
             Error::NotFound(_) => Self::new(NOT_FOUND, detail),
             Error::Forbidden(_) => Self::new(FORBIDDEN, detail),
             Error::NameInUse(_) => Self::new(NAME_IN_USE, format!("{detail}; say \"if_exists\": \"reuse\" to get it")),

@@ -227,7 +227,8 @@ impl Link {
     /// See [`LinkError`].
     pub async fn read_file(&self, path: &str) -> Result<Incoming, LinkError> {
         let attempt = "read a file";
-        let response = self.send(attempt, Method::GET, &format!("/files/{}", escape_path(path)), Bytes::new()).await?;
+        let path = format!("/files/{}", escape_path(path));
+        let response = within(attempt, self.send(attempt, Method::GET, &path, Bytes::new())).await?;
         if response.status().is_success() { Ok(response.into_body()) } else { Err(refused(attempt, response).await) }
     }
 
@@ -237,7 +238,8 @@ impl Link {
     /// See [`LinkError`].
     pub async fn events(&self, after: u64) -> Result<Events, LinkError> {
         let attempt = "tell its events";
-        let response = self.send(attempt, Method::GET, &format!("/events?after={after}"), Bytes::new()).await?;
+        let path = format!("/events?after={after}");
+        let response = within(attempt, self.send(attempt, Method::GET, &path, Bytes::new())).await?;
         if !response.status().is_success() {
             return Err(refused(attempt, response).await);
         }

@@ -92,6 +92,8 @@ pub struct ExecuteReply {
     pub execution_count: Option<u64>,
     /// The exception, where there was one.
     pub error: Option<ErrorInfo>,
+    /// The kernel is going to exit, as after `exit()`.
+    pub leaving: bool,
 }
 
 /// Content that is not what its message type promises. It is dropped; the execution goes on.
@@ -138,18 +140,8 @@ pub fn read_execute_reply(content: &[u8]) -> Result<ExecuteReply, Unreadable> {
         from_json(&text).map_err(|source| Unreadable { msg_type: "execute_reply".to_owned(), source })?;
     let error = (reply.status == "error")
         .then(|| ErrorContent { ename: reply.ename, evalue: reply.evalue, traceback: reply.traceback }.into_info());
-    Ok(ExecuteReply { ok: reply.status == "ok", execution_count: reply.execution_count, error })
-}
-
-/// Reads an `input_request`: its prompt, and whether the answer is to be hidden.
-///
-/// # Errors
-/// When the content is not JSON of its form.
-pub fn read_input_request(content: &[u8]) -> Result<(String, bool), Unreadable> {
-    let text = String::from_utf8_lossy(content);
-    let request: InputContent =
-        from_json(&text).map_err(|source| Unreadable { msg_type: "input_request".to_owned(), source })?;
-    Ok((bounded(request.prompt), request.password))
+    let leaving = reply.payload.iter().any(|p| p.source == "ask_exit" && !p.keepkernel);
+    Ok(ExecuteReply { ok: reply.status == "ok", execution_count: reply.execution_count, error, leaving })
 }
 
 /// The language that a `kernel_info_reply` names, if it names one.
@@ -297,14 +289,16 @@ struct ReplyContent {
     evalue: String,
     #[serde(default)]
     traceback: Vec<String>,
+    #[serde(default)]
+    payload: Vec<Payload>,
 }
 
 #[derive(Deserialize)]
-struct InputContent {
+struct Payload {
     #[serde(default)]
-    prompt: String,
+    source: String,
     #[serde(default)]
-    password: bool,
+    keepkernel: bool,
 }
 
 fn bounded(mut text: String) -> String {
@@ -352,7 +346,6 @@ mod tests {
             let kinds = ["stream", "display_data", "execute_result", "update_display_data", "error", "clear_output", "status", "execute_input"];
             let _ = read_iopub(kinds[kind], &content);
             let _ = read_execute_reply(&content);
-            let _ = read_input_request(&content);
         }
     }
 }

@@ -4,7 +4,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use cellblock_wire::link::FileEntry;
 use hyper::body::Incoming;
@@ -17,6 +17,7 @@ use crate::kernel::link::LinkError;
 use crate::session::execution::{Execution, ExecutionRequest};
 use crate::session::registry::{CreateRefused, Created, Registry};
 use crate::session::{Patch, Refused, Session, StartFailure, StartFault};
+use crate::task;
 
 pub mod keys;
 
@@ -24,6 +25,10 @@ use keys::Principal;
 
 /// Longest wait that a caller may ask for.
 pub const MAX_WAIT: Duration = Duration::from_secs(300);
+/// What was seen of the engine counts for this long.
+const READINESS: Duration = Duration::from_secs(1);
+/// Longest code of one execution, in bytes: written as JSON it fits into one frame of the link, whatever is in it.
+pub const MAX_CODE: usize = 3 * 1024 * 1024;
 /// A deleted session is waited for this long; its removal goes on after that.
 const END_WAIT: Duration = Duration::from_secs(30);
 
@@ -33,9 +38,6 @@ pub enum Error {
     /// Fields of the request break a rule of the template.
     #[error("the request asks for what is not allowed")]
     SpecRejected(Vec<FieldError>),
-    /// Fields of the request make no sense.
-    #[error("the request is not understood")]
-    Invalid(Vec<FieldError>),
     /// There is no such thing, or it is somebody else's.
     #[error("there is no such {0}")]
     NotFound(&'static str),
@@ -142,6 +144,8 @@ pub struct Service {
     templates: BTreeMap<String, Template>,
     default_template: String,
     pull: Pull,
+    /// When the engine was last asked whether it answers, and whether it did.
+    engine_seen: tokio::sync::Mutex<Option<(Instant, bool)>>,
 }
 
 impl std::fmt::Debug for dyn Engine {
@@ -160,7 +164,7 @@ impl Service {
         default_template: String,
         pull: Pull,
     ) -> Self {
-        Self { registry, engine, templates, default_template, pull }
+        Self { registry, engine, templates, default_template, pull, engine_seen: tokio::sync::Mutex::default() }
     }
 
     /// Creates a session, or finds the live one of that name. With `wait` it answers once the session is ready, or has failed
@@ -198,7 +202,10 @@ impl Service {
     }
 
     async fn resolve_image(&self, template: &Template) -> Result<ImageInfo, Error> {
-        self.engine.resolve_image(&template.image, self.pull).await.map_err(|error| {
+        let (engine, reference, pull) = (Arc::clone(&self.engine), template.image.clone(), self.pull);
+        // A pull takes its time, and serves the next caller even if this one leaves.
+        let resolved = carry_on("image", async move { engine.resolve_image(&reference, pull).await });
+        resolved.await.ok_or(Error::EngineUnavailable)?.map_err(|error| {
             tracing::warn!(template = template.name, %error, "a template's image can't be used");
             match error {
                 EngineError::Unavailable { .. } | EngineError::TimedOut { .. } => Error::EngineUnavailable,
@@ -209,9 +216,11 @@ impl Service {
                         template.image
                     ),
                 },
-                EngineError::Rejected { detail, .. } => {
-                    Error::ImageRejected { template: template.name.clone(), detail }
-                }
+                EngineError::Rejected { .. } => Error::ImageRejected {
+                    template: template.name.clone(),
+                    detail: "it could not be pulled, or declares what is not allowed; the server's log says what"
+                        .to_owned(),
+                },
                 _ => Error::EngineUnavailable,
             }
         })
@@ -326,10 +335,18 @@ impl Service {
     ) -> Result<Arc<Execution>, Error> {
         who.require_sessions()?;
         let session = self.session(who, id)?;
-        let context = request.context;
-        let execution = session.execute(context, resolve_execution(&session, request)?).await?;
-        self.registry.keep(&execution);
-        Ok(execution)
+        if self.registry.is_draining() {
+            return Err(Error::Draining);
+        }
+        let (context, request) = (request.context, resolve_execution(&session, request)?);
+        let registry = Arc::clone(&self.registry);
+        // What was accepted is kept even if its caller leaves at this moment.
+        let accepted = carry_on("execute", async move {
+            let execution = session.execute(context, request).await?;
+            registry.keep(&execution);
+            Ok(execution)
+        });
+        accepted.await.unwrap_or(Err(Error::GuestUnreachable))
     }
 
     /// An execution, running or kept.
@@ -397,7 +414,17 @@ impl Service {
         if self.registry.is_draining() {
             return Err(Error::Draining);
         }
-        self.engine.info().await.map(|_| ()).map_err(|_| Error::EngineUnavailable)
+        // Anybody may ask, without a key, so the engine is asked once for all who ask at the same time.
+        let mut seen = self.engine_seen.lock().await;
+        let answers = match *seen {
+            Some((at, answers)) if at.elapsed() < READINESS => answers,
+            _ => {
+                let answers = self.engine.info().await.is_ok();
+                *seen = Some((Instant::now(), answers));
+                answers
+            }
+        };
+        if answers { Ok(()) } else { Err(Error::EngineUnavailable) }
     }
 }
 
@@ -447,6 +474,10 @@ fn resolve_execution(session: &Session, request: ExecuteRequest) -> Result<Execu
             spec.timeouts.execution
         }),
     };
+    if request.code.len() > MAX_CODE {
+        let message = format!("{} bytes; allowed are {MAX_CODE}", request.code.len());
+        errors.push(FieldError::new("/code", message));
+    }
     let mut output = spec.output;
     if let Some(asked) = request.max_output_bytes {
         if asked == 0 || asked > output.text_bytes {
@@ -470,6 +501,16 @@ fn resolve_execution(session: &Session, request: ExecuteRequest) -> Result<Execu
 fn unreachable_guest(id: SessionId, error: &LinkError) -> Error {
     tracing::warn!(session = %id, %error, "a session's guest could not be asked");
     Error::GuestUnreachable
+}
+
+/// Performs something to its end, whether or not anybody waits for it. Nothing is answered only if it panicked.
+async fn carry_on<T: Send + 'static>(name: &'static str, work: impl Future<Output = T> + Send + 'static) -> Option<T> {
+    let (answer, answered) = tokio::sync::oneshot::channel();
+    task::spawn(name, async move {
+        // Whoever asked may have left.
+        let _ = answer.send(work.await);
+    });
+    answered.await.ok()
 }
 
 /// Waits until a session's container is gone. Its removal goes on by itself if that takes too long.

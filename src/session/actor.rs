@@ -4,12 +4,14 @@
 //! Phases change in [`lifecycle::step`], executions in [`Context`]; this file carries out what they say.
 
 use std::collections::{BTreeMap, VecDeque};
+use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use cellblock_wire::frame::Frame;
 use cellblock_wire::link::{Numbered, StartKernel, Transport};
 use cellblock_wire::marker::LinkSecret;
+use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
 use futures_util::stream::{FuturesUnordered, StreamExt};
 use jiff::{SignedDuration, Timestamp};
@@ -31,13 +33,15 @@ use crate::task;
 
 /// Events are acknowledged after this many, or when nothing more is under way …
 const ACK_EVERY: u64 = 128;
-/// … or after this many bytes: a guest's ring holds a few MiB, and what does not fit is cut.
+/// … which must last this long, so that it does not stand in the way of what follows at once;
+const ACK_AFTER: Duration = Duration::from_millis(50);
+/// or after this many bytes: a guest's ring holds a few MiB, and what does not fit is cut.
 const ACK_BYTES: usize = 512 * 1024;
 /// A failed removal is tried again after this long; doubled each time up to the maximum.
 const RETRY_FIRST: Duration = Duration::from_millis(500);
 /// The longest wait between two tries.
 const RETRY_MAX: Duration = Duration::from_secs(30);
-/// A session that is to end before the engine has answered waits this long before the removal is tried all the same.
+/// Where an answer is awaited that has a time limit of its own, the timer is set this far off.
 const FAR: Duration = Duration::from_secs(3600);
 
 /// The completion of something that the task has started.
@@ -64,6 +68,7 @@ pub(super) struct Birth {
 struct Actor {
     cell: CellSpec,
     spec: Arc<SessionSpec>,
+    env: BTreeMap<String, String>,
     settings: Settings,
     engine: Arc<dyn Engine>,
     secret: LinkSecret,
@@ -76,6 +81,8 @@ struct Actor {
     acked: u64,
     unacked_bytes: usize,
     acking: bool,
+    /// When a quiet session's events are acknowledged.
+    ack_due: Option<Instant>,
     pending: VecDeque<Action>,
     acting: bool,
     work: FuturesUnordered<BoxFuture<'static, Done>>,
@@ -106,14 +113,24 @@ pub(super) fn spawn(birth: Birth) -> Session {
         end: end_in,
         snapshot: actor.snapshot.subscribe(),
     };
-    task::spawn("session", actor.run());
+    let snapshot = actor.snapshot.clone();
+    task::spawn("session", async move {
+        // A panic is a defect, and must cost this session only: it counts as ended, so the reconciler removes its cell.
+        if AssertUnwindSafe(actor.run()).catch_unwind().await.is_err() {
+            tracing::error!(session = %birth.id, "the task of a session panicked");
+            snapshot.send_modify(|snapshot| snapshot.phase = Phase::Ended(EndReason::Lost));
+        }
+    });
     session
 }
 
 impl Actor {
     fn new(id: SessionId, birth: &Birth, commands: mpsc::Receiver<Command>, end: mpsc::Receiver<EndReason>) -> Self {
         let now = Instant::now();
-        let spec = Arc::new(birth.spec.clone());
+        let mut spec = birth.spec.clone();
+        // The guest is told once; what is kept of a session holds no environment.
+        let env = std::mem::take(&mut spec.env);
+        let spec = Arc::new(spec);
         let settings = birth.settings;
         let pace = Pace {
             // Before the session's own deadline, so that a kernel's last words are heard.
@@ -129,7 +146,9 @@ impl Actor {
             busy: false,
             attributes: Arc::clone(&attributes),
             last_active: Timestamp::now(),
-            expires_at: Timestamp::now(),
+            expires_at: Timestamp::now()
+                .saturating_add(SignedDuration::try_from(spec.timeouts.lifetime).unwrap_or_default())
+                .unwrap_or(Timestamp::MAX),
             idle_deadline: None,
             start_failure: None,
             language: Arc::from(""),
@@ -157,6 +176,7 @@ impl Actor {
             acked: 0,
             unacked_bytes: 0,
             acking: false,
+            ack_due: None,
             pending: VecDeque::new(),
             acting: false,
             work: FuturesUnordered::new(),
@@ -171,6 +191,7 @@ impl Actor {
             commands,
             end,
             spec,
+            env,
         }
     }
 
@@ -185,10 +206,12 @@ impl Actor {
                 biased;
                 Some(reason) = self.end.recv() => self.step(Event::EndRequested(reason)),
                 Some(done) = self.work.next() => self.on_done(done),
-                event = next_event(&mut self.events) => self.on_guest_event(event),
-                Some(command) = self.commands.recv() => self.on_command(command),
                 () = tokio::time::sleep_until(deadline) => self.on_time(),
+                Some(command) = self.commands.recv() => self.on_command(command),
+                // Last, so that a guest which never stops talking puts nothing off.
+                event = next_event(&mut self.events) => self.on_guest_event(event),
             }
+            tokio::task::coop::consume_budget().await;
             self.settle_turn();
         }
         self.refuse_the_rest();
@@ -238,14 +261,14 @@ impl Actor {
         }));
     }
 
-    fn boot_guest(&self, stream: ByteStream) {
+    fn boot_guest(&mut self, stream: ByteStream) {
         let booting = boot::boot(
             Arc::clone(&self.engine),
             self.cell.clone(),
             stream,
             self.secret,
             self.settings,
-            self.spec.env.clone(),
+            std::mem::take(&mut self.env),
         );
         self.work.push(Box::pin(async move { Done::Booted(booting.await) }));
     }
@@ -265,6 +288,9 @@ impl Actor {
         };
         self.contexts.values_mut().for_each(|c| c.settle(status));
         self.pending.clear();
+        if let Err(refused) = self.not_over() {
+            self.answer_restarts(Err(refused));
+        }
     }
 
     fn on_done(&mut self, done: Done) {
@@ -313,6 +339,7 @@ impl Actor {
 
     fn on_acted(&mut self, kernel: &str, result: Result<(), LinkError>) {
         self.acting = false;
+        self.contexts.values_mut().for_each(Context::on_interrupt_sent);
         match result {
             Ok(()) => {}
             // It died in the meantime, which an event of its own tells.
@@ -381,11 +408,15 @@ impl Actor {
                 self.contexts.values_mut().for_each(|c| c.cancel(execution, now));
             }
             Command::Interrupt { reply } => {
-                let answer = self.live().map(|now| self.contexts.values_mut().for_each(|c| c.interrupt(now)));
+                let answer = self.live().map(|now| {
+                    self.last_active = now;
+                    self.contexts.values_mut().for_each(|c| c.interrupt(now));
+                });
                 let _ = reply.send(answer);
             }
             Command::Restart { reply } => match self.live() {
                 Ok(now) => {
+                    self.last_active = now;
                     self.contexts.values_mut().for_each(|c| c.restart(now));
                     self.restarts.push(reply);
                 }
@@ -467,7 +498,8 @@ impl Actor {
             Phase::Ready => self.idle_deadline().unwrap_or(self.expires).min(self.expires),
             Phase::Aborting(_) | Phase::Ending(_) | Phase::Ended(_) => Instant::now() + FAR,
         };
-        self.contexts.values().filter_map(Context::next_deadline).min().unwrap_or(own).min(own)
+        let ack = self.ack_due.filter(|_| !self.acking && self.link.is_some());
+        self.contexts.values().filter_map(Context::next_deadline).chain(ack).min().unwrap_or(own).min(own)
     }
 
     fn idle_deadline(&self) -> Option<Instant> {
@@ -587,13 +619,18 @@ impl Actor {
 
     fn acknowledge(&mut self) {
         let behind = self.last_seq - self.acked;
-        let quiet = !self.is_busy() && behind > 0;
         let much = behind >= ACK_EVERY || self.unacked_bytes >= ACK_BYTES;
-        if self.acking || !(quiet || much) {
+        if behind == 0 || self.is_busy() {
+            self.ack_due = None;
+        } else if self.ack_due.is_none() {
+            self.ack_due = Some(Instant::now() + ACK_AFTER);
+        }
+        let due = self.ack_due.is_some_and(|at| Instant::now() >= at);
+        if self.acking || !(due || much) {
             return;
         }
         let Some(link) = self.link.clone() else { return };
-        (self.acking, self.acked, self.unacked_bytes) = (true, self.last_seq, 0);
+        (self.acking, self.acked, self.unacked_bytes, self.ack_due) = (true, self.last_seq, 0, None);
         let seq = self.last_seq;
         self.work.push(Box::pin(async move {
             // A link that fails here fails for its event stream too, which tells.

@@ -22,6 +22,8 @@ const SIGNAL_AFTER: Duration = Duration::from_secs(1);
 /// A reply without an idle status counts as the end after this long without any output. A kernel answers before its output
 /// has arrived: on a busy machine that takes seconds.
 const IDLE_AFTER_REPLY: Duration = Duration::from_secs(10);
+/// Most bytes of code that may wait.
+const MAX_QUEUED_BYTES: usize = 16 * 1024 * 1024;
 /// Most times in a row that a kernel may die before it ran anything.
 const MAX_FAILED_BOOTS: u32 = 3;
 
@@ -84,10 +86,6 @@ struct Running {
     deadline: Instant,
     stop: Option<Stop>,
     error_told: bool,
-    /// Something was heard of it.
-    begun: bool,
-    /// It was sent to an earlier kernel already.
-    again: bool,
 }
 
 /// An execution is being stopped.
@@ -113,6 +111,8 @@ pub(super) struct Context {
     state: State,
     queue: VecDeque<Waiting>,
     max_queue: usize,
+    /// An interrupt is on its way to the guest; another one would say nothing more.
+    interrupting: bool,
     actions: Vec<Action>,
     notices: Vec<Notice>,
 }
@@ -122,13 +122,18 @@ pub(super) struct Context {
 struct Waiting {
     since: Instant,
     execution: Arc<Execution>,
-    /// It was sent to a kernel that died before it began.
-    again: bool,
 }
 
 /// The queue of a context is full.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct QueueFull;
+
+/// Whoever waits for an execution learns of its end even if the session's task panics.
+impl Drop for Context {
+    fn drop(&mut self) {
+        self.settle(Status::Lost);
+    }
+}
 
 impl Context {
     pub(super) fn new(id: ContextId, pace: Pace, max_queue: usize) -> Self {
@@ -145,6 +150,7 @@ impl Context {
             state: State::Dead,
             queue: VecDeque::new(),
             max_queue,
+            interrupting: false,
             actions: Vec::new(),
             notices: Vec::new(),
         }
@@ -184,6 +190,7 @@ impl Context {
     /// Starts a kernel under a new name.
     pub(super) fn boot(&mut self, now: Instant) {
         self.born += 1;
+        self.interrupting = false;
         self.kernel = format!("{}n{}", self.id, self.born);
         self.state = State::Booting {
             connected: false,
@@ -198,10 +205,11 @@ impl Context {
 
     /// Takes an execution into the queue.
     pub(super) fn enqueue(&mut self, execution: Arc<Execution>, now: Instant) -> Result<(), QueueFull> {
-        if self.queue.len() >= self.max_queue {
+        let bytes: usize = self.queue.iter().map(|w| w.execution.request.code.len()).sum();
+        if self.queue.len() >= self.max_queue || bytes + execution.request.code.len() > MAX_QUEUED_BYTES {
             return Err(QueueFull);
         }
-        self.queue.push_back(Waiting { since: now, execution, again: false });
+        self.queue.push_back(Waiting { since: now, execution });
         self.advance(now);
         Ok(())
     }
@@ -209,8 +217,10 @@ impl Context {
     /// Interrupts what runs, without a verdict: the code may catch it.
     pub(super) fn interrupt(&mut self, now: Instant) {
         let State::Running(running) = &mut self.state else { return };
-        if running.stop.is_none() {
-            running.stop = Some(Stop { status: None, signal_at: Some(now + SIGNAL_AFTER), kill_at: None });
+        let signal_at = Some(now + SIGNAL_AFTER);
+        match &mut running.stop {
+            Some(stop) => stop.signal_at = signal_at,
+            none => *none = Some(Stop { status: None, signal_at, kill_at: None }),
         }
         self.send_interrupt();
     }
@@ -282,6 +292,11 @@ impl Context {
         }
     }
 
+    /// The guest has taken an interrupt over.
+    pub(super) fn on_interrupt_sent(&mut self) {
+        self.interrupting = false;
+    }
+
     /// The guest would not start the kernel, or not pass a message on to it.
     pub(super) fn on_refusal(&mut self, kernel: &str, reason: &str, now: Instant) {
         if kernel == self.kernel && !matches!(self.state, State::Dead) {
@@ -332,7 +347,17 @@ impl Context {
         match channel {
             Channel::Iopub => self.on_iopub(msg_type, parent_id, content, now),
             Channel::Shell if msg_type == "execute_reply" => self.on_reply(parent_id, content, now),
+            Channel::Control if msg_type == "interrupt_reply" => self.on_interrupt_reply(content),
             Channel::Shell | Channel::Control | Channel::Stdin => {}
+        }
+    }
+
+    /// The kernel has interrupted itself: a signal on top would interrupt what the code does to clean up.
+    fn on_interrupt_reply(&mut self, content: &[u8]) {
+        if let State::Running(Running { stop: Some(stop), .. }) = &mut self.state
+            && protocol::read_execute_reply(content).is_ok_and(|reply| reply.ok)
+        {
+            stop.signal_at = None;
         }
     }
 
@@ -353,7 +378,6 @@ impl Context {
 
     fn on_iopub(&mut self, msg_type: &str, parent_id: &str, content: &[u8], now: Instant) {
         let Some(running) = self.running(parent_id) else { return };
-        running.begun = true;
         running.replied_at = running.replied_at.map(|_| now);
         match protocol::read_iopub(msg_type, content) {
             Ok(Iopub::Output(event)) => {
@@ -409,6 +433,15 @@ impl Context {
     fn complete(&mut self, now: Instant) {
         let State::Running(running) = std::mem::replace(&mut self.state, State::Idle) else { return };
         self.failed_boots = 0;
+        if running.reply.as_ref().is_some_and(|reply| reply.leaving) {
+            // It would take the next request and die with it.
+            let cause = RestartCause::Died { status: Some(0), signal: None };
+            running.execution.output(ExecutionEvent::KernelRestarted { cause });
+            running.finish();
+            self.actions.push(Action::Delete { kernel: self.kernel.clone() });
+            self.boot(now);
+            return;
+        }
         running.finish();
         self.advance(now);
     }
@@ -418,7 +451,7 @@ impl Context {
         if !matches!(self.state, State::Idle) {
             return;
         }
-        let Some(Waiting { execution, again, .. }) = self.queue.pop_front() else { return };
+        let Some(Waiting { execution, .. }) = self.queue.pop_front() else { return };
         let msg_id = execution.id.to_string();
         let asked = &execution.request;
         let content = protocol::execute_content(&asked.code, asked.silent, asked.store_history, false);
@@ -439,14 +472,16 @@ impl Context {
             deadline,
             stop: None,
             error_told: false,
-            begun: false,
-            again,
         });
         self.send(Channel::Shell, request, Some(cap));
     }
 
     fn stop(&mut self, status: Status, now: Instant) {
         let State::Running(running) = &mut self.state else { return };
+        // The first verdict stays, and asking again puts nothing off.
+        if running.stop.as_ref().is_some_and(|stop| stop.kill_at.is_some()) {
+            return;
+        }
         running.stop = Some(Stop {
             status: Some(status),
             signal_at: Some(now + SIGNAL_AFTER.min(self.pace.interrupt_grace / 2)),
@@ -456,6 +491,10 @@ impl Context {
     }
 
     fn send_interrupt(&mut self) {
+        if self.interrupting {
+            return;
+        }
+        self.interrupting = true;
         let msg_id = self.next_id("int");
         let request = protocol::request(&msg_id, &self.client, "interrupt_request", &serde_json::json!({}));
         self.send(Channel::Control, request, None);
@@ -487,19 +526,7 @@ impl Context {
                 return;
             }
         }
-        self.take_back_what_never_began(now);
         self.replace_kernel(status, cause, now);
-    }
-
-    /// A kernel that was ending (after `exit()`, say) takes a request and dies without having begun it. It is asked of the next one,
-    /// once.
-    fn take_back_what_never_began(&mut self, now: Instant) {
-        let never_began = |r: &Running| !r.begun && !r.again && r.stop.is_none() && r.reply.is_none();
-        if matches!(&self.state, State::Running(running) if never_began(running))
-            && let State::Running(running) = std::mem::replace(&mut self.state, State::Dead)
-        {
-            self.queue.push_front(Waiting { since: now, execution: running.execution, again: true });
-        }
     }
 
     fn replace_kernel(&mut self, status: Status, cause: &RestartCause, now: Instant) {
@@ -549,7 +576,12 @@ impl Running {
     }
 
     fn finish(self) {
-        let reply = self.reply.unwrap_or(protocol::ExecuteReply { ok: true, execution_count: None, error: None });
+        let reply = self.reply.unwrap_or(protocol::ExecuteReply {
+            ok: true,
+            execution_count: None,
+            error: None,
+            leaving: false,
+        });
         if let (Some(error), false) = (&reply.error, self.error_told) {
             self.execution.output(ExecutionEvent::Error(ErrorInfo::clone(error)));
         }

@@ -103,7 +103,7 @@ impl Execution {
             }),
             version: watch::Sender::new(0),
         };
-        execution.log(ExecutionEvent::Queued { position });
+        execution.log(execution.record(), ExecutionEvent::Queued { position });
         execution
     }
 
@@ -164,17 +164,11 @@ impl Execution {
         )
     }
 
-    /// Starts it; only the first start counts.
     pub(super) fn start(&self) {
-        {
-            let mut record = self.record();
-            if record.started.is_some() {
-                return;
-            }
-            record.status = Status::Running;
-            record.started = Some(Instant::now());
-        }
-        self.log(ExecutionEvent::Started);
+        let mut record = self.record();
+        record.status = Status::Running;
+        record.started = Some(Instant::now());
+        self.log(record, ExecutionEvent::Started);
     }
 
     pub(super) fn count(&self, execution_count: u64) {
@@ -195,7 +189,7 @@ impl Execution {
             within
         };
         if admitted {
-            self.log(event);
+            self.log(self.record(), event);
         } else if let Some(what) = what_is_left_out(&event) {
             self.leave_out(what, size);
         }
@@ -203,19 +197,17 @@ impl Execution {
 
     /// Ends it; only the first end counts.
     pub(super) fn finish(&self, status: Status) {
-        {
-            let mut record = self.record();
-            if record.status.is_final() {
-                return;
-            }
-            record.finished = Some(Instant::now());
-            record.status = status;
+        let mut record = self.record();
+        if record.status.is_final() {
+            return;
         }
-        self.log(ExecutionEvent::Completed);
+        record.finished = Some(Instant::now());
+        record.status = status;
+        // With the same lock: whoever sees the end sees the last event too.
+        self.log(record, ExecutionEvent::Completed);
     }
 
-    fn log(&self, event: ExecutionEvent) {
-        let mut record = self.record();
+    fn log(&self, mut record: MutexGuard<'_, Record>, event: ExecutionEvent) {
         let seq = record.events.len() as u64 + 1;
         record.events.push(Arc::new(Logged { seq, at: Timestamp::now(), event }));
         drop(record);
@@ -230,15 +222,14 @@ impl Execution {
             last
             && *w == what
         {
-            *omitted_bytes += size;
-            *total_bytes += size;
+            *omitted_bytes = omitted_bytes.saturating_add(size);
+            *total_bytes = total_bytes.saturating_add(size);
             return;
         }
         if record.events.len() as u64 >= self.request.output.messages + 2 * SLACK_EVENTS {
             return;
         }
-        drop(record);
-        self.log(ExecutionEvent::OutputTruncated { what, omitted_bytes: size, total_bytes: size });
+        self.log(record, ExecutionEvent::OutputTruncated { what, omitted_bytes: size, total_bytes: size });
     }
 
     fn record(&self) -> MutexGuard<'_, Record> {

@@ -10,7 +10,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::registry::Registry;
 use crate::domain::lifecycle::Phase;
-use crate::engine::{Engine, EngineError, EngineEvent, EngineEventKind, Observed};
+use crate::engine::{CellState, Engine, EngineError, EngineEvent, EngineEventKind, Observed};
 
 /// The world is looked at this often, whatever events say.
 const INTERVAL: Duration = Duration::from_secs(30);
@@ -65,6 +65,19 @@ pub async fn round(engine: &dyn Engine, registry: &Registry) -> Result<usize, En
         }
     }
     Ok(removed)
+}
+
+/// Removes cells that have ended, for a process that shares its instance's name with others: whoever owned one of these is gone.
+///
+/// # Errors
+/// When the engine can't list its cells. A cell that can't be removed is left for the next time.
+pub async fn remove_ended(engine: &dyn Engine) -> Result<(), EngineError> {
+    for cell in engine.list().await?.iter().filter(|cell| matches!(cell.state, CellState::Exited { .. })) {
+        if let Err(error) = engine.remove(&cell.name).await {
+            tracing::warn!(cell = %cell.name, %error, "a cell that has ended could not be removed");
+        }
+    }
+    Ok(())
 }
 
 /// A session that is not known was made by an earlier process, or by nobody.

@@ -40,6 +40,11 @@ pub enum CreateRefused {
     Draining,
 }
 
+/// Kept executions are looked through after this many new ones.
+const PRUNE_EVERY: usize = 64;
+/// Most ended sessions that are kept, whatever their age.
+const MAX_ENDED: usize = 2000;
+
 /// What was created, or found.
 #[derive(Debug)]
 pub enum Created {
@@ -110,6 +115,9 @@ impl Registry {
             settings: self.settings,
             engine: Arc::clone(&self.engine),
         };
+        if inner.sessions.len() >= live + MAX_ENDED {
+            inner.forget_oldest_ended();
+        }
         let session = actor::spawn(birth);
         inner.sessions.insert(session.id, session.clone());
         Ok(Created::New(session))
@@ -153,7 +161,10 @@ impl Registry {
         let mut inner = self.inner();
         inner.executions.insert(execution.id, Arc::clone(execution));
         inner.order.push_back(execution.id);
-        inner.prune_executions(&self.limits, Instant::now());
+        // It looks at all that is kept; the reconciler's timer does it as well.
+        if inner.order.len().is_multiple_of(PRUNE_EVERY) {
+            inner.prune_executions(&self.limits, Instant::now());
+        }
     }
 
     /// An execution of one of a tenant's sessions.
@@ -207,6 +218,14 @@ impl Registry {
 }
 
 impl Inner {
+    fn forget_oldest_ended(&mut self) {
+        let ended = self.sessions.values().find(|s| matches!(s.phase(), Phase::Ended(_))).map(|s| s.id);
+        if let Some(id) = ended {
+            self.sessions.remove(&id);
+            self.over_since.remove(&id);
+        }
+    }
+
     fn prune_sessions(&mut self, limits: &Limits, now: Instant) {
         let over = self.sessions.values().filter(|s| matches!(s.phase(), Phase::Ended(_))).map(|s| s.id);
         for id in over {

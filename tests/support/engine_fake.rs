@@ -353,12 +353,8 @@ impl Guest {
         empty()
     }
 
-    /// The kernel's language: `print X`, `hang`, `hang hard`, `die`, `raise`, `vanish` (the first kernel ends without having begun it),
-    /// and `hello` whose value is 1.
+    /// The kernel's language: `print X`, `hang`, `hang hard`, `die`, `raise`, `leave` (as `exit()` does), and `hello` whose value is 1.
     fn execute(&self, kernel: &str, parent: &Bytes, code: &str) {
-        if code == "vanish" && self.state.lock().unwrap().started == 1 {
-            return self.exit(kernel, 0);
-        }
         self.say(kernel, parent, Channel::Iopub, "status", &json!({"execution_state": "busy"}));
         let word = code.split(' ').next().unwrap_or_default();
         match word {
@@ -373,6 +369,7 @@ impl Guest {
                 self.say(kernel, parent, Channel::Iopub, "stream", &json!({"name": "stdout", "text": &code[6..]}))
             }
             "raise" => return self.finish(kernel, parent, "Error"),
+            "leave" => return self.leave(kernel, parent),
             "foreign" => {
                 let other = Bytes::from(json!({"msg_id": "another"}).to_string());
                 self.say(kernel, &other, Channel::Iopub, "stream", &json!({"name": "stdout", "text": "not yours"}));
@@ -383,6 +380,14 @@ impl Guest {
             }
         }
         self.finish(kernel, parent, "");
+    }
+
+    /// Says that it is going, and takes whatever comes next to its grave.
+    fn leave(&self, kernel: &str, parent: &Bytes) {
+        let payload = json!([{"source": "ask_exit", "keepkernel": false}]);
+        let reply = json!({"status": "ok", "execution_count": 1, "payload": payload});
+        self.say(kernel, parent, Channel::Shell, "execute_reply", &reply);
+        self.say(kernel, parent, Channel::Iopub, "status", &json!({"execution_state": "idle"}));
     }
 
     fn interrupt(&self, kernel: &str) {

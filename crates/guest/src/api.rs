@@ -194,7 +194,12 @@ impl Guest {
             (&Method::DELETE, (kernel, "")) => self.kernels.delete(kernel).await.map(|()| nothing()),
             (&Method::POST, (kernel, "messages")) => {
                 let Frame { head, parts } = read_frame::<Outbound>(body).await?;
-                self.kernels.send(kernel, &head, parts).map(|()| nothing())
+                self.kernels.send(kernel, &head, parts)?;
+                if head.cap.is_some() {
+                    // The kernel is about to start on it, and needs the time that this answer takes on its way.
+                    self.ring.beside_events().await;
+                }
+                Ok(nothing())
             }
             (&Method::POST, (kernel, "signal")) => {
                 let Signal { signal } = read_json(body).await?;

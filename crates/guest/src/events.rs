@@ -28,6 +28,8 @@ const PATIENCE: Duration = Duration::from_secs(5);
 /// An event that nobody can act on yet waits this long for the one that follows: each write wakes the engine and the control plane,
 /// and those take their time from the kernel.
 const LINGER: Duration = Duration::from_millis(1);
+/// The same for what is of use only once its execution has ended.
+const LONG_LINGER: Duration = Duration::from_millis(5);
 /// Frames up to this length are told as one chunk.
 const COPIED: usize = 8 * 1024;
 
@@ -59,6 +61,7 @@ struct Inner {
 pub struct Ring {
     inner: Arc<Mutex<Inner>>,
     freed: Arc<Notify>,
+    told: Arc<Notify>,
 }
 
 impl Default for Ring {
@@ -74,25 +77,27 @@ impl Default for Ring {
             idle: String::new(),
             progress: None,
         };
-        Self { inner: Arc::new(Mutex::new(inner)), freed: Arc::new(Notify::new()) }
+        Self { inner: Arc::new(Mutex::new(inner)), freed: Arc::new(Notify::new()), told: Arc::new(Notify::new()) }
     }
 }
 
 impl Inner {
-    /// Whether somebody can act on the event. Of what an execution says, that is its end: the reply and the idle status, whichever
+    /// How long the event may wait to be told. Of what an execution says, its end can't: the reply and the idle status, whichever
     /// comes last.
-    fn is_urgent(&mut self, event: &Event, parts: &[Bytes]) -> bool {
-        let Event::Message { channel, msg_type, parent_id } = event else { return true };
+    fn may_linger(&mut self, event: &Event, parts: &[Bytes]) -> Duration {
+        let Event::Message { channel, msg_type, parent_id } = event else { return Duration::ZERO };
         let says_idle =
             || parts.get(3).is_some_and(|content| content.len() < 256 && content.windows(6).any(|w| w == b"\"idle\""));
-        match channel {
-            Channel::Stdin | Channel::Control => true,
-            Channel::Iopub if msg_type == "status" && says_idle() => {
+        match (channel, msg_type.as_str()) {
+            (Channel::Stdin | Channel::Control, _) => Duration::ZERO,
+            (Channel::Iopub, "status") if says_idle() => {
                 self.idle.clone_from(parent_id);
-                true
+                Duration::ZERO
             }
-            Channel::Iopub => false,
-            Channel::Shell => msg_type != "execute_reply" || self.idle == *parent_id,
+            (Channel::Iopub, "status" | "execute_input" | "execute_result") => LONG_LINGER,
+            (Channel::Iopub, _) => LINGER,
+            (Channel::Shell, "execute_reply") if self.idle != *parent_id => LINGER,
+            (Channel::Shell, _) => Duration::ZERO,
         }
     }
 }
@@ -113,12 +118,12 @@ impl Ring {
         };
         let size = OVERHEAD + head.len() + parts.iter().map(Bytes::len).sum::<usize>();
         inner.used += size;
-        let urgent = inner.is_urgent(&numbered.event, &parts);
-        inner.linger = match inner.linger {
-            _ if urgent => None,
-            Some(earlier) => Some(earlier),
-            None if inner.told < seq - 1 => None,
-            None => Some(Instant::now() + LINGER),
+        let wait = inner.may_linger(&numbered.event, &parts);
+        let all_told = inner.told + 1 == seq;
+        inner.linger = match (wait, inner.linger) {
+            (Duration::ZERO, _) => None,
+            (wait, Some(earlier)) => Some(earlier.min(Instant::now() + wait)),
+            (wait, None) => all_told.then(|| Instant::now() + wait),
         };
         inner.events.push_back(Stored { head, parts, size });
         if let Some(waker) = inner.waker.take() {
@@ -160,6 +165,12 @@ impl Ring {
     #[must_use]
     pub fn output_room(&self) -> usize {
         OUTPUT_LIMIT.saturating_sub(self.lock().used)
+    }
+
+    /// Waits until events were told, or for a moment: an answer that goes out beside them costs nothing of its own.
+    pub async fn beside_events(&self) {
+        // Either way the answer goes out now.
+        let _ = tokio::time::timeout(LONG_LINGER, self.told.notified()).await;
     }
 
     /// Waits until there is room for any event.
@@ -252,7 +263,10 @@ impl Subscription {
         if !batch.is_empty() {
             self.chunks.push_back(batch.freeze());
         }
-        inner.told = self.next - 1;
+        if inner.told != self.next - 1 {
+            inner.told = self.next - 1;
+            self.ring.told.notify_waiters();
+        }
         match self.chunks.pop_front() {
             Some(chunk) => Poll::Ready(Some(chunk)),
             None => {

@@ -29,7 +29,10 @@ struct Watch {
 
 /// Watches for ever.
 pub(super) fn watch(docker: Docker, instance: String) -> BoxStream<'static, EngineEvent> {
-    let watch = Watch { docker, instance, messages: None, since: None, pause: None };
+    // Our own time until the engine has told its own: a connection that breaks before the first event loses none either.
+    let now = jiff::Timestamp::now().as_nanosecond();
+    let began = i64::try_from(now).map(since).ok();
+    let watch = Watch { docker, instance, messages: None, since: began, pause: None };
     stream::unfold(watch, |mut watch| async move {
         let event = watch.next().await;
         Some((event, watch))

@@ -22,6 +22,8 @@ use super::client::{self, call};
 use crate::engine::lockdown::{LABEL_INSTANCE, LABEL_ROLE, ROLE_GUEST, ROLE_HELPER, hex};
 
 const ATTEMPT: &str = "preparing the guest's volume";
+/// A helper is done in seconds; one of this age was left behind.
+const OLD_SECONDS: i64 = 600;
 
 /// A file of the volume.
 #[derive(Clone, PartialEq, Eq)]
@@ -61,12 +63,12 @@ impl GuestVolume {
     /// Makes sure that the volume holds exactly the files, and says which volume it was: the time of its making.
     /// `image` is any image that the engine has.
     pub(super) async fn ensure(&self, docker: &Docker, image: &str) -> Result<String, EngineError> {
-        self.remove_helper(docker).await?;
+        self.remove_old_helpers(docker).await?;
         let volume = self.create(docker).await?;
         let helper = self.create_helper(docker, image).await?;
         let filled = self.fill(docker, &helper).await;
         // Whatever happened: the helper does not stay.
-        let removed = self.remove_helper(docker).await;
+        let removed = self.remove_helper(docker, &helper).await;
         filled.and(removed)?;
         Ok(birth(&volume))
     }
@@ -112,10 +114,6 @@ impl GuestVolume {
         HashMap::from([(LABEL_INSTANCE.to_owned(), self.instance.clone()), (LABEL_ROLE.to_owned(), role.to_owned())])
     }
 
-    fn helper_name(&self) -> String {
-        format!("cellblock-{}-helper", self.instance)
-    }
-
     async fn create_helper(&self, docker: &Docker, image: &str) -> Result<String, EngineError> {
         let body = ContainerCreateBody {
             image: Some(image.to_owned()),
@@ -140,18 +138,31 @@ impl GuestVolume {
             }),
             ..ContainerCreateBody::default()
         };
-        let options = CreateContainerOptionsBuilder::default().name(&self.helper_name()).build();
+        // Processes that share an instance's name may do this at the same time, each with a helper of its own.
+        let name = format!("cellblock-{}-helper-{}", self.instance, uuid::Uuid::new_v4().simple());
+        let options = CreateContainerOptionsBuilder::default().name(&name).build();
         let created = call(ATTEMPT, image, client::CREATE, docker.create_container(Some(options), body)).await?;
         Ok(created.id)
     }
 
-    async fn remove_helper(&self, docker: &Docker) -> Result<(), EngineError> {
+    async fn remove_helper(&self, docker: &Docker, id: &str) -> Result<(), EngineError> {
         let options = RemoveContainerOptionsBuilder::default().force(true).v(true).build();
-        let name = self.helper_name();
-        match call(ATTEMPT, &name, client::REMOVE, docker.remove_container(&name, Some(options))).await {
+        match call(ATTEMPT, id, client::REMOVE, docker.remove_container(id, Some(options))).await {
             Ok(()) | Err(EngineError::Absent { .. }) => Ok(()),
             Err(error) => Err(error),
         }
+    }
+
+    /// Removes helpers that a killed process left behind. One that is young may be another process's.
+    async fn remove_old_helpers(&self, docker: &Docker) -> Result<(), EngineError> {
+        let labels = self.labels(ROLE_HELPER).into_iter().map(|(name, value)| format!("{name}={value}")).collect();
+        let old = jiff::Timestamp::now().as_second() - OLD_SECONDS;
+        for helper in super::cells::list(docker, labels).await? {
+            if let (Some(id), Some(true)) = (&helper.id, helper.created.map(|at| at < old)) {
+                self.remove_helper(docker, id).await?;
+            }
+        }
+        Ok(())
     }
 
     async fn fill(&self, docker: &Docker, helper: &str) -> Result<(), EngineError> {

@@ -245,7 +245,8 @@ pub(super) fn raw(text: &JsonText) -> Box<RawValue> {
 }
 
 fn limits_hit(outcome: &Outcome) -> Vec<&'static str> {
-    let cut = outcome.stdout_totals.omitted + outcome.stderr_totals.omitted + outcome.results_omitted > 0;
+    let omitted = [outcome.stdout_totals.omitted, outcome.stderr_totals.omitted, outcome.results_omitted];
+    let cut = omitted.iter().any(|bytes| *bytes > 0);
     let limits = [(cut, "output"), (outcome.status == Status::Oom, "memory")];
     limits.into_iter().filter_map(|(hit, name)| hit.then_some(name)).collect()
 }

@@ -1,16 +1,18 @@
 //! An execution's events on the wire: server-sent events, or one JSON object a line. Both carry the same objects.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::convert::Infallible;
 use std::sync::Arc;
 use std::time::Duration;
 
-use axum::body::{Body, Bytes};
+use axum::body::{Body as RawBody, Bytes};
 use axum::http::{HeaderMap, header};
 use axum::response::sse::{Event, KeepAlive, Sse};
 use axum::response::{IntoResponse, Response};
 use futures_util::stream::{self, Stream, StreamExt};
-use serde_json::{Value, json};
+use jiff::Timestamp;
+use serde::Serialize;
+use serde_json::value::RawValue;
 use tokio::sync::watch;
 
 use super::executions::{ErrorView, ExecutionView, Listener, ResultView, bundle, raw, restart_cause, truncated};
@@ -33,11 +35,13 @@ impl Format {
     /// The stream that a caller accepts, if it asks for one.
     pub(super) fn wanted(headers: &HeaderMap) -> Option<Self> {
         let accept = headers.get(header::ACCEPT)?.to_str().ok()?;
-        accept.split(',').find_map(|part| match part.split(';').next()?.trim() {
-            "text/event-stream" => Some(Self::Sse),
-            "application/x-ndjson" | "application/ndjson" => Some(Self::Ndjson),
+        let known = accept.split(',').find_map(|part| match part.split(';').next()?.trim() {
+            "text/event-stream" => Some(Some(Self::Sse)),
+            "application/x-ndjson" | "application/ndjson" => Some(Some(Self::Ndjson)),
+            "application/json" => Some(None),
             _ => None,
-        })
+        });
+        known.flatten()
     }
 }
 
@@ -47,32 +51,26 @@ pub(super) fn respond(execution: Arc<Execution>, after: u64, format: Format, lis
     match format {
         Format::Sse => {
             let events = events.map(|(seq, name, body)| {
-                Ok::<_, Infallible>(Event::default().id(seq.to_string()).event(name).data(body.to_string()))
+                Ok::<_, Infallible>(Event::default().id(seq.to_string()).event(name).data(text_of(&body)))
             });
             Sse::new(events).keep_alive(KeepAlive::new().interval(PING).text("ping")).into_response()
         }
         Format::Ndjson => {
             let lines = events.map(|(seq, name, body)| {
-                let mut line = object(seq, name, body).to_string();
+                let mut line = text_of(&Object { name, seq, body });
                 line.push('\n');
                 Ok::<_, Infallible>(Bytes::from(line))
             });
-            ([(header::CONTENT_TYPE, "application/x-ndjson")], Body::from_stream(lines)).into_response()
+            ([(header::CONTENT_TYPE, "application/x-ndjson")], RawBody::from_stream(lines)).into_response()
         }
     }
 }
 
-/// An event as one object, as a line of NDJSON has it.
+/// An event as a line of NDJSON has it, without the end of the line.
 #[must_use]
-pub fn event_object(execution: &Execution, logged: &Logged) -> Value {
-    let (name, body) = describe(execution, logged);
-    object(logged.seq, name, body)
-}
-
-fn object(seq: u64, name: &str, mut body: Value) -> Value {
-    body["type"] = name.into();
-    body["seq"] = seq.into();
-    body
+pub fn event_line(execution: &Execution, logged: &Logged) -> String {
+    let (name, body) = describe(execution, &logged.event, logged.at);
+    text_of(&Object { name, seq: logged.seq, body })
 }
 
 struct Follow {
@@ -88,7 +86,7 @@ fn events(
     execution: Arc<Execution>,
     after: u64,
     listener: Option<Listener>,
-) -> impl Stream<Item = (u64, &'static str, Value)> {
+) -> impl Stream<Item = (u64, &'static str, Body)> {
     let version = execution.subscribe();
     let follow = Follow { execution, version, seq: after, ready: VecDeque::new(), done: false, _listener: listener };
     stream::unfold(follow, |mut follow| async move {
@@ -99,14 +97,14 @@ fn events(
             if let Some(logged) = follow.ready.pop_front() {
                 follow.seq = logged.seq;
                 follow.done = logged.event == ExecutionEvent::Completed;
-                let (name, body) = describe(&follow.execution, &logged);
+                let (name, body) = describe(&follow.execution, &logged.event, logged.at);
                 return Some(((logged.seq, name, body), follow));
             }
             // Looked at before the events, so that one which comes in between wakes us.
             follow.version.mark_unchanged();
             follow.ready = follow.execution.events_after(follow.seq).into();
             if follow.ready.is_empty() {
-                if follow.execution.status().is_final() && follow.execution.events_after(follow.seq).is_empty() {
+                if follow.execution.status().is_final() {
                     return None;
                 }
                 follow.version.changed().await.ok()?;
@@ -115,30 +113,65 @@ fn events(
     })
 }
 
-fn describe(execution: &Execution, logged: &Logged) -> (&'static str, Value) {
-    match &logged.event {
+/// What an event says beside its type and number. Written as it is: JSON of a kernel is copied through, never read, since it may
+/// be what a reader of JSON refuses.
+#[derive(Serialize)]
+#[serde(untagged)]
+enum Body {
+    Queued { position: usize, execution_id: String },
+    Started { execution_id: String },
+    Text { text: String, at: String },
+    Result(ResultView),
+    Update { display_id: String, data: BTreeMap<String, Box<RawValue>>, metadata: Box<RawValue> },
+    Clear { wait: bool },
+    Input { prompt: String, password: bool },
+    Error(ErrorView),
+    Truncated { stream: &'static str, bytes: u64, total_bytes: u64 },
+    Restarted { cause: &'static str },
+    Completed { execution: Box<ExecutionView> },
+}
+
+/// An event as one object.
+#[derive(Serialize)]
+struct Object {
+    #[serde(rename = "type")]
+    name: &'static str,
+    seq: u64,
+    #[serde(flatten)]
+    body: Body,
+}
+
+/// Structures of texts, numbers and well-formed JSON: writing them can't fail.
+fn text_of<T: Serialize>(body: &T) -> String {
+    serde_json::to_string(body).unwrap_or_default()
+}
+
+fn describe(execution: &Execution, event: &ExecutionEvent, at: Timestamp) -> (&'static str, Body) {
+    let execution_id = || execution.id.to_string();
+    match event.clone() {
         ExecutionEvent::Queued { position } => {
-            ("execution.queued", json!({"position": position, "execution_id": execution.id.to_string()}))
+            ("execution.queued", Body::Queued { position, execution_id: execution_id() })
         }
-        ExecutionEvent::Started => ("execution.started", json!({"execution_id": execution.id.to_string()})),
+        ExecutionEvent::Started => ("execution.started", Body::Started { execution_id: execution_id() }),
         ExecutionEvent::Text { stream, text } => {
-            let name = if *stream == TextStream::Stdout { "stdout" } else { "stderr" };
-            (name, json!({"text": text, "at": super::sessions::time(logged.at)}))
+            let name = if stream == TextStream::Stdout { "stdout" } else { "stderr" };
+            (name, Body::Text { text, at: super::sessions::time(at) })
         }
-        ExecutionEvent::Result(output) => ("result", json!(ResultView::of(output))),
+        ExecutionEvent::Result(output) => ("result", Body::Result(ResultView::of(&output))),
         ExecutionEvent::ResultUpdate { display_id, data, metadata } => {
-            ("result.update", json!({"display_id": display_id, "data": bundle(data), "metadata": raw(metadata)}))
+            ("result.update", Body::Update { display_id, data: bundle(&data), metadata: raw(&metadata) })
         }
-        ExecutionEvent::OutputClear { wait } => ("output.clear", json!({"wait": wait})),
-        ExecutionEvent::InputRequested { prompt, password } => {
-            ("input.requested", json!({"prompt": prompt, "password": password}))
+        ExecutionEvent::OutputClear { wait } => ("output.clear", Body::Clear { wait }),
+        ExecutionEvent::InputRequested { prompt, password } => ("input.requested", Body::Input { prompt, password }),
+        ExecutionEvent::Error(error) => ("error", Body::Error(ErrorView::of(error))),
+        ExecutionEvent::OutputTruncated { what, omitted_bytes, total_bytes } => {
+            ("output.truncated", Body::Truncated { stream: truncated(what), bytes: omitted_bytes, total_bytes })
         }
-        ExecutionEvent::Error(error) => ("error", json!(ErrorView::of(error.clone()))),
-        ExecutionEvent::OutputTruncated { what, omitted_bytes, total_bytes } => (
-            "output.truncated",
-            json!({"stream": truncated(*what), "bytes": omitted_bytes, "total_bytes": total_bytes}),
-        ),
-        ExecutionEvent::KernelRestarted { cause } => ("kernel.restarted", json!({"cause": restart_cause(cause)})),
-        ExecutionEvent::Completed => ("execution.completed", json!({"execution": ExecutionView::of(execution)})),
+        ExecutionEvent::KernelRestarted { cause } => {
+            ("kernel.restarted", Body::Restarted { cause: restart_cause(&cause) })
+        }
+        ExecutionEvent::Completed => {
+            ("execution.completed", Body::Completed { execution: Box::new(ExecutionView::of(execution)) })
+        }
     }
 }
