@@ -57,6 +57,14 @@ pub enum StartError {
         /// Why, and what to do.
         reason: String,
     },
+    /// The data folder can't be had.
+    #[error("the data folder can't be locked with {}: {reason}\n  end the other server, or give this one a folder and an engine.instance of its own", path.display())]
+    Locked {
+        /// The lock file.
+        path: PathBuf,
+        /// Why.
+        reason: String,
+    },
     /// The address can't be listened on.
     #[error("can't listen on {address}: {source}\n  `server.listen` in the configuration, or --listen, says where to")]
     Listen {
@@ -155,6 +163,7 @@ pub async fn serve(config: &Config, stop: Stop, ready: impl FnOnce(SocketAddr)) 
     let listener = TcpListener::bind(address).await.map_err(listen_error)?;
     let local = listener.local_addr().map_err(listen_error)?;
     let keys = key_ring(&config.server.key_file())?;
+    let _lock = lock(&config.server.data_dir)?;
     let plane = Plane::start(config, true).await?;
     let app = App {
         service: Arc::clone(&plane.service),
@@ -250,6 +259,20 @@ fn limits(config: &Config) -> Limits {
         executions: config.executions.retention_count as usize,
         execution_bytes: config.executions.retention_size,
     }
+}
+
+/// Refuses a data folder that another server works with: two of one instance would end each other's sessions. Held while the file is.
+fn lock(folder: &Path) -> Result<std::fs::File, StartError> {
+    use std::os::unix::fs::DirBuilderExt;
+    let path = folder.join("lock");
+    let failed = |reason: String| StartError::Locked { path: path.clone(), reason };
+    std::fs::DirBuilder::new().recursive(true).mode(0o700).create(folder).map_err(|e| failed(e.to_string()))?;
+    let file = std::fs::File::create(&path).map_err(|e| failed(e.to_string()))?;
+    file.try_lock().map_err(|e| match e {
+        std::fs::TryLockError::WouldBlock => failed("another server works with this folder".to_owned()),
+        std::fs::TryLockError::Error(e) => failed(e.to_string()),
+    })?;
+    Ok(file)
 }
 
 /// Reads the first key, or makes it. The file is its owner's alone.

@@ -133,7 +133,11 @@ async fn follow(execution: &Execution, mut show: impl FnMut(serde_json::Value) -
 /// overwritten, and no link is followed because the folders below are made here.
 async fn save_files(plane: &Plane, who: &Principal, session: SessionId, folder: &Path) -> Result<(), RunError> {
     let mut budget = MAX_FILES.1;
-    for entry in plane.service.list_files(who, session).await?.iter().take(MAX_FILES.0) {
+    let files = plane.service.list_files(who, session).await?;
+    if files.len() > MAX_FILES.0 {
+        eprintln!("cellblock: of {} files the first {} are saved", files.len(), MAX_FILES.0);
+    }
+    for entry in files.iter().take(MAX_FILES.0) {
         let Some(path) = harmless(&entry.path) else {
             eprintln!("cellblock: a file with the name \"{}\" is not saved", cli::escape(&entry.path));
             continue;

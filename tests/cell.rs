@@ -15,7 +15,7 @@ use bollard::query_parameters::{AttachContainerOptionsBuilder, CreateContainerOp
 use cellblock::config::Environment;
 use futures_util::StreamExt;
 use serde_json::{Value, json};
-use server::{Cell, Form, Seen, Server, joined, text};
+use server::{Cell, Form, NEVER, Seen, Server, joined, text};
 
 const SETTINGS: &str = r#"
 [executions]
@@ -40,6 +40,9 @@ async fn one_cell() {
         rich_results_come_in_every_form,
         an_interrupt_ends_the_loop_and_nothing_else,
         a_time_limit_ends_the_loop_and_nothing_else,
+        an_interrupt_in_any_moment_ends_the_cell_at_once,
+        a_cell_that_awaits_is_left_alone,
+        a_kernel_that_died_unseen_is_told,
         code_that_ignores_interrupts_costs_its_kernel,
         a_failed_cell_keeps_what_it_did_before,
         a_deleted_session_leaves_no_container,
@@ -79,6 +82,52 @@ async fn values_are_kept_from_cell_to_cell(server: Arc<Server>) {
             {"kind": "execute_result", "data": {"text/plain": "42"}, "metadata": {}, "display_id": null}
         ])
     );
+}
+
+async fn an_interrupt_in_any_moment_ends_the_cell_at_once(server: Arc<Server>) {
+    let cell = server.cell().await;
+    for n in 0..40 {
+        let running = cell.background("import time; time.sleep(.003)").await;
+        tokio::time::sleep(Duration::from_micros(400 * n)).await;
+        assert_eq!(server.post(&cell.path("/interrupt"), &Value::Null).await.status, 200);
+        let ran = server.ended(&running).await;
+        assert!(ran["duration_ms"].as_u64().is_some_and(|ms| ms < 4000), "{n}: {ran}");
+        assert!(["ok", "error"].contains(&ran["status"].as_str().unwrap_or_default()), "{n}: {ran}");
+        assert_eq!(ran["kernel"]["restarted"], false, "{n}: {ran}");
+    }
+    cell.works().await;
+    cell.delete().await;
+}
+
+/// The kernel answers other requests while it awaits; that is not its end.
+async fn a_cell_that_awaits_is_left_alone(server: Arc<Server>) {
+    let cell = server.cell().await;
+    let code = "import asyncio\nfor _ in range(30):\n    try:\n        await asyncio.sleep(.1)\n    except (KeyboardInterrupt, asyncio.CancelledError):\n        pass\n'done'";
+    let running = cell.background(code).await;
+    cell.wait("busy").await;
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    server.post(&cell.path("/interrupt"), &Value::Null).await;
+    let ran = server.ended(&running).await;
+    let done = ran["results"][0]["data"]["text/plain"] == "'done'";
+    assert!(done || ran["error"]["name"].is_string(), "{ran}");
+    assert_ne!(ran["error"]["value"], "the kernel ended it without a reply", "{ran}");
+    cell.works().await;
+    cell.delete().await;
+}
+
+async fn a_kernel_that_died_unseen_is_told(server: Arc<Server>) {
+    let cell = server.cell().await;
+    cell.value("import os, threading; x = 1; threading.Timer(.2, lambda: os._exit(3)).start(); x").await;
+    let began = Instant::now();
+    loop {
+        let ran = cell.run("'x' in globals()").await;
+        if ran["kernel"]["restarted"] == true {
+            assert_eq!((&ran["kernel"]["cause"], &ran["kernel"]["exit_status"]), (&json!("died"), &json!(3)), "{ran}");
+            break;
+        }
+        assert!(began.elapsed() < NEVER, "{ran}");
+    }
+    cell.delete().await;
 }
 
 async fn a_figure_of_plotly_is_json(server: Arc<Server>) {

@@ -621,17 +621,15 @@ async fn code_of_every_kind_stays_code(server: Arc<Server>) {
         ("!echo shell", "ok"),
         ("raise SystemExit(3)", "error"),
         ("raise type('\\n<b>', (Exception,), {})('x' * 3_000_000)", "error"),
-        // IPython asks it for its text for ever.
-        ("class E(Exception):\n    def __str__(self): raise E\nraise E", "timeout"),
+        // IPython asks it for its text again and again, and forgets the reply over it; a slow machine reaches the limit first.
+        ("class E(Exception):\n    def __str__(self): raise E\nraise E", "error or timeout"),
         ("import sys; sys.stdout.close()", "ok"),
     ] {
         let events = cell.stream(json!({"code": code, "timeout_seconds": 5}), Form::Sse).await.rest().await;
         let last = &events[events.len() - 1];
-        assert_eq!(
-            (last.kind.as_str(), &last.data["execution"]["status"]),
-            ("execution.completed", &json!(status)),
-            "{code:?}"
-        );
+        let ended = last.data["execution"]["status"].as_str().unwrap_or_default();
+        assert_eq!(last.kind, "execution.completed", "{code:?}");
+        assert!(status.split(" or ").any(|allowed| allowed == ended), "{code:?} ended as {ended:?}, not {status:?}");
         assert_eq!(events.iter().filter(|e| e.kind == "execution.completed").count(), 1, "{code:?} forged an event");
     }
     let big = format!("x = '{}'", "y".repeat(900_000));
@@ -702,6 +700,19 @@ async fn without_an_engine_the_server_does_not_start() {
     }
 }
 
+/// Asks until it answers with this status: what was seen of the engine counts for a moment.
+async fn readyz(server: &Arc<Server>, status: u16) -> server::Reply {
+    let began = Instant::now();
+    loop {
+        let reply = server.get("/readyz").await;
+        if reply.status == status || began.elapsed() > Duration::from_secs(5) {
+            assert_eq!(reply.status, status, "{}", reply.text);
+            return reply;
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_engine_that_goes_away_and_comes_back() {
     let folder = tempfile::tempdir().expect("a folder");
@@ -717,7 +728,7 @@ async fn an_engine_that_goes_away_and_comes_back() {
     let reply = server.post("/v1/sessions", &json!({"template": "python"})).await;
     let problem = reply.problem(503, "engine-unavailable");
     assert_eq!((&problem["retryable"], reply.header("retry-after").is_empty()), (&json!(true), false));
-    server.get("/readyz").await.problem(503, "engine-unavailable");
+    readyz(&server, 503).await.problem(503, "engine-unavailable");
     assert_eq!(server.get("/livez").await.status, 200);
     assert_eq!(server.get("/v1/templates").await.status, 200);
     assert_eq!(server.get("/v1/sessions").await.status, 200);
@@ -729,7 +740,7 @@ async fn an_engine_that_goes_away_and_comes_back() {
     let way = Way::open(&socket);
     assert_eq!(cell.wait("ended").await["end_reason"], "lost");
     assert_eq!(cell.containers().await, Vec::<String>::new(), "what could not be removed is removed later");
-    assert_eq!(server.get("/readyz").await.status, 200);
+    readyz(&server, 200).await;
     server.cell().await.works().await;
     let left = server.finish().await;
     way.cut();

@@ -19,6 +19,8 @@ use crate::kernel::protocol::{self, Iopub, Request};
 const NUDGE_AFTER: Duration = Duration::from_millis(250);
 /// An interrupt by message is followed by a signal after this long.
 const SIGNAL_AFTER: Duration = Duration::from_secs(1);
+/// What was interrupted, or says that it is idle without having replied, is looked after when this long has passed.
+const PROBE_AFTER: Duration = Duration::from_secs(1);
 /// A reply without an idle status counts as the end after this long without any output. A kernel answers before its output
 /// has arrived: on a busy machine that takes seconds.
 const IDLE_AFTER_REPLY: Duration = Duration::from_secs(10);
@@ -61,6 +63,7 @@ pub(super) struct Pace {
 }
 
 #[derive(Debug)]
+#[expect(clippy::large_enum_variant, reason = "a context has one of it, and most of the time the large one")]
 enum State {
     Booting {
         connected: bool,
@@ -84,6 +87,10 @@ struct Running {
     replied_at: Option<Instant>,
     idle: bool,
     deadline: Instant,
+    /// When the kernel is asked whether it is done: it answers in order, so its answer without a reply before means that the reply is
+    /// lost (an interrupt in the wrong moment does that).
+    probe_at: Option<Instant>,
+    probe: Option<String>,
     stop: Option<Stop>,
     error_told: bool,
 }
@@ -111,6 +118,8 @@ pub(super) struct Context {
     state: State,
     queue: VecDeque<Waiting>,
     max_queue: usize,
+    /// The kernel was replaced while nothing ran: the next execution is told.
+    replaced: Option<RestartCause>,
     /// An interrupt is on its way to the guest; another one would say nothing more.
     interrupting: bool,
     actions: Vec<Action>,
@@ -150,6 +159,7 @@ impl Context {
             state: State::Dead,
             queue: VecDeque::new(),
             max_queue,
+            replaced: None,
             interrupting: false,
             actions: Vec::new(),
             notices: Vec::new(),
@@ -218,6 +228,7 @@ impl Context {
     pub(super) fn interrupt(&mut self, now: Instant) {
         let State::Running(running) = &mut self.state else { return };
         let signal_at = Some(now + SIGNAL_AFTER);
+        running.probe_at = Some(now + PROBE_AFTER);
         match &mut running.stop {
             Some(stop) => stop.signal_at = signal_at,
             none => *none = Some(Stop { status: None, signal_at, kill_at: None }),
@@ -332,6 +343,7 @@ impl Context {
         match due {
             Some(Due::Complete) => self.complete(now),
             Some(Due::TimeLimit) => self.stop(Status::Timeout, now),
+            Some(Due::Probe) => self.probe(),
             Some(Due::Signal) => self.actions.push(Action::Signal { kernel: self.kernel.clone(), signal: "SIGINT" }),
             Some(Due::Kill(status)) => self.replace_kernel(status, &RestartCause::Timeout, now),
             None => {}
@@ -344,11 +356,36 @@ impl Context {
             self.on_boot_message(channel, msg_type, content, now);
             return;
         }
+        let is_probe = |running: &Running| running.reply.is_none() && running.probe.as_deref() == Some(parent_id);
+        if channel == Channel::Shell && matches!(&self.state, State::Running(running) if is_probe(running)) {
+            self.on_probe_reply(now);
+            return;
+        }
         match channel {
             Channel::Iopub => self.on_iopub(msg_type, parent_id, content, now),
             Channel::Shell if msg_type == "execute_reply" => self.on_reply(parent_id, content, now),
             Channel::Control if msg_type == "interrupt_reply" => self.on_interrupt_reply(content),
             Channel::Shell | Channel::Control | Channel::Stdin => {}
+        }
+    }
+
+    fn probe(&mut self) {
+        let msg_id = self.next_id("probe");
+        let request = protocol::request(&msg_id, &self.client, "kernel_info_request", &serde_json::json!({}));
+        if let State::Running(running) = &mut self.state {
+            running.probe = Some(msg_id);
+        }
+        self.send(Channel::Shell, request, None);
+    }
+
+    /// The kernel is done with what it was asked before the probe.
+    fn on_probe_reply(&mut self, now: Instant) {
+        if let State::Running(running) = &mut self.state {
+            let name = if running.stop.is_some() { "KeyboardInterrupt" } else { "NoReply" }.to_owned();
+            let value = "the kernel ended it without a reply".to_owned();
+            let error = Some(ErrorInfo { name, value, traceback: Vec::new() }).filter(|_| !running.error_told);
+            running.reply = Some(protocol::ExecuteReply { ok: false, execution_count: None, error, leaving: false });
+            self.complete(now);
         }
     }
 
@@ -387,6 +424,7 @@ impl Context {
             Ok(Iopub::ExecutionCount(count)) => running.execution.count(count),
             Ok(Iopub::Status { idle: true }) => {
                 running.idle = true;
+                running.probe_at = Some(now + PROBE_AFTER);
                 self.complete_if_done(now);
             }
             Ok(Iopub::Status { idle: false } | Iopub::Other) => {}
@@ -463,6 +501,9 @@ impl Context {
         };
         let deadline = now + asked.timeout;
         execution.start();
+        if let Some(cause) = self.replaced.take() {
+            execution.output(ExecutionEvent::KernelRestarted { cause });
+        }
         self.state = State::Running(Running {
             execution,
             msg_id,
@@ -470,6 +511,8 @@ impl Context {
             replied_at: None,
             idle: false,
             deadline,
+            probe_at: None,
+            probe: None,
             stop: None,
             error_told: false,
         });
@@ -482,6 +525,7 @@ impl Context {
         if running.stop.as_ref().is_some_and(|stop| stop.kill_at.is_some()) {
             return;
         }
+        running.probe_at = Some(now + PROBE_AFTER);
         running.stop = Some(Stop {
             status: Some(status),
             signal_at: Some(now + SIGNAL_AFTER.min(self.pace.interrupt_grace / 2)),
@@ -533,6 +577,8 @@ impl Context {
         if let State::Running(running) = std::mem::replace(&mut self.state, State::Dead) {
             running.execution.output(ExecutionEvent::KernelRestarted { cause: cause.clone() });
             running.execution.finish(status);
+        } else if *cause != RestartCause::Requested {
+            self.replaced = Some(cause.clone());
         }
         self.actions.push(Action::Delete { kernel: self.kernel.clone() });
         self.boot(now);
@@ -543,6 +589,7 @@ impl Context {
 enum Due {
     Complete,
     TimeLimit,
+    Probe,
     Signal,
     Kill(Status),
 }
@@ -554,6 +601,7 @@ impl Running {
             self.replied_at.map(|t| t + IDLE_AFTER_REPLY),
             stop.and_then(|s| s.signal_at),
             stop.and_then(|s| s.kill_at),
+            self.probe_at,
         ];
         let limit = if stop.is_some_and(|s| s.kill_at.is_some()) { None } else { Some(self.deadline) };
         times.into_iter().chain([limit]).flatten().min().unwrap_or(self.deadline)
@@ -562,6 +610,12 @@ impl Running {
     fn due(&mut self, now: Instant) -> Option<Due> {
         if self.replied_at.is_some_and(|t| now >= t + IDLE_AFTER_REPLY) {
             return Some(Due::Complete);
+        }
+        if self.probe_at.is_some_and(|at| now >= at) {
+            self.probe_at = None;
+            if self.reply.is_none() && self.probe.is_none() {
+                return Some(Due::Probe);
+            }
         }
         match &mut self.stop {
             Some(Stop { status: Some(status), kill_at: Some(at), .. }) if now >= *at => Some(Due::Kill(*status)),
