@@ -42,8 +42,8 @@ test-kernel:
 
 .PHONY: test
 test: images guest test-kernel ## every test, with real containers, then the lints
-	cargo $(CARGO_TEST) --locked --workspace
 	cargo test --locked --workspace --doc
+	cargo $(CARGO_TEST) --locked --workspace
 	@$(MAKE) --no-print-directory lint
 
 .PHONY: lint
