@@ -56,7 +56,8 @@ fn fields(error: &Error) -> String {
     }
 }
 
-/// Runs code once and gives the exit status. Nothing is left behind, whichever way it ends.
+/// Runs code once and gives the exit status. Nothing is left behind, unless the process is killed: then the container ends by its
+/// lease, and the next run removes it.
 ///
 /// # Errors
 /// See [`RunError`].

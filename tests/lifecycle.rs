@@ -276,6 +276,19 @@ async fn asking_again_puts_nothing_off() {
 }
 
 #[tokio::test]
+async fn what_is_asked_has_a_bound_in_bytes() {
+    let bench = Bench::new();
+    let session = bench.create().await.unwrap();
+    let code = "x".repeat(cellblock::service::MAX_CODE + 1);
+    let Err(Error::SpecRejected(fields)) = bench.start(&session, &code, 5.0).await else { panic!("it was accepted") };
+    assert_eq!(fields[0].pointer, "/code");
+    let values = (0..9).map(|n| (format!("V{n}"), "x".repeat(32 * 1024)));
+    let request = SessionRequest { env: values.collect(), ..SessionRequest::default() };
+    let refused = bench.service.create_session(&bench.who, &request, true).await.unwrap_err();
+    assert!(matches!(&refused, Error::SpecRejected(fields) if fields[0].pointer == "/env"), "{refused:?}");
+}
+
+#[tokio::test]
 async fn the_environment_is_not_kept_with_a_session() {
     let bench = Bench::new();
     let env = BTreeMap::from([("SECRET".to_owned(), "x".to_owned())]);

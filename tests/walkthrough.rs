@@ -180,6 +180,18 @@ async fn a_server_that_should_not_start_says_why() {
 }
 
 #[tokio::test]
+async fn a_data_folder_has_one_server() {
+    let folder = tempfile::tempdir().unwrap();
+    let held = std::fs::File::create(folder.path().join("lock")).unwrap();
+    held.try_lock().unwrap();
+    let mut command = serve(&[("CELLBLOCK__SERVER__LISTEN", "127.0.0.1:0")]);
+    command.env("CELLBLOCK__SERVER__DATA_DIR", folder.path());
+    let ended = tokio::time::timeout(server::NEVER, finish(command)).await;
+    let (status, _, err) = ended.expect("it runs beside the other one");
+    assert!(status != 0 && err.contains("another server works with this folder"), "{status} {err}");
+}
+
+#[tokio::test]
 async fn the_configuration_is_explained() {
     let mut command = Command::new(CELLBLOCK);
     command

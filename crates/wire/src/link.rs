@@ -98,7 +98,7 @@ pub struct Report {
     pub is_init: bool,
     /// Whether the guest's memory and descriptors are closed to others of its uid.
     pub undumpable: bool,
-    /// Errno by probed call (`socket(AF_VSOCK)`, `io_uring_setup`, `unshare(NEWUSER)`, …); 0 is success.
+    /// Errno by probed call (`socket(AF_VSOCK)`, `pidfd_getfd`, …); 0 is success.
     pub probes: BTreeMap<String, i32>,
 }
 

@@ -175,3 +175,34 @@ fn describe(execution: &Execution, event: &ExecutionEvent, at: Timestamp) -> (&'
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use uuid::Uuid;
+
+    use super::*;
+    use crate::domain::output::{JsonText, MimeBundle, ResultKind, RichOutput};
+    use crate::domain::spec::OutputLimits;
+    use crate::session::execution::ExecutionRequest;
+
+    /// Well-formed JSON that readers of JSON refuse: too deep, too large a number, half a character.
+    #[test]
+    fn json_of_a_kernel_is_written_as_it_is() {
+        let id = Uuid::from_u128(1);
+        let output = OutputLimits { text_bytes: 1, result_bytes: 1, messages: 1 };
+        let timeout = Duration::from_secs(1);
+        let request = ExecutionRequest { code: String::new(), timeout, silent: false, store_history: true, output };
+        let execution = Execution::new(id.into(), id.into(), id.into(), String::new(), request, 0);
+        for json in [format!("{}1{}", "[".repeat(300), "]".repeat(300)), "9".repeat(400), "\"\\ud800\"".to_owned()] {
+            let data = MimeBundle::from([("application/json".to_owned(), JsonText(json.clone()))]);
+            let metadata = JsonText::object();
+            let event =
+                ExecutionEvent::Result(RichOutput { kind: ResultKind::DisplayData, data, metadata, display_id: None });
+            let line = event_line(&execution, &Logged { seq: 7, at: Timestamp::now(), event });
+            assert!(line.contains(&format!("\"application/json\":{json}")), "{line}");
+            assert!(line.contains("\"type\":\"result\"") && line.contains("\"seq\":7"), "{line}");
+        }
+    }
+}
