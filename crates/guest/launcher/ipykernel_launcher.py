@@ -1,9 +1,16 @@
 """Starts ipykernel as a cell wants it: no output lost silently, no history, no debugger. Started by the guest, with Python 3.8 or later."""
 
+import contextlib
+import contextvars
+import functools
 import importlib.util
 import os
 import sys
+import threading
 import types
+
+# Characters of text that may wait to be sent before whoever prints waits for that.
+UNSENT = 256 * 1024
 
 
 def import_in_parts(name, part):
@@ -24,6 +31,38 @@ def import_in_parts(name, part):
         sys.modules[name].__class__ = Package
 
 
+def let_threads_keep_their_cell():
+    """What a thread prints belongs to the cell that started it, however late it comes."""
+    start = threading.Thread.start
+
+    @functools.wraps(start)
+    def start_in_context(self, *arguments, **options):
+        self.run = functools.partial(contextvars.copy_context().run, self.run)
+        return start(self, *arguments, **options)
+
+    threading.Thread.start = start_in_context
+
+
+def let_print_wait(stream):
+    """Text is sent by another thread; code that prints faster than that would fill the memory with it."""
+    write = stream.write
+
+    @functools.wraps(write)
+    def write_in_parts(self, string):
+        if not isinstance(string, str):
+            return write(self, string)
+        for at in range(0, len(string) or 1, UNSENT):
+            part = string[at : at + UNSENT]
+            write(self, part)
+            self.unsent = getattr(self, "unsent", 0) + len(part)
+            if self.unsent >= UNSENT:
+                self.unsent = 0
+                self.flush()
+        return len(string)
+
+    stream.write = write_in_parts
+
+
 if __name__ == "__main__":
     os.umask(0o077)
     # As with `python -m`: what lies beside this file is not to be imported. IPython puts the working folder first by itself.
@@ -34,11 +73,16 @@ if __name__ == "__main__":
     # Of the clients' package a kernel needs messages and connection files.
     import_in_parts("jupyter_client", "connect")
 
+    import tempfile
+
     import traitlets
     import zmq
+    from IPython.core.interactiveshell import InteractiveShell
     from ipykernel.iostream import OutStream
     from ipykernel.kernelapp import IPKernelApp
 
+    # Python finds out by writing a file; on a full disk it finds nothing, and then every execution fails for want of a name.
+    tempfile.tempdir = os.environ.get("TMPDIR") or "/tmp"
     # What code prints is seen within 20 ms, not within 200.
     OutStream.flush_interval = 0.02
 
@@ -51,8 +95,10 @@ if __name__ == "__main__":
                 @staticmethod
                 def socket(kind):
                     socket = context.socket(kind)
-                    # Above 1000 waiting messages the kernel waits for the guest instead of dropping them (PUB takes it too).
+                    # Above so many waiting messages the kernel waits for the guest instead of dropping them (PUB takes it too). There are
+                    # few, for each may be long.
                     socket.setsockopt(zmq.XPUB_NODROP, 1)
+                    socket.setsockopt(zmq.SNDHWM, 8)
                     return socket
 
             super().init_iopub(Context)
@@ -62,4 +108,16 @@ if __name__ == "__main__":
             # User code may import it.
             sys.modules.pop("debugpy", None)
 
+        def start(self):
+            # Not before: threads of the kernel's own take up what was printed past Python, for whatever cell runs then.
+            let_threads_keep_their_cell()
+            super().start()
+            # Code may stop the loop that it runs in; the kernel's end is another matter.
+            while not (self.shell.exit_now or self.kernel._shutdown_message):
+                self.io_loop.start()
+
+    # Since version 9 IPython keeps all that was ever printed, for a magic that writes notebooks.
+    if hasattr(InteractiveShell, "_tee"):
+        InteractiveShell._tee = lambda self, channel: contextlib.nullcontext()
+    let_print_wait(OutStream)
     CellKernelApp.launch_instance(argv=[*sys.argv[1:], "--HistoryManager.enabled=False"])

@@ -191,7 +191,7 @@ impl Guest {
                 let request: StartKernel = read_json(body).await?;
                 Ok(json(&self.kernels.start(&request)?))
             }
-            (&Method::DELETE, (kernel, "")) => self.kernels.delete(kernel).await.map(|()| nothing()),
+            (&Method::DELETE, (kernel, "")) => self.kernels.delete(kernel).await.map(|deleted| json(&deleted)),
             (&Method::POST, (kernel, "messages")) => {
                 let Frame { head, parts } = read_frame::<Outbound>(body).await?;
                 self.kernels.send(kernel, &head, parts)?;
@@ -252,7 +252,8 @@ impl Guest {
                 tokio::task::yield_now().await;
             }
         }
-        upload.finish()?;
+        let stamp = upload.finish()?;
+        self.kernels.uploaded(path, stamp);
         Ok(nothing())
     }
 }

@@ -2,6 +2,8 @@
 //!
 //! Knows text and byte counts, nothing of messages or sockets. Text is cut at characters only.
 
+use std::time::{Duration, Instant};
+
 use cellblock_wire::link::OutputCap;
 
 /// Most text of one stream that is ever let through for an execution, whatever was asked for. Bounds the guest's memory.
@@ -10,6 +12,8 @@ pub const MAX_TEXT: u64 = 8 * 1024 * 1024;
 const MIN_TAIL: usize = 64 * 1024;
 /// Longest text of one relayed stream message.
 pub const MAX_PIECE: usize = 256 * 1024;
+/// Nanoseconds of a second.
+const NANOS: u64 = 1_000_000_000;
 
 /// Keeps the last bytes of a text of any length.
 #[derive(Debug, Default)]
@@ -176,11 +180,13 @@ impl TextCap {
         (head, self.push(&text.tail, room - head))
     }
 
-    fn finish(&mut self, room: usize) -> Option<TextEnd> {
+    /// `left` is what the execution may still put out in all.
+    fn finish(&mut self, room: usize, left: u64) -> Option<TextEnd> {
         if !self.cut {
             return None;
         }
-        self.tail.limit = self.tail.limit.min(room.max(MIN_TAIL));
+        let left = usize::try_from(left).unwrap_or(usize::MAX);
+        self.tail.limit = self.tail.limit.min(room.max(MIN_TAIL)).min(left);
         let tail = self.tail.take();
         let omitted = self.total - self.relayed - tail.len() as u64;
         Some(TextEnd { tail, total: self.total, omitted })
@@ -196,14 +202,77 @@ pub enum Stream {
     Stderr,
 }
 
+/// Spreads messages over time: so many at once, and then so many a second.
+#[derive(Debug)]
+pub struct Pace {
+    interval: Duration,
+    burst: Duration,
+    /// When all messages so far would have gone on, had they come at the rate from the first.
+    paid: Option<Instant>,
+}
+
+impl Pace {
+    /// The pace of so many messages a second, and no less than one.
+    #[must_use]
+    pub fn new(per_second: u64) -> Self {
+        let interval = Duration::from_nanos(NANOS.div_ceil(per_second.max(1)));
+        let burst = interval.saturating_mul(u32::try_from(per_second).unwrap_or(u32::MAX).max(1));
+        Self { interval, burst, paid: None }
+    }
+
+    /// Takes messages that go on together and returns when, unless it is now.
+    pub fn take(&mut self, messages: u64, now: Instant) -> Option<Instant> {
+        let cost = self.interval.saturating_mul(u32::try_from(messages).unwrap_or(u32::MAX));
+        let paid = self.paid.unwrap_or(now).max(now) + cost;
+        self.paid = Some(paid);
+        paid.checked_sub(self.burst).filter(|due| *due > now)
+    }
+}
+
+/// Text is printed for nobody once it is cut. Who goes on with that for so long …
+const VOID_PATIENCE: Duration = Duration::from_secs(10);
+/// … prints so many bytes a second from then on, and waits the rest of the time instead of working on it …
+const VOID_RATE: f64 = 256.0 * 1024.0;
+/// … but for each message no longer than this, so that an end is never far.
+const VOID_WAIT: Duration = Duration::from_secs(1);
+/// Somebody wants it to end: it may print as fast as it can for so long.
+const RUSH: Duration = Duration::from_secs(10);
+
+/// Slows down who prints for nobody.
+#[derive(Debug, Default)]
+struct Void {
+    since: Option<Instant>,
+    /// Bytes that did not go on and were not waited for yet.
+    bytes: u64,
+    rushed_until: Option<Instant>,
+}
+
+impl Void {
+    fn due(&mut self, now: Instant) -> Option<Instant> {
+        let bytes = std::mem::take(&mut self.bytes);
+        if bytes == 0 || self.rushed_until.is_some_and(|until| now < until) {
+            return None;
+        }
+        let since = *self.since.get_or_insert(now);
+        let wait = Duration::from_secs_f64(bytes as f64 / VOID_RATE).min(VOID_WAIT);
+        (now >= since + VOID_PATIENCE).then(|| now + wait)
+    }
+}
+
 /// The allowance of one execution.
 #[derive(Debug)]
 pub struct ExecutionCap {
     texts: [TextCap; 2],
+    /// Of text and results together.
+    total_left: u64,
     results_left: u64,
     results_total: u64,
     results_omitted: u64,
     messages_left: u64,
+    pace: Pace,
+    /// Messages that went on and are not paced yet.
+    unpaced: u64,
+    void: Void,
 }
 
 /// What is said at the end of an execution.
@@ -220,12 +289,21 @@ impl ExecutionCap {
     #[must_use]
     pub fn new(cap: OutputCap) -> Self {
         Self {
-            texts: [TextCap::new(cap.text_bytes), TextCap::new(cap.text_bytes)],
+            texts: [(); 2].map(|()| TextCap::new(cap.text_bytes.min(cap.total_bytes))),
+            total_left: cap.total_bytes,
             results_left: cap.result_bytes,
             results_total: 0,
             results_omitted: 0,
             messages_left: cap.messages,
+            pace: Pace::new(cap.messages_per_second),
+            unpaced: 0,
+            void: Void::default(),
         }
+    }
+
+    /// The execution is to end soon, so nothing holds its output up.
+    pub fn rush(&mut self, now: Instant) {
+        self.void.rushed_until = Some(now + RUSH);
     }
 
     /// How much of one message's text could matter, for either stream.
@@ -245,9 +323,12 @@ impl ExecutionCap {
         }
         // In JSON a byte of text may take six.
         let is_dense = escaped_len(&text.head) + escaped_len(&text.tail) > room;
-        let fits = cap.take(text, if is_dense { room / 6 } else { room });
+        let room = if is_dense { room / 6 } else { room };
+        let fits = cap.take(text, room.min(usize::try_from(self.total_left).unwrap_or(usize::MAX)));
+        self.void.bytes += text.total - (fits.0 + fits.1) as u64;
         if fits != (0, 0) {
-            self.messages_left -= messages;
+            self.total_left -= (fits.0 + fits.1) as u64;
+            self.count(messages);
         }
         fits
     }
@@ -255,20 +336,40 @@ impl ExecutionCap {
     /// Takes a result of so many bytes and says whether it may go on; if not, it counts as omitted.
     pub fn result(&mut self, bytes: u64, room: usize) -> bool {
         self.results_total = self.results_total.saturating_add(bytes);
-        let fits = bytes <= room as u64 && self.messages_left > 0 && bytes <= self.results_left;
+        let fits = bytes <= room as u64 && self.messages_left > 0 && bytes <= self.results_left.min(self.total_left);
         if fits {
             self.results_left -= bytes;
-            self.messages_left -= 1;
+            self.total_left -= bytes;
+            self.count(1);
         } else {
             self.results_omitted = self.results_omitted.saturating_add(bytes);
         }
         fits
     }
 
+    fn count(&mut self, messages: u64) {
+        self.messages_left -= messages;
+        self.unpaced += messages;
+    }
+
+    /// When what came since the last call may be told, or forgotten, unless it is now.
+    pub fn due(&mut self, now: Instant) -> Option<Instant> {
+        let paced = match std::mem::take(&mut self.unpaced) {
+            0 => None,
+            messages => self.pace.take(messages, now),
+        };
+        paced.max(self.void.due(now))
+    }
+
     /// The end: what was held back, as far as there is `room` for it, and the totals of what was left out.
     pub fn finish(&mut self, room: usize) -> ExecutionEnd {
         let results = (self.results_omitted > 0).then_some((self.results_total, self.results_omitted));
-        ExecutionEnd { texts: [self.texts[0].finish(room), self.texts[1].finish(room)], results }
+        let texts = self.texts.each_mut().map(|text| {
+            let end = text.finish(room, self.total_left);
+            self.total_left -= end.as_ref().map_or(0, |end| end.tail.len() as u64);
+            end
+        });
+        ExecutionEnd { texts, results }
     }
 }
 
@@ -291,7 +392,8 @@ mod tests {
     use proptest::prelude::*;
 
     fn cap(text_bytes: u64, result_bytes: u64, messages: u64) -> ExecutionCap {
-        ExecutionCap::new(OutputCap { text_bytes, result_bytes, messages })
+        let (total_bytes, messages_per_second) = (u64::MAX, u64::MAX);
+        ExecutionCap::new(OutputCap { text_bytes, result_bytes, total_bytes, messages, messages_per_second })
     }
 
     /// Feeds texts through the cap as the relay does and returns all that went on, the end, and the whole text.
@@ -318,6 +420,76 @@ mod tests {
         assert!(cap.result(4, 4));
         assert!(!cap.result(0, 9));
         assert_eq!(cap.finish(0).results, Some((17, 7)));
+    }
+
+    #[test]
+    fn beyond_the_total_results_are_omitted_and_text_is_cut() {
+        let cap = OutputCap {
+            text_bytes: 100,
+            result_bytes: 100,
+            total_bytes: 40,
+            messages: 99,
+            messages_per_second: u64::MAX,
+        };
+        let mut cap = ExecutionCap::new(cap);
+        assert!(cap.result(30, 999));
+        assert!(!cap.result(11, 999));
+        let (out, end, _) = run(&mut cap, &["a".repeat(8), "b".repeat(8), "c".repeat(8)], 999);
+        assert_eq!((out.as_str(), end), ("aaaaaaaabb", Some(TextEnd { tail: String::new(), total: 24, omitted: 14 })));
+        assert!(!cap.result(1, 999));
+        assert_eq!(cap.finish(999).results, Some((42, 12)));
+    }
+
+    #[test]
+    fn a_burst_is_not_paced_and_what_follows_is() {
+        let now = Instant::now();
+        let mut pace = Pace::new(4);
+        assert!((0..4).all(|_| pace.take(1, now).is_none()));
+        assert_eq!(pace.take(1, now), Some(now + Duration::from_millis(250)));
+        assert_eq!(pace.take(2, now), Some(now + Duration::from_millis(750)));
+        let later = now + Duration::from_secs(60);
+        assert!((0..4).all(|_| pace.take(1, later).is_none()) && pace.take(1, later).is_some());
+        let mut unlimited = Pace::new(u64::MAX);
+        assert!((0..100_000).all(|_| unlimited.take(1, now).is_none()));
+        assert_eq!(Pace::new(0).take(2, now), Some(now + Duration::from_secs(1)));
+    }
+
+    #[test]
+    fn only_what_goes_on_is_paced() {
+        let now = Instant::now();
+        let cap =
+            OutputCap { text_bytes: 100, result_bytes: 5, total_bytes: u64::MAX, messages: 3, messages_per_second: 1 };
+        let mut cap = ExecutionCap::new(cap);
+        assert!(cap.result(1, 99) && cap.due(now).is_none() && cap.due(now).is_none());
+        assert!(!cap.result(9, 99) && cap.due(now).is_none(), "left out");
+        assert!(cap.result(1, 99) && cap.due(now).is_some());
+        assert!(cap.result(1, 99) && cap.due(now).is_some());
+        assert!(!cap.result(1, 99) && cap.due(now).is_none(), "no messages are left");
+        let text = Captured { head: "x".into(), tail: String::new(), total: 1 };
+        assert_eq!((cap.text(Stream::Stdout, &text, 99), cap.due(now)), ((0, 0), None));
+    }
+
+    #[test]
+    fn who_prints_for_nobody_is_slowed_down_until_somebody_wants_an_end() {
+        let mut cap = cap(100, 0, 1000);
+        let start = Instant::now();
+        let mut print = |bytes: usize, after: Duration, rush: bool| {
+            let (mut capture, now) = (Capture::new(cap.capture_limits()), start + after);
+            capture.push(&"x".repeat(bytes));
+            cap.text(Stream::Stdout, &capture.finish(), 1 << 20);
+            if rush {
+                cap.rush(now);
+            }
+            cap.due(now).map(|due| due - now)
+        };
+        assert_eq!(print(10, Duration::ZERO, false), None, "it is not cut yet");
+        assert_eq!(print(1 << 20, Duration::from_secs(1), false), None);
+        assert_eq!(print(1 << 20, VOID_PATIENCE, false), None);
+        let later = Duration::from_secs(1) + VOID_PATIENCE;
+        assert_eq!(print(64 * 1024, later, false), Some(Duration::from_millis(250)));
+        assert_eq!(print(1 << 30, later, false), Some(VOID_WAIT));
+        assert_eq!(print(1 << 30, later, true), None);
+        assert_eq!(print(1 << 20, later + RUSH, false), Some(VOID_WAIT));
     }
 
     #[test]
@@ -353,6 +525,76 @@ mod tests {
                 }
             } else {
                 prop_assert_eq!(out, whole);
+            }
+        }
+
+        #[test]
+        fn all_together_stays_within_the_total_and_loses_nothing_below_it(
+            puts in proptest::collection::vec((0usize..3, "[a-zé😀]{0,30}"), 0..30), total_bytes in 0u64..600, messages in 0u64..40,
+        ) {
+            let mut cap = ExecutionCap::new(OutputCap {
+                text_bytes: 400, result_bytes: 400, total_bytes, messages, messages_per_second: u64::MAX,
+            });
+            let (mut out, mut whole) = ([0u64; 3], [0u64; 3]);
+            for (kind, text) in &puts {
+                let size = text.len() as u64;
+                whole[*kind] += size;
+                out[*kind] += match kind {
+                    2 => if cap.result(size, 9999) { size } else { 0 },
+                    kind => {
+                        let mut capture = Capture::new(cap.capture_limits());
+                        capture.push(text);
+                        let stream = [Stream::Stdout, Stream::Stderr][*kind];
+                        let (head, tail) = cap.text(stream, &capture.finish(), 9999);
+                        (head + tail) as u64
+                    }
+                };
+            }
+            let end = cap.finish(9999);
+            for (stream, text) in end.texts.iter().enumerate() {
+                if let Some(text) = text {
+                    out[stream] += text.tail.len() as u64;
+                    prop_assert_eq!((text.total, text.omitted), (whole[stream], whole[stream] - out[stream]));
+                }
+            }
+            prop_assert_eq!(end.results.map_or(0, |(_, omitted)| omitted), whole[2] - out[2]);
+            prop_assert!(out.iter().sum::<u64>() <= total_bytes);
+            if whole.iter().sum::<u64>() <= total_bytes && whole.iter().all(|one| *one <= 400) && messages >= 30 {
+                prop_assert_eq!(out, whole);
+            }
+        }
+
+        #[test]
+        fn in_no_time_more_goes_on_than_the_burst_and_the_rate(
+            rate in 1u64..2000, comes in proptest::collection::vec((0u64..400, 1u64..4), 1..200),
+        ) {
+            let begin = Instant::now();
+            let mut pace = Pace::new(rate);
+            let (mut now, mut went) = (begin, Vec::new());
+            for (wait, messages) in comes {
+                now += Duration::from_millis(wait);
+                let due = pace.take(messages, now);
+                now = due.unwrap_or(now);
+                went.push((now, messages));
+            }
+            for from in 0..went.len() {
+                let mut count = 0;
+                for (at, messages) in &went[from..] {
+                    count += messages;
+                    // A nanosecond for each message is lost to rounding.
+                    let allowed = rate as f64 * (1.0 + (*at - went[from].0).as_secs_f64() + 1e-6);
+                    prop_assert!(count as f64 <= allowed + went[from].1 as f64, "{count} > {allowed}");
+                }
+            }
+        }
+
+        #[test]
+        fn who_keeps_to_the_rate_never_waits(rate in 1u64..2000, count in 1usize..300) {
+            let mut pace = Pace::new(rate);
+            let interval = Duration::from_nanos(NANOS.div_ceil(rate));
+            let begin = Instant::now();
+            for number in 0..count {
+                prop_assert_eq!(pace.take(1, begin + interval * number as u32), None);
             }
         }
 

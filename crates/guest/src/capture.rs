@@ -9,6 +9,7 @@ use crate::json::{FieldScanner, FieldSink};
 pub const MAX_ERROR: usize = 256 * 1024;
 /// Longest name of a stream, an error or a status.
 const MAX_NAME: usize = 256;
+const NAME: CaptureLimits = CaptureLimits { head: MAX_NAME, tail: 0 };
 
 /// Reads the text of a `stream` message; `None` when the bytes hold none.
 #[must_use]
@@ -33,7 +34,7 @@ pub(crate) struct TextCapture {
 }
 
 struct TextFound {
-    name: String,
+    name: Capture,
     text: Option<Capture>,
     limits: CaptureLimits,
 }
@@ -42,7 +43,7 @@ impl TextCapture {
     pub(crate) fn new(limits: CaptureLimits) -> Self {
         Self {
             scanner: FieldScanner::new(&["name", "text"]),
-            found: TextFound { name: String::new(), text: None, limits },
+            found: TextFound { name: Capture::new(NAME), text: None, limits },
         }
     }
 
@@ -52,23 +53,21 @@ impl TextCapture {
 
     pub(crate) fn finish(self) -> Option<(String, Captured)> {
         let text = self.found.text.filter(|_| self.scanner.is_complete())?;
-        Some((self.found.name, text.finish()))
+        Some((self.found.name.finish().head, text.finish()))
     }
 }
 
 impl FieldSink for TextFound {
     fn begin(&mut self, field: usize) {
         match field {
-            0 => self.name.clear(),
+            0 => self.name = Capture::new(NAME),
             _ => self.text = Some(Capture::new(self.limits)),
         }
     }
 
     fn text(&mut self, field: usize, text: &str) {
         if field == 0 {
-            if self.name.len() + text.len() <= MAX_NAME {
-                self.name.push_str(text);
-            }
+            self.name.push(text);
         } else if let Some(capture) = &mut self.text {
             capture.push(text);
         }
@@ -85,6 +84,9 @@ pub struct Failure {
     pub(crate) traceback: Vec<String>,
     #[serde(skip)]
     traceback_bytes: usize,
+    /// The string that is being read did not fit: nothing more of it is taken, so that it has no hole.
+    #[serde(skip)]
+    is_cut: bool,
 }
 
 impl Failure {
@@ -117,6 +119,7 @@ impl FailureCapture {
 
 impl FieldSink for Failure {
     fn begin(&mut self, field: usize) {
+        self.is_cut = false;
         match field {
             0 => self.status.clear(),
             1 => self.ename.clear(),
@@ -137,12 +140,42 @@ impl FieldSink for Failure {
             2 => (Some(&mut self.evalue), MAX_ERROR / 4),
             _ => (self.traceback.last_mut(), usize::MAX),
         };
-        let Some(to) = to else { return };
+        let Some(to) = to.filter(|_| !self.is_cut) else { return };
         let room = if field == 3 { MAX_ERROR.saturating_sub(self.traceback_bytes) } else { limit - to.len() };
         let fits = &text[..text.floor_char_boundary(room)];
         to.push_str(fits);
+        self.is_cut = fits.len() < text.len();
         if field == 3 {
             self.traceback_bytes += fits.len();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LIMITS: CaptureLimits = CaptureLimits { head: 10, tail: 10 };
+
+    #[test]
+    fn a_long_name_is_cut_however_it_arrives() {
+        let content = format!("{{\"name\":\"{}\",\"text\":\"x\"}}", "n".repeat(2 * MAX_NAME));
+        for size in [1, 100, content.len()] {
+            let mut capture = TextCapture::new(LIMITS);
+            content.as_bytes().chunks(size).for_each(|chunk| capture.push(chunk));
+            assert_eq!(capture.finish().unwrap().0, "n".repeat(MAX_NAME), "{size}");
+        }
+    }
+
+    #[test]
+    fn a_cut_error_has_no_holes_however_it_arrives() {
+        let value = format!("{}é{}", "a".repeat(MAX_ERROR / 4 - 1), "b".repeat(100));
+        let content = format!("{{\"ename\":\"E\",\"evalue\":\"{value}\",\"traceback\":[\"t\"]}}");
+        for size in [1, 7, content.len()] {
+            let mut capture = FailureCapture::new();
+            content.as_bytes().chunks(size).for_each(|chunk| capture.push(chunk));
+            let found = capture.finish();
+            assert_eq!((found.evalue.len(), found.traceback.len()), (MAX_ERROR / 4 - 1, 1), "{size}");
         }
     }
 }

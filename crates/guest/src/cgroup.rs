@@ -1,5 +1,7 @@
 //! Figures of the container's cgroup, versions 1 and 2, as the container sees them. Reads only; what is absent is `None`.
 
+use std::fs::File;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use cellblock_wire::link::Stats;
@@ -8,6 +10,8 @@ use crate::report::read_bounded;
 
 /// Above this, a version 1 limit means none.
 const UNLIMITED: u64 = 1 << 62;
+/// So much of a gauge's file is read; what is looked for stands in its first lines.
+const MAX_GAUGE: usize = 512;
 
 /// The limits that a report tells.
 #[derive(Debug, Default, PartialEq, Eq)]
@@ -44,16 +48,15 @@ impl Cgroup {
     }
 
     fn number(&self, path: &str) -> Option<u64> {
-        self.text(path)?.trim().parse().ok()
+        number(&self.text(path)?)
     }
 
     fn first_number(&self, paths: [&str; 2]) -> Option<u64> {
         paths.into_iter().find_map(|path| self.number(path))
     }
 
-    /// The number behind a word at a line's beginning.
     fn field(&self, path: &str, name: &str) -> Option<u64> {
-        self.text(path)?.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' ')?.trim().parse().ok())
+        named(&self.text(path)?, name)
     }
 
     /// Processes that the kernel has ended for want of memory.
@@ -87,6 +90,14 @@ impl Cgroup {
         }
     }
 
+    /// Whether no process or thread can be started any more.
+    #[must_use]
+    pub fn is_full_of_processes(&self) -> bool {
+        let used = self.first_number(["pids.current", "pids/pids.current"]);
+        let limit = self.first_number(["pids.max", "pids/pids.max"]);
+        used.zip(limit).is_some_and(|(used, limit)| used >= limit)
+    }
+
     fn cpu_millis(&self) -> Option<u64> {
         let v2 = || {
             let text = self.text("cpu.max")?;
@@ -96,6 +107,75 @@ impl Cgroup {
         let v1 = || Some((self.number("cpu/cpu.cfs_quota_us")?, self.number("cpu/cpu.cfs_period_us")?));
         let (quota, period) = v2().or_else(v1)?;
         quota.saturating_mul(1000).checked_div(period)
+    }
+}
+
+/// Finds a figure in a file's text.
+pub type Figure = fn(&str) -> Option<u64>;
+
+/// One figure that is asked for again and again, from a file that is kept open.
+#[derive(Debug)]
+pub struct Gauge {
+    file: File,
+    figure: Figure,
+}
+
+impl Gauge {
+    /// A gauge of this file; `None` where it does not show the figure.
+    #[must_use]
+    pub fn open(path: &Path, figure: Figure) -> Option<Self> {
+        let gauge = Self { file: File::open(path).ok()?, figure };
+        gauge.read().is_some().then_some(gauge)
+    }
+
+    /// The figure now.
+    #[must_use]
+    pub fn read(&self) -> Option<u64> {
+        let mut text = [0; MAX_GAUGE];
+        let read = self.file.read_at(&mut text, 0).ok()?;
+        (self.figure)(std::str::from_utf8(&text[..read]).ok()?)
+    }
+}
+
+fn number(text: &str) -> Option<u64> {
+    text.trim().parse().ok()
+}
+
+/// The number behind a word at a line's beginning.
+fn named(text: &str, name: &str) -> Option<u64> {
+    text.lines().find_map(|line| number(line.strip_prefix(name)?.strip_prefix(' ')?))
+}
+
+impl Cgroup {
+    fn gauge(&self, places: [(&str, Figure); 2]) -> Option<Gauge> {
+        places.into_iter().find_map(|(path, figure)| Gauge::open(&self.root.join(path), figure))
+    }
+
+    /// CPU time used so far, in microseconds.
+    #[must_use]
+    pub fn cpu_gauge(&self) -> Option<Gauge> {
+        let v1 = |text: &str| Some(number(text)? / 1000);
+        self.gauge([("cpu.stat", |text| named(text, "usage_usec")), ("cpuacct/cpuacct.usage", v1)])
+    }
+
+    /// Processes and threads.
+    #[must_use]
+    pub fn pids_gauge(&self) -> Option<Gauge> {
+        self.gauge([("pids.current", number), ("pids/pids.current", number)])
+    }
+
+    /// How often one more was refused.
+    #[must_use]
+    pub fn pids_hits_gauge(&self) -> Option<Gauge> {
+        let hits = |text: &str| named(text, "max");
+        self.gauge([("pids.events", hits), ("pids/pids.events", hits)])
+    }
+
+    /// How many were ended for want of memory.
+    #[must_use]
+    pub fn oom_gauge(&self) -> Option<Gauge> {
+        let kills = |text: &str| named(text, "oom_kill");
+        self.gauge([("memory.events", kills), ("memory/memory.oom_control", kills)])
     }
 }
 

@@ -85,7 +85,12 @@ impl Inner {
     /// How long the event may wait to be told. Of what an execution says, its end can't: the reply and the idle status, whichever
     /// comes last.
     fn may_linger(&mut self, event: &Event, parts: &[Bytes]) -> Duration {
-        let Event::Message { channel, msg_type, parent_id } = event else { return Duration::ZERO };
+        let (channel, msg_type, parent_id) = match event {
+            Event::Message { channel, msg_type, parent_id } => (channel, msg_type, parent_id),
+            // The reply, or the kernel's end, is next.
+            Event::Effects { .. } => return LINGER,
+            _ => return Duration::ZERO,
+        };
         let says_idle =
             || parts.get(3).is_some_and(|content| content.len() < 256 && content.windows(6).any(|w| w == b"\"idle\""));
         match (channel, msg_type.as_str()) {

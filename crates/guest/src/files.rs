@@ -1,21 +1,26 @@
 //! The working folder's files: listing, reading, writing. Nothing outside it is reached, and no link is followed.
 
 use std::ffi::OsStr;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Component, Path, PathBuf};
 
 use bytes::Bytes;
 use cellblock_wire::link::FileEntry;
 use rustix::fs::{
-    AtFlags, Dir, FileType, Mode, OFlags, ResolveFlags, fstat, mkdirat, open, openat, openat2, renameat, statat,
-    unlinkat,
+    AtFlags, Dir, DirEntry, FileType, Mode, OFlags, ResolveFlags, Stat, fstat, mkdirat, open, openat, openat2,
+    renameat, statat, unlinkat,
 };
 use rustix::io::Errno;
 
 const MAX_ENTRIES: usize = 10_000;
 const MAX_FOLDERS: usize = 10_000;
 const MAX_PATH: usize = 4096;
+/// All paths of one look together: ten thousand of the longest would be more than a cell can spare.
+const MAX_PATH_BYTES: usize = 2 * 1024 * 1024;
+/// Entries of a folder that are looked at in one go.
+const PAUSE: usize = 256;
+const UPLOAD: &str = ".cellblock-upload-";
 /// Bytes read at once. Files are read and written in the one thread there is, in pieces that take it microseconds.
 const CHUNK: usize = 64 * 1024;
 const FOLDER: OFlags = OFlags::DIRECTORY.union(OFlags::RDONLY).union(OFlags::NOFOLLOW).union(OFlags::CLOEXEC);
@@ -39,6 +44,12 @@ pub enum FileError {
 pub struct RelativePath(PathBuf);
 
 impl RelativePath {
+    /// The path as text, where it is UTF-8.
+    #[must_use]
+    pub fn text(&self) -> Option<&str> {
+        self.0.to_str()
+    }
+
     /// Checks a path.
     ///
     /// # Errors
@@ -91,45 +102,134 @@ fn open_by_steps(root: &OwnedFd, path: &Path, flags: OFlags) -> Result<OwnedFd, 
 /// # Errors
 /// When the folder itself can't be read.
 pub async fn list_files(workdir: &Path) -> Result<Vec<FileEntry>, FileError> {
-    let root = root(workdir)?;
-    let mut files = Vec::new();
-    let mut folders = vec![PathBuf::new()];
-    let mut seen = 0;
-    while let Some(path) = folders.pop() {
-        seen += 1;
-        if seen > MAX_FOLDERS || files.len() >= MAX_ENTRIES {
-            break;
-        }
-        list_folder(&root, &path, &mut files, &mut folders);
-        tokio::task::yield_now().await;
-    }
-    files.sort_by(|a: &FileEntry, b: &FileEntry| a.path.cmp(&b.path));
+    let entry = |(path, stamp): (String, Stamp)| FileEntry { path, size_bytes: stamp.size };
+    let mut files: Vec<FileEntry> = look(workdir).await?.files.into_iter().map(entry).collect();
+    files.sort_by(|a, b| a.path.cmp(&b.path));
     Ok(files)
 }
 
-/// What can't be read is left out: user code changes the folder meanwhile.
-fn list_folder(root: &OwnedFd, path: &Path, files: &mut Vec<FileEntry>, folders: &mut Vec<PathBuf>) {
-    let folder = if path.as_os_str().is_empty() {
-        openat(root, ".", FOLDER, Mode::empty())
-    } else {
-        open_beneath(root, path, FOLDER)
-    };
-    let Ok(folder) = folder else { return };
-    let Ok(entries) = Dir::read_from(&folder) else { return };
-    for entry in entries.flatten().take(MAX_ENTRIES) {
+/// What tells one state of a file from another. Times are nanoseconds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Stamp {
+    /// Its length in bytes.
+    pub size: u64,
+    /// When its bytes were written last.
+    pub modified: i64,
+    /// When anything of it was changed last.
+    pub changed: i64,
+    /// Its number.
+    pub inode: u64,
+}
+
+impl From<&Stat> for Stamp {
+    fn from(stat: &Stat) -> Self {
+        let nanoseconds = |seconds: i64, rest: u64| seconds.saturating_mul(1_000_000_000).saturating_add(rest as i64);
+        Self {
+            size: stat.st_size as u64,
+            modified: nanoseconds(stat.st_mtime, stat.st_mtime_nsec),
+            changed: nanoseconds(stat.st_ctime, stat.st_ctime_nsec),
+            inode: stat.st_ino,
+        }
+    }
+}
+
+/// What one look at the folder found.
+#[derive(Debug, Default)]
+pub struct Look {
+    /// Regular files by path, in no order.
+    pub files: Vec<(String, Stamp)>,
+    /// Whether these are all of them, those with names that are no UTF-8 too.
+    pub complete: bool,
+    folders: Vec<PathBuf>,
+    path_bytes: usize,
+}
+
+/// Looks at the regular files below the folder, at most ten thousand. Paths that are no UTF-8 are left out, and so are unfinished
+/// uploads.
+///
+/// # Errors
+/// When the folder itself can't be read.
+pub async fn look(workdir: &Path) -> Result<Look, FileError> {
+    let root = root(workdir)?;
+    let mut look = Look { complete: true, folders: vec![PathBuf::new()], ..Look::default() };
+    let mut seen = 0;
+    while let Some(path) = look.folders.pop() {
+        seen += 1;
+        if seen > MAX_FOLDERS || look.is_full() {
+            look.complete = false;
+            break;
+        }
+        look.at_folder(&root, &path).await;
+        if !look.folders.is_empty() {
+            tokio::task::yield_now().await;
+        }
+    }
+    Ok(look)
+}
+
+impl Look {
+    fn is_full(&self) -> bool {
+        self.files.len() >= MAX_ENTRIES || self.path_bytes >= MAX_PATH_BYTES
+    }
+
+    /// What can't be read is left out: user code changes the folder meanwhile.
+    async fn at_folder(&mut self, root: &OwnedFd, path: &Path) {
+        let folder = match path.as_os_str().is_empty() {
+            true => openat(root, ".", FOLDER, Mode::empty()),
+            false => open_beneath(root, path, FOLDER),
+        };
+        let entries = folder.and_then(Dir::new);
+        let Ok(mut entries) = entries else {
+            self.complete &= matches!(entries, Err(Errno::NOENT));
+            return;
+        };
+        let mut count = 0;
+        while let Some(Ok(entry)) = entries.read() {
+            count += 1;
+            if count > MAX_ENTRIES || self.is_full() {
+                self.complete = false;
+                return;
+            }
+            let Ok(folder) = entries.fd() else { return };
+            self.at_entry(folder, path, &entry);
+            if count % PAUSE == 0 {
+                tokio::task::yield_now().await;
+            }
+        }
+    }
+
+    fn at_entry(&mut self, folder: BorrowedFd<'_>, path: &Path, entry: &DirEntry) {
         let name = OsStr::from_bytes(entry.file_name().to_bytes());
-        let Ok(stat) = statat(&folder, name, AtFlags::SYMLINK_NOFOLLOW) else { continue };
-        let path = path.join(name);
-        match FileType::from_raw_mode(stat.st_mode) {
-            FileType::Directory if name != "." && name != ".." && folders.len() < MAX_FOLDERS => folders.push(path),
-            FileType::RegularFile if files.len() < MAX_ENTRIES => {
-                files.extend(
-                    path.to_str().map(|path| FileEntry { path: path.to_owned(), size_bytes: stat.st_size as u64 }),
-                );
+        // Most file systems say here what it is, and of folders nothing else is needed.
+        let stat = match entry.file_type() {
+            FileType::RegularFile | FileType::Unknown => statat(folder, name, AtFlags::SYMLINK_NOFOLLOW).ok(),
+            _ => None,
+        };
+        let kind = stat.as_ref().map_or(entry.file_type(), |stat| FileType::from_raw_mode(stat.st_mode));
+        match (kind, stat) {
+            (FileType::Directory, _) if name == "." || name == ".." => {}
+            (FileType::Directory, _) if self.folders.len() < MAX_FOLDERS => self.folders.push(path.join(name)),
+            (FileType::Directory, _) => self.complete = false,
+            (FileType::RegularFile, Some(stat)) if !is_upload(name) => {
+                match path.join(name).into_os_string().into_string() {
+                    Ok(path) => {
+                        self.path_bytes += path.len();
+                        self.files.push((path, Stamp::from(&stat)));
+                    }
+                    Err(_) => self.complete = false,
+                }
             }
             _ => {}
         }
     }
+}
+
+/// Whether there is nothing at this path. What can't be looked at may be there.
+#[must_use]
+pub fn is_absent(workdir: &Path, path: &str) -> bool {
+    let Ok(root) = root(workdir) else { return false };
+    let found = open_beneath(&root, Path::new(path), OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC);
+    matches!(found, Err(Errno::NOENT | Errno::NOTDIR))
 }
 
 /// A file that is being read.
@@ -152,6 +252,14 @@ impl Download {
         }
     }
 
+    /// The file's state now.
+    ///
+    /// # Errors
+    /// When it can't be asked for.
+    pub fn stamp(&self) -> Result<Stamp, Errno> {
+        fstat(&self.0).map(|stat| Stamp::from(&stat))
+    }
+
     /// The next piece; empty at the end.
     ///
     /// # Errors
@@ -161,6 +269,10 @@ impl Download {
         rustix::io::retry_on_intr(|| rustix::io::read(&self.0, rustix::buffer::spare_capacity(&mut chunk)))?;
         Ok(chunk.into())
     }
+}
+
+fn is_upload(name: &OsStr) -> bool {
+    name.len() == UPLOAD.len() + 16 && name.as_bytes().starts_with(UPLOAD.as_bytes())
 }
 
 /// A file that is being written beside its place. Unless finished, it disappears.
@@ -189,7 +301,7 @@ impl Upload {
         }
         let mut random = [0; 8];
         getrandom::fill(&mut random).map_err(|_| FileError::Failed("written", Errno::IO))?;
-        let temporary = format!(".cellblock-upload-{:016x}", u64::from_ne_bytes(random));
+        let temporary = format!("{UPLOAD}{:016x}", u64::from_ne_bytes(random));
         let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let file = openat(&folder, &temporary, flags, Mode::RUSR | Mode::WUSR).map_err(failed("written"))?;
         Ok(Self { folder, temporary, name: name.to_owned(), file })
@@ -208,16 +320,17 @@ impl Upload {
         Ok(())
     }
 
-    /// Puts the file in its place.
+    /// Puts the file in its place, and says how it stands there.
     ///
     /// # Errors
     /// When a folder stands there.
-    pub fn finish(mut self) -> Result<(), FileError> {
+    pub fn finish(mut self) -> Result<Stamp, FileError> {
         let temporary = std::mem::take(&mut self.temporary);
         renameat(&self.folder, &temporary, &self.folder, &self.name).map_err(|errno| {
             let _ = unlinkat(&self.folder, &temporary, AtFlags::empty());
             failed("written")(errno)
-        })
+        })?;
+        fstat(&self.file).map(|stat| Stamp::from(&stat)).map_err(failed("written"))
     }
 }
 
@@ -242,7 +355,7 @@ mod tests {
     fn put(root: &Path, at: &str, bytes: &[u8]) -> Result<(), FileError> {
         let mut upload = Upload::create(root, &path(at))?;
         upload.write(bytes)?;
-        upload.finish()
+        upload.finish().map(drop)
     }
 
     fn get(root: &Path, at: &str) -> Result<Vec<u8>, FileError> {

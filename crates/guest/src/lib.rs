@@ -4,14 +4,17 @@
 //!
 //! ```text
 //! stdin/stdout ─ link ─ api ─┬─ files, report, cgroup
-//!                            ├─ events ◀──────────────┐
+//!                            ├─ events ◀────────┐
 //!                            └─ kernel ─ launch, live ─ channels ─ zmtp ─ message ─ relay ─ cap
+//!                                               └─ effects ─ tree, changes ─ files
 //! ```
 
 pub mod api;
 pub mod cap;
 pub mod capture;
 pub mod cgroup;
+pub mod changes;
+pub mod effects;
 pub mod events;
 pub mod files;
 pub mod json;

@@ -11,7 +11,7 @@ use cellblock_guest::kernel::{Kernels, Places};
 use cellblock_guest::link::Link;
 use cellblock_guest::names;
 use cellblock_guest::reap::Reaper;
-use cellblock_wire::link::{IPYKERNEL_LAUNCHER_PATH, WORKDIR};
+use cellblock_wire::link::{IPYKERNEL_LAUNCHER_PATH, STATE_DIR, WORKDIR};
 use rustix::fs::Mode;
 use rustix::process::DumpableBehavior;
 use tokio::signal::unix::{SignalKind, signal};
@@ -19,7 +19,6 @@ use tokio::sync::watch;
 
 /// The lease until `POST /init` sets it.
 const ORPHAN_TIMEOUT: Duration = Duration::from_secs(600);
-const STATE: &str = "/tmp/.cellblock";
 
 fn main() -> ExitCode {
     // Before the guest closes itself, for afterwards this file belongs to root. User code runs much later.
@@ -45,11 +44,15 @@ fn main() -> ExitCode {
 }
 
 async fn serve() -> std::io::Result<()> {
-    ignore_signals()?;
+    // The first process of a cell gets no signal that it has no handler for, so there is none whose frames could pile up.
+    if !rustix::process::getpid().is_init() {
+        ignore_signals()?;
+    }
     let places = places();
     let (ring, reaper, cgroup) = (Ring::default(), Reaper::default(), Cgroup::default());
     let kernels = Kernels::new(places.clone(), ring.clone(), reaper.clone(), cgroup.clone());
     tokio::spawn(reaper.run());
+    kernels.look_around().await;
     // Only a container's loopback is the guest's to speak on.
     if rustix::process::getpid().is_init() {
         tokio::spawn(names::serve());
@@ -72,5 +75,5 @@ fn ignore_signals() -> std::io::Result<()> {
 fn places() -> Places {
     let mut arguments = std::env::args_os().skip(1).map(PathBuf::from);
     let mut next = |default: &str| arguments.next().unwrap_or_else(|| PathBuf::from(default));
-    Places { workdir: next(WORKDIR), state: next(STATE), launcher: next(IPYKERNEL_LAUNCHER_PATH) }
+    Places { workdir: next(WORKDIR), state: next(STATE_DIR), launcher: next(IPYKERNEL_LAUNCHER_PATH) }
 }

@@ -12,13 +12,20 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use cellblock_wire::link::{
-    Channel, CutStream, Event, FileEntry, Hello, KernelSpec, Numbered, OutputCap, Report, Stats, Transport,
+    Change, Channel, CutStream, Effects, Event, FileChange, FileEntry, Hello, KernelDeleted, KernelSpec, Numbered,
+    OutputCap, Process, Report, Stats, Transport,
 };
 use hyper::{Method, StatusCode};
 use serde_json::json;
 use support::{Cell, FAKE, execute, text_of};
 
-const CAP: OutputCap = OutputCap { text_bytes: 64 * 1024, result_bytes: 1024 * 1024, messages: 1000 };
+const CAP: OutputCap = OutputCap {
+    text_bytes: 64 * 1024,
+    result_bytes: 1024 * 1024,
+    total_bytes: u64::MAX,
+    messages: 1000,
+    messages_per_second: u64::MAX,
+};
 
 #[tokio::test]
 async fn requests_that_need_no_kernel() {
@@ -77,7 +84,7 @@ async fn a_kernel_is_started_asked_and_deleted() {
         assert_eq!(text_of(&messages), "1+1");
         let (status, refusal) = support::try_execute(&mut cell, "k1", "m1", "echo again", CAP).await;
         assert_eq!((status, refusal.code.as_str()), (StatusCode::CONFLICT, "exists"));
-        assert_eq!(cell.request(Method::DELETE, "/kernels/k1", Bytes::new()).await.0, StatusCode::NO_CONTENT);
+        assert_eq!(cell.delete("k1").await, KernelDeleted::default());
         assert_eq!(std::fs::read_dir(cell.state()).unwrap().count(), 0);
         assert_eq!(cell.try_start("k1", FAKE, transport, &[], 5000).await.unwrap_err().code, "exists");
         cell.end().await;
@@ -115,7 +122,7 @@ async fn an_unacknowledged_flood_is_cut_and_still_ends() {
     cell.attach().await;
     cell.acknowledges = false;
     cell.start_kernel("k1", FAKE, Transport::Ipc, &[]).await;
-    let cap = OutputCap { text_bytes: 1 << 30, result_bytes: 1 << 30, messages: 1 << 30 };
+    let cap = OutputCap { text_bytes: 1 << 30, result_bytes: 1 << 30, messages: 1 << 30, ..CAP };
     for id in ["m1", "m2", "m3"] {
         execute(&mut cell, "k1", id, "display 4000000", cap).await;
         execute(&mut cell, "k1", &format!("{id}t"), "one 30000000", cap).await;
@@ -144,10 +151,7 @@ async fn a_kernels_end_is_told_after_its_last_words() {
         assert_eq!(text_of(&support::messages(&events)), "going");
         let (status, _) = support::try_execute(&mut cell, name, "late", "echo", CAP).await;
         assert_eq!(status, StatusCode::NOT_FOUND);
-        assert_eq!(
-            cell.request(Method::DELETE, &format!("/kernels/{name}"), Bytes::new()).await.0,
-            StatusCode::NO_CONTENT
-        );
+        assert_eq!(cell.delete(name).await, KernelDeleted::default(), "its effects were told before");
     }
     cell.start_kernel("k3", FAKE, Transport::Ipc, &[]).await;
     cell.until(|event| *event == Event::KernelConnected).await;
@@ -161,6 +165,23 @@ async fn a_kernels_end_is_told_after_its_last_words() {
 }
 
 #[tokio::test]
+async fn what_was_held_back_is_told_before_a_kernel_is_gone() {
+    let mut cell = Cell::start();
+    cell.attach().await;
+    cell.start_kernel("k1", FAKE, Transport::Ipc, &[]).await;
+    let cap = OutputCap { text_bytes: 400, ..CAP };
+    execute(&mut cell, "k1", "m1", "spill 20 100", cap).await;
+    cell.until(|event| matches!(event, Event::Message { msg_type, .. } if msg_type == "stream")).await;
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    let (status, body) = cell.request(Method::DELETE, "/kernels/k1", "".into()).await;
+    assert_eq!(status, StatusCode::OK);
+    let gone: KernelDeleted = serde_json::from_slice(&body).unwrap();
+    let events = cell.until(|event| matches!(event, Event::Gap { .. })).await;
+    assert!(gone.last_seq >= events.last().unwrap().head.seq);
+    cell.end().await;
+}
+
+#[tokio::test]
 async fn deleting_a_kernel_ends_what_it_started() {
     let mut cell = Cell::start();
     cell.attach().await;
@@ -168,7 +189,7 @@ async fn deleting_a_kernel_ends_what_it_started() {
     execute(&mut cell, "k1", "m1", "daemon", CAP).await;
     let pid = text_of(&cell.until_done("m1").await);
     assert!(support::is_alive(&pid));
-    assert_eq!(cell.request(Method::DELETE, "/kernels/k1", Bytes::new()).await.0, StatusCode::NO_CONTENT);
+    assert_eq!(cell.delete("k1").await, KernelDeleted::default());
     assert!(!support::is_alive(&pid));
     cell.end().await;
 }
@@ -296,6 +317,175 @@ async fn signals_mean_nothing() {
     cell.end().await;
 }
 
+#[tokio::test]
+async fn what_an_execution_has_done_is_told_before_its_reply() {
+    let mut cell = Cell::start();
+    cell.attach().await;
+    cell.start_kernel("k1", FAKE, Transport::Ipc, &[]).await;
+    assert_eq!(cell.request(Method::PUT, "/files/mine", Bytes::from("x")).await.0, StatusCode::NO_CONTENT);
+    let effects = Cell::effects(&cell.run("k1", "m1", "write new 5", CAP).await, "m1");
+    assert_eq!(effects.files.len(), 1, "the upload is not its change");
+    let FileChange { path, change, size_bytes, sha256 } = &effects.files[0];
+    assert_eq!((path.as_str(), *change, *size_bytes), ("new", Change::Created, Some(5)));
+    let of_five_x = "eaf16bc07968e013f3f94ab1342472434a39fc3475f11cf341a6c3965974f8e9";
+    assert_eq!(sha256.as_deref(), Some(of_five_x));
+    assert!(!effects.approximate && effects.peak_memory_bytes.unwrap() > 1 << 20 && effects.processes.is_empty());
+    let quiet = Cell::effects(&cell.run("k1", "m2", "echo", CAP).await, "m2");
+    assert_eq!((quiet.files, quiet.files_omitted), (vec![], 0));
+    cell.start_kernel("k2", FAKE, Transport::Ipc, &[]).await;
+    assert!(Cell::effects(&cell.run("k1", "m3", "write mine 9", CAP).await, "m3").approximate);
+    // A kernel that ends has done something too, and what waited behind it has not.
+    execute(&mut cell, "k1", "m4", "later write last 1", CAP).await;
+    execute(&mut cell, "k1", "m5", "exit 3", CAP).await;
+    execute(&mut cell, "k1", "m6", "write never 1", CAP).await;
+    let told = cell.until(|event| matches!(event, Event::KernelExited { swept: false, .. })).await;
+    assert_eq!(Cell::effects(&told, "m4").files[0].path, "last");
+    assert_eq!(Cell::effects(&told, "m5").files, []);
+    assert_eq!(Cell::effects(&told, "m6").files, []);
+    cell.end().await;
+}
+
+#[tokio::test]
+async fn deleting_a_kernel_answers_with_what_was_under_way() {
+    let mut cell = Cell::start();
+    cell.attach().await;
+    cell.start_kernel("k1", FAKE, Transport::Ipc, &[]).await;
+    std::fs::write(cell.workdir().join("by-nobody"), "x").unwrap();
+    execute(&mut cell, "k1", "m1", "hang", CAP).await;
+    cell.until(|event| matches!(event, Event::Message { msg_type, .. } if msg_type == "stream")).await;
+    let deleted = cell.delete("k1").await;
+    assert!(!deleted.swept && deleted.ended_kernels.is_empty());
+    let effects = deleted.effects.unwrap();
+    assert_eq!((effects.files.len(), effects.processes.len()), (1, 0));
+    assert!(effects.peak_memory_bytes.is_some(), "looked at before the end");
+    assert!(cell.fake_kernels().is_empty());
+    cell.end().await;
+}
+
+#[tokio::test]
+async fn a_kernel_that_is_alone_in_its_cell_takes_everything_with_it() {
+    let Some(mut cell) = Cell::start_as_init() else { return };
+    cell.attach().await;
+    cell.start_kernel("k1", FAKE, Transport::Ipc, &[]).await;
+    execute(&mut cell, "k1", "m1", "hop 100 0.02", CAP).await;
+    cell.until(|event| matches!(event, Event::Message { msg_type, .. } if msg_type == "stream")).await;
+    assert!(cell.neighbours() > 100);
+    let began = Instant::now();
+    let deleted = cell.delete("k1").await;
+    assert!(began.elapsed() < Duration::from_secs(3), "{:?}", began.elapsed());
+    assert!(!deleted.swept && deleted.effects.is_some(), "nobody else was there");
+    assert_eq!(cell.neighbours(), 0);
+    cell.start_kernel("k2", FAKE, Transport::Ipc, &[]).await;
+    assert_eq!(text_of(&support::messages(&cell.run("k2", "m2", "echo again", CAP).await)), "again");
+    cell.end().await;
+}
+
+#[tokio::test]
+async fn beside_others_only_a_kernels_own_processes_are_ended() {
+    let Some(mut cell) = Cell::start_as_init() else { return };
+    cell.attach().await;
+    for name in ["k1", "k2", "k3"] {
+        cell.start_kernel(name, FAKE, Transport::Ipc, &[]).await;
+        cell.run(name, &format!("{name}a"), "daemon", CAP).await;
+    }
+    assert_eq!(cell.delete("k1").await, KernelDeleted::default());
+    assert_eq!(cell.neighbours(), 4, "two kernels, each with its daemon");
+    assert_eq!(text_of(&support::messages(&cell.run("k2", "k2b", "echo here", CAP).await)), "here");
+    cell.end().await;
+}
+
+#[tokio::test]
+async fn in_a_cell_full_of_processes_nobody_is_searched_for() {
+    let Some(mut cell) = Cell::start_as_init() else { return };
+    cell.attach().await;
+    for name in ["k1", "k2"] {
+        cell.start_kernel(name, FAKE, Transport::Ipc, &[]).await;
+    }
+    execute(&mut cell, "k2", "k2a", "hang", CAP).await;
+    execute(&mut cell, "k1", "k1a", "hop 40 0.02", CAP).await;
+    cell.until(|event| matches!(event, Event::Message { msg_type, .. } if msg_type == "stream")).await;
+    cell.figure("pids.current", "128\n");
+    cell.figure("pids.events", "max 9\n");
+    cell.figure("memory.events", "oom 1\noom_kill 1\n");
+    cell.figure("cpu.stat", "usage_usec 9000000\n");
+    let began = Instant::now();
+    let deleted = cell.delete("k1").await;
+    assert!(began.elapsed() < Duration::from_secs(5), "{:?}", began.elapsed());
+    let effects = deleted.effects.unwrap();
+    assert!(effects.pids_hit && effects.memory_hit && effects.approximate && effects.oom_kills == 1, "{effects:?}");
+    assert!((7_000_000..8_000_001).contains(&effects.cpu_usec.unwrap()), "{effects:?}");
+    assert!(deleted.swept && deleted.ended_kernels == ["k2"]);
+    assert_eq!(cell.neighbours(), 0);
+    let told = cell.until(|event| matches!(event, Event::KernelExited { swept: true, .. })).await;
+    assert!(Cell::effects(&told, "k2a").approximate);
+    cell.end().await;
+}
+
+#[tokio::test]
+async fn text_and_results_share_their_total() {
+    let mut cell = Cell::start();
+    cell.attach().await;
+    cell.start_kernel("k1", FAKE, Transport::Ipc, &[]).await;
+    let cap = OutputCap { total_bytes: 10_000, ..CAP };
+    let told = cell.run("k1", "m1", "one 20000", cap).await;
+    let text = text_of(&support::messages(&told));
+    assert!(text.starts_with("begin") && text.ends_with("end") && text.len() == 10_000);
+    assert!(told.iter().any(|e| matches!(e.head.event, Event::Gap { total_bytes: 20_000, omitted_bytes: 10_000, .. })));
+    let told = cell.run("k1", "m2", "display 20000", cap).await;
+    assert!(told.iter().any(|e| matches!(e.head.event, Event::Gap { stream: CutStream::Results, .. })));
+    cell.end().await;
+}
+
+#[tokio::test]
+async fn messages_above_the_rate_wait_until_none_are_left() {
+    let mut cell = Cell::start();
+    cell.attach().await;
+    cell.start_kernel("k1", FAKE, Transport::Ipc, &[]).await;
+    cell.run("k1", "m0", "echo", CAP).await;
+    let began = Instant::now();
+    let cap = OutputCap { messages_per_second: 20, ..CAP };
+    let told = cell.run("k1", "m1", "many 40 1000", cap).await;
+    assert_eq!(text_of(&support::messages(&told)).len(), 40_000);
+    assert!(began.elapsed() >= Duration::from_millis(950), "{:?}", began.elapsed());
+    let began = Instant::now();
+    cell.run("k1", "m2", "many 3000 10", OutputCap { messages: 25, ..cap }).await;
+    assert!(began.elapsed() < Duration::from_secs(30), "at the rate it would be 150 s: {:?}", began.elapsed());
+    // One that has ended is not slowed down any more: what it said is all there is.
+    execute(&mut cell, "k1", "m3", "many 60 10", cap).await;
+    execute(&mut cell, "k1", "m4", "exit 0", cap).await;
+    let told = cell.until(|event| matches!(event, Event::KernelExited { .. })).await;
+    assert_eq!(text_of(&support::messages(&told)).len(), 600 + "going".len());
+    cell.end().await;
+}
+
+#[tokio::test]
+async fn the_guests_room_is_emptied_of_what_is_not_its_own() {
+    use std::os::unix::fs::PermissionsExt;
+    let mut cell = Cell::start();
+    cell.attach().await;
+    cell.start_kernel("k1", FAKE, Transport::Ipc, &[]).await;
+    cell.until(|event| *event == Event::KernelConnected).await;
+    let state = cell.state();
+    let deep = state.join("litter/a/b/c");
+    std::fs::create_dir_all(&deep).unwrap();
+    std::fs::create_dir(state.join("k2")).unwrap();
+    std::fs::write(deep.join("file"), "x").unwrap();
+    std::fs::write(state.join("file"), "x").unwrap();
+    std::os::unix::fs::symlink(cell.workdir(), state.join("link")).unwrap();
+    std::fs::write(cell.workdir().join("kept"), "x").unwrap();
+    for closed in [deep.as_path(), &state.join("litter"), &state] {
+        std::fs::set_permissions(closed, std::fs::Permissions::from_mode(0o000)).unwrap();
+    }
+    cell.start_kernel("k2", FAKE, Transport::Ipc, &[]).await;
+    let mut names: Vec<_> = std::fs::read_dir(&state).unwrap().flatten().map(|entry| entry.file_name()).collect();
+    names.sort();
+    assert_eq!(names, ["k1", "k2"]);
+    assert!(cell.workdir().join("kept").exists());
+    cell.run("k1", "m1", "echo", CAP).await;
+    cell.run("k2", "m2", "echo", CAP).await;
+    cell.end().await;
+}
+
 /// The one that `make test` makes.
 fn python_with_ipykernel() -> OsString {
     let python = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../target/ipykernel/bin/python");
@@ -343,5 +533,70 @@ async fn real_ipykernel_asks_for_input_on_the_stdin_channel() {
     cell.until(|event| matches!(event, Event::Message { channel: Channel::Stdin, msg_type, .. } if msg_type == "input_request")).await;
     support::send(&mut cell, "k1", Channel::Stdin, "input_reply", "m2", &json!({"value": "you"}), None).await;
     assert_eq!(text_of(&cell.until_done("m1").await), "hello you\n");
+    cell.end().await;
+}
+
+#[tokio::test]
+async fn real_ipykernels_executions_are_measured() {
+    let python = python_with_ipykernel();
+    let mut cell = Cell::start_with(&python);
+    cell.attach().await;
+    cell.start_kernel("k1", "real", Transport::Ipc, &[]).await;
+    let first = Cell::effects(&cell.run("k1", "m1", "1+1", CAP).await, "m1");
+    assert!(first.files.is_empty() && first.processes.is_empty(), "{first:?}");
+    let work = "
+import hashlib, os, subprocess, sys
+open('gone', 'w').write('x')
+open('kept', 'w').write('x')
+";
+    let files = |effects: &Effects| -> Vec<(String, Change)> {
+        effects.files.iter().map(|file| (file.path.clone(), file.change)).collect()
+    };
+    let created = Cell::effects(&cell.run("k1", "m2", work, CAP).await, "m2");
+    let both = [("gone".to_owned(), Change::Created), ("kept".to_owned(), Change::Created)];
+    assert_eq!(files(&created), both);
+    let work = "
+os.remove('gone')
+open('kept', 'a').write('y')
+os.makedirs('deep/er')
+open('deep/er/new.bin', 'wb').write(bytes(5_000_000))
+big = bytearray(os.urandom(1)) * 150_000_000
+del big
+for n in range(3_000_000): n * n
+left = subprocess.Popen(['sleep', '1000'], start_new_session=True)
+print(hashlib.sha256(bytes(5_000_000)).hexdigest(), left.pid)
+";
+    let told = cell.run("k1", "m3", work, CAP).await;
+    let effects = Cell::effects(&told, "m3");
+    let said = text_of(&support::messages(&told));
+    let (hash, pid) = said.trim().split_once(' ').unwrap();
+    let new = ("deep/er/new.bin".to_owned(), Change::Created);
+    assert_eq!(files(&effects), [new, ("gone".to_owned(), Change::Deleted), ("kept".to_owned(), Change::Changed)]);
+    assert_eq!((effects.files[0].sha256.as_deref(), effects.files[0].size_bytes), (Some(hash), Some(5_000_000)));
+    let process = Process { pid: pid.parse().unwrap(), command: "sleep 1000".to_owned() };
+    assert_eq!((effects.processes, effects.processes_omitted), (vec![process], 0));
+    let peak = effects.peak_memory_bytes.unwrap();
+    assert!((150_000_000..600_000_000).contains(&peak), "{peak}");
+    if let Some(cpu) = effects.cpu_usec {
+        assert!(cpu > 30_000, "{cpu}");
+    }
+    let quiet = Cell::effects(&cell.run("k1", "m4", "1+1", CAP).await, "m4");
+    assert!(quiet.files.is_empty() && quiet.processes.is_empty() && !quiet.disk_hit, "{quiet:?}");
+    assert!(quiet.peak_memory_bytes.unwrap() < peak - 100_000_000, "counted anew");
+    cell.delete("k1").await;
+    assert!(!support::is_alive(pid));
+    cell.end().await;
+}
+
+#[tokio::test]
+async fn real_ipykernel_needs_no_room_to_find_its_temporary_folder() {
+    let python = python_with_ipykernel();
+    let mut cell = Cell::start_with(&python);
+    cell.attach().await;
+    for (name, env, folder) in [("k1", "OTHER", "/tmp"), ("k2", "TMPDIR", "/nonexistent")] {
+        cell.start_kernel(name, "real", Transport::Ipc, &[(env, "/nonexistent")]).await;
+        let told = cell.run(name, &format!("{name}a"), "import tempfile; print(tempfile.gettempdir())", CAP).await;
+        assert_eq!(text_of(&support::messages(&told)).trim(), folder);
+    }
     cell.end().await;
 }

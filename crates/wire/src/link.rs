@@ -11,7 +11,7 @@
 //! | `POST /kernels` | [`StartKernel`] | [`KernelStarted`] |
 //! | `POST /kernels/{kernel}/messages` | one frame: [`Outbound`] and the message's parts | 204 |
 //! | `POST /kernels/{kernel}/signal` | [`Signal`] | 204 |
-//! | `DELETE /kernels/{kernel}` | | 204, once its processes are gone |
+//! | `DELETE /kernels/{kernel}` | | [`KernelDeleted`], once its processes are gone |
 //! | `GET /events?after={seq}` | | an endless stream of frames: [`Numbered`] and the message's parts |
 //! | `POST /ack` | [`Ack`] | 204 |
 //! | `GET /stats` | | [`Stats`] |
@@ -34,6 +34,8 @@ pub const GUEST_PATH: &str = "/cellblock/guest";
 pub const IPYKERNEL_LAUNCHER_PATH: &str = "/cellblock/ipykernel_launcher.py";
 /// The working folder of a session.
 pub const WORKDIR: &str = "/workspace";
+/// Where the guest keeps the kernels' sockets and connection files: a room of its own, which no file of the code's fills.
+pub const STATE_DIR: &str = "/run/cellblock";
 
 /// The first request on every connection; says who speaks, and (once per life) how the cell is set up.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -163,6 +165,9 @@ pub struct KernelStarted {
     pub kernelspec: String,
     /// Its language.
     pub language: String,
+    /// Its name for people.
+    #[serde(default)]
+    pub display_name: String,
 }
 
 /// A channel of the Jupyter protocol that carries messages.
@@ -200,8 +205,109 @@ pub struct OutputCap {
     pub text_bytes: u64,
     /// Bytes of rich results and displays (their `content`), all together.
     pub result_bytes: u64,
+    /// Bytes of text and results, all together.
+    #[serde(default = "no_limit")]
+    pub total_bytes: u64,
     /// Messages of any kind.
     pub messages: u64,
+    /// Messages a second, once as many came at once: faster ones wait, and the kernel with them.
+    #[serde(default = "no_limit")]
+    pub messages_per_second: u64,
+}
+
+fn no_limit() -> u64 {
+    u64::MAX
+}
+
+/// A kernel is gone with all its processes.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct KernelDeleted {
+    /// What the execution that was under way has done, if one was.
+    #[serde(default)]
+    pub effects: Option<Effects>,
+    /// Every process of the cell was ended, because those of the kernel could not be told from others.
+    #[serde(default)]
+    pub swept: bool,
+    /// Other kernels that were ended with it.
+    #[serde(default)]
+    pub ended_kernels: Vec<String>,
+    /// The number of the newest event: with it, all that the kernel has said is told.
+    #[serde(default)]
+    pub last_seq: u64,
+}
+
+/// What an execution has cost and changed, as far as the guest can see it.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Effects {
+    /// Files below the working folder that are not as they were, by path; bounded.
+    #[serde(default)]
+    pub files: Vec<FileChange>,
+    /// How many more there are, or may be.
+    #[serde(default)]
+    pub files_omitted: u64,
+    /// Processes of the kernel that were started in the execution and still run; bounded.
+    #[serde(default)]
+    pub processes: Vec<Process>,
+    /// How many more there are.
+    #[serde(default)]
+    pub processes_omitted: u64,
+    /// CPU time of the kernel with all it started.
+    #[serde(default)]
+    pub cpu_usec: Option<u64>,
+    /// Sum of the most memory that each of the kernel's living processes held.
+    #[serde(default)]
+    pub peak_memory_bytes: Option<u64>,
+    /// Others in the cell are, or may be, counted in.
+    #[serde(default)]
+    pub approximate: bool,
+    /// A process or thread could not be started because the cell has as many as it may.
+    #[serde(default)]
+    pub pids_hit: bool,
+    /// A folder that can be written is full.
+    #[serde(default)]
+    pub disk_hit: bool,
+    /// A process was ended for want of memory.
+    #[serde(default)]
+    pub memory_hit: bool,
+    /// How many processes of the cell have been ended for want of memory since the cell began.
+    #[serde(default)]
+    pub oom_kills: u64,
+}
+
+/// A file that an execution has changed.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FileChange {
+    /// Its path relative to the working folder.
+    pub path: String,
+    /// What became of it.
+    pub change: Change,
+    /// Its size; nothing when it was deleted.
+    #[serde(default)]
+    pub size_bytes: Option<u64>,
+    /// SHA-256 of its bytes in hex; nothing when it was deleted, or is too long, or changed meanwhile.
+    #[serde(default)]
+    pub sha256: Option<String>,
+}
+
+/// What became of a file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Change {
+    /// It is new.
+    Created,
+    /// It is another one, or has other content.
+    Changed,
+    /// It is gone.
+    Deleted,
+}
+
+/// A running process.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Process {
+    /// Its id inside the cell.
+    pub pid: i32,
+    /// Its command line, cut.
+    pub command: String,
 }
 
 /// A signal for a kernel's process group.
@@ -254,6 +360,13 @@ pub enum Event {
         /// Bytes (text) or messages' content bytes (results) left out.
         omitted_bytes: u64,
     },
+    /// What an execution has done. Comes before its reply, or before the kernel's end; once for each execution.
+    Effects {
+        /// The execution's `msg_id`.
+        parent_id: String,
+        /// What it has done.
+        effects: Box<Effects>,
+    },
     /// All five channels are connected, and the heartbeat came back.
     KernelConnected,
     /// A channel did not answer in time, or broke, or what came over it was no Jupyter message. The kernel was ended.
@@ -273,6 +386,9 @@ pub enum Event {
         signal: Option<i32>,
         /// How many processes of the cell the kernel's OOM killer has ended since the cell began.
         oom_kills: u64,
+        /// It was ended together with another kernel, because that one's processes could not be told from others.
+        #[serde(default)]
+        swept: bool,
         /// The last lines of its stderr.
         stderr_tail: String,
     },

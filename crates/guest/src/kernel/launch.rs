@@ -1,25 +1,30 @@
-//! Starts a kernel's process from its kernelspec and ends it with what it started. Speaks to no channel.
+//! Starts a kernel's process from its kernelspec. Speaks to no channel and ends nothing.
 
 use std::collections::BTreeMap;
-use std::ffi::OsStr;
-use std::io::{self, Read, Write};
+use std::ffi::{OsStr, OsString};
+use std::fs::Permissions;
+use std::io::{self, Write};
 use std::net::{Ipv4Addr, TcpListener};
+use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{ChildStderr, Command, Stdio};
 
 use cellblock_wire::link::Transport;
-use rustix::process::{Pid, Signal, kill_process, kill_process_group};
+use rustix::fs::{AtFlags, Dir, Mode, OFlags, chmodat, open, openat, renameat, unlinkat};
 
 use super::spec::FoundSpec;
+use super::tree::{MARK, Tree};
 use crate::message::Signer;
 
 /// Longest path of a unix socket, without its closing zero.
 const MAX_SOCKET_PATH: usize = 107;
-/// Marks the environment of a kernel and of what it starts, with the kernel's folder.
-const MARK: &str = "CELLBLOCK_KERNEL";
+/// Most names of one folder that [`clear`] takes at once, and the most folders inside each other.
+const MAX_LITTER: usize = 10_000;
+const MAX_DEPTH: usize = 1000;
+const FOLDER: OFlags = OFlags::DIRECTORY.union(OFlags::RDONLY).union(OFlags::NOFOLLOW).union(OFlags::CLOEXEC);
 
 /// Where one of a kernel's five ports is.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -78,8 +83,8 @@ pub struct Launch<'a> {
 
 /// A kernel's running process.
 pub struct Launched {
-    /// Its process id, and its group's.
-    pub pid: i32,
+    /// Its processes.
+    pub tree: Tree,
     /// What it complains.
     pub stderr: Option<ChildStderr>,
     /// Shell, iopub, stdin, control, heartbeat.
@@ -112,7 +117,8 @@ impl Launch<'_> {
             Transport::Ipc => Endpoint::Unix(format!("{ip}-{port}").into()),
             Transport::Tcp => Endpoint::Tcp(port),
         });
-        Ok(Launched { pid, stderr, endpoints, signer: Signer::new(key.as_bytes()), folder })
+        let tree = Tree::new(pid, folder.mark());
+        Ok(Launched { tree, stderr, endpoints, signer: Signer::new(key.as_bytes()), folder })
     }
 
     fn ports(&self, folder: &Folder) -> io::Result<(String, [u16; 5])> {
@@ -192,60 +198,53 @@ fn command_line(argv: &[String], connection_file: &Path, folder: &Path, launcher
     argv
 }
 
-/// Signals a kernel's group; false when it is gone.
-#[must_use]
-pub fn signal_group(pid: i32, signal: Signal) -> bool {
-    Pid::from_raw(pid).is_some_and(|pid| kill_process_group(pid, signal).is_ok())
-}
-
-impl Launched {
-    /// Kills the kernel's group and those of its descendants that can be found; says whether any were.
-    pub fn kill_tree(&self) -> bool {
-        let mut found = self.descendants();
-        let _ = signal_group(self.pid, Signal::KILL);
-        found.retain(|found| Pid::from_raw(*found).is_some_and(|found| kill_process(found, Signal::KILL).is_ok()));
-        !found.is_empty()
-    }
-
-    /// Living processes below the kernel's, or with its mark in their environment; the kernel's own too.
-    fn descendants(&self) -> Vec<i32> {
-        let mark = [MARK.as_bytes(), b"=", self.folder.mark().as_bytes()].concat();
-        let processes = processes();
-        let mut found: Vec<i32> =
-            processes.iter().map(|(process, _)| *process).filter(|process| has_mark(*process, &mark)).collect();
-        found.push(self.pid);
-        let mut at = 0;
-        while at < found.len() {
-            let children = processes.iter().filter(|(_, parent)| *parent == found[at]).map(|(process, _)| *process);
-            let new: Vec<i32> = children.filter(|child| !found.contains(child)).collect();
-            found.extend(new);
-            at += 1;
+/// Gives folders back to their owner: code may have closed them to itself, and no kernel starts without.
+pub fn reopen(folders: &[PathBuf]) {
+    for folder in folders {
+        let is_closed = |found: std::fs::Metadata| found.permissions().mode() & 0o700 != 0o700;
+        if std::fs::metadata(folder).is_ok_and(is_closed) {
+            // What is not ours can't be changed, and was not closed by the code.
+            let _ = std::fs::set_permissions(folder, Permissions::from_mode(0o700));
         }
-        let own = std::process::id() as i32;
-        found.retain(|process| *process != own && processes.iter().any(|(known, _)| known == process));
-        found
     }
 }
 
-/// Process and parent of everything alive that `/proc` shows.
-fn processes() -> Vec<(i32, i32)> {
-    let entries = std::fs::read_dir("/proc").into_iter().flatten().flatten();
-    let read = |entry: std::fs::DirEntry| {
-        let pid: i32 = entry.file_name().to_str()?.parse().ok()?;
-        let stat = std::fs::read_to_string(entry.path().join("stat")).ok()?;
-        let mut fields = stat.rsplit_once(')')?.1.split_whitespace();
-        let state = fields.next()?;
-        let parent = fields.next()?.parse().ok()?;
-        (!matches!(state, "Z" | "X")).then_some((pid, parent))
-    };
-    entries.filter_map(read).collect()
+/// Empties the folder of the kernels' folders, but for those whose names are kept: code of the same uid can fill it, and close it.
+pub fn clear(state: &Path, keep: impl Fn(&OsStr) -> bool) {
+    // It may not be there yet, and what can't be removed is told by the start that finds no room.
+    let _ = std::fs::set_permissions(state, Permissions::from_mode(0o700));
+    for round in 0..MAX_DEPTH {
+        let Ok(root) = open(state, FOLDER, Mode::empty()) else { return };
+        let litter: Vec<OsString> = names_in(&root).into_iter().filter(|name| !keep(name)).collect();
+        if litter.is_empty() {
+            return;
+        }
+        for (number, name) in litter.iter().enumerate() {
+            remove_or_flatten(&root, name, &format!(".litter-{round}-{number}"));
+        }
+    }
 }
 
-fn has_mark(pid: i32, mark: &[u8]) -> bool {
-    let mut environ = Vec::new();
-    let read = std::fs::File::open(format!("/proc/{pid}/environ"))
-        .and_then(|file| file.take(1 << 20).read_to_end(&mut environ));
-    read.is_ok() && environ.split(|b| *b == 0).any(|variable| variable == mark)
+fn names_in(folder: &OwnedFd) -> Vec<OsString> {
+    let entries = Dir::read_from(folder).into_iter().flatten().flatten();
+    let names = entries.map(|entry| OsStr::from_bytes(entry.file_name().to_bytes()).to_owned());
+    names.filter(|name| name != "." && name != "..").take(MAX_LITTER).collect()
+}
+
+/// Removes a file, or a folder's files and the folder; folders in it are moved up, so that no depth is too deep.
+fn remove_or_flatten(root: &OwnedFd, name: &OsStr, up: &str) {
+    if unlinkat(root, name, AtFlags::empty()).is_ok() {
+        return;
+    }
+    let _ = chmodat(root, name, Mode::RWXU, AtFlags::empty());
+    let Ok(folder) = openat(root, name, FOLDER, Mode::empty()) else { return };
+    for (number, inner) in names_in(&folder).into_iter().enumerate() {
+        if unlinkat(&folder, &inner, AtFlags::empty()).is_err() {
+            let _ = chmodat(&folder, &inner, Mode::RWXU, AtFlags::empty());
+            let _ = renameat(&folder, &inner, root, format!("{up}-{number}"));
+        }
+    }
+    let _ = unlinkat(root, name, AtFlags::REMOVEDIR);
 }
 
 #[cfg(test)]
@@ -264,6 +263,18 @@ mod tests {
         assert_eq!(line(&stock, None)[1..4], ["-Xfrozen_modules=off", "-m", "ipykernel_launcher"]);
         assert_eq!(line(&["R", "--x={resource_dir}/a"], Some("/l.py")), ["R", "--x=/spec/a"]);
         assert_eq!(line(&["p", "-X", "frozen_modules=off", "-m", "ipykernel"], Some("/l.py")), ["p", "/l.py"]);
+    }
+
+    #[test]
+    fn closed_folders_are_opened_again() {
+        let folder = std::env::temp_dir().join(format!("cellblock-reopen-{}", std::process::id()));
+        std::fs::create_dir_all(&folder).unwrap();
+        for (mode, expected) in [(0, 0o700), (0o755, 0o755)] {
+            std::fs::set_permissions(&folder, Permissions::from_mode(mode)).unwrap();
+            reopen(&[folder.clone(), PathBuf::from("/nonexistent")]);
+            assert_eq!(std::fs::metadata(&folder).unwrap().permissions().mode() & 0o777, expected);
+        }
+        std::fs::remove_dir(folder).unwrap();
     }
 
     #[test]

@@ -1,20 +1,23 @@
 //! One kernel's life after its process was started: connecting, relaying, and telling how it ended. One task for each kernel.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use cellblock_wire::link::{Channel, Event};
+use cellblock_wire::link::{Channel, Effects, Event, KernelDeleted};
 use futures_util::stream::{FuturesUnordered, StreamExt};
 use tokio::io::AsyncReadExt;
 use tokio::net::unix::pipe;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{Instant, sleep_until};
 
+use super::Kernels;
 use super::channels::{Broken, Connection, Consumer, connect_all, run};
 use super::launch::Launched;
 use super::outbox::{Outbox, Port};
 use super::relay::Relay;
-use crate::cgroup::Cgroup;
+use super::tree::{is_init, kill_all, kill_strays};
+use crate::effects::{Account, LastLook};
 use crate::events::Ring;
 use crate::message::{Assembler, Incoming, Signer, Taken};
 use crate::reap::{Exit, ExitWatch, exited};
@@ -27,6 +30,8 @@ const DRAIN: Duration = Duration::from_millis(300);
 const STDERR_AFTER_EXIT: Duration = Duration::from_millis(50);
 const STDERR_TAIL: usize = 4096;
 const REAP: Duration = Duration::from_secs(5);
+/// So long one kernel's processes are looked for among others before all are ended.
+const SEARCH: Duration = Duration::from_secs(1);
 
 /// What the task and the requests about a kernel share.
 pub struct Shared {
@@ -38,24 +43,64 @@ pub struct Shared {
     pub ring: Ring,
     /// Messages to it.
     pub outbox: Outbox,
+    /// What its executions cost.
+    pub account: Account,
+    /// Its process's exit.
+    pub exit: ExitWatch,
     relay: Mutex<Relay>,
+    /// A reply whose execution's effects are being looked at.
+    held: Mutex<Option<Box<Incoming>>>,
+    swept: AtomicBool,
 }
 
 impl Shared {
     /// The shared half of a kernel.
     #[must_use]
-    pub fn new(name: String, signer: Signer, ring: Ring) -> Self {
-        Self { name, signer, ring, outbox: Outbox::default(), relay: Mutex::default() }
+    pub fn new(name: String, signer: Signer, ring: Ring, account: Account, exit: ExitWatch) -> Self {
+        let (outbox, relay, held) = (Outbox::default(), Mutex::default(), Mutex::default());
+        Self { name, signer, ring, outbox, account, exit, relay, held, swept: AtomicBool::new(false) }
+    }
+
+    /// It is about to be ended together with another kernel.
+    pub fn sweep(&self) {
+        self.swept.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether it was.
+    #[must_use]
+    pub fn is_swept(&self) -> bool {
+        self.swept.load(Ordering::Relaxed)
     }
 
     /// The relay's state.
     pub fn relay(&self) -> MutexGuard<'_, Relay> {
         self.relay.lock().unwrap_or_else(PoisonError::into_inner)
     }
+
+    fn held(&self) -> MutexGuard<'_, Option<Box<Incoming>>> {
+        self.held.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The kernel has ended: tells what was held back of its output.
+    fn flush_output(&self) {
+        let told = self.relay().flush(self.ring.output_room());
+        told.into_iter().for_each(|out| self.ring.push(&self.name, out.event, out.parts));
+    }
+
+    fn push_effects(&self, effects: Vec<(String, Effects)>) {
+        for (parent_id, effects) in effects {
+            self.ring.push(&self.name, Event::Effects { parent_id, effects: Box::new(effects) }, Vec::new());
+        }
+    }
+
+    fn push_reply(&self, channel: Channel, message: Incoming) {
+        let told = self.relay().reply(channel, message);
+        told.into_iter().for_each(|out| self.ring.push(&self.name, out.event, out.parts));
+    }
 }
 
 /// A request to end a kernel, answered when it is done.
-pub type Deletion = oneshot::Sender<()>;
+pub type Deletion = oneshot::Sender<KernelDeleted>;
 
 /// What the task needs.
 pub struct Life {
@@ -65,8 +110,8 @@ pub struct Life {
     pub launched: Launched,
     /// Its exit.
     pub exit: ExitWatch,
-    /// For the count of processes that ran out of memory.
-    pub cgroup: Cgroup,
+    /// All kernels of the cell.
+    pub kernels: Kernels,
     /// Until when all channels must have answered.
     pub deadline: Instant,
 }
@@ -78,7 +123,7 @@ enum End {
 
 impl Life {
     /// Lives the kernel's life until it is deleted.
-    pub async fn run(mut self, mut deletions: mpsc::Receiver<Deletion>, removed: impl FnOnce()) {
+    pub async fn run(mut self, mut deletions: mpsc::Receiver<Deletion>) {
         let deletion = tokio::select! {
             biased;
             deletion = deletions.recv() => deletion,
@@ -89,12 +134,13 @@ impl Life {
             Some(deletion) => Some(deletion),
             None => deletions.recv().await,
         };
-        self.end_processes().await;
-        let Self { launched, .. } = self;
+        let deleted = self.delete().await;
+        self.shared.account.close();
+        let Self { launched, kernels, shared, .. } = self;
         drop(launched.folder);
-        removed();
+        kernels.remove(&shared.name);
         if let Some(deletion) = deletion {
-            let _ = deletion.send(());
+            let _ = deletion.send(deleted);
         }
     }
 
@@ -102,20 +148,34 @@ impl Life {
         let (tail, mut at_end) = self.drain_stderr();
         let end = self.relay_until_the_end().await;
         self.shared.outbox.close();
+        let last = self.shared.account.last_look();
         if matches!(end, End::Failed(_)) {
-            self.launched.kill_tree();
+            self.kill(&mut KernelDeleted::default(), Instant::now());
         }
+        self.tell_last_effects(last.as_ref()).await;
+        self.shared.account.close();
         let _ = tokio::time::timeout(STDERR_AFTER_EXIT, at_end.wait_for(|ended| *ended)).await;
         let stderr_tail = tail.text();
         let event = match end {
             End::Exited(Exit { status, signal }) => {
-                Event::KernelExited { status, signal, oom_kills: self.cgroup.oom_kills(), stderr_tail }
+                let (oom_kills, swept) = (self.kernels.cgroup.oom_kills(), self.shared.is_swept());
+                Event::KernelExited { status, signal, oom_kills, swept, stderr_tail }
             }
             End::Failed((port, error)) => {
                 Event::KernelFailed { channel: Some(port.name().to_owned()), reason: error.to_string(), stderr_tail }
             }
         };
         self.shared.ring.push(&self.shared.name, event, Vec::new());
+    }
+
+    /// Tells what the open executions have done, and a reply that was held back for that.
+    async fn tell_last_effects(&self, last: Option<&LastLook>) {
+        let effects = self.shared.account.ended(last).await;
+        self.shared.flush_output();
+        self.shared.push_effects(effects);
+        if let Some(reply) = self.shared.held().take() {
+            self.shared.push_reply(Channel::Shell, *reply);
+        }
     }
 
     async fn relay_until_the_end(&mut self) -> End {
@@ -198,14 +258,59 @@ impl Life {
         (tail, at_end)
     }
 
-    /// Kills until nothing of the kernel is found any more, and waits until its process is reaped.
-    async fn end_processes(&mut self) {
-        let end = Instant::now() + REAP;
-        while self.launched.kill_tree() && Instant::now() < end {
+    /// Ends the kernel's processes and says what else has ended with them. Nothing that can wait comes before the first kill: where
+    /// code starts processes as fast as it can, the guest has a hundredth of a CPU.
+    async fn delete(&mut self) -> KernelDeleted {
+        let last = self.shared.account.last_look();
+        let mut deleted = KernelDeleted::default();
+        let began = Instant::now();
+        while self.kill(&mut deleted, began) && began.elapsed() < REAP {
             let _ = tokio::time::timeout(Duration::from_millis(5), exited(&mut self.exit)).await;
             tokio::time::sleep(Duration::from_millis(2)).await;
         }
-        let _ = tokio::time::timeout_at(end, exited(&mut self.exit)).await;
+        let _ = tokio::time::timeout_at(began + REAP, exited(&mut self.exit)).await;
+        let effects = self.shared.account.ended(last.as_ref()).await;
+        deleted.effects = effects.into_iter().next().map(|(_, effects)| effects);
+        self.shared.flush_output();
+        deleted.last_seq = self.shared.ring.last_seq();
+        deleted
+    }
+
+    /// Kills what there is of the kernel; false when nothing was found. Beside others only its own processes, as long as they can be
+    /// told apart in time, and not while the cell is full of processes.
+    fn kill(&self, deleted: &mut KernelDeleted, began: Instant) -> bool {
+        let (name, kernels) = (&self.shared.name, &self.kernels);
+        let is_hopeless = || !deleted.swept && (began.elapsed() > SEARCH || kernels.cgroup.is_full_of_processes());
+        match choose_kill(is_init(), kernels.has_others(name), is_hopeless) {
+            Kill::Own => self.launched.tree.kill() || kill_strays(&kernels.living_pids()),
+            Kill::All => kill_all(),
+            Kill::AllWithOthers => {
+                deleted.ended_kernels = kernels.sweep_others(name);
+                deleted.swept = true;
+                kill_all()
+            }
+        }
+    }
+}
+
+/// Whom to kill for the end of a kernel.
+#[derive(Debug, PartialEq, Eq)]
+enum Kill {
+    /// What is known to be of it.
+    Own,
+    /// Everybody: nobody else is there.
+    All,
+    /// Everybody, other kernels with it.
+    AllWithOthers,
+}
+
+fn choose_kill(is_init: bool, has_others: bool, is_hopeless: impl FnOnce() -> bool) -> Kill {
+    match (is_init, has_others) {
+        // What is outside of a cell is nothing of ours.
+        (false, _) => Kill::Own,
+        (true, false) => Kill::All,
+        (true, true) if is_hopeless() => Kill::AllWithOthers,
+        (true, true) => Kill::Own,
     }
 }
 
@@ -259,20 +364,57 @@ impl Consumer for Inbox {
 
     async fn settle(&mut self, port: Port) {
         let Some(message) = self.ready.take() else { return };
-        let Shared { ring, name, .. } = &*self.shared;
         let channel = match port {
-            Port::Iopub => {
-                ring.await_output_room(message.output_size()).await;
-                let told = self.shared.relay().iopub(*message, ring.output_room());
-                told.into_iter().for_each(|out| ring.push(name, out.event, out.parts));
-                return;
-            }
+            Port::Iopub => return self.settle_output(*message).await,
             Port::Stdin => Channel::Stdin,
             Port::Control => Channel::Control,
             Port::Shell | Port::Heartbeat => Channel::Shell,
         };
-        ring.room().await;
-        let told = self.shared.relay().reply(channel, *message);
+        let shared = &self.shared;
+        shared.ring.room().await;
+        if port != Port::Shell || !message.msg_type.ends_with("_reply") {
+            return shared.push_reply(channel, *message);
+        }
+        let id = message.parent_id.clone();
+        *shared.held() = Some(message);
+        let effects = shared.account.replied(&id).await;
+        shared.push_effects(effects);
+        if let Some(message) = shared.held().take() {
+            shared.push_reply(channel, *message);
+        }
+    }
+}
+
+impl Inbox {
+    async fn settle_output(&mut self, message: Incoming) {
+        let Shared { ring, name, exit, .. } = &*self.shared;
+        ring.await_output_room(message.output_size()).await;
+        let (told, due) = {
+            let mut relay = self.shared.relay();
+            (relay.iopub(message, ring.output_room()), relay.due(Instant::now().into_std()))
+        };
+        if let Some(due) = due {
+            // A kernel that has ended is not slowed down any more, and what it said would be lost.
+            let _ = tokio::time::timeout_at(due.into(), exited(&mut exit.clone())).await;
+        }
         told.into_iter().for_each(|out| ring.push(name, out.event, out.parts));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn others_are_ended_only_where_nothing_else_helps_and_never_outside_of_a_cell() {
+        for (is_init, has_others, is_hopeless, expected) in [
+            (false, false, true, Kill::Own),
+            (false, true, true, Kill::Own),
+            (true, false, false, Kill::All),
+            (true, true, false, Kill::Own),
+            (true, true, true, Kill::AllWithOthers),
+        ] {
+            assert_eq!(choose_kill(is_init, has_others, || is_hopeless), expected);
+        }
     }
 }

@@ -6,6 +6,7 @@ pub mod live;
 pub mod outbox;
 pub mod relay;
 pub mod spec;
+pub mod tree;
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::PathBuf;
@@ -13,19 +14,22 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
-use cellblock_wire::link::{Channel, KernelSpec, KernelStarted, Outbound, StartKernel};
+use cellblock_wire::link::{Channel, KernelDeleted, KernelSpec, KernelStarted, Outbound, StartKernel};
 use rustix::process::Signal;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::Instant;
 
 use crate::api::Refused;
 use crate::cgroup::Cgroup;
+use crate::effects::{Account, Meters};
 use crate::events::Ring;
+use crate::files::{RelativePath, Stamp};
 use crate::reap::Reaper;
-use launch::{Launch, signal_group};
+use launch::Launch;
 use live::{Deletion, Life, Shared};
 use outbox::Port;
 use spec::{FoundSpec, find_specs};
+use tree::signal_group;
 
 const MAX_KERNELS: usize = 32;
 const MAX_NAMES: usize = 4096;
@@ -45,7 +49,6 @@ pub struct Places {
 struct Handle {
     shared: Arc<Shared>,
     pid: i32,
-    exit: crate::reap::ExitWatch,
     deletions: mpsc::Sender<Deletion>,
 }
 
@@ -64,13 +67,31 @@ pub struct Kernels {
     ring: Ring,
     reaper: Reaper,
     cgroup: Cgroup,
+    meters: Arc<Meters>,
+}
+
+impl Handle {
+    fn is_alive(&self) -> bool {
+        self.shared.exit.borrow().is_none() && !self.shared.is_swept()
+    }
 }
 
 impl Kernels {
     /// No kernels yet.
     #[must_use]
     pub fn new(places: Places, ring: Ring, reaper: Reaper, cgroup: Cgroup) -> Self {
-        Self { table: Arc::default(), places: Arc::new(places), ring, reaper, cgroup }
+        let meters = Arc::new(Meters::new(&cgroup, &places.workdir));
+        Self { table: Arc::default(), places: Arc::new(places), ring, reaper, cgroup, meters }
+    }
+
+    /// Looks at the working folder, so that what is there before the first kernel is nobody's change.
+    pub async fn look_around(&self) {
+        self.meters.files.look().await;
+    }
+
+    /// Takes note of an upload.
+    pub fn uploaded(&self, path: &RelativePath, stamp: Stamp) {
+        self.meters.files.uploaded(path, stamp);
     }
 
     fn lock(&self) -> MutexGuard<'_, Table> {
@@ -114,20 +135,26 @@ impl Kernels {
             state: &self.places.state,
             launcher: &self.places.launcher,
         };
+        launch::reopen(self.meters.folders());
+        launch::clear(&self.places.state, |name| {
+            name.to_str().is_some_and(|name| self.lock().kernels.contains_key(name))
+        });
         let launched = launch.start().map_err(|error| Refused::spawn_failed(&error))?;
-        let exit = self.reaper.watch(launched.pid);
-        let shared = Arc::new(Shared::new(name.clone(), launched.signer.clone(), self.ring.clone()));
+        let exit = self.reaper.watch(launched.tree.pid);
+        let account = Account::open(self.meters.clone(), launched.tree.clone());
+        let signer = launched.signer.clone();
+        let shared = Arc::new(Shared::new(name.clone(), signer, self.ring.clone(), account, exit.clone()));
         let (deletions, to_delete) = mpsc::channel(1);
-        let handle = Handle { shared: shared.clone(), pid: launched.pid, exit: exit.clone(), deletions };
+        let handle = Handle { shared: shared.clone(), pid: launched.tree.pid, deletions };
         let mut table = self.lock();
         table.kernels.insert(name.clone(), handle);
         table.used.insert(name.clone());
         drop(table);
         let deadline = Instant::now() + Duration::from_millis(request.connect_timeout_ms).min(MAX_CONNECT);
-        let life = Life { shared, launched, exit, cgroup: self.cgroup.clone(), deadline };
-        let (kernels, removed) = (self.clone(), name.clone());
-        tokio::spawn(life.run(to_delete, move || drop(kernels.lock().kernels.remove(&removed))));
-        Ok(KernelStarted { kernelspec: spec.name, language: spec.json.language })
+        let life = Life { shared, launched, exit, kernels: self.clone(), deadline };
+        tokio::spawn(life.run(to_delete));
+        let FoundSpec { name: kernelspec, json, .. } = spec;
+        Ok(KernelStarted { kernelspec, language: json.language, display_name: json.display_name })
     }
 
     fn check_name(&self, name: &str) -> Result<(), Refused> {
@@ -167,6 +194,12 @@ impl Kernels {
             outbox::Refused::Closed => Refused::not_found("living kernel"),
         })?;
         shared.relay().sent(&head.msg_id, head.cap);
+        if port == Port::Control {
+            shared.relay().rush(Instant::now().into_std());
+        }
+        if port == Port::Shell {
+            shared.account.sent(&head.msg_id, head.cap.is_some());
+        }
         Ok(())
     }
 
@@ -182,7 +215,10 @@ impl Kernels {
             _ => return Err(Refused::invalid("the signal is SIGINT, SIGTERM or SIGKILL")),
         };
         let table = self.lock();
-        let alive = table.kernels.get(name).filter(|handle| handle.exit.borrow().is_none());
+        let alive = table.kernels.get(name).filter(|handle| handle.shared.exit.borrow().is_none());
+        if let Some(handle) = alive {
+            handle.shared.relay().rush(Instant::now().into_std());
+        }
         match alive.is_some_and(|handle| signal_group(handle.pid, signal)) {
             true => Ok(()),
             false => Err(Refused::not_found("living kernel")),
@@ -193,14 +229,39 @@ impl Kernels {
     ///
     /// # Errors
     /// When there is no such kernel.
-    pub async fn delete(&self, name: &str) -> Result<(), Refused> {
+    pub async fn delete(&self, name: &str) -> Result<KernelDeleted, Refused> {
         let deletions = self.lock().kernels.get(name).map(|handle| handle.deletions.clone());
         let Some(deletions) = deletions else { return Err(Refused::not_found("kernel")) };
         let (done, is_done) = oneshot::channel();
         // A second deletion waits for the first one's end: its answer is dropped with the task.
-        if deletions.send(done).await.is_ok() {
-            let _ = is_done.await;
+        match deletions.send(done).await {
+            Ok(()) => Ok(is_done.await.unwrap_or_default()),
+            Err(_) => Ok(KernelDeleted::default()),
         }
-        Ok(())
+    }
+
+    /// Forgets a kernel that is gone.
+    fn remove(&self, name: &str) {
+        self.lock().kernels.remove(name);
+    }
+
+    /// Whether a kernel other than this one lives.
+    fn has_others(&self, name: &str) -> bool {
+        self.lock().kernels.iter().any(|(other, handle)| other != name && handle.is_alive())
+    }
+
+    /// Processes of the kernels that live.
+    fn living_pids(&self) -> Vec<i32> {
+        self.lock().kernels.values().filter(|handle| handle.is_alive()).map(|handle| handle.pid).collect()
+    }
+
+    /// All others are about to be ended with this one: marks them, and returns their names.
+    fn sweep_others(&self, name: &str) -> Vec<String> {
+        let table = self.lock();
+        let others = table.kernels.iter().filter(|(other, handle)| *other != name && handle.is_alive());
+        let mut names: Vec<String> =
+            others.inspect(|(_, other)| other.shared.sweep()).map(|(name, _)| name.clone()).collect();
+        names.sort_unstable();
+        names
     }
 }

@@ -4,9 +4,11 @@
 //! reaches, and what belongs to no running execution has a small allowance of its own.
 
 use std::collections::VecDeque;
+use std::time::Instant;
 
 use bytes::Bytes;
 use cellblock_wire::link::{Channel, CutStream, Event, OutputCap};
+use serde::Deserialize;
 use serde_json::json;
 
 use crate::cap::{CaptureLimits, Captured, ExecutionCap, Stream, pieces};
@@ -18,7 +20,7 @@ const MAX_EXECUTIONS: usize = 256;
 const MAX_STATUSES: u32 = 8;
 const MAX_ERRORS: u32 = 4;
 const MAX_INPUTS: u32 = 2;
-/// Longest status, and longest echo of an execution's input, that goes on without being counted.
+/// Longest status, and longest echo of an execution's input, that goes on as it came without being counted.
 const MAX_STATUS: u64 = 4096;
 const MAX_INPUT: u64 = 1024 * 1024;
 const BACKGROUND_BYTES: u64 = 256 * 1024;
@@ -64,11 +66,13 @@ pub struct Relay {
     executions: VecDeque<Execution>,
     background: Background,
     dropped: u64,
+    /// The execution that the last message from iopub belonged to.
+    last: Option<usize>,
 }
 
 impl Default for Relay {
     fn default() -> Self {
-        Self { executions: VecDeque::new(), background: FULL_BACKGROUND, dropped: 0 }
+        Self { executions: VecDeque::new(), background: FULL_BACKGROUND, dropped: 0, last: None }
     }
 }
 
@@ -110,6 +114,7 @@ impl Relay {
     /// Judges a message from iopub. `room` is how much more output can be kept, in bytes.
     pub fn iopub(&mut self, message: Incoming, room: usize) -> Vec<Out> {
         let mut out = Vec::new();
+        self.last = None;
         match self.executions.iter().position(|e| e.id == message.parent_id && !e.idle) {
             _ if message.msg_type == "iopub_welcome" => {}
             Some(at) => {
@@ -117,11 +122,33 @@ impl Relay {
                 execution.take(message, room, &mut out);
                 if execution.idle && execution.replied {
                     self.executions.remove(at);
+                } else {
+                    self.last = Some(at);
                 }
             }
             None => self.in_background(message, room, &mut out),
         }
         out
+    }
+
+    /// The kernel has ended: what was held back or left out of the executions that were under way.
+    pub fn flush(&mut self, room: usize) -> Vec<Out> {
+        let mut out = Vec::new();
+        for mut execution in std::mem::take(&mut self.executions).into_iter().filter(|execution| !execution.idle) {
+            execution.end(room, &mut out);
+        }
+        out
+    }
+
+    /// The kernel is interrupted: what it has said already is taken in as fast as it comes.
+    pub fn rush(&mut self, now: Instant) {
+        self.executions.iter_mut().for_each(|execution| execution.cap.rush(now));
+    }
+
+    /// When what [`iopub`](Self::iopub) has just judged may be told, unless it is now. To be asked before anything else changes.
+    pub fn due(&mut self, now: Instant) -> Option<Instant> {
+        let last = self.last.take()?;
+        self.executions.get_mut(last)?.cap.due(now)
     }
 
     fn in_background(&mut self, message: Incoming, room: usize, out: &mut Vec<Out>) {
@@ -179,9 +206,9 @@ impl Execution {
                 self.errors += 1;
                 out.extend(error(message));
             }
-            "execute_input" if self.inputs < MAX_INPUTS && message.size <= MAX_INPUT => {
+            "execute_input" if self.inputs < MAX_INPUTS => {
                 self.inputs += 1;
-                out.extend(whole(message, Channel::Iopub));
+                out.push(input(message));
             }
             _ => self.result(message, room, out),
         }
@@ -209,7 +236,11 @@ impl Execution {
         let Some((name, text)) = found else { return self.result(message, room, out) };
         let stream = if name == "stderr" { Stream::Stderr } else { Stream::Stdout };
         let (head, tail) = self.cap.text(stream, &text, room);
-        if (head + tail) as u64 == text.total && matches!(message.content, Content::Whole(_)) {
+        if text.total == 0 {
+            return;
+        }
+        let is_lean = message.size <= 64 + 6 * text.total;
+        if is_lean && (head + tail) as u64 == text.total && matches!(message.content, Content::Whole(_)) {
             out.extend(whole(message, Channel::Iopub));
             return;
         }
@@ -276,6 +307,21 @@ fn with_content(message: &Incoming, channel: Channel, content: String) -> Out {
     Out { event: told(channel, &message.msg_type, &message.parent_id), parts }
 }
 
+/// The echo of an execution's input, without the code where that is long: who sent it has it.
+fn input(message: Incoming) -> Out {
+    #[derive(Deserialize)]
+    struct Counted {
+        execution_count: Option<u64>,
+    }
+    let count = match &message.content {
+        Content::Whole(content) if message.size > MAX_INPUT => serde_json::from_slice::<Counted>(content).ok(),
+        _ => None,
+    };
+    let shortened = json!({"code": "", "execution_count": count.and_then(|counted| counted.execution_count)});
+    let shortened = with_content(&message, Channel::Iopub, shortened.to_string());
+    if message.size > MAX_INPUT { shortened } else { whole(message, Channel::Iopub).unwrap_or(shortened) }
+}
+
 /// An error goes on with its traceback cut, and without buffers if they make it long.
 fn error(message: Incoming) -> Option<Out> {
     let content = match &message.content {
@@ -293,7 +339,13 @@ mod tests {
     use proptest::prelude::*;
 
     const ROOM: usize = 1 << 20;
-    const CAP: OutputCap = OutputCap { text_bytes: 400, result_bytes: 1000, messages: 100 };
+    const CAP: OutputCap = OutputCap {
+        text_bytes: 400,
+        result_bytes: 1000,
+        total_bytes: u64::MAX,
+        messages: 100,
+        messages_per_second: u64::MAX,
+    };
 
     fn message(msg_type: &str, parent_id: &str, content: &serde_json::Value) -> Incoming {
         let content = Bytes::from(content.to_string());
@@ -346,6 +398,29 @@ mod tests {
     }
 
     #[test]
+    fn a_stream_message_is_worth_its_text() {
+        let mut relay = Relay::default();
+        relay.sent("e", Some(CAP));
+        assert!(relay.iopub(print("e", ""), ROOM).is_empty(), "none is worth nothing");
+        let padded = json!({"name": "stdout", "text": "x", "more": "y".repeat(5000)});
+        let told = relay.iopub(message("stream", "e", &padded), ROOM);
+        assert_eq!((short(&told), told[0].parts[3].len() < 100), (vec!["x".to_owned()], true));
+        let mut buffers = print("e", "z");
+        (buffers.size, buffers.buffers) = (9000, vec![vec![0; 8000].into()]);
+        let told = relay.iopub(buffers, ROOM);
+        assert_eq!((short(&told), told[0].parts.len()), (vec!["z".to_owned()], 4));
+    }
+
+    #[test]
+    fn the_end_of_a_kernel_tells_what_was_held_back() {
+        let mut relay = Relay::default();
+        relay.sent("e", Some(CAP));
+        relay.iopub(print("e", &"a".repeat(500)), ROOM);
+        assert_eq!(short(&relay.flush(ROOM)), ["gap 500 100".to_owned(), "a".repeat(100)]);
+        assert!(relay.flush(ROOM).is_empty());
+    }
+
+    #[test]
     fn without_room_everything_is_tail_and_results_are_counted() {
         let mut relay = Relay::default();
         relay.sent("e", Some(CAP));
@@ -384,6 +459,43 @@ mod tests {
         }
         (0..300).for_each(|n| relay.sent(&n.to_string(), Some(CAP)));
         assert_eq!(relay.executions.len(), MAX_EXECUTIONS);
+    }
+
+    #[test]
+    fn a_long_echo_of_the_code_goes_on_without_it_and_costs_nothing() {
+        let mut relay = Relay::default();
+        relay.sent("e", Some(CAP));
+        let code = "x".repeat(2 << 20);
+        let echo = message("execute_input", "e", &json!({"code": code, "execution_count": 7}));
+        let out = relay.iopub(echo, 0);
+        let content: serde_json::Value = serde_json::from_slice(&out[0].parts[3]).unwrap();
+        assert_eq!(
+            (short(&out), content),
+            (vec!["execute_input".to_owned()], json!({"code": "", "execution_count": 7}))
+        );
+        let mut echo = message("execute_input", "e", &json!({}));
+        (echo.content, echo.size) = (Content::LeftOut, 9 << 20);
+        assert_eq!(short(&relay.iopub(echo, 0)), ["execute_input"]);
+        assert_eq!(short(&relay.iopub(idle("e"), ROOM)), ["status"], "nothing was left out");
+    }
+
+    #[test]
+    fn output_is_paced_and_status_errors_and_strangers_are_not() {
+        let now = Instant::now();
+        let mut relay = Relay::default();
+        relay.sent("e", Some(OutputCap { messages_per_second: 1, ..CAP }));
+        let mut due = |message| {
+            let told = relay.iopub(message, ROOM).len();
+            (told, relay.due(now).map(|due| due - now))
+        };
+        let second = std::time::Duration::from_secs(1);
+        assert_eq!(due(print("e", "burst")), (1, None));
+        assert_eq!(due(message("display_data", "e", &json!({}))), (1, Some(second)));
+        assert_eq!(due(print("e", "third")), (1, Some(2 * second)));
+        assert_eq!(due(message("error", "e", &json!({}))), (1, None));
+        assert_eq!(due(message("execute_input", "e", &json!({}))), (1, None));
+        assert_eq!(due(print("", "background")), (1, None));
+        assert_eq!(due(idle("e")), (1, None));
     }
 
     #[test]

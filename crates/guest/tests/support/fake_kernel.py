@@ -11,6 +11,14 @@ import threading
 import time
 import uuid
 
+HOPPER = """
+import os, sys, time
+while True:
+    if os.fork():
+        os._exit(0)
+    os.setsid()
+    time.sleep(float(sys.argv[1]))
+"""
 CONFIG = json.load(open(sys.argv[-1]))
 CHANNELS = {"shell": "shell", "iopub": "iopub", "stdin": "stdin", "control": "control", "heartbeat": "hb"}
 PEERS = {}
@@ -83,6 +91,26 @@ def run(code, parent):
         os._exit(int(rest[0])) if word == "exit" else os.abort()
     elif word == "daemon":
         out(parent, subprocess.check_output(["sh", "-c", "setsid sleep 1000 >/dev/null 2>&1 & echo $!"], text=True).strip())
+    elif word == "write":
+        with open(rest[0], "w") as file:
+            file.write("x" * int(rest[1]))
+    elif word == "later":
+        time.sleep(0.5)
+        run(" ".join(rest), parent)
+    elif word == "spill":
+        run(f"many {rest[0]} {rest[1]}", parent)
+        time.sleep(1000)
+    elif word == "hang":
+        out(parent, "hanging")
+        time.sleep(1000)
+    elif word == "hop":
+        # Processes that hide, each replaced by another before anybody has read where it is.
+        for _ in range(int(rest[0])):
+            if os.fork() == 0:
+                os.setsid()
+                os.execve(sys.executable, [sys.executable, "-c", HOPPER, rest[1]], {})
+        out(parent, "hopping")
+        time.sleep(1000)
     elif word == "break":
         PEERS[rest[0]].sendall(b"\xff" * 100)
         time.sleep(100)

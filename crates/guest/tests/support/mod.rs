@@ -1,6 +1,6 @@
 //! The other end of the guest's link, as small as it can be: a real guest process, its pipes, an HTTP/2 client.
 
-use std::ffi::OsStr;
+use std::ffi::{OsStr, OsString};
 use std::io::Cursor;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
@@ -11,7 +11,8 @@ use std::time::Duration;
 use bytes::{Bytes, BytesMut};
 use cellblock_wire::frame::{Decoder, Frame, encode};
 use cellblock_wire::link::{
-    Channel, Event, KernelStarted, Numbered, Outbound, OutputCap, Refusal, StartKernel, Transport,
+    Channel, Effects, Event, KernelDeleted, KernelStarted, Numbered, Outbound, OutputCap, Refusal, StartKernel,
+    Transport,
 };
 use cellblock_wire::marker::{LinkSecret, MARKER_LEN, Marker};
 use http_body_util::{BodyExt, Full};
@@ -29,6 +30,13 @@ use tokio::task::JoinSet;
 pub const FAKE: &str = "fake";
 /// Names another guest's file to be tested, the one that is shipped for example.
 pub const GUEST: &str = "CELLBLOCK_TEST_GUEST";
+const FIGURES: [(&str, &str); 5] = [
+    ("cpu.stat", "usage_usec 1000000\n"),
+    ("pids.current", "10\n"),
+    ("pids.max", "128\n"),
+    ("pids.events", "max 0\n"),
+    ("memory.events", "oom 0\noom_kill 0\n"),
+];
 const SECRET: LinkSecret = LinkSecret([9; 16]);
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -62,8 +70,37 @@ impl Cell {
         Self::start_with(OsStr::new("python3"))
     }
 
+    /// A guest that is the first process of a namespace of its own and has made-up figures, as in a container; `None` where this
+    /// machine lets nobody make one.
+    pub fn start_as_init() -> Option<Self> {
+        let mount = "mount --bind \"$CELL/c\" /sys/fs/cgroup && exec \"$@\"";
+        let unshare = [
+            "unshare",
+            "--user",
+            "--map-root-user",
+            "--pid",
+            "--fork",
+            "--kill-child",
+            "--mount-proc",
+            "sh",
+            "-c",
+            mount,
+            "sh",
+        ];
+        let works =
+            Command::new(unshare[0]).args(&unshare[1..7]).arg("true").status().is_ok_and(|status| status.success());
+        if !works {
+            println!("skipped: no namespace can be made here");
+        }
+        works.then(|| Self::start_behind(&unshare, OsStr::new("python3")))
+    }
+
     /// A guest with the fake kernel, and `real`, which is this Python's `ipykernel`.
     pub fn start_with(python: &OsStr) -> Self {
+        Self::start_behind(&[], python)
+    }
+
+    fn start_behind(wrapper: &[&str], python: &OsStr) -> Self {
         static NUMBER: AtomicU32 = AtomicU32::new(0);
         let number = NUMBER.fetch_add(1, Ordering::Relaxed);
         let root = std::env::temp_dir().join(format!("cbg-{}-{number}", std::process::id()));
@@ -80,8 +117,14 @@ impl Cell {
                 .unwrap();
         }
         std::fs::create_dir(root.join("w")).unwrap();
+        std::fs::create_dir(root.join("c")).unwrap();
+        for (figure, text) in FIGURES {
+            std::fs::write(root.join("c").join(figure), text).unwrap();
+        }
         let guest = std::env::var_os(GUEST).unwrap_or(env!("CARGO_BIN_EXE_guest").into());
-        let mut guest = Command::new(guest)
+        let mut line = wrapper.iter().map(OsString::from).chain([guest]);
+        let mut guest = Command::new(line.next().unwrap())
+            .args(line)
             .args([root.join("w"), root.join("s"), crate_root.join("launcher/ipykernel_launcher.py")])
             .env("JUPYTER_PATH", root.join("jupyter"))
             .env("CELL", &root)
@@ -200,6 +243,14 @@ impl Cell {
         (status, serde_json::from_slice(&body).unwrap())
     }
 
+    /// Deletes a kernel. The number of the newest event is left out.
+    pub async fn delete(&mut self, kernel: &str) -> KernelDeleted {
+        let (status, body) = self.request(Method::DELETE, &format!("/kernels/{kernel}"), Bytes::new()).await;
+        assert_eq!(status, StatusCode::OK);
+        let gone: KernelDeleted = serde_json::from_slice(&body).unwrap();
+        KernelDeleted { last_seq: 0, ..gone }
+    }
+
     pub async fn init<T: DeserializeOwned>(&mut self, orphan_timeout: u64) -> T {
         let init = json!({"generation": 1, "orphan_timeout_seconds": orphan_timeout, "env": {"CELL": self.root}});
         let (status, body) = self.request(Method::POST, "/init", init.to_string().into()).await;
@@ -278,8 +329,7 @@ impl Cell {
     /// The execution's messages, up to its reply and idle status.
     pub async fn until_done(&mut self, id: &str) -> Vec<Message> {
         let mut told = Vec::new();
-        let is_reply = |told: &Told| matches!(&told.head.event, Event::Message { msg_type, parent_id, .. } if msg_type == "execute_reply" && parent_id == id);
-        while !(told.iter().any(|t| is_idle(t, id)) && told.iter().any(is_reply)) {
+        while !(told.iter().any(|t| is_idle(t, id)) && told.iter().any(|t| is_reply(t, id))) {
             told.push(self.next().await);
         }
         told.retain(|told| matches!(&told.head.event, Event::Message { parent_id, .. } if parent_id == id));
@@ -299,13 +349,45 @@ impl Cell {
     /// Living fake kernels of this guest.
     pub fn fake_kernels(&self) -> Vec<u32> {
         let state = self.state();
-        let is_ours = |pid: &u32| {
-            std::fs::read_to_string(format!("/proc/{pid}/cmdline"))
-                .is_ok_and(|line| line.contains(state.to_str().unwrap()) && line.contains("fake_kernel"))
+        pids().filter(|pid| has_in_line(*pid, state.to_str().unwrap()) && has_in_line(*pid, "fake_kernel")).collect()
+    }
+
+    /// Processes other than the guest in its namespace.
+    pub fn neighbours(&self) -> usize {
+        let first =
+            pids().find(|pid| status_of(*pid, "PPid:").as_deref() == Some(&self.guest.id().to_string())).unwrap();
+        let namespace = |pid: u32| std::fs::read_link(format!("/proc/{pid}/ns/pid")).ok();
+        pids().filter(|pid| *pid != first && namespace(*pid) == namespace(first)).count()
+    }
+
+    /// Sets a figure of a guest's that was started as the first process.
+    pub fn figure(&self, figure: &str, text: &str) {
+        std::fs::write(self.root.join("c").join(figure), text).unwrap();
+    }
+
+    pub fn workdir(&self) -> PathBuf {
+        self.root.join("w")
+    }
+
+    /// The effects of an execution among these events; the only ones, and before its reply.
+    pub fn effects(told: &[Told], id: &str) -> Effects {
+        let of = |told: &Told| match &told.head.event {
+            Event::Effects { parent_id, effects } if parent_id == id => Some((**effects).clone()),
+            _ => None,
         };
-        let pids =
-            std::fs::read_dir("/proc").unwrap().flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok());
-        pids.filter(is_ours).collect()
+        let at = told.iter().position(|told| of(told).is_some()).unwrap();
+        let reply = told.iter().position(|told| is_reply(told, id));
+        assert!(reply.is_none_or(|reply| at < reply), "after the reply");
+        assert_eq!(told.iter().filter_map(of).count(), 1);
+        of(&told[at]).unwrap()
+    }
+
+    /// Runs code to its end and returns what was told meanwhile.
+    pub async fn run(&mut self, kernel: &str, id: &str, code: &str, cap: OutputCap) -> Vec<Told> {
+        let before = self.seen.len();
+        execute(self, kernel, id, code, cap).await;
+        self.until_done(id).await;
+        self.seen[before..].to_vec()
     }
 
     pub fn signal_guest(&self, signals: &[&str]) {
@@ -369,6 +451,23 @@ async fn await_echo(stdout: &mut pipe::Receiver, marker: &[u8; MARKER_LEN]) -> O
             return None;
         }
     }
+}
+
+fn pids() -> impl Iterator<Item = u32> {
+    std::fs::read_dir("/proc").unwrap().flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok())
+}
+
+fn has_in_line(pid: u32, text: &str) -> bool {
+    std::fs::read(format!("/proc/{pid}/cmdline")).is_ok_and(|line| String::from_utf8_lossy(&line).contains(text))
+}
+
+fn status_of(pid: u32, field: &str) -> Option<String> {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    Some(status.lines().find_map(|line| line.strip_prefix(field))?.trim().to_owned())
+}
+
+fn is_reply(told: &Told, id: &str) -> bool {
+    matches!(&told.head.event, Event::Message { msg_type, parent_id, .. } if msg_type == "execute_reply" && parent_id == id)
 }
 
 fn is_idle(told: &Told, id: &str) -> bool {
