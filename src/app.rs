@@ -17,6 +17,7 @@ use crate::service::Service;
 use crate::service::keys::{self, KeyRing, Principal, Scope};
 use crate::session::registry::{Limits, Registry};
 use crate::session::{Settings, reconcile};
+use crate::store::{Archive, ArchiveLimits};
 use crate::task;
 
 /// Containers are gone within this time at an orderly end, or are left to the next start.
@@ -56,6 +57,14 @@ pub enum StartError {
         path: PathBuf,
         /// Why, and what to do.
         reason: String,
+    },
+    /// What is kept in the data folder can't be used.
+    #[error("notebooks and blobs can't be kept in the data folder {}: {source}", path.display())]
+    Archive {
+        /// The folder.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
     },
     /// The data folder can't be had.
     #[error("the data folder can't be locked with {}: {reason}\n  end the other server, or give this one a folder and an engine.instance of its own", path.display())]
@@ -106,6 +115,7 @@ pub struct Plane {
     /// Every command of the product.
     pub service: Arc<Service>,
     registry: Arc<Registry>,
+    archive: Option<Archive>,
     stop: CancellationToken,
 }
 
@@ -125,7 +135,10 @@ impl Plane {
         prepare(&docker, config).await?;
         let engine: Arc<dyn Engine> = Arc::new(docker);
         let (settings, limits) = (settings(config), limits(config));
-        let registry = Arc::new(Registry::new(Arc::clone(&engine), config.engine.instance.clone(), settings, limits));
+        // One process works with a data folder; whoever shares an instance keeps nothing.
+        let archive = if owns_instance { Some(archive(config)?) } else { None };
+        let instance = config.engine.instance.clone();
+        let registry = Arc::new(Registry::new(Arc::clone(&engine), archive.clone(), instance, settings, limits));
         let stop = CancellationToken::new();
         if owns_instance {
             reconcile::round(engine.as_ref(), &registry).await.map_err(|e| engine_error(config, e))?;
@@ -139,8 +152,9 @@ impl Plane {
             config.templates.clone(),
             config.default_template.clone(),
             pull,
+            archive.clone(),
         );
-        Ok(Self { service: Arc::new(service), registry, stop })
+        Ok(Self { service: Arc::new(service), registry, archive, stop })
     }
 
     /// Gives what runs a grace, ends every session and waits until their containers are gone. Returns how many are left after a
@@ -148,6 +162,9 @@ impl Plane {
     pub async fn stop(self, grace: Duration) -> usize {
         let left = self.registry.drain(grace, DRAIN_REMOVAL).await;
         self.stop.cancel();
+        if let Some(archive) = &self.archive {
+            archive.flush().await;
+        }
         left
     }
 }
@@ -241,6 +258,18 @@ fn guest_files(binary: Option<&Path>) -> Result<Vec<GuestFile>, StartError> {
     Ok(vec![file("guest", 0o555, bytes), file("ipykernel_launcher.py", 0o444, IPYKERNEL_LAUNCHER.to_vec())])
 }
 
+fn archive(config: &Config) -> Result<Archive, StartError> {
+    let (folder, executions) = (&config.server.data_dir, &config.executions);
+    let limits = ArchiveLimits {
+        blob_bytes: executions.blob_size,
+        blob_retention: executions.blob_retention,
+        notebook_bytes: executions.notebook_size,
+        notebooks_bytes: executions.notebooks_size,
+        notebook_retention: executions.notebook_retention,
+    };
+    Archive::open(folder, limits).map_err(|source| StartError::Archive { path: folder.clone(), source })
+}
+
 fn settings(config: &Config) -> Settings {
     Settings {
         start_timeout: config.engine.start_timeout,
@@ -248,6 +277,8 @@ fn settings(config: &Config) -> Settings {
         orphan_timeout: config.engine.orphan_timeout,
         queued_executions: config.limits.queued_executions as usize,
         queue_timeout: config.executions.queue_timeout,
+        contexts: config.limits.contexts as usize,
+        inline: usize::try_from(config.executions.inline).unwrap_or(usize::MAX),
     }
 }
 

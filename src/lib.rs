@@ -1,6 +1,6 @@
 //! Cellblock: a control plane that gives every session its own locked container with a real Jupyter kernel in it.
 //!
-//! Layers, each may use only those below: `app` → `http` → `service` → `session` → `engine`, `kernel` → `domain`.
+//! Layers, each may use only those below: `app` → `http` → `service` → `session` → `engine`, `kernel`, `store` → `domain`.
 //! `docs/ARCHITECTURE.md` says why.
 
 pub mod app;
@@ -9,8 +9,10 @@ pub mod config;
 pub mod domain;
 pub mod engine;
 pub mod http;
+pub mod json;
 pub mod kernel;
 pub mod run;
 pub mod service;
 pub mod session;
+pub mod store;
 pub mod task;

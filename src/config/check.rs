@@ -120,6 +120,8 @@ impl Checker<'_> {
             ("limits.sessions", limits.sessions, 10_000),
             ("limits.queued_executions", limits.queued_executions, 10_000),
             ("limits.concurrent_starts", limits.concurrent_starts, 256),
+            // The guest starts no more kernels than that.
+            ("limits.contexts", limits.contexts, 32),
             ("executions.retention_count", executions.retention_count, 10_000_000),
         ] {
             self.require((1..=most).contains(&value), &[key], || format!("{value} is not within 1 to {most}"));
@@ -127,6 +129,19 @@ impl Checker<'_> {
         self.positive(executions.interrupt_grace, "executions.interrupt_grace");
         self.positive(executions.queue_timeout, "executions.queue_timeout");
         self.positive(executions.retention_time, "executions.retention_time");
+        self.positive(executions.blob_retention, "executions.blob_retention");
+        self.positive(executions.notebook_retention, "executions.notebook_retention");
+        self.require((1024..=64 * MIB).contains(&executions.inline), &["executions.inline"], || {
+            "allowed are 1KiB to 64MiB".to_owned()
+        });
+        self.require(executions.blob_size >= 16 * MIB, &["executions.blob_size"], || {
+            "allowed is 16MiB and more".to_owned()
+        });
+        let (one, all) = (executions.notebook_size, executions.notebooks_size);
+        self.require(one >= MIB, &["executions.notebook_size"], || "allowed is 1MiB and more".to_owned());
+        self.require(one <= all, &["executions.notebook_size", "executions.notebooks_size"], || {
+            format!("{} is above executions.notebooks_size, {}", mib(one), mib(all))
+        });
     }
 
     fn log(&mut self, document: &Document) {
@@ -170,6 +185,17 @@ impl Checker<'_> {
                 format!("allowed are 1KiB to {most}MiB")
             });
         }
+        let total = template.output.total;
+        self.require((2048..=80 * MIB).contains(&total), &[&key("output.total")], || {
+            "allowed are 2KiB to 80MiB".to_owned()
+        });
+        let rate = template.output.messages_per_second;
+        self.require((1..=1_000_000).contains(&rate), &[&key("output.messages_per_second")], || {
+            format!("{rate} is not within 1 to 1000000")
+        });
+        self.require(template.setup.len() <= spec::MAX_SETUP, &[&key("setup")], || {
+            format!("{} bytes; allowed are {}", template.setup.len(), spec::MAX_SETUP)
+        });
         let messages = template.output.messages;
         self.require((10..=1_000_000).contains(&messages), &[&key("output.messages")], || {
             format!("{messages} is not within 10 to 1000000")

@@ -9,7 +9,7 @@ use std::time::Duration;
 use serde::Deserialize;
 
 use super::units::{address, duration, optional_path, size};
-use crate::domain::spec::{KernelTransport, NetworkMode, OutputLimits, Resources, Template, Timeouts};
+use crate::domain::spec::{self, KernelTransport, NetworkMode, OutputLimits, Resources, Template, Timeouts};
 
 /// The whole document, all layers merged and templates with what they inherit.
 #[derive(Debug, Clone, Deserialize)]
@@ -120,6 +120,8 @@ pub struct Limits {
     pub session_retention: Duration,
     /// Containers started at the same time.
     pub concurrent_starts: u32,
+    /// Contexts of one session.
+    pub contexts: u32,
 }
 
 /// Executions.
@@ -140,6 +142,24 @@ pub struct Executions {
     /// Bytes that finished executions hold, in all.
     #[serde(deserialize_with = "size")]
     pub retention_size: u64,
+    /// Contents of results above this are kept beside the execution, as blobs.
+    #[serde(deserialize_with = "size")]
+    pub inline: u64,
+    /// How long blobs can be fetched.
+    #[serde(deserialize_with = "duration")]
+    pub blob_retention: Duration,
+    /// Bytes of all blobs.
+    #[serde(deserialize_with = "size")]
+    pub blob_size: u64,
+    /// How long a notebook can be fetched after its session has ended.
+    #[serde(deserialize_with = "duration")]
+    pub notebook_retention: Duration,
+    /// Bytes of one notebook.
+    #[serde(deserialize_with = "size")]
+    pub notebook_size: u64,
+    /// Bytes of all notebooks.
+    #[serde(deserialize_with = "size")]
+    pub notebooks_size: u64,
 }
 
 /// What the server says about itself.
@@ -174,6 +194,9 @@ pub(super) struct TemplateSection {
     pub transport: Transport,
     pub network: Network,
     pub env: BTreeMap<String, String>,
+    pub setup: String,
+    pub on_kernel_death: OnKernelDeath,
+    pub on_guest_lost: OnGuestLost,
     pub default: Bounds,
     pub maximum: Bounds,
     pub output: Output,
@@ -190,6 +213,20 @@ pub(super) enum Transport {
 #[serde(rename_all = "lowercase")]
 pub(super) enum Network {
     None,
+}
+
+#[derive(Debug, Clone, Copy, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(super) enum OnKernelDeath {
+    Restart,
+    End,
+}
+
+#[derive(Debug, Clone, Copy, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(super) enum OnGuestLost {
+    End,
+    Replace,
 }
 
 /// Resources and times, once as defaults and once as ceilings.
@@ -238,7 +275,10 @@ pub(super) struct Output {
     pub text: u64,
     #[serde(deserialize_with = "size")]
     pub results: u64,
+    #[serde(deserialize_with = "size")]
+    pub total: u64,
     pub messages: u64,
+    pub messages_per_second: u64,
 }
 
 impl TemplateSection {
@@ -261,7 +301,18 @@ impl TemplateSection {
             output: OutputLimits {
                 text_bytes: self.output.text,
                 result_bytes: self.output.results,
+                total_bytes: self.output.total,
                 messages: self.output.messages,
+                messages_per_second: self.output.messages_per_second,
+            },
+            setup: self.setup,
+            on_kernel_death: match self.on_kernel_death {
+                OnKernelDeath::Restart => spec::OnKernelDeath::Restart,
+                OnKernelDeath::End => spec::OnKernelDeath::End,
+            },
+            on_guest_lost: match self.on_guest_lost {
+                OnGuestLost::End => spec::OnGuestLost::End,
+                OnGuestLost::Replace => spec::OnGuestLost::Replace,
             },
             network: match self.network {
                 Network::None => NetworkMode::None,

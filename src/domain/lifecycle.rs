@@ -1,9 +1,9 @@
 //! The life of a session, as a pure function: [`step`] is the only place where a phase changes.
 //!
 //! ```text
-//! Provisioning ──▶ Connecting ──▶ Ready
-//!      │                │           │
-//!   Aborting            └─────┬─────┘
+//! Provisioning ──▶ Connecting ──▶ Ready ──▶ Replacing ──▶ Provisioning, with a new cell
+//!      │                │           │           │
+//!   Aborting            └─────┬─────┴───────────┘
 //!      └──────────▶ Ending(reason) ──▶ Ended(reason), once the engine has *seen* the cell gone
 //! ```
 //!
@@ -18,6 +18,8 @@ pub enum Phase {
     Connecting,
     /// Code can run.
     Ready,
+    /// Its cell is being removed, and a new one will take its place.
+    Replacing,
     /// It is to end, but the engine has not answered yet: absence would prove nothing.
     Aborting(EndReason),
     /// Its cell is being removed.
@@ -62,6 +64,8 @@ pub enum Event {
     EndRequested(EndReason),
     /// The cell is gone or can't be reached any more.
     CellLost(EndReason),
+    /// The cell's guest does not answer, and the session is to go on in a new cell.
+    GuestLost,
     /// The cell's absence was seen.
     RemovalSeen,
     /// The cell could not be removed.
@@ -73,12 +77,14 @@ pub enum Event {
 /// Something to do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Effect {
-    /// Ask the engine for the cell.
+    /// Ask the engine for the cell; after a removal for a new one under a new name.
     EnsureCell,
     /// Open the link, attest, start the first kernel.
     BootGuest,
     /// End every execution with what is known, and answer whoever waits.
     SettleExecutions,
+    /// End the executions that run; those that wait go on waiting.
+    SettleRunning,
     /// Remove the cell.
     RemoveCell,
     /// Come back with [`Event::RetryDue`] after a while.
@@ -108,6 +114,15 @@ pub fn step(phase: Phase, event: Event) -> (Phase, Vec<Effect>) {
         (In::Connecting, On::KernelReady) => (In::Ready, vec![]),
         (In::Connecting, On::BootFailed) => end(EndReason::StartFailed),
         (In::Connecting | In::Ready, On::EndRequested(reason) | On::CellLost(reason)) => end(reason),
+
+        (In::Ready, On::GuestLost) => (In::Replacing, vec![Do::SettleRunning, Do::RemoveCell]),
+        (In::Replacing, On::RemovalSeen) => (In::Provisioning, vec![Do::EnsureCell]),
+        (In::Replacing, On::RemovalFailed) => (In::Replacing, vec![Do::ScheduleRetry]),
+        (In::Replacing, On::RetryDue) => (In::Replacing, vec![Do::RemoveCell]),
+        // The removal is under way already, or will be tried again.
+        (In::Replacing, On::EndRequested(reason) | On::CellLost(reason)) => {
+            (In::Ending(reason), vec![Do::SettleExecutions])
+        }
 
         (In::Ending(reason), On::RemovalSeen) => (In::Ended(reason), vec![]),
         (In::Ending(reason), On::RemovalFailed) => (In::Ending(reason), vec![Do::ScheduleRetry]),
@@ -139,6 +154,7 @@ mod tests {
             Just(Event::EnsureFailed),
             Just(Event::KernelReady),
             Just(Event::BootFailed),
+            Just(Event::GuestLost),
             reason.clone().prop_map(Event::EndRequested),
             reason.prop_map(Event::CellLost),
             Just(Event::RemovalSeen),
@@ -152,6 +168,7 @@ mod tests {
     struct World {
         ensure_open: bool,
         removal_open: bool,
+        retry_open: bool,
         may_exist: bool,
     }
 
@@ -161,6 +178,7 @@ mod tests {
                 match effect {
                     Effect::EnsureCell => (self.ensure_open, self.may_exist) = (true, true),
                     Effect::RemoveCell => self.removal_open = true,
+                    Effect::ScheduleRetry => self.retry_open = true,
                     _ => {}
                 }
             }
@@ -171,6 +189,7 @@ mod tests {
             match event {
                 Event::CellEnsured | Event::EnsureFailed => self.ensure_open,
                 Event::RemovalSeen | Event::RemovalFailed => self.removal_open,
+                Event::RetryDue => self.retry_open,
                 _ => true,
             }
         }
@@ -189,6 +208,7 @@ mod tests {
                     Event::CellEnsured | Event::EnsureFailed => world.ensure_open = false,
                     Event::RemovalSeen => (world.removal_open, world.may_exist) = (false, world.ensure_open),
                     Event::RemovalFailed => world.removal_open = false,
+                    Event::RetryDue => world.retry_open = false,
                     _ => {}
                 }
                 let (next, effects) = step(phase, event);
@@ -201,6 +221,9 @@ mod tests {
                     prop_assert_eq!(reason, Some(first), "an end is a one-way door, and its first reason stays");
                 }
                 first_reason = reason;
+                if matches!(next, Phase::Ending(_) | Phase::Replacing) {
+                    prop_assert!(world.removal_open || world.retry_open, "a removal is under way, or will be");
+                }
                 if matches!(next, Phase::Ended(_)) {
                     prop_assert!(!world.may_exist, "ended while a cell may exist");
                 }
@@ -221,6 +244,16 @@ mod tests {
             ] { (phase, _) = step(phase, event); }
             prop_assert!(matches!(phase, Phase::Ended(_)));
         }
+    }
+
+    #[test]
+    fn a_lost_guest_gets_a_new_cell_once_the_old_one_is_gone() {
+        let (phase, effects) = step(Phase::Ready, Event::GuestLost);
+        assert_eq!((phase, effects), (Phase::Replacing, vec![Effect::SettleRunning, Effect::RemoveCell]));
+        assert_eq!(step(phase, Event::RemovalSeen), (Phase::Provisioning, vec![Effect::EnsureCell]));
+        let (ending, effects) = step(phase, Event::EndRequested(EndReason::Deleted));
+        assert_eq!((ending, effects), (Phase::Ending(EndReason::Deleted), vec![Effect::SettleExecutions]));
+        assert_eq!(step(ending, Event::RemovalSeen).0, Phase::Ended(EndReason::Deleted));
     }
 
     #[test]

@@ -5,6 +5,8 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+use super::ids::ContextId;
+
 /// One JSON value as text, known to be well-formed.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct JsonText(pub String);
@@ -18,7 +20,44 @@ impl JsonText {
 }
 
 /// MIME type to content, as nbformat has it.
-pub type MimeBundle = BTreeMap<String, JsonText>;
+pub type MimeBundle = BTreeMap<String, MimePart>;
+
+/// The content of one MIME type.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum MimePart {
+    /// As JSON.
+    Inline(JsonText),
+    /// Kept beside the execution, because it is long.
+    Blob(BlobRef),
+}
+
+impl MimePart {
+    /// Bytes that it takes where it stands.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        match self {
+            Self::Inline(JsonText(text)) => text.len(),
+            Self::Blob(blob) => 128 + blob.sha256.len(),
+        }
+    }
+
+    /// Whether it takes none.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
+/// A long content that is kept beside its execution.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BlobRef {
+    /// Its number among those of its execution, from 1.
+    pub number: u32,
+    /// Its length, decoded.
+    pub bytes: u64,
+    /// SHA-256 of its bytes in hex.
+    pub sha256: String,
+}
 
 /// How far an execution is, or how it ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -162,8 +201,48 @@ pub enum ExecutionEvent {
         /// Why.
         cause: RestartCause,
     },
+    /// A message of a comm, for front doors whose clients have widgets.
+    Comm(Comm),
     /// It ended. Always the last event.
     Completed,
+}
+
+/// A message of a comm: a channel between objects of a kernel and those of its front end.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Comm {
+    /// Which message.
+    pub kind: CommKind,
+    /// Its content.
+    pub content: JsonText,
+    /// Its metadata.
+    pub metadata: JsonText,
+    /// Its binary buffers.
+    pub buffers: Vec<Vec<u8>>,
+}
+
+impl Comm {
+    /// Bytes that it holds.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.content.0.len() + self.metadata.0.len() + self.buffers.iter().map(Vec::len).sum::<usize>()
+    }
+
+    /// Whether it holds none.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
+/// The messages of a comm.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum CommKind {
+    /// It is opened.
+    Open,
+    /// Something is told.
+    Message,
+    /// It is closed.
+    Close,
 }
 
 /// Why a kernel was replaced.
@@ -182,6 +261,111 @@ pub enum RestartCause {
     },
     /// A caller asked for it.
     Requested,
+    /// Another context's processes could not be told from its own, and all were ended.
+    Swept,
+    /// The guest in its container did not answer, and the container was replaced: files are gone too.
+    GuestLost,
+}
+
+/// How an execution that had to be stopped was stopped.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Stop {
+    /// What it took.
+    pub step: StopStep,
+    /// From the decision to its end.
+    pub took: Duration,
+    /// Contexts whose kernels were ended with it, because processes could not be told apart.
+    pub also_ended: Vec<ContextId>,
+}
+
+/// The steps of stopping an execution, each for what the one before did not end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum StopStep {
+    /// An interrupt. Variables are kept.
+    Interrupt,
+    /// A new kernel in the same container. Files are kept.
+    Restart,
+    /// A new container.
+    Replace,
+    /// The end of the session.
+    End,
+}
+
+/// What became of a file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Change {
+    /// It is new.
+    Created,
+    /// It has other content.
+    Changed,
+    /// It is gone.
+    Deleted,
+}
+
+/// A file below the working folder that an execution has changed. Names come from inside: they are hostile text.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct FileChange {
+    /// Its path relative to the working folder.
+    pub path: String,
+    /// What became of it.
+    pub change: Change,
+    /// Its size.
+    pub bytes: Option<u64>,
+    /// SHA-256 of its bytes in hex, where it was taken.
+    pub sha256: Option<String>,
+}
+
+/// A process that an execution left behind.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Process {
+    /// Its id inside the cell.
+    pub pid: i32,
+    /// Its command line, cut.
+    pub command: String,
+}
+
+/// What an execution has cost and changed, as the guest saw it.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Effects {
+    /// Files that are not as they were.
+    pub files: Vec<FileChange>,
+    /// How many more there are.
+    pub files_omitted: u64,
+    /// Processes that were started and still run.
+    pub processes: Vec<Process>,
+    /// How many more there are.
+    pub processes_omitted: u64,
+    /// CPU time of its kernel with all it started.
+    pub cpu: Option<Duration>,
+    /// Most memory that the kernel's processes held.
+    pub peak_memory_bytes: Option<u64>,
+    /// Others may be counted in.
+    pub approximate: bool,
+    /// Processes could not be started.
+    pub pids_hit: bool,
+    /// A folder is full.
+    pub disk_hit: bool,
+    /// A process was ended for want of memory.
+    pub memory_hit: bool,
+}
+
+/// The answer to one of an execution's user expressions, and other values that a kernel gives back beside its output.
+pub type NamedValues = BTreeMap<String, JsonText>;
+
+/// One output as a notebook shows it, in the order in which they came.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Shown {
+    /// Text; neighbours of the same stream are one.
+    Text {
+        /// Where it was written.
+        stream: TextStream,
+        /// What was written; where a part was left out, a line says so.
+        text: String,
+    },
+    /// A rich output.
+    Rich(RichOutput),
+    /// An exception.
+    Error(ErrorInfo),
 }
 
 /// Bytes of one stream of text.
@@ -220,25 +404,52 @@ pub struct Outcome {
     pub error: Option<ErrorInfo>,
     /// Why its kernel was replaced, if it was.
     pub restarted: Option<RestartCause>,
+    /// Why its kernel ended, if it did and no other came.
+    pub kernel_end: Option<RestartCause>,
+    /// How it was stopped, if it had to be.
+    pub stop: Option<Stop>,
+    /// How it ended, for people, where its status does not say all.
+    pub detail: Option<String>,
+    /// What it has cost and changed.
+    pub effects: Effects,
+    /// Values of its user expressions.
+    pub user_expressions: NamedValues,
+    /// What else the kernel gives back: pages, the next input.
+    pub payloads: Vec<JsonText>,
+}
+
+/// What is known of an execution beside its events.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Report {
+    /// The kernel's count.
+    pub execution_count: Option<u64>,
+    /// Why its kernel ended, if it did and no other came.
+    pub kernel_end: Option<RestartCause>,
+    /// How it was stopped, if it had to be.
+    pub stop: Option<Stop>,
+    /// How it ended, for people.
+    pub detail: Option<String>,
+    /// What it has cost and changed.
+    pub effects: Effects,
+    /// Values of its user expressions.
+    pub user_expressions: NamedValues,
+    /// What else the kernel gives back.
+    pub payloads: Vec<JsonText>,
 }
 
 /// Adds up output events, as a notebook would show them.
 #[derive(Debug, Default)]
 pub struct Fold {
-    stdout: Text,
-    stderr: Text,
-    results: Vec<RichOutput>,
+    shown: Vec<Shown>,
+    totals: [TextTotals; 2],
     results_omitted: u64,
-    error: Option<ErrorInfo>,
     restarted: Option<RestartCause>,
     clear_pending: bool,
+    updated_bytes: usize,
 }
 
-#[derive(Debug, Default)]
-struct Text {
-    text: String,
-    totals: TextTotals,
-}
+/// Most bytes that updates of what was shown come to, in all places together.
+const MAX_UPDATED: usize = 32 * 1024 * 1024;
 
 impl Fold {
     /// Takes the next event.
@@ -246,50 +457,73 @@ impl Fold {
         match event {
             ExecutionEvent::Text { stream, text } => {
                 self.clear_if_pending();
-                let target = self.text_mut(*stream);
-                target.text.push_str(text);
-                target.totals.bytes = target.totals.bytes.saturating_add(text.len() as u64);
+                let totals = &mut self.totals[*stream as usize];
+                totals.bytes = totals.bytes.saturating_add(text.len() as u64);
+                self.write(*stream, text);
             }
             ExecutionEvent::Result(output) => {
                 self.clear_if_pending();
-                self.results.push(output.clone());
+                self.shown.push(Shown::Rich(output.clone()));
             }
             ExecutionEvent::ResultUpdate { display_id, data, metadata } => self.update(display_id, data, metadata),
             ExecutionEvent::OutputClear { wait: true } => self.clear_pending = true,
             ExecutionEvent::OutputClear { wait: false } => self.clear(),
-            ExecutionEvent::Error(error) => self.error = Some(error.clone()),
+            ExecutionEvent::Error(error) => self.shown.push(Shown::Error(error.clone())),
             ExecutionEvent::OutputTruncated { what, omitted_bytes, .. } => self.truncate(*what, *omitted_bytes),
             ExecutionEvent::KernelRestarted { cause } => self.restarted = Some(cause.clone()),
             ExecutionEvent::Queued { .. }
             | ExecutionEvent::Started
             | ExecutionEvent::InputRequested { .. }
+            | ExecutionEvent::Comm(_)
             | ExecutionEvent::Completed => {}
         }
     }
 
+    /// What is shown, in order.
+    #[must_use]
+    pub fn into_shown(self) -> Vec<Shown> {
+        self.shown
+    }
+
     /// The sum.
     #[must_use]
-    pub fn finish(self, status: Status, execution_count: Option<u64>, queued: Duration, duration: Duration) -> Outcome {
+    pub fn finish(self, status: Status, queued: Duration, duration: Duration, report: Report) -> Outcome {
+        let (mut texts, mut results, mut error) = ([String::new(), String::new()], Vec::new(), None);
+        for shown in self.shown {
+            match shown {
+                Shown::Text { stream, text } => texts[stream as usize].push_str(&text),
+                Shown::Rich(output) => results.push(output),
+                Shown::Error(told) => error = Some(told),
+            }
+        }
+        let [stdout, stderr] = texts;
+        let [stdout_totals, stderr_totals] = self.totals;
         Outcome {
             status,
-            execution_count,
+            execution_count: report.execution_count,
             queued,
             duration,
-            stdout: self.stdout.text,
-            stderr: self.stderr.text,
-            stdout_totals: self.stdout.totals,
-            stderr_totals: self.stderr.totals,
+            stdout,
+            stderr,
+            stdout_totals,
+            stderr_totals,
             results_omitted: self.results_omitted,
-            results: self.results,
-            error: self.error,
+            results,
+            error,
             restarted: self.restarted,
+            kernel_end: report.kernel_end,
+            stop: report.stop,
+            detail: report.detail,
+            effects: report.effects,
+            user_expressions: report.user_expressions,
+            payloads: report.payloads,
         }
     }
 
-    fn text_mut(&mut self, stream: TextStream) -> &mut Text {
-        match stream {
-            TextStream::Stdout => &mut self.stdout,
-            TextStream::Stderr => &mut self.stderr,
+    fn write(&mut self, stream: TextStream, more: &str) {
+        match self.shown.last_mut() {
+            Some(Shown::Text { stream: last, text }) if *last == stream => text.push_str(more),
+            _ => self.shown.push(Shown::Text { stream, text: more.to_owned() }),
         }
     }
 
@@ -302,16 +536,27 @@ impl Fold {
                 return;
             }
         };
-        let target = self.text_mut(stream);
-        target.totals.omitted = target.totals.omitted.saturating_add(omitted);
-        target.totals.bytes = target.totals.bytes.saturating_add(omitted);
-        target.text.push_str(&format!("\n[… {omitted} bytes left out …]\n"));
+        let totals = &mut self.totals[stream as usize];
+        totals.omitted = totals.omitted.saturating_add(omitted);
+        totals.bytes = totals.bytes.saturating_add(omitted);
+        self.write(stream, &format!("\n[… {omitted} bytes left out …]\n"));
     }
 
+    /// Changes all that was shown under the id. It may stand in many places, so what that comes to has a bound of its own.
     fn update(&mut self, display_id: &str, data: &MimeBundle, metadata: &JsonText) {
-        for shown in self.results.iter_mut().filter(|r| r.display_id.as_deref() == Some(display_id)) {
-            shown.data.clone_from(data);
-            shown.metadata.clone_from(metadata);
+        let size = data.iter().map(|(mime, part)| mime.len() + part.len()).sum::<usize>() + metadata.0.len();
+        for shown in &mut self.shown {
+            let Shown::Rich(output) = shown else { continue };
+            if output.display_id.as_deref() != Some(display_id) {
+                continue;
+            }
+            if self.updated_bytes + size > MAX_UPDATED {
+                self.results_omitted = self.results_omitted.saturating_add(size as u64);
+                continue;
+            }
+            self.updated_bytes += size;
+            output.data.clone_from(data);
+            output.metadata.clone_from(metadata);
         }
     }
 
@@ -321,11 +566,9 @@ impl Fold {
         }
     }
 
-    /// What is cleared from view was still written: the totals stay.
+    /// What is cleared from view was still written: the totals stay. An exception ends a cell, so nothing clears it.
     fn clear(&mut self) {
-        self.stdout.text.clear();
-        self.stderr.text.clear();
-        self.results.clear();
+        self.shown.retain(|shown| matches!(shown, Shown::Error(_)));
         self.clear_pending = false;
     }
 }
@@ -342,11 +585,12 @@ mod tests {
     fn fold(events: &[ExecutionEvent]) -> Outcome {
         let mut fold = Fold::default();
         events.iter().for_each(|e| fold.push(e));
-        fold.finish(Status::Ok, None, Duration::ZERO, Duration::ZERO)
+        fold.finish(Status::Ok, Duration::ZERO, Duration::ZERO, Report::default())
     }
 
     fn shown(id: &str, html: &str) -> RichOutput {
-        let data = MimeBundle::from([("text/html".to_owned(), JsonText(format!("{html:?}")))]);
+        let html = MimePart::Inline(JsonText(format!("{html:?}")));
+        let data = MimeBundle::from([("text/html".to_owned(), html)]);
         RichOutput {
             kind: ResultKind::DisplayData,
             data,
@@ -380,11 +624,36 @@ mod tests {
     }
 
     #[test]
+    fn an_update_of_many_places_has_a_bound() {
+        let mut fold = Fold::default();
+        (0..100).for_each(|_| fold.push(&ExecutionEvent::Result(shown("d", "x"))));
+        let data = shown("d", &"y".repeat(MAX_UPDATED / 10)).data;
+        let update = ExecutionEvent::ResultUpdate { display_id: "d".to_owned(), data, metadata: JsonText::object() };
+        fold.push(&update);
+        let outcome = fold.finish(Status::Ok, Duration::ZERO, Duration::ZERO, Report::default());
+        let bytes: usize = outcome.results.iter().flat_map(|r| r.data.values()).map(MimePart::len).sum();
+        assert!((MAX_UPDATED / 2..=MAX_UPDATED).contains(&bytes), "{bytes}");
+        assert!(outcome.results_omitted > 0);
+    }
+
+    #[test]
     fn clear_with_wait_clears_only_when_something_new_comes() {
         let before = [text(TextStream::Stdout, "50 %"), ExecutionEvent::OutputClear { wait: true }];
         assert_eq!(fold(&before).stdout, "50 %");
         let [first, clear] = before;
         assert_eq!(fold(&[first, clear, text(TextStream::Stdout, "100 %")]).stdout, "100 %");
+    }
+
+    #[test]
+    fn what_is_shown_stands_in_its_order() {
+        let mut fold = Fold::default();
+        let (out, err) = (TextStream::Stdout, TextStream::Stderr);
+        [text(out, "a"), text(out, "b"), ExecutionEvent::Result(shown("d", "x")), text(out, "c"), text(err, "e")]
+            .iter()
+            .for_each(|e| fold.push(e));
+        let written = |stream, text: &str| Shown::Text { stream, text: text.to_owned() };
+        let expected = [written(out, "ab"), Shown::Rich(shown("d", "x")), written(out, "c"), written(err, "e")];
+        assert_eq!(fold.into_shown(), expected);
     }
 
     proptest! {

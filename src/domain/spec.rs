@@ -4,6 +4,7 @@
 //! silently: what is above a ceiling is refused with its field and the ceiling.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::time::Duration;
 
 /// Bytes in a MiB.
@@ -78,8 +79,32 @@ pub struct OutputLimits {
     pub text_bytes: u64,
     /// Bytes of rich results and displays, all together.
     pub result_bytes: u64,
+    /// Bytes of text and results, all together.
+    pub total_bytes: u64,
     /// Messages of any kind.
     pub messages: u64,
+    /// Messages a second, after as many at once: faster ones wait, and the code with them.
+    pub messages_per_second: u64,
+}
+
+/// What a session does when its kernel dies by itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum OnKernelDeath {
+    /// It goes on with a new one.
+    #[default]
+    Restart,
+    /// It ends.
+    End,
+}
+
+/// What a session does when the guest in its container does not answer any more.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum OnGuestLost {
+    /// It ends.
+    #[default]
+    End,
+    /// It goes on in a new container, without its files.
+    Replace,
 }
 
 /// An image and its limits, as an operator writes it.
@@ -111,6 +136,12 @@ pub struct Template {
     pub output: OutputLimits,
     /// What sessions may reach.
     pub network: NetworkMode,
+    /// Code that prepares every kernel before it is ready; none when empty.
+    pub setup: String,
+    /// What happens when a kernel dies by itself.
+    pub on_kernel_death: OnKernelDeath,
+    /// What happens when a guest does not answer.
+    pub on_guest_lost: OnGuestLost,
 }
 
 /// What a caller asks for; everything is optional.
@@ -124,6 +155,8 @@ pub struct SessionRequest {
     pub reuse: bool,
     /// Added to the template's environment.
     pub env: BTreeMap<String, String>,
+    /// Code that prepares every kernel, after the template's.
+    pub setup: Option<String>,
     /// For finding sessions again.
     pub labels: BTreeMap<String, String>,
     /// CPUs.
@@ -175,8 +208,16 @@ pub struct SessionSpec {
     pub output: OutputLimits,
     /// What it may reach.
     pub network: NetworkMode,
+    /// Codes that prepare every kernel, in order.
+    pub setup: Arc<[String]>,
+    /// What happens when a kernel dies by itself.
+    pub on_kernel_death: OnKernelDeath,
+    /// What happens when its guest does not answer.
+    pub on_guest_lost: OnGuestLost,
 }
 
+/// Longest setup code, in bytes.
+pub const MAX_SETUP: usize = 256 * 1024;
 /// Most entries in `env` and `labels`, each.
 pub const MAX_ENTRIES: usize = 64;
 /// Longest value of an `env` entry, in bytes.
@@ -198,6 +239,9 @@ pub fn resolve(template: &Template, request: &SessionRequest) -> Result<SessionS
     check_name(request.name.as_deref(), &mut errors);
     check_env(&request.env, &mut errors);
     check_labels(&request.labels, &mut errors);
+    if let Some(setup) = request.setup.as_ref().filter(|setup| setup.len() > MAX_SETUP) {
+        errors.push(FieldError::new("/setup", format!("{} bytes; allowed are {MAX_SETUP}", setup.len())));
+    }
     let resources = resolve_resources(template, request, &mut errors);
     let timeouts = resolve_timeouts(template, request, &mut errors);
     if !errors.is_empty() {
@@ -221,6 +265,9 @@ pub fn resolve(template: &Template, request: &SessionRequest) -> Result<SessionS
         max_idle: template.max_timeouts.idle,
         output: template.output,
         network: template.network,
+        setup: [&template.setup].into_iter().chain(&request.setup).filter(|s| !s.trim().is_empty()).cloned().collect(),
+        on_kernel_death: template.on_kernel_death,
+        on_guest_lost: template.on_guest_lost,
     })
 }
 

@@ -8,7 +8,7 @@ use bollard::models::{
     ContainerCreateBody, HealthConfig, HostConfig, HostConfigCgroupnsModeEnum, HostConfigLogConfig, Mount, MountType,
     MountVolumeOptions, ResourcesUlimits, RestartPolicy, RestartPolicyNameEnum,
 };
-use cellblock_wire::link::{GUEST_DIR, GUEST_PATH, WORKDIR};
+use cellblock_wire::link::{GUEST_DIR, GUEST_PATH, STATE_DIR, WORKDIR};
 use sha2::{Digest, Sha256};
 
 use super::CellSpec;
@@ -163,7 +163,7 @@ fn isolated() -> HostConfig {
         // Code inside is nobody special, and no file of the image makes it so.
         cap_drop: Some(vec!["ALL".to_owned()]),
         group_add: Some(vec![]),
-        // What can be written is the three folders below, each with a size, and never the machine's disk.
+        // What can be written is the four folders below, each with a size, and never the machine's disk.
         readonly_rootfs: Some(true),
         // A namespace of its own, and no /dev/shm from the engine: its size could be capped, its inodes not. Ours is below.
         ipc_mode: Some("none".to_owned()),
@@ -234,7 +234,12 @@ fn writable_folders(limits: &Resources, uid: u32) -> HashMap<String, String> {
     let work = owned("exec", limits.disk_bytes, (limits.disk_bytes / (16 * 1024)).clamp(4096, 262_144), "0700");
     let tmp = owned("noexec", limits.tmp_bytes, 8192, "0700");
     let shm = owned("noexec", shm_bytes(limits), 1024, "0700");
-    [(WORKDIR, work), (TMP_DIR, tmp), (SHM_DIR, shm)].map(|(path, options)| (path.to_owned(), options)).into()
+    // The guest's own: were it a part of the temporary files, code that fills those would keep its next kernel from starting. Thirty
+    // kernels at a time, each with a folder, a file and five sockets.
+    let state = owned("noexec", MIB, 512, "0700");
+    [(WORKDIR, work), (TMP_DIR, tmp), (SHM_DIR, shm), (STATE_DIR, state)]
+        .map(|(path, options)| (path.to_owned(), options))
+        .into()
 }
 
 /// `multiprocessing` needs some; it is charged to the cell's memory.

@@ -271,6 +271,29 @@ where
     }
 }
 
+/// Two ids in a path.
+#[derive(Debug)]
+pub struct Ids<A, B>(pub A, pub B);
+
+impl<A, B, S> FromRequestParts<S> for Ids<A, B>
+where
+    A: std::str::FromStr,
+    B: std::str::FromStr,
+    S: Send + Sync,
+{
+    type Rejection = Problem;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Problem> {
+        let missing = || Problem::new(problem::NOT_FOUND, "there is nothing under that id");
+        let axum::extract::Path((first, second)) =
+            axum::extract::Path::<(String, String)>::from_request_parts(parts, state).await.map_err(|_| missing())?;
+        match (first.parse(), second.parse()) {
+            (Ok(first), Ok(second)) => Ok(Self(first, second)),
+            _ => Err(missing()),
+        }
+    }
+}
+
 /// A JSON answer.
 #[derive(Debug)]
 pub struct Answer<T>(pub T);

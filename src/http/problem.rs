@@ -85,10 +85,12 @@ codes! {
     REQUEST_TIMEOUT "request-timeout" REQUEST_TIMEOUT "The body did not arrive in time" true;
     SESSION_NOT_READY "session-not-ready" CONFLICT "The session is not ready" true;
     NAME_IN_USE "name-in-use" CONFLICT "A live session has that name" false;
+    STATE_CONFLICT "state-conflict" CONFLICT "The state does not allow this now" true;
     SESSION_ENDED "session-ended" GONE "The session has ended" false;
     PAYLOAD_TOO_LARGE "payload-too-large" PAYLOAD_TOO_LARGE "The body is too large" false;
     UNSUPPORTED_MEDIA_TYPE "unsupported-media-type" UNSUPPORTED_MEDIA_TYPE "The body is not JSON" false;
     SPEC_REJECTED "spec-rejected" UNPROCESSABLE_ENTITY "The request asks for what is not allowed" false;
+    SETUP_FAILED "setup-failed" UNPROCESSABLE_ENTITY "The setup code failed" false;
     IMAGE_REJECTED "image-rejected" UNPROCESSABLE_ENTITY "The template's image can't be used" false;
     QUEUE_FULL "queue-full" TOO_MANY_REQUESTS "Too many executions are waiting" true;
     INTERNAL "internal" INTERNAL_SERVER_ERROR "The server failed" true;
@@ -168,6 +170,8 @@ impl From<Error> for Problem {
                 problem
             }
             Error::QueueFull => Self::new(QUEUE_FULL, format!("{detail}; try again when some have ended")),
+            Error::StateConflict(_) | Error::KernelBusy(_) => Self::new(STATE_CONFLICT, detail),
+            Error::NotebooksBusy => Self::new(AT_CAPACITY, format!("{detail}; try again in a moment")),
             Error::AtCapacity => Self::new(AT_CAPACITY, format!("{detail}; end one, or try again later")),
             Error::Draining => Self::new(DRAINING, detail),
             Error::StartFailed(failure) => {
@@ -189,6 +193,7 @@ fn start_code(fault: StartFault) -> Code {
         StartFault::Unverified => ISOLATION_UNVERIFIED,
         StartFault::GuestUnreachable => GUEST_UNREACHABLE,
         StartFault::KernelFailed => KERNEL_FAILED,
+        StartFault::SetupFailed => SETUP_FAILED,
         StartFault::TimedOut => START_TIMED_OUT,
     }
 }

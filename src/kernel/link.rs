@@ -11,8 +11,8 @@ use std::time::Duration;
 use bytes::{Bytes, BytesMut};
 use cellblock_wire::frame::{self, Frame};
 use cellblock_wire::link::{
-    Ack, FileEntry, Hello, Init, KernelSpec, KernelStarted, Numbered, Outbound, Refusal, Report, Signal, StartKernel,
-    Stats,
+    Ack, FileEntry, Hello, Init, KernelDeleted, KernelSpec, KernelStarted, Numbered, Outbound, Refusal, Report, Signal,
+    StartKernel, Stats,
 };
 use cellblock_wire::marker::{LinkSecret, Marker, MarkerScanner, Scanned};
 use http_body_util::{BodyExt, Full, Limited};
@@ -172,8 +172,8 @@ impl Link {
     ///
     /// # Errors
     /// See [`LinkError`].
-    pub async fn delete_kernel(&self, kernel: &str) -> Result<(), LinkError> {
-        self.order("end a kernel", Method::DELETE, &format!("/kernels/{kernel}"), Bytes::new()).await
+    pub async fn delete_kernel(&self, kernel: &str) -> Result<KernelDeleted, LinkError> {
+        self.call("end a kernel", Method::DELETE, &format!("/kernels/{kernel}"), Bytes::new()).await
     }
 
     /// Sends a Jupyter message.

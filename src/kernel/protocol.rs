@@ -1,6 +1,7 @@
 //! Jupyter messages: building requests, and reading what a kernel answers.
 //!
-//! Written after "Messaging in Jupyter" (protocol 5.3). Only what the control plane acts on is read; bundles stay JSON text.
+//! Written after "Messaging in Jupyter" (protocol 5.3). Only what the control plane acts on is read. The rest stays JSON text, once it is fit
+//! for whoever reads the answers: what is not is left out.
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
@@ -10,12 +11,20 @@ use serde::Deserialize;
 use serde_json::value::RawValue;
 use serde_json::{Value, json};
 
-use crate::domain::output::{ErrorInfo, ExecutionEvent, JsonText, MimeBundle, ResultKind, RichOutput, TextStream};
+use crate::domain::output::{
+    Comm, CommKind, ErrorInfo, ExecutionEvent, JsonText, MimeBundle, MimePart, NamedValues, ResultKind, RichOutput,
+    TextStream,
+};
+use crate::json;
 
 /// Most MIME types in one bundle; the rest is dropped.
 const MAX_MIME_TYPES: usize = 32;
 /// Longest name, prompt or display id taken from a kernel, in bytes.
 const MAX_NAME: usize = 4096;
+/// Longest description of a language, in bytes.
+const MAX_LANGUAGE_INFO: usize = 16 * 1024;
+/// Most payloads of a reply.
+const MAX_PAYLOADS: usize = 16;
 /// Most lines of a traceback.
 const MAX_TRACEBACK: usize = 1000;
 
@@ -37,6 +46,27 @@ pub fn request(msg_id: &str, session: &str, msg_type: &str, content: &Value) -> 
 /// Builds a message that answers another one, whose header is given as it came.
 #[must_use]
 pub fn reply_to(msg_id: &str, session: &str, msg_type: &str, content: &Value, parent_header: Bytes) -> Request {
+    let header = header(msg_id, session, msg_type);
+    let parts = vec![header, parent_header, Bytes::from_static(b"{}"), Bytes::from(content.to_string())];
+    Request { msg_id: msg_id.to_owned(), parts }
+}
+
+/// Builds a message of a comm, with its buffers.
+#[must_use]
+pub fn comm(msg_id: &str, session: &str, comm: &Comm) -> Request {
+    let msg_type = match comm.kind {
+        CommKind::Open => "comm_open",
+        CommKind::Message => "comm_msg",
+        CommKind::Close => "comm_close",
+    };
+    let text = |JsonText(text): &JsonText| Bytes::from(text.clone());
+    let header = header(msg_id, session, msg_type);
+    let fixed = [header, Bytes::from_static(b"{}"), text(&comm.metadata), text(&comm.content)];
+    let parts = fixed.into_iter().chain(comm.buffers.iter().cloned().map(Bytes::from)).collect();
+    Request { msg_id: msg_id.to_owned(), parts }
+}
+
+fn header(msg_id: &str, session: &str, msg_type: &str) -> Bytes {
     let header = json!({
         "msg_id": msg_id,
         "session": session,
@@ -45,24 +75,33 @@ pub fn reply_to(msg_id: &str, session: &str, msg_type: &str, content: &Value, pa
         "msg_type": msg_type,
         "version": "5.3",
     });
-    let parts = vec![
-        Bytes::from(header.to_string()),
-        parent_header,
-        Bytes::from_static(b"{}"),
-        Bytes::from(content.to_string()),
-    ];
-    Request { msg_id: msg_id.to_owned(), parts }
+    Bytes::from(header.to_string())
+}
+
+/// What an `execute_request` asks for.
+#[derive(Debug, Clone, Copy)]
+pub struct Execute<'a> {
+    /// The code.
+    pub code: &'a str,
+    /// Nothing is shown and nothing is counted.
+    pub silent: bool,
+    /// It takes part in the kernel's count.
+    pub store_history: bool,
+    /// It may ask for input.
+    pub allow_stdin: bool,
+    /// Evaluated after it.
+    pub user_expressions: &'a BTreeMap<String, String>,
 }
 
 /// The content of an `execute_request`.
 #[must_use]
-pub fn execute_content(code: &str, silent: bool, store_history: bool, allow_stdin: bool) -> Value {
+pub fn execute_content(asked: &Execute<'_>) -> Value {
     json!({
-        "code": code,
-        "silent": silent,
-        "store_history": store_history && !silent,
-        "user_expressions": {},
-        "allow_stdin": allow_stdin,
+        "code": asked.code,
+        "silent": asked.silent,
+        "store_history": asked.store_history && !asked.silent,
+        "user_expressions": asked.user_expressions,
+        "allow_stdin": asked.allow_stdin,
         "stop_on_error": false,
     })
 }
@@ -94,6 +133,71 @@ pub struct ExecuteReply {
     pub error: Option<ErrorInfo>,
     /// The kernel is going to exit, as after `exit()`.
     pub leaving: bool,
+    /// Values of the user expressions, as the kernel says them.
+    pub user_expressions: NamedValues,
+    /// Pages, the next input, as the kernel says them.
+    pub payloads: Vec<JsonText>,
+}
+
+impl ExecuteReply {
+    /// What stands for a reply that never came, of an execution that is done.
+    #[must_use]
+    pub fn done() -> Self {
+        let (user_expressions, payloads) = (NamedValues::new(), Vec::new());
+        Self { ok: true, execution_count: None, error: None, leaving: false, user_expressions, payloads }
+    }
+
+    /// The same of one that failed.
+    #[must_use]
+    pub fn failed() -> Self {
+        Self { ok: false, ..Self::done() }
+    }
+}
+
+/// A request for a line of input.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct InputRequest {
+    /// What the code asks.
+    pub prompt: String,
+    /// Whether the answer is to be hidden.
+    pub password: bool,
+}
+
+/// What stands for the end of the input in an answer to an [`InputRequest`].
+pub const END_OF_INPUT: &str = "\u{4}";
+
+/// The content of an `input_reply`.
+#[must_use]
+pub fn input_content(line: &str) -> Value {
+    json!({"status": "ok", "value": line})
+}
+
+/// Reads an `input_request`. One that is not understood asks for a line all the same.
+#[must_use]
+pub fn read_input_request(content: &[u8]) -> InputRequest {
+    #[derive(Deserialize, Default)]
+    #[serde(default)]
+    struct Asked {
+        prompt: String,
+        password: bool,
+    }
+    let asked: Asked = from_json(&String::from_utf8_lossy(content)).unwrap_or_default();
+    InputRequest { prompt: bounded(asked.prompt), password: asked.password }
+}
+
+/// Reads a message of a comm from its parts: header, parent header, metadata, content, then buffers. `None` when it is none.
+#[must_use]
+pub fn read_comm(msg_type: &str, parts: &[Bytes]) -> Option<ExecutionEvent> {
+    let kind = match msg_type {
+        "comm_open" => CommKind::Open,
+        "comm_msg" => CommKind::Message,
+        "comm_close" => CommKind::Close,
+        _ => return None,
+    };
+    let metadata = read_object(parts.get(2)?).unwrap_or_else(JsonText::object);
+    let content = read_object(parts.get(3)?)?;
+    let buffers = parts.iter().skip(4).map(|buffer| buffer.to_vec()).collect();
+    Some(ExecutionEvent::Comm(Comm { kind, content, metadata, buffers }))
 }
 
 /// Content that is not what its message type promises. It is dropped; the execution goes on.
@@ -122,10 +226,9 @@ fn read_iopub_text(msg_type: &str, text: &str) -> Result<Iopub, serde_json::Erro
         "error" => Iopub::Output(ExecutionEvent::Error(from_json::<ErrorContent>(text)?.into_info())),
         "clear_output" => Iopub::Output(ExecutionEvent::OutputClear { wait: from_json::<ClearContent>(text)?.wait }),
         "status" => Iopub::Status { idle: from_json::<StatusContent>(text)?.execution_state == "idle" },
-        "execute_input" => match from_json::<CountContent>(text)?.execution_count {
-            Some(count) => Iopub::ExecutionCount(count),
-            None => Iopub::Other,
-        },
+        "execute_input" => {
+            count(from_json::<CountContent<'_>>(text)?.execution_count).map_or(Iopub::Other, Iopub::ExecutionCount)
+        }
         _ => Iopub::Other,
     })
 }
@@ -136,28 +239,65 @@ fn read_iopub_text(msg_type: &str, text: &str) -> Result<Iopub, serde_json::Erro
 /// When the content is not JSON of its form.
 pub fn read_execute_reply(content: &[u8]) -> Result<ExecuteReply, Unreadable> {
     let text = String::from_utf8_lossy(content);
-    let reply: ReplyContent =
+    let reply: ReplyContent<'_> =
         from_json(&text).map_err(|source| Unreadable { msg_type: "execute_reply".to_owned(), source })?;
     let error = (reply.status == "error")
         .then(|| ErrorContent { ename: reply.ename, evalue: reply.evalue, traceback: reply.traceback }.into_info());
-    let leaving = reply.payload.iter().any(|p| p.source == "ask_exit" && !p.keepkernel);
-    Ok(ExecuteReply { ok: reply.status == "ok", execution_count: reply.execution_count, error, leaving })
+    let read = |raw: &RawValue| from_json::<Payload>(raw.get()).unwrap_or_default();
+    let is_exit = |raw: &&RawValue| read(raw).source == "ask_exit";
+    let leaving = reply.payload.iter().copied().filter(is_exit).any(|raw| !read(raw).keepkernel);
+    let payloads = reply.payload.iter().copied().filter(|raw| !is_exit(raw)).take(MAX_PAYLOADS);
+    let values = reply.user_expressions.into_iter();
+    Ok(ExecuteReply {
+        ok: reply.status == "ok",
+        execution_count: count(reply.execution_count),
+        error,
+        leaving,
+        user_expressions: values.filter_map(|(name, value)| Some((name.into_owned(), fit(value)?))).collect(),
+        payloads: payloads.filter_map(fit).collect(),
+    })
 }
 
-/// The language that a `kernel_info_reply` names, if it names one.
+/// A count that may be any number.
+fn count(raw: Option<&RawValue>) -> Option<u64> {
+    raw?.get().parse().ok()
+}
+
+/// The language that a `kernel_info_reply` names, and all it says of it, if it names one.
 #[must_use]
-pub fn language_of(content: &[u8]) -> Option<String> {
+pub fn language_of(content: &[u8]) -> Option<(String, JsonText)> {
     #[derive(Deserialize)]
-    struct Info {
-        language_info: Language,
+    struct Info<'a> {
+        #[serde(borrow)]
+        language_info: &'a RawValue,
     }
     #[derive(Deserialize)]
     struct Language {
         name: String,
     }
-    let info: Info = from_json(&String::from_utf8_lossy(content)).ok()?;
-    Some(info.language_info.name)
-        .filter(|name| name.len() <= 64 && name.chars().all(|c| c.is_ascii_graphic() || c == ' '))
+    let text = String::from_utf8_lossy(content);
+    let info: Info<'_> = from_json(&text).ok()?;
+    let language: Language = from_json(info.language_info.get()).ok()?;
+    let info = Some(info.language_info).filter(|info| info.get().len() <= MAX_LANGUAGE_INFO).and_then(fit);
+    let is_name = |name: &String| name.len() <= 64 && name.chars().all(|c| c.is_ascii_graphic() || c == ' ');
+    Some(language.name).filter(is_name).map(|name| (name, info.unwrap_or_else(JsonText::object)))
+}
+
+/// Reads a content that is to be passed on as it is; `None` when it is no object.
+#[must_use]
+pub fn read_object(content: &[u8]) -> Option<JsonText> {
+    let text = String::from_utf8_lossy(content);
+    let raw: &RawValue = from_json(&text).ok()?;
+    raw.get().starts_with('{').then(|| fit(raw)).flatten()
+}
+
+/// JSON of a kernel as others can read it. Most of it is a text without escapes, which is fit as it is.
+fn fit(raw: &RawValue) -> Option<JsonText> {
+    let text = raw.get();
+    if text.starts_with('"') && !text.contains("\\u") {
+        return Some(JsonText(text.to_owned()));
+    }
+    json::clean(text).ok().map(|clean| JsonText(clean.get().to_owned()))
 }
 
 fn from_json<'a, T: Deserialize<'a>>(text: &'a str) -> Result<T, serde_json::Error> {
@@ -200,14 +340,12 @@ impl DisplayContent<'_> {
             .iter()
             .filter(|(mime, _)| is_mime(mime))
             .take(MAX_MIME_TYPES)
-            .map(|(mime, value)| (mime.to_string(), JsonText(value.get().to_owned())))
+            .filter_map(|(mime, value)| Some((mime.to_string(), MimePart::Inline(fit(value)?))))
             .collect()
     }
 
     fn metadata(&self) -> JsonText {
-        self.metadata
-            .filter(|m| m.get().starts_with('{'))
-            .map_or_else(JsonText::object, |m| JsonText(m.get().to_owned()))
+        self.metadata.filter(|m| m.get().starts_with('{')).and_then(fit).unwrap_or_else(JsonText::object)
     }
 
     fn display_id(&self) -> Option<String> {
@@ -273,31 +411,32 @@ struct StatusContent {
 }
 
 #[derive(Deserialize)]
-struct CountContent {
-    #[serde(default)]
-    execution_count: Option<u64>,
+struct CountContent<'a> {
+    #[serde(borrow, default)]
+    execution_count: Option<&'a RawValue>,
 }
 
 #[derive(Deserialize)]
-struct ReplyContent {
+struct ReplyContent<'a> {
     status: String,
-    #[serde(default)]
-    execution_count: Option<u64>,
+    #[serde(borrow, default)]
+    execution_count: Option<&'a RawValue>,
     #[serde(default)]
     ename: String,
     #[serde(default)]
     evalue: String,
     #[serde(default)]
     traceback: Vec<String>,
-    #[serde(default)]
-    payload: Vec<Payload>,
+    #[serde(borrow, default)]
+    payload: Vec<&'a RawValue>,
+    #[serde(borrow, default)]
+    user_expressions: BTreeMap<Cow<'a, str>, &'a RawValue>,
 }
 
-#[derive(Deserialize)]
+#[derive(Deserialize, Default)]
+#[serde(default)]
 struct Payload {
-    #[serde(default)]
     source: String,
-    #[serde(default)]
     keepkernel: bool,
 }
 
@@ -322,7 +461,8 @@ mod tests {
             panic!("not read");
         };
         assert_eq!(output.data.len(), 2);
-        assert_eq!(output.data["application/json"].0, r#"{"a":[1,2]}"#);
+        let json = MimePart::Inline(JsonText(r#"{"a":[1,2]}"#.to_owned()));
+        assert_eq!(output.data["application/json"], json);
         assert_eq!(output.metadata.0, r#"{"image/png":{"width":3}}"#);
         assert_eq!(output.display_id.as_deref(), Some("d1"));
     }
@@ -335,9 +475,54 @@ mod tests {
     }
 
     #[test]
-    fn depth_costs_nothing() {
-        let deep = format!(r#"{{"data":{{"application/json":{}{}}}}}"#, "[".repeat(90_000), "]".repeat(90_000));
-        let _ = read_iopub("display_data", deep.as_bytes());
+    fn a_count_of_any_length_does_not_lose_the_reply() {
+        let content = format!("{{\"status\":\"ok\",\"execution_count\":{}}}", "9".repeat(400));
+        let reply = read_execute_reply(content.as_bytes()).unwrap();
+        assert!(reply.ok && reply.execution_count.is_none());
+        assert_eq!(read_iopub("execute_input", content.as_bytes()).unwrap(), Iopub::Other);
+    }
+
+    #[test]
+    fn values_and_payloads_are_carried_as_they_are() {
+        let content =
+            br#"{"status":"ok","execution_count":3,"user_expressions":{"a":{"status":"ok","data":{"text/plain":"1"}}},
+            "payload":[{"source":"page","start":0},{"source":"ask_exit","keepkernel":true}]}"#;
+        let reply = read_execute_reply(content).unwrap();
+        assert_eq!(reply.user_expressions["a"].0, r#"{"status":"ok","data":{"text/plain":"1"}}"#);
+        assert_eq!(reply.payloads, [JsonText(r#"{"source":"page","start":0}"#.to_owned())]);
+        assert!(!reply.leaving);
+    }
+
+    #[test]
+    fn a_comm_is_carried_with_its_buffers() {
+        let parts = ["{}", "{}", "{}", r#"{"comm_id":"c","data":{}}"#, "\0\u{1}"].map(|p| Bytes::from(p.to_owned()));
+        let Some(ExecutionEvent::Comm(comm)) = read_comm("comm_msg", &parts) else { panic!("not read") };
+        assert_eq!((comm.kind, comm.buffers), (CommKind::Message, vec![vec![0, 1]]));
+        assert_eq!(read_comm("stream", &parts), None);
+        assert_eq!(read_comm("comm_open", &parts[..3]), None);
+    }
+
+    #[test]
+    fn what_no_reader_takes_is_left_out_or_mended_and_the_rest_stays() {
+        let deep = |n| format!("{}{}", "[".repeat(n), "]".repeat(n));
+        for (json, expected) in [
+            (deep(90_000), None),
+            ("9".repeat(400), None),
+            ("[1e999]".to_owned(), None),
+            (deep(3), Some(deep(3))),
+            ("\"\\ud800\"".to_owned(), Some("\"\\ufffd\"".to_owned())),
+        ] {
+            let content =
+                format!(r#"{{"data":{{"text/plain":"x","application/json":{json}}},"metadata":{{"a":{json}}}}}"#);
+            let Ok(Iopub::Output(ExecutionEvent::Result(output))) = read_iopub("display_data", content.as_bytes())
+            else {
+                panic!("not read: {}", &json[..10]);
+            };
+            assert_eq!(output.data["text/plain"], MimePart::Inline(JsonText("\"x\"".to_owned())));
+            let found = output.data.get("application/json");
+            assert_eq!(found, expected.clone().map(|e| MimePart::Inline(JsonText(e))).as_ref());
+            assert_eq!(output.metadata.0, expected.map_or("{}".to_owned(), |e| format!("{{\"a\":{e}}}")));
+        }
     }
 
     proptest! {

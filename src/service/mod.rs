@@ -6,17 +6,24 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use bytes::Bytes;
 use cellblock_wire::link::FileEntry;
 use hyper::body::Incoming;
+use serde_json::json;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio_util::sync::CancellationToken;
 
 use crate::domain::ids::{ContextId, ExecutionId, SessionId};
 use crate::domain::lifecycle::{EndReason, Phase};
-use crate::domain::spec::{self, FieldError, SessionRequest, Template};
+use crate::domain::output::{Comm, JsonText};
+use crate::domain::spec::{self, FieldError, SessionRequest, SessionSpec, Template};
 use crate::engine::{Engine, EngineError, ImageInfo, Pull};
 use crate::kernel::link::LinkError;
-use crate::session::execution::{Execution, ExecutionRequest};
+use crate::session::execution::{Execution, ExecutionRequest, OnTimeout, Stdin};
 use crate::session::registry::{CreateRefused, Created, Registry};
-use crate::session::{Patch, Refused, Session, StartFailure, StartFault};
+use crate::session::{ContextView, Patch, Refused, Session, StartFailure, StartFault};
+pub use crate::store::BlobBody;
+use crate::store::{Archive, Blob};
 use crate::task;
 
 pub mod keys;
@@ -29,6 +36,18 @@ pub const MAX_WAIT: Duration = Duration::from_secs(300);
 const READINESS: Duration = Duration::from_secs(1);
 /// Longest code of one execution, in bytes: written as JSON it fits into one frame of the link, whatever is in it.
 pub const MAX_CODE: usize = 3 * 1024 * 1024;
+/// Longest line of input, in bytes.
+pub const MAX_LINE: usize = 64 * 1024;
+/// Most lines of input that come with an execution, and most bytes of them.
+const MAX_LINES: (usize, usize) = (1000, 1024 * 1024);
+/// Most user expressions, and most bytes of one.
+const MAX_EXPRESSIONS: (usize, usize) = (32, 64 * 1024);
+/// KiB of notebooks on their way to callers at once.
+const NOTEBOOK_ROOM: usize = 256 * 1024;
+/// Most buffers of a comm's message; a message of more parts is no message of Jupyter's for the guest.
+const MAX_BUFFERS: usize = 32;
+/// A kernel answers a question within this time; it has none while it runs code.
+const QUESTION: Duration = Duration::from_secs(10);
 /// A deleted session is waited for this long; its removal goes on after that.
 const END_WAIT: Duration = Duration::from_secs(30);
 
@@ -56,6 +75,15 @@ pub enum Error {
     /// As many executions as allowed are waiting.
     #[error("too many executions are waiting in this session")]
     QueueFull,
+    /// The state of the thing does not allow it now.
+    #[error("{0}")]
+    StateConflict(String),
+    /// Too much is on its way to others.
+    #[error("too many notebooks are being fetched")]
+    NotebooksBusy,
+    /// The kernel had no time for a question.
+    #[error("the kernel did not answer within {0:?}; it may be running code")]
+    KernelBusy(Duration),
     /// As many sessions live as may.
     #[error("as many sessions live as this server may hold")]
     AtCapacity,
@@ -89,6 +117,12 @@ impl From<Refused> for Error {
             Refused::QueueFull => Self::QueueFull,
             Refused::NoSuchContext => Self::NotFound("context"),
             Refused::KernelLost => Self::GuestUnreachable,
+            Refused::KernelFailed(failure) => Self::StartFailed(failure),
+            Refused::TooManyContexts(_) => Self::StateConflict(format!("{refused}; delete one of them")),
+            Refused::DefaultContext => {
+                Self::StateConflict(format!("{refused}; it goes with its session, and can be restarted"))
+            }
+            Refused::NothingAsked => Self::StateConflict("the execution does not ask for input now".to_owned()),
         }
     }
 }
@@ -108,6 +142,34 @@ pub struct ExecuteRequest {
     pub store_history: Option<bool>,
     /// Bytes of stdout and of stderr, each; the template's limit when absent.
     pub max_output_bytes: Option<u64>,
+    /// What it gets when it asks for a line.
+    pub stdin: Stdin,
+    /// Expressions that are evaluated after it, by name.
+    pub user_expressions: BTreeMap<String, String>,
+    /// What happens at its time limit first.
+    pub on_timeout: OnTimeout,
+    /// A message of a comm instead of code.
+    pub comm: Option<Comm>,
+}
+
+/// A notebook on its way to a caller.
+#[derive(Debug)]
+pub struct Notebook {
+    /// The file.
+    pub bytes: Bytes,
+    /// Its part of the memory for notebooks; to be held until it is sent.
+    pub room: OwnedSemaphorePermit,
+}
+
+/// A question to a kernel about code.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Question {
+    /// How it may go on at a place, in Unicode characters from its beginning; its end when absent.
+    Complete(Option<u64>),
+    /// What stands at a place, and in how much detail (0 or 1).
+    Inspect(Option<u64>, u8),
+    /// Whether it is complete.
+    IsComplete,
 }
 
 /// Which sessions are meant.
@@ -144,6 +206,9 @@ pub struct Service {
     templates: BTreeMap<String, Template>,
     default_template: String,
     pull: Pull,
+    archive: Option<Archive>,
+    /// KiB of notebooks that may be on their way at once: callers may read slowly.
+    notebook_room: Arc<Semaphore>,
     /// When the engine was last asked whether it answers, and whether it did.
     engine_seen: tokio::sync::Mutex<Option<(Instant, bool)>>,
 }
@@ -163,8 +228,10 @@ impl Service {
         templates: BTreeMap<String, Template>,
         default_template: String,
         pull: Pull,
+        archive: Option<Archive>,
     ) -> Self {
-        Self { registry, engine, templates, default_template, pull, engine_seen: tokio::sync::Mutex::default() }
+        let (engine_seen, notebook_room) = (tokio::sync::Mutex::default(), Arc::new(Semaphore::new(NOTEBOOK_ROOM)));
+        Self { registry, engine, templates, default_template, pull, archive, notebook_room, engine_seen }
     }
 
     /// Creates a session, or finds the live one of that name. With `wait` it answers once the session is ready, or has failed
@@ -179,15 +246,7 @@ impl Service {
         wait: bool,
     ) -> Result<Created, Error> {
         who.require_sessions()?;
-        let name = request.template.as_ref().unwrap_or(&self.default_template);
-        let template = self.templates.get(name).ok_or_else(|| {
-            let known = self.templates.keys().map(|t| format!("\"{t}\"")).collect::<Vec<_>>().join(", ");
-            Error::SpecRejected(vec![FieldError::new(
-                "/template",
-                format!("there is no template of that name; there are {known}"),
-            )])
-        })?;
-        let mut spec = spec::resolve(template, request).map_err(Error::SpecRejected)?;
+        let (template, mut spec) = self.specify(request)?;
         spec.image = self.resolve_image(template).await?.id;
         let created = self.registry.create(&who.tenant, spec, request.reuse).map_err(|refused| match refused {
             CreateRefused::AtCapacity => Error::AtCapacity,
@@ -199,6 +258,19 @@ impl Service {
             self.wait_until_started(session).await?;
         }
         Ok(created)
+    }
+
+    /// What a session would be, but for its image.
+    fn specify(&self, request: &SessionRequest) -> Result<(&Template, SessionSpec), Error> {
+        let name = request.template.as_ref().unwrap_or(&self.default_template);
+        let template = self.templates.get(name).ok_or_else(|| {
+            let known = self.templates.keys().map(|t| format!("\"{t}\"")).collect::<Vec<_>>().join(", ");
+            Error::SpecRejected(vec![FieldError::new(
+                "/template",
+                format!("there is no template of that name; there are {known}"),
+            )])
+        })?;
+        Ok((template, spec::resolve(template, request).map_err(Error::SpecRejected)?))
     }
 
     async fn resolve_image(&self, template: &Template) -> Result<ImageInfo, Error> {
@@ -227,7 +299,7 @@ impl Service {
     }
 
     async fn wait_until_started(&self, session: &Session) -> Result<(), Error> {
-        let started = |phase: Phase| !matches!(phase, Phase::Provisioning | Phase::Connecting);
+        let started = |phase: Phase| !matches!(phase, Phase::Provisioning | Phase::Connecting | Phase::Replacing);
         let snapshot = session.wait_for(|s| started(s.phase)).await;
         let (Phase::Aborting(reason) | Phase::Ending(reason) | Phase::Ended(reason)) = snapshot.phase else {
             return Ok(());
@@ -301,26 +373,213 @@ impl Service {
         Ok(session)
     }
 
-    /// Interrupts what runs in a session.
+    /// Interrupts what runs in a session, or in one of its contexts.
     ///
     /// # Errors
     /// See [`Error`].
-    pub async fn interrupt(&self, who: &Principal, id: SessionId) -> Result<Session, Error> {
+    pub async fn interrupt(
+        &self,
+        who: &Principal,
+        id: SessionId,
+        context: Option<ContextId>,
+    ) -> Result<Session, Error> {
         who.require_sessions()?;
         let session = self.session(who, id)?;
-        session.interrupt().await?;
+        session.interrupt(context).await?;
         Ok(session)
     }
 
-    /// Replaces a session's kernels; answers once the new ones do.
+    /// Replaces a session's kernels, or that of one context; answers once the new ones do.
     ///
     /// # Errors
     /// See [`Error`].
-    pub async fn restart(&self, who: &Principal, id: SessionId) -> Result<Session, Error> {
+    pub async fn restart(&self, who: &Principal, id: SessionId, context: Option<ContextId>) -> Result<Session, Error> {
         who.require_sessions()?;
         let session = self.session(who, id)?;
-        session.restart().await?;
+        session.restart(context).await?;
         Ok(session)
+    }
+
+    /// The contexts of a session.
+    ///
+    /// # Errors
+    /// See [`Error`].
+    pub async fn contexts(&self, who: &Principal, id: SessionId) -> Result<Vec<ContextView>, Error> {
+        Ok(self.session(who, id)?.contexts().await?)
+    }
+
+    /// Adds a context to a session; answers once its kernel does. Without a kernelspec it has that of the session.
+    ///
+    /// # Errors
+    /// See [`Error`].
+    pub async fn create_context(
+        &self,
+        who: &Principal,
+        id: SessionId,
+        kernelspec: Option<String>,
+        cwd: Option<String>,
+    ) -> Result<ContextView, Error> {
+        who.require_sessions()?;
+        let session = self.session(who, id)?;
+        let mut errors = Vec::new();
+        if kernelspec.as_deref().is_some_and(|k| !spec::is_name(k)) {
+            let allowed = "allowed are 1 to 64 letters, digits, \".\", \"_\" and \"-\"";
+            errors.push(FieldError::new("/kernelspec", allowed));
+        }
+        if cwd.as_deref().is_some_and(|c| c.is_empty() || c.len() > 4096 || c.contains('\0')) {
+            errors.push(FieldError::new("/cwd", "allowed is a path of at most 4096 bytes"));
+        }
+        if !errors.is_empty() {
+            return Err(Error::SpecRejected(errors));
+        }
+        if let Some(wanted) = &kernelspec {
+            let specs = session.link().await?.kernelspecs().await.map_err(|error| unreachable_guest(id, &error))?;
+            // Names come from the image, which is as trusted as its operator makes it.
+            let names: Vec<_> = specs.iter().map(|s| s.name.as_str()).filter(|name| spec::is_name(name)).collect();
+            if !names.contains(&wanted.as_str()) {
+                let message = format!("the image has no such kernelspec; it has {}", names.join(", "));
+                return Err(Error::SpecRejected(vec![FieldError::new("/kernelspec", message)]));
+            }
+        }
+        Ok(session.create_context(kernelspec, cwd).await?)
+    }
+
+    /// Ends a context that is not the default one.
+    ///
+    /// # Errors
+    /// See [`Error`].
+    pub async fn delete_context(
+        &self,
+        who: &Principal,
+        id: SessionId,
+        context: ContextId,
+    ) -> Result<ContextView, Error> {
+        who.require_sessions()?;
+        Ok(self.session(who, id)?.delete_context(context).await?)
+    }
+
+    /// Asks a context's kernel about code; its answer as it is.
+    ///
+    /// # Errors
+    /// See [`Error`].
+    pub async fn ask_kernel(
+        &self,
+        who: &Principal,
+        (id, context): (SessionId, ContextId),
+        question: &Question,
+        code: &str,
+    ) -> Result<JsonText, Error> {
+        who.require_sessions()?;
+        if code.len() > MAX_CODE {
+            let message = format!("{} bytes; allowed are {MAX_CODE}", code.len());
+            return Err(Error::SpecRejected(vec![FieldError::new("/code", message)]));
+        }
+        let end = || code.chars().count() as u64;
+        if let Question::Complete(Some(at)) | Question::Inspect(Some(at), _) = question
+            && *at > end()
+        {
+            // Some kernels never answer such a question.
+            let message = format!("{at} is beyond the end of the code; allowed are 0 to {}", end());
+            return Err(Error::SpecRejected(vec![FieldError::new("/cursor", message)]));
+        }
+        let (msg_type, content) = match question {
+            Question::Complete(at) => ("complete_request", json!({"code": code, "cursor_pos": at.unwrap_or_else(end)})),
+            Question::Inspect(at, detail) => {
+                let at = at.unwrap_or_else(end);
+                ("inspect_request", json!({"code": code, "cursor_pos": at, "detail_level": detail}))
+            }
+            Question::IsComplete => ("is_complete_request", json!({"code": code})),
+        };
+        let answer = self.session(who, id)?.ask_kernel(Some(context), msg_type, content).await?;
+        match tokio::time::timeout(QUESTION, answer).await {
+            Ok(Ok(content)) => Ok(content),
+            Ok(Err(_)) => Err(Error::GuestUnreachable),
+            Err(_) => Err(Error::KernelBusy(QUESTION)),
+        }
+    }
+
+    /// Gives an execution the line of input that it asks for.
+    ///
+    /// # Errors
+    /// See [`Error`].
+    pub async fn answer_input(&self, who: &Principal, id: ExecutionId, line: String) -> Result<Arc<Execution>, Error> {
+        who.require_sessions()?;
+        if line.len() > MAX_LINE {
+            let message = format!("{} bytes; allowed are {MAX_LINE}", line.len());
+            return Err(Error::SpecRejected(vec![FieldError::new("/text", message)]));
+        }
+        let execution = self.execution(who, id)?;
+        if execution.status().is_final() {
+            return Err(Refused::NothingAsked.into());
+        }
+        self.session(who, execution.place.session)?.answer_input(id, line).await?;
+        Ok(execution)
+    }
+
+    /// Runs code in a session of its own, which ends with it. It goes on whether or not anybody listens, unless it was abandoned
+    /// before the session was ready.
+    ///
+    /// # Errors
+    /// See [`Error`].
+    pub async fn run(
+        self: &Arc<Self>,
+        who: &Principal,
+        session: SessionRequest,
+        request: ExecuteRequest,
+        abandoned: CancellationToken,
+    ) -> Result<Arc<Execution>, Error> {
+        // Before anything starts: the session's specification is what the request is held against.
+        let spec = self.specify(&session)?.1;
+        resolve_execution(&spec, request.clone())?;
+        let (service, who) = (Arc::clone(self), who.clone());
+        let accepted = carry_on("run", async move {
+            let created = service.create_session(&who, &session, true).await?;
+            let (Created::New(session) | Created::Reused(session)) = created;
+            let accepted = match abandoned.is_cancelled() {
+                true => Err(Error::SessionEnded(EndReason::Deleted)),
+                false => service.execute(&who, session.id, request).await,
+            };
+            let execution = accepted.inspect_err(|_| session.end(EndReason::Deleted))?;
+            let running = Arc::clone(&execution);
+            task::spawn("run", async move {
+                running.ended().await;
+                session.end(EndReason::Deleted);
+            });
+            Ok(execution)
+        });
+        accepted.await.unwrap_or(Err(Error::GuestUnreachable))
+    }
+
+    /// A long content of an execution's result.
+    ///
+    /// # Errors
+    /// [`Error::NotFound`].
+    pub async fn blob(&self, who: &Principal, id: ExecutionId, number: u32) -> Result<Blob, Error> {
+        let archive = self.archive.as_ref().ok_or(Error::NotFound("blob"))?;
+        archive.blob(&who.tenant, id, number).await.ok_or(Error::NotFound("blob"))
+    }
+
+    /// A session's notebook, as `nbformat` 4.5 has it; for a while after the session has ended too.
+    ///
+    /// # Errors
+    /// [`Error::NotFound`].
+    pub async fn notebook(&self, who: &Principal, id: SessionId) -> Result<Notebook, Error> {
+        let archive = self.archive.as_ref().ok_or(Error::NotFound("notebook"))?;
+        let bytes = archive.notebook(&who.tenant, id).await.ok_or(Error::NotFound("notebook"))?;
+        // One that is larger than all the room has it to itself.
+        let share = u32::try_from((bytes.len() / 1024 + 1).min(NOTEBOOK_ROOM)).unwrap_or(u32::MAX);
+        let room = Arc::clone(&self.notebook_room).try_acquire_many_owned(share).map_err(|_| Error::NotebooksBusy)?;
+        Ok(Notebook { bytes, room })
+    }
+
+    /// Forgets a session's notebook.
+    ///
+    /// # Errors
+    /// [`Error::NotFound`].
+    pub async fn delete_notebook(&self, who: &Principal, id: SessionId) -> Result<(), Error> {
+        who.require_sessions()?;
+        let archive = self.archive.as_ref().ok_or(Error::NotFound("notebook"))?;
+        if archive.delete_notebook(&who.tenant, id).await { Ok(()) } else { Err(Error::NotFound("notebook")) }
     }
 
     /// Runs code in a session, or lets it wait for its turn. It goes on whether or not anybody listens.
@@ -338,7 +597,7 @@ impl Service {
         if self.registry.is_draining() {
             return Err(Error::Draining);
         }
-        let (context, request) = (request.context, resolve_execution(&session, request)?);
+        let (context, request) = (request.context, resolve_execution(&session.spec, request)?);
         let registry = Arc::clone(&self.registry);
         // What was accepted is kept even if its caller leaves at this moment.
         let accepted = carry_on("execute", async move {
@@ -365,7 +624,7 @@ impl Service {
         who.require_sessions()?;
         let execution = self.execution(who, id)?;
         if !execution.status().is_final() {
-            self.session(who, execution.session)?.cancel(id)?;
+            self.session(who, execution.place.session)?.cancel(id)?;
         }
         Ok(execution)
     }
@@ -464,8 +723,7 @@ impl SessionPatch {
     }
 }
 
-fn resolve_execution(session: &Session, request: ExecuteRequest) -> Result<ExecutionRequest, Error> {
-    let spec = &session.spec;
+fn resolve_execution(spec: &SessionSpec, request: ExecuteRequest) -> Result<ExecutionRequest, Error> {
     let mut errors = Vec::new();
     let timeout = match request.timeout_seconds {
         None => spec.timeouts.execution,
@@ -486,6 +744,7 @@ fn resolve_execution(session: &Session, request: ExecuteRequest) -> Result<Execu
         }
         output.text_bytes = asked;
     }
+    check_input(&request, &mut errors);
     if !errors.is_empty() {
         return Err(Error::SpecRejected(errors));
     }
@@ -495,7 +754,52 @@ fn resolve_execution(session: &Session, request: ExecuteRequest) -> Result<Execu
         silent: request.silent,
         store_history: request.store_history.unwrap_or(true),
         output,
+        stdin: request.stdin,
+        user_expressions: request.user_expressions,
+        on_timeout: request.on_timeout,
+        comm: request.comm,
     })
+}
+
+fn check_input(request: &ExecuteRequest, errors: &mut Vec<FieldError>) {
+    if let Some(comm) = &request.comm
+        && (comm.len() > MAX_CODE || comm.buffers.len() > MAX_BUFFERS)
+    {
+        let (bytes, buffers) = (comm.len(), comm.buffers.len());
+        let message =
+            format!("{bytes} bytes and {buffers} buffers; allowed are {MAX_CODE} bytes and {MAX_BUFFERS} buffers");
+        errors.push(FieldError::new("/content", message));
+    }
+    if let Stdin::Lines(lines) = &request.stdin {
+        let bytes: usize = lines.iter().map(String::len).sum();
+        if lines.len() > MAX_LINES.0 || bytes > MAX_LINES.1 {
+            let message = format!(
+                "{} lines of {bytes} bytes in all; allowed are {} of {} bytes in all",
+                lines.len(),
+                MAX_LINES.0,
+                MAX_LINES.1
+            );
+            errors.push(FieldError::new("/stdin", message));
+        }
+        for (at, line) in lines.iter().enumerate().filter(|(_, line)| line.len() > MAX_LINE) {
+            let message = format!("{} bytes; allowed are {MAX_LINE}", line.len());
+            errors.push(FieldError::new(format!("/stdin/{at}"), message));
+        }
+    }
+    let (count, longest) = MAX_EXPRESSIONS;
+    if request.user_expressions.len() > count {
+        let message = format!("{} expressions; allowed are {count}", request.user_expressions.len());
+        errors.push(FieldError::new("/user_expressions", message));
+    }
+    for (name, expression) in &request.user_expressions {
+        if !spec::is_name(name) || expression.len() > longest {
+            let pointer = format!("/user_expressions/{}", spec::escape_pointer(name));
+            let message = format!(
+                "a name is 1 to 64 letters, digits, \".\", \"_\" and \"-\", an expression at most {longest} bytes"
+            );
+            errors.push(FieldError::new(pointer, message));
+        }
+    }
 }
 
 fn unreachable_guest(id: SessionId, error: &LinkError) -> Error {
@@ -524,5 +828,5 @@ async fn wait_for_end(session: &Session) {
 /// What a fault of a start means for a caller: whether trying again may help.
 #[must_use]
 pub fn is_retryable(fault: StartFault) -> bool {
-    !matches!(fault, StartFault::KernelFailed | StartFault::EngineRefused)
+    !matches!(fault, StartFault::KernelFailed | StartFault::SetupFailed | StartFault::EngineRefused)
 }

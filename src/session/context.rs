@@ -3,37 +3,41 @@
 //! It knows nothing of links or engines; [`Action`]s are carried out in order by the session's task. A kernel that is replaced
 //! gets a new name, so nothing the old one says is ever taken for the new one's words.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use cellblock_wire::link::{Channel, CutStream, Event, Outbound, OutputCap};
+use cellblock_wire::link::{Channel, CutStream, Event, KernelDeleted, Outbound, OutputCap};
+use jiff::Timestamp;
+use serde_json::{Value, json};
+use tokio::sync::oneshot;
 
-use super::execution::Execution;
+use super::execution::{End, Execution, ExecutionRequest, OnTimeout, Place, Stdin};
+use super::fresh;
+use super::running::{Due, Input, Running, describe_death, stopped};
 use crate::domain::ids::{ContextId, ExecutionId};
-use crate::domain::output::{ErrorInfo, ExecutionEvent, RestartCause, Status, Truncated};
+use crate::domain::lifecycle::EndReason;
+use crate::domain::output::{ExecutionEvent, JsonText, RestartCause, Status, StopStep, Truncated};
+use crate::domain::spec::{OnKernelDeath, OutputLimits};
 use crate::kernel::protocol::{self, Iopub, Request};
 
 /// A `kernel_info_request` is repeated after this long without an iopub message: kernels of the older protocol lose the first.
 const NUDGE_AFTER: Duration = Duration::from_millis(250);
-/// An interrupt by message is followed by a signal after this long.
-const SIGNAL_AFTER: Duration = Duration::from_secs(1);
-/// What was interrupted, or says that it is idle without having replied, is looked after when this long has passed.
-const PROBE_AFTER: Duration = Duration::from_secs(1);
-/// A reply without an idle status counts as the end after this long without any output. A kernel answers before its output
-/// has arrived: on a busy machine that takes seconds.
-const IDLE_AFTER_REPLY: Duration = Duration::from_secs(10);
+/// A kernel has dealt with an interrupt within this time; until then nothing new is begun, which it could hit.
+const INTERRUPT_SETTLES: Duration = Duration::from_secs(1);
 /// Most bytes of code that may wait.
 const MAX_QUEUED_BYTES: usize = 16 * 1024 * 1024;
 /// Most times in a row that a kernel may die before it ran anything.
 const MAX_FAILED_BOOTS: u32 = 3;
+/// Most questions to a kernel that wait for its answer.
+const MAX_QUESTIONS: usize = 64;
 
 /// Something for the session's task to do, in order.
 #[derive(Debug, Clone)]
 pub(super) enum Action {
     /// Start a kernel under this name.
-    Start { kernel: String },
+    Start { kernel: String, kernelspec: Option<String>, cwd: Option<String> },
     /// End a kernel with all its processes.
     Delete { kernel: String },
     /// Pass a message on.
@@ -45,16 +49,24 @@ pub(super) enum Action {
 /// What a context tells the session beside its actions.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Notice {
-    /// The kernel answers.
+    /// The kernel answers, and has said what it is.
+    Answers,
+    /// The kernel is prepared too.
     Ready,
     /// The kernel would not start; a sentence for people.
     BootFailed(String),
+    /// The kernel could not be prepared; a sentence for people.
+    SetupFailed(String),
+    /// The kernel died, and the session is to end with it.
+    Died(EndReason),
+    /// The kernel was ended for want of memory: one of the processes of the whole cell that were, and not to be told of again.
+    OomTold,
 }
 
 /// Times that a context keeps to.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Pace {
-    /// A kernel answers within this time of its start.
+    /// A kernel answers within this time of its start, and is prepared.
     pub boot: Duration,
     /// An interrupt is obeyed within this time, or the kernel is replaced.
     pub interrupt_grace: Duration,
@@ -62,62 +74,88 @@ pub(super) struct Pace {
     pub queue: Duration,
 }
 
+/// What a context is made of.
+#[derive(Debug, Clone)]
+pub(super) struct Making {
+    /// Where its executions belong; the language comes from the kernel.
+    pub place: Place,
+    pub pace: Pace,
+    pub max_queue: usize,
+    /// The image's kernelspec; the guest chooses when absent.
+    pub kernelspec: Option<String>,
+    /// Working folder of the kernel.
+    pub cwd: Option<String>,
+    /// Code that prepares each new kernel.
+    pub setup: Arc<[String]>,
+    /// What that may put out.
+    pub setup_output: OutputLimits,
+    pub on_kernel_death: OnKernelDeath,
+}
+
 #[derive(Debug)]
-#[expect(clippy::large_enum_variant, reason = "a context has one of it, and most of the time the large one")]
 enum State {
-    Booting {
-        connected: bool,
-        replied: bool,
-        iopub: bool,
-        nudge_at: Instant,
-        deadline: Instant,
-    },
+    Booting(Booting),
     Idle,
     Running(Running),
+    /// What ran was interrupted, and the kernel may not have got to that yet.
+    Settling(Settling),
+    /// The kernel is being ended; a new one is asked for when it is gone.
+    Replacing(Replacing),
     /// The kernel is gone and no new one was asked for.
     Dead,
 }
 
 #[derive(Debug)]
-struct Running {
-    execution: Arc<Execution>,
-    msg_id: String,
-    reply: Option<protocol::ExecuteReply>,
-    /// When something was last heard of it, once it has replied: output that was under way may take its time.
-    replied_at: Option<Instant>,
-    idle: bool,
+struct Booting {
+    connected: bool,
+    replied: bool,
+    iopub: bool,
+    nudge_at: Instant,
     deadline: Instant,
-    /// When the kernel is asked whether it is done: it answers in order, so its answer without a reply before means that the reply is
-    /// lost (an interrupt in the wrong moment does that).
-    probe_at: Option<Instant>,
-    probe: Option<String>,
-    stop: Option<Stop>,
-    error_told: bool,
 }
 
-/// An execution is being stopped.
 #[derive(Debug)]
-struct Stop {
-    status: Option<Status>,
-    signal_at: Option<Instant>,
-    kill_at: Option<Instant>,
+struct Settling {
+    /// The request to interrupt that the kernel has not answered; then it is asked something, which it answers after that.
+    interrupt: Option<String>,
+    probe: Option<String>,
+    until: Instant,
+}
+
+#[derive(Debug)]
+struct Replacing {
+    running: Option<Running>,
+    status: Status,
+    cause: RestartCause,
+    /// What has happened to it, for people.
+    words: String,
+    since: Instant,
 }
 
 /// A context.
 #[derive(Debug)]
 pub(super) struct Context {
     pub(super) id: ContextId,
-    pub(super) language: String,
+    pub(super) created_at: Timestamp,
+    pub(super) kernelspec: String,
+    pub(super) display_name: String,
+    pub(super) language_info: Option<JsonText>,
+    making: Making,
     client: String,
-    pace: Pace,
     kernel: String,
     born: u32,
     failed_boots: u32,
-    oom_kills: u64,
+    /// Processes of the cell ended for want of memory, as far as this context has heard.
+    oom_seen: u64,
+    /// Kernels of the cell that were told to be among them.
+    oom_told: u64,
     messages: u64,
     state: State,
+    /// Setup code that this kernel has yet to run.
+    to_prepare: VecDeque<String>,
+    prepare_until: Instant,
     queue: VecDeque<Waiting>,
-    max_queue: usize,
+    questions: BTreeMap<String, oneshot::Sender<JsonText>>,
     /// The kernel was replaced while nothing ran: the next execution is told.
     replaced: Option<RestartCause>,
     /// An interrupt is on its way to the guest; another one would say nothing more.
@@ -133,32 +171,50 @@ struct Waiting {
     execution: Arc<Execution>,
 }
 
-/// The queue of a context is full.
+/// A bound on what may wait is reached.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct QueueFull;
+
+/// How a context is, for people and programs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ContextState {
+    /// Its kernel does not answer yet, or is being replaced.
+    Starting,
+    /// Code can run.
+    Ready,
+    /// Code runs.
+    Busy,
+}
 
 /// Whoever waits for an execution learns of its end even if the session's task panics.
 impl Drop for Context {
     fn drop(&mut self) {
-        self.settle(Status::Lost);
+        self.settle(Status::Lost, StopStep::End, "its session is gone");
     }
 }
 
 impl Context {
-    pub(super) fn new(id: ContextId, pace: Pace, max_queue: usize) -> Self {
+    pub(super) fn new(making: Making) -> Self {
+        let id = making.place.context;
         Self {
             id,
-            language: String::new(),
+            created_at: Timestamp::now(),
+            kernelspec: making.kernelspec.clone().unwrap_or_default(),
+            display_name: String::new(),
+            language_info: None,
+            making,
             client: id.to_string(),
-            pace,
             kernel: String::new(),
             born: 0,
             failed_boots: 0,
-            oom_kills: 0,
+            oom_seen: 0,
+            oom_told: 0,
             messages: 0,
             state: State::Dead,
+            to_prepare: VecDeque::new(),
+            prepare_until: Instant::now(),
             queue: VecDeque::new(),
-            max_queue,
+            questions: BTreeMap::new(),
             replaced: None,
             interrupting: false,
             actions: Vec::new(),
@@ -171,76 +227,112 @@ impl Context {
         (std::mem::take(&mut self.actions), std::mem::take(&mut self.notices))
     }
 
-    /// Whether something runs or waits.
-    pub(super) fn is_busy(&self) -> bool {
-        matches!(self.state, State::Running(_)) || !self.queue.is_empty()
+    pub(super) fn language(&self) -> &str {
+        &self.making.place.language
     }
 
-    /// Whether its kernel answers.
+    /// Whether a kernel of this name is, or was, this context's.
+    pub(super) fn owns(&self, kernel: &str) -> bool {
+        kernel.strip_prefix(self.client.as_str()).is_some_and(|rest| rest.starts_with('n'))
+    }
+
+    /// Whether something of a caller's runs or waits.
+    pub(super) fn is_busy(&self) -> bool {
+        let runs = match &self.state {
+            State::Running(running) => !running.is_setup,
+            State::Replacing(Replacing { running, .. }) => running.as_ref().is_some_and(|r| !r.is_setup),
+            State::Booting(_) | State::Idle | State::Settling(_) | State::Dead => false,
+        };
+        runs || !self.queue.is_empty()
+    }
+
+    /// Whether its kernel answers and is prepared.
     pub(super) fn is_up(&self) -> bool {
-        matches!(self.state, State::Idle | State::Running(_))
+        match &self.state {
+            State::Idle | State::Settling(_) => true,
+            State::Running(running) => !running.is_setup,
+            State::Booting(_) | State::Replacing(_) | State::Dead => false,
+        }
+    }
+
+    pub(super) fn state(&self) -> ContextState {
+        match &self.state {
+            State::Idle | State::Settling(_) => ContextState::Ready,
+            State::Running(running) if !running.is_setup => ContextState::Busy,
+            _ => ContextState::Starting,
+        }
+    }
+
+    /// How many executions wait.
+    pub(super) fn queued(&self) -> usize {
+        self.queue.len()
     }
 
     /// How many executions would be before a new one.
     pub(super) fn position(&self) -> usize {
-        self.queue.len() + usize::from(matches!(self.state, State::Running(_)))
+        let runs = matches!(&self.state, State::Running(_) | State::Replacing(Replacing { running: Some(_), .. }));
+        self.queue.len() + usize::from(runs)
     }
 
     /// When [`Context::on_time`] wants to be called next.
     pub(super) fn next_deadline(&self) -> Option<Instant> {
         let own = match &self.state {
-            State::Booting { nudge_at, deadline, .. } => Some(*nudge_at.min(deadline)),
+            State::Booting(Booting { nudge_at, deadline, .. }) => Some(*nudge_at.min(deadline)),
             State::Running(running) => Some(running.next_deadline()),
-            State::Idle | State::Dead => None,
+            State::Settling(settling) => Some(settling.until),
+            State::Idle | State::Replacing(_) | State::Dead => None,
         };
-        let queued = self.queue.front().map(|waiting| waiting.since + self.pace.queue);
+        let queued = self.queue.front().map(|waiting| waiting.since + self.making.pace.queue);
         own.into_iter().chain(queued).min()
     }
 
-    /// Starts a kernel under a new name.
-    pub(super) fn boot(&mut self, now: Instant) {
+    /// Starts a kernel under a new name, which is to be ready within a time.
+    pub(super) fn boot(&mut self, now: Instant, within: Duration) {
         self.born += 1;
         self.interrupting = false;
+        self.questions.clear();
         self.kernel = format!("{}n{}", self.id, self.born);
-        self.state = State::Booting {
-            connected: false,
-            replied: false,
-            iopub: false,
-            nudge_at: now + self.pace.boot,
-            deadline: now + self.pace.boot,
-        };
-        self.actions.push(Action::Start { kernel: self.kernel.clone() });
+        let deadline = now + within;
+        self.prepare_until = deadline;
+        self.to_prepare = self.making.setup.iter().cloned().collect();
+        self.state =
+            State::Booting(Booting { connected: false, replied: false, iopub: false, nudge_at: deadline, deadline });
+        let Making { kernelspec, cwd, .. } = self.making.clone();
+        self.actions.push(Action::Start { kernel: self.kernel.clone(), kernelspec, cwd });
         self.ask_kernel_info();
     }
 
+    /// Starts in a new container, which has that much time left to be ready.
+    pub(super) fn move_to_new_cell(&mut self, now: Instant, left: Duration) {
+        (self.oom_seen, self.oom_told, self.failed_boots) = (0, 0, 0);
+        self.boot(now, left);
+    }
+
     /// Takes an execution into the queue.
-    pub(super) fn enqueue(&mut self, execution: Arc<Execution>, now: Instant) -> Result<(), QueueFull> {
-        let bytes: usize = self.queue.iter().map(|w| w.execution.request.code.len()).sum();
-        if self.queue.len() >= self.max_queue || bytes + execution.request.code.len() > MAX_QUEUED_BYTES {
+    pub(super) fn enqueue(&mut self, request: ExecutionRequest, now: Instant) -> Result<Arc<Execution>, QueueFull> {
+        let bytes: usize = self.queue.iter().map(|w| w.execution.request.len()).sum();
+        if self.queue.len() >= self.making.max_queue || bytes + request.len() > MAX_QUEUED_BYTES {
             return Err(QueueFull);
         }
-        self.queue.push_back(Waiting { since: now, execution });
+        let execution = Arc::new(Execution::new(fresh(), self.making.place.clone(), request, self.position()));
+        self.queue.push_back(Waiting { since: now, execution: Arc::clone(&execution) });
         self.advance(now);
-        Ok(())
+        Ok(execution)
     }
 
     /// Interrupts what runs, without a verdict: the code may catch it.
     pub(super) fn interrupt(&mut self, now: Instant) {
-        let State::Running(running) = &mut self.state else { return };
-        let signal_at = Some(now + SIGNAL_AFTER);
-        running.probe_at = Some(now + PROBE_AFTER);
-        match &mut running.stop {
-            Some(stop) => stop.signal_at = signal_at,
-            none => *none = Some(Stop { status: None, signal_at, kill_at: None }),
+        if let State::Running(running) = &mut self.state {
+            running.interrupt(now);
+            self.send_interrupt();
         }
-        self.send_interrupt();
     }
 
     /// Takes an execution back: out of the queue, or by an interrupt.
     pub(super) fn cancel(&mut self, id: ExecutionId, now: Instant) {
         if let Some(at) = self.queue.iter().position(|w| w.execution.id == id) {
             if let Some(waiting) = self.queue.remove(at) {
-                waiting.execution.finish(Status::Cancelled);
+                waiting.execution.finish(End::with(Status::Cancelled, "it was cancelled before it began"));
             }
         } else if let State::Running(running) = &self.state
             && running.execution.id == id
@@ -249,58 +341,147 @@ impl Context {
         }
     }
 
-    /// Replaces the kernel. What runs or waits is cancelled.
-    pub(super) fn restart(&mut self, now: Instant) {
-        self.queue.drain(..).for_each(|w| w.execution.finish(Status::Cancelled));
-        self.failed_boots = 0;
-        self.replace_kernel(Status::Cancelled, &RestartCause::Requested, now);
+    /// Answers the running execution's request for a line; false when it asks for none.
+    pub(super) fn answer_input(&mut self, id: ExecutionId, line: &str) -> bool {
+        let asked = match &mut self.state {
+            State::Running(running) if running.execution.id == id => running.take_asked(),
+            _ => None,
+        };
+        let Some(header) = asked else { return false };
+        self.send_line(line, header);
+        true
     }
 
-    /// Ends everything that runs or waits.
-    pub(super) fn settle(&mut self, status: Status) {
-        if let State::Running(running) = std::mem::replace(&mut self.state, State::Dead) {
-            running.execution.finish(status);
+    /// Asks the kernel something; the content of its answer is sent on when it comes.
+    pub(super) fn ask(
+        &mut self,
+        msg_type: &str,
+        content: &Value,
+        answer: oneshot::Sender<JsonText>,
+    ) -> Result<(), QueueFull> {
+        self.questions.retain(|_, waiting| !waiting.is_closed());
+        if self.questions.len() >= MAX_QUESTIONS {
+            return Err(QueueFull);
         }
-        self.queue.drain(..).for_each(|w| w.execution.finish(status));
+        let msg_id = self.next_id("ask");
+        let request = protocol::request(&msg_id, &self.client, msg_type, content);
+        self.questions.insert(msg_id, answer);
+        self.send(Channel::Shell, request, None);
+        Ok(())
+    }
+
+    /// Replaces the kernel. What runs or waits is cancelled.
+    pub(super) fn restart(&mut self, now: Instant) {
+        let end = || End::with(Status::Cancelled, "its kernel was replaced before it began");
+        self.queue.drain(..).for_each(|w| w.execution.finish(end()));
+        self.failed_boots = 0;
+        match &self.state {
+            State::Replacing(_) => {}
+            _ => self.replace_kernel(Status::Cancelled, RestartCause::Requested, String::new(), now),
+        }
+    }
+
+    /// Ends everything that runs or waits, and the kernel.
+    pub(super) fn close(&mut self) {
+        self.settle(Status::Cancelled, StopStep::End, "its context was deleted");
+        self.actions.push(Action::Delete { kernel: self.kernel.clone() });
+    }
+
+    /// Ends everything that runs or waits. What was being stopped ends with the verdict that it had.
+    pub(super) fn settle(&mut self, status: Status, step: StopStep, detail: &str) {
+        self.settle_running(status, step, detail);
+        self.queue.drain(..).for_each(|w| w.execution.finish(End::with(status, detail)));
+    }
+
+    /// Ends what runs; what waits goes on waiting, for a kernel in another container.
+    pub(super) fn settle_running(&mut self, status: Status, step: StopStep, detail: &str) {
+        self.questions.clear();
+        let (running, decided) = match std::mem::replace(&mut self.state, State::Dead) {
+            State::Running(running) => (running, None),
+            State::Replacing(Replacing { running: Some(running), status, since, .. }) => {
+                (running, Some((status, since)))
+            }
+            _ => return,
+        };
+        let end = match decided.or(running.verdict()) {
+            Some((verdict @ (Status::Timeout | Status::Cancelled), since)) => {
+                stopped(&running.execution, verdict, step, since.elapsed(), Vec::new())
+            }
+            _ => End::with(status, detail),
+        };
+        running.execution.finish(end);
+    }
+
+    /// The next execution is told that its kernel is another one.
+    pub(super) fn tell_replaced(&mut self, cause: RestartCause) {
+        self.replaced = Some(cause);
     }
 
     /// Takes an event of the guest.
     pub(super) fn on_event(&mut self, kernel: &str, event: Event, parts: &[Bytes], now: Instant) {
-        if kernel != self.kernel {
+        if kernel != self.kernel || matches!(self.state, State::Dead) {
             return;
         }
         match event {
+            // It is being ended already; what it has said before still counts.
+            Event::KernelConnected | Event::KernelFailed { .. } | Event::KernelExited { .. }
+                if matches!(self.state, State::Replacing(_)) => {}
             Event::Message { channel, msg_type, parent_id } => {
                 self.on_message(channel, &msg_type, &parent_id, parts, now)
             }
             Event::Gap { parent_id, stream, total_bytes, omitted_bytes } => {
                 if let Some(running) = self.running(&parent_id) {
                     let what = truncated(stream);
-                    running.execution.output(ExecutionEvent::OutputTruncated { what, omitted_bytes, total_bytes });
+                    running.output(ExecutionEvent::OutputTruncated { what, omitted_bytes, total_bytes });
+                }
+            }
+            Event::Effects { parent_id, effects } => {
+                let kills = effects.oom_kills;
+                if let Some(running) = self.running(&parent_id) {
+                    running.memory_hit = effects.memory_hit;
+                    running.execution.effects(super::effects::read(*effects));
+                    self.oom_seen = self.oom_seen.max(kills);
                 }
             }
             Event::KernelConnected => {
-                if let State::Booting { connected, nudge_at, .. } = &mut self.state {
-                    (*connected, *nudge_at) = (true, now + NUDGE_AFTER);
+                if let State::Booting(booting) = &mut self.state {
+                    (booting.connected, booting.nudge_at) = (true, now + NUDGE_AFTER);
                 }
                 self.check_boot(now);
             }
             Event::KernelFailed { channel, reason, stderr_tail } => {
                 let channel = channel.map(|c| format!("channel {c}: ")).unwrap_or_default();
                 let cause = RestartCause::Died { status: None, signal: None };
-                self.on_death(&format!("{channel}{reason}"), &stderr_tail, Status::KernelDied, &cause, now);
+                self.on_death(&format!("the kernel was ended: {channel}{reason}"), &stderr_tail, cause, now);
             }
-            Event::KernelExited { status, signal, oom_kills, stderr_tail } => {
-                let oom = oom_kills > self.oom_kills && signal == Some(9);
-                self.oom_kills = self.oom_kills.max(oom_kills);
-                let (verdict, cause) = if oom {
-                    (Status::Oom, RestartCause::Oom)
-                } else {
-                    (Status::KernelDied, RestartCause::Died { status, signal })
+            Event::KernelExited { status, signal, oom_kills, swept, stderr_tail } => {
+                let is_hit = match &self.state {
+                    State::Running(running) => running.memory_hit,
+                    _ => oom_kills > self.oom_seen,
                 };
-                self.on_death(&describe_exit(status, signal, oom), &stderr_tail, verdict, &cause, now);
+                let cause = match signal {
+                    _ if swept => RestartCause::Swept,
+                    // One that is not the end of another kernel, which has been told already.
+                    Some(9) if is_hit && oom_kills > self.oom_told => {
+                        self.notices.push(Notice::OomTold);
+                        RestartCause::Oom
+                    }
+                    _ => RestartCause::Died { status, signal },
+                };
+                self.oom_seen = self.oom_seen.max(oom_kills);
+                self.on_death(&describe_death(&cause), &stderr_tail, cause, now);
             }
         }
+    }
+
+    /// A kernel was ended for want of memory, in whatever context.
+    pub(super) fn note_oom_told(&mut self) {
+        self.oom_told += 1;
+    }
+
+    /// Whether the kernel can still be told something.
+    fn is_listening(&self) -> bool {
+        !matches!(self.state, State::Replacing(_) | State::Dead)
     }
 
     /// The guest has taken an interrupt over.
@@ -310,31 +491,78 @@ impl Context {
 
     /// The guest would not start the kernel, or not pass a message on to it.
     pub(super) fn on_refusal(&mut self, kernel: &str, reason: &str, now: Instant) {
-        if kernel == self.kernel && !matches!(self.state, State::Dead) {
-            let cause = RestartCause::Died { status: None, signal: None };
-            self.on_death(reason, "", Status::KernelDied, &cause, now);
+        if kernel == self.kernel && self.is_listening() {
+            self.on_death(reason, "", RestartCause::Died { status: None, signal: None }, now);
+        }
+    }
+
+    /// The guest has ended the kernel with all its processes, and those of these other contexts.
+    pub(super) fn on_deleted(&mut self, kernel: &str, gone: KernelDeleted, also_ended: Vec<ContextId>, now: Instant) {
+        if kernel != self.kernel || !matches!(self.state, State::Replacing(_)) {
+            return;
+        }
+        let State::Replacing(replacing) = std::mem::replace(&mut self.state, State::Dead) else { return };
+        let Replacing { running, status, cause, words, since } = replacing;
+        // The end of the session, where its kernel died by itself and the template wants no other.
+        let over = match (&cause, self.making.on_kernel_death) {
+            (RestartCause::Oom, OnKernelDeath::End) => Some(EndReason::Oom),
+            (RestartCause::Died { .. }, OnKernelDeath::End) => Some(EndReason::KernelDied),
+            _ => None,
+        };
+        match running {
+            Some(running) if running.is_setup => {
+                let how =
+                    if status == Status::Timeout { "did not end in time".to_owned() } else { describe_death(&cause) };
+                self.fail(Notice::SetupFailed(format!("the setup code failed: {how}")));
+                return;
+            }
+            Some(running) => {
+                if let Some(effects) = gone.effects {
+                    running.execution.effects(super::effects::read(effects));
+                }
+                match over {
+                    Some(_) => running.execution.kernel_has_ended(cause.clone()),
+                    None => running.execution.output(ExecutionEvent::KernelRestarted { cause: cause.clone() }),
+                }
+                let end = match status {
+                    Status::Timeout | Status::Cancelled => {
+                        stopped(&running.execution, status, StopStep::Restart, now - since, also_ended)
+                    }
+                    _ if over.is_some() => End::with(status, format!("{words}, and the session ends with it")),
+                    _ => End::with(status, format!("{words}; variables are gone, files are kept")),
+                };
+                running.execution.finish(end);
+            }
+            None if cause != RestartCause::Requested => self.replaced = Some(cause.clone()),
+            None => {}
+        }
+        match over {
+            Some(reason) => self.notices.push(Notice::Died(reason)),
+            None => self.boot(now, self.making.pace.boot),
         }
     }
 
     /// Does what is due.
     pub(super) fn on_time(&mut self, now: Instant) {
-        while let Some(waiting) = self.queue.pop_front_if(|w| now >= w.since + self.pace.queue) {
-            waiting.execution.finish(Status::Timeout);
+        let patience = self.making.pace.queue;
+        while let Some(waiting) = self.queue.pop_front_if(|w| now >= w.since + patience) {
+            let words = format!("it waited {} s for its turn, and did not run", patience.as_secs_f64());
+            waiting.execution.finish(End::with(Status::Timeout, words));
         }
         match &mut self.state {
-            State::Booting { deadline, .. } if now >= *deadline => {
-                let reason = format!("the kernel did not answer within {:?}", self.pace.boot);
-                let cause = RestartCause::Died { status: None, signal: None };
-                self.on_death(&reason, "", Status::KernelDied, &cause, now);
+            State::Booting(booting) if now >= booting.deadline => {
+                let reason = "the kernel did not answer in time".to_owned();
+                self.on_death(&reason, "", RestartCause::Died { status: None, signal: None }, now);
             }
-            State::Booting { nudge_at, .. } if now >= *nudge_at => {
-                *nudge_at = now + NUDGE_AFTER;
+            State::Booting(booting) if now >= booting.nudge_at => {
+                booting.nudge_at = now + NUDGE_AFTER;
                 self.ask_kernel_info();
             }
             State::Running(running) => {
                 let due = running.due(now);
                 self.on_due(due, now);
             }
+            State::Settling(settling) if now >= settling.until => self.has_settled(now),
             _ => {}
         }
     }
@@ -345,7 +573,7 @@ impl Context {
             Some(Due::TimeLimit) => self.stop(Status::Timeout, now),
             Some(Due::Probe) => self.probe(),
             Some(Due::Signal) => self.actions.push(Action::Signal { kernel: self.kernel.clone(), signal: "SIGINT" }),
-            Some(Due::Kill(status)) => self.replace_kernel(status, &RestartCause::Timeout, now),
+            Some(Due::Kill(status)) => self.replace_kernel(status, RestartCause::Timeout, String::new(), now),
             None => {}
         }
     }
@@ -356,56 +584,114 @@ impl Context {
             self.on_boot_message(channel, msg_type, content, now);
             return;
         }
-        let is_probe = |running: &Running| running.reply.is_none() && running.probe.as_deref() == Some(parent_id);
-        if channel == Channel::Shell && matches!(&self.state, State::Running(running) if is_probe(running)) {
-            self.on_probe_reply(now);
+        if channel == Channel::Shell && matches!(&self.state, State::Running(r) if r.is_probe(parent_id)) {
+            if let State::Running(running) = &mut self.state {
+                running.reply_is_lost();
+            }
+            self.complete(now);
             return;
         }
-        match channel {
-            Channel::Iopub => self.on_iopub(msg_type, parent_id, content, now),
-            Channel::Shell if msg_type == "execute_reply" => self.on_reply(parent_id, content, now),
-            Channel::Control if msg_type == "interrupt_reply" => self.on_interrupt_reply(content),
-            Channel::Shell | Channel::Control | Channel::Stdin => {}
+        if matches!(&self.state, State::Settling(s) if s.probe.as_deref() == Some(parent_id)) {
+            if channel == Channel::Shell {
+                self.has_settled(now);
+            }
+            return;
+        }
+        match (channel, msg_type) {
+            (Channel::Iopub, _) => self.on_iopub(msg_type, parent_id, parts, now),
+            (Channel::Shell, "execute_reply") => self.on_reply(parent_id, content, now),
+            (Channel::Shell, _) => self.on_answer(parent_id, content),
+            (Channel::Control, "interrupt_reply") => self.on_interrupt_reply(parent_id, content),
+            (Channel::Stdin, "input_request") => self.on_input_request(parent_id, parts),
+            (Channel::Control | Channel::Stdin, _) => {}
         }
     }
 
     fn probe(&mut self) {
         let msg_id = self.next_id("probe");
-        let request = protocol::request(&msg_id, &self.client, "kernel_info_request", &serde_json::json!({}));
+        let request = protocol::request(&msg_id, &self.client, "kernel_info_request", &json!({}));
         if let State::Running(running) = &mut self.state {
             running.probe = Some(msg_id);
         }
         self.send(Channel::Shell, request, None);
     }
 
-    /// The kernel is done with what it was asked before the probe.
-    fn on_probe_reply(&mut self, now: Instant) {
-        if let State::Running(running) = &mut self.state {
-            let name = if running.stop.is_some() { "KeyboardInterrupt" } else { "NoReply" }.to_owned();
-            let value = "the kernel ended it without a reply".to_owned();
-            let error = Some(ErrorInfo { name, value, traceback: Vec::new() }).filter(|_| !running.error_told);
-            running.reply = Some(protocol::ExecuteReply { ok: false, execution_count: None, error, leaving: false });
-            self.complete(now);
+    fn on_interrupt_reply(&mut self, parent_id: &str, content: &[u8]) {
+        let is_settling = match &mut self.state {
+            State::Running(running) => {
+                running.interrupt.take_if(|id| id == parent_id);
+                if protocol::read_execute_reply(content).is_ok_and(|reply| reply.ok) {
+                    running.interrupted_itself();
+                }
+                false
+            }
+            State::Settling(settling) => settling.interrupt.take_if(|id| id == parent_id).is_some(),
+            _ => false,
+        };
+        if is_settling {
+            self.probe_settling();
         }
     }
 
-    /// The kernel has interrupted itself: a signal on top would interrupt what the code does to clean up.
-    fn on_interrupt_reply(&mut self, content: &[u8]) {
-        if let State::Running(Running { stop: Some(stop), .. }) = &mut self.state
-            && protocol::read_execute_reply(content).is_ok_and(|reply| reply.ok)
-        {
-            stop.signal_at = None;
+    /// Begins nothing new before the kernel has dealt with an interrupt: it would hit what it is not meant for.
+    fn settle_interrupt(&mut self, interrupt: Option<String>, now: Instant) {
+        let answered = interrupt.is_none();
+        self.state = State::Settling(Settling { interrupt, probe: None, until: now + INTERRUPT_SETTLES });
+        if answered {
+            self.probe_settling();
         }
+    }
+
+    fn probe_settling(&mut self) {
+        let msg_id = self.next_id("probe");
+        let request = protocol::request(&msg_id, &self.client, "kernel_info_request", &json!({}));
+        if let State::Settling(settling) = &mut self.state {
+            settling.probe = Some(msg_id);
+        }
+        self.send(Channel::Shell, request, None);
+    }
+
+    fn has_settled(&mut self, now: Instant) {
+        self.state = State::Idle;
+        self.advance(now);
+    }
+
+    fn on_answer(&mut self, parent_id: &str, content: &[u8]) {
+        if let Some(answer) = self.questions.remove(parent_id)
+            && let Some(content) = protocol::read_object(content)
+        {
+            // Whoever asked may have left.
+            let _ = answer.send(content);
+        }
+    }
+
+    fn on_input_request(&mut self, parent_id: &str, parts: &[Bytes]) {
+        let (Some(header), Some(content)) = (parts.first(), parts.get(3)) else { return };
+        if !self.is_listening() {
+            return;
+        }
+        let Some(running) = self.running(parent_id) else { return };
+        if let Input::Line(line) = running.asks(protocol::read_input_request(content), header.clone()) {
+            self.send_line(&line, header.clone());
+        }
+    }
+
+    fn send_line(&mut self, line: &str, asked: Bytes) {
+        let msg_id = self.next_id("line");
+        let content = protocol::input_content(line);
+        let reply = protocol::reply_to(&msg_id, &self.client, "input_reply", &content, asked);
+        self.send(Channel::Stdin, reply, None);
     }
 
     fn on_boot_message(&mut self, channel: Channel, msg_type: &str, content: &[u8], now: Instant) {
-        let State::Booting { replied, iopub, .. } = &mut self.state else { return };
+        let State::Booting(booting) = &mut self.state else { return };
         match channel {
-            Channel::Iopub => *iopub = true,
+            Channel::Iopub => booting.iopub = true,
             Channel::Shell if msg_type == "kernel_info_reply" => {
-                *replied = true;
-                if let Some(language) = protocol::language_of(content) {
-                    self.language = language;
+                booting.replied = true;
+                if let Some((name, info)) = protocol::language_of(content) {
+                    self.making.place.language = name;
+                    self.language_info = Some(info);
                 }
             }
             _ => return,
@@ -413,18 +699,19 @@ impl Context {
         self.check_boot(now);
     }
 
-    fn on_iopub(&mut self, msg_type: &str, parent_id: &str, content: &[u8], now: Instant) {
+    fn on_iopub(&mut self, msg_type: &str, parent_id: &str, parts: &[Bytes], now: Instant) {
         let Some(running) = self.running(parent_id) else { return };
-        running.replied_at = running.replied_at.map(|_| now);
+        running.heard(now);
+        if let Some(comm) = protocol::read_comm(msg_type, parts) {
+            running.output(comm);
+            return;
+        }
+        let Some(content) = parts.get(3) else { return };
         match protocol::read_iopub(msg_type, content) {
-            Ok(Iopub::Output(event)) => {
-                running.error_told |= matches!(event, ExecutionEvent::Error(_));
-                running.execution.output(event);
-            }
+            Ok(Iopub::Output(event)) => running.output(event),
             Ok(Iopub::ExecutionCount(count)) => running.execution.count(count),
             Ok(Iopub::Status { idle: true }) => {
-                running.idle = true;
-                running.probe_at = Some(now + PROBE_AFTER);
+                running.is_idle(now);
                 self.complete_if_done(now);
             }
             Ok(Iopub::Status { idle: false } | Iopub::Other) => {}
@@ -436,52 +723,93 @@ impl Context {
         let Some(running) = self.running(parent_id) else { return };
         match protocol::read_execute_reply(content) {
             Ok(reply) => {
-                if let Some(count) = reply.execution_count {
-                    running.execution.count(count);
-                }
-                running.reply = Some(reply);
-                running.replied_at = Some(now);
+                running.has_replied(reply, now);
                 self.complete_if_done(now);
             }
             Err(error) => tracing::debug!(%error, "a kernel's reply was dropped"),
         }
     }
 
+    /// The execution of this message, if its kernel works on it, or is being ended because of it.
     fn running(&mut self, msg_id: &str) -> Option<&mut Running> {
         match &mut self.state {
-            State::Running(running) if running.msg_id == msg_id => Some(running),
+            State::Running(running) | State::Replacing(Replacing { running: Some(running), .. })
+                if running.msg_id == msg_id =>
+            {
+                Some(running)
+            }
             _ => None,
         }
     }
 
     fn check_boot(&mut self, now: Instant) {
-        if let State::Booting { connected: true, replied: true, iopub: true, .. } = self.state {
+        if let State::Booting(Booting { connected: true, replied: true, iopub: true, .. }) = self.state {
             self.state = State::Idle;
-            self.notices.push(Notice::Ready);
-            self.advance(now);
+            self.notices.push(Notice::Answers);
+            self.prepare(now);
         }
     }
 
+    /// Runs the next setup code; after the last one the kernel is ready.
+    fn prepare(&mut self, now: Instant) {
+        let Some(code) = self.to_prepare.pop_front() else {
+            self.notices.push(Notice::Ready);
+            self.advance(now);
+            return;
+        };
+        let request = ExecutionRequest {
+            code,
+            timeout: self.prepare_until.saturating_duration_since(now),
+            silent: false,
+            store_history: false,
+            output: self.making.setup_output,
+            stdin: Stdin::Deny,
+            user_expressions: BTreeMap::new(),
+            on_timeout: OnTimeout::Restart,
+            comm: None,
+        };
+        let mut place = self.making.place.clone();
+        if self.born > 1 {
+            // A notebook has it once.
+            place.keeping = place.keeping.without_notebook();
+        }
+        let execution = Arc::new(Execution::new(fresh(), place, request, 0));
+        self.run(execution, true, now);
+    }
+
     fn complete_if_done(&mut self, now: Instant) {
-        if let State::Running(Running { idle: true, reply: Some(_), .. }) = &self.state {
+        if matches!(&self.state, State::Running(running) if running.is_done()) {
             self.complete(now);
         }
     }
 
     fn complete(&mut self, now: Instant) {
         let State::Running(running) = std::mem::replace(&mut self.state, State::Idle) else { return };
-        self.failed_boots = 0;
-        if running.reply.as_ref().is_some_and(|reply| reply.leaving) {
+        let is_setup = running.is_setup;
+        if running.is_leaving() && !is_setup {
             // It would take the next request and die with it.
             let cause = RestartCause::Died { status: Some(0), signal: None };
-            running.execution.output(ExecutionEvent::KernelRestarted { cause });
-            running.finish();
-            self.actions.push(Action::Delete { kernel: self.kernel.clone() });
-            self.boot(now);
+            running.execution.output(ExecutionEvent::KernelRestarted { cause: cause.clone() });
+            running.finish(now);
+            self.replace_kernel(Status::KernelDied, RestartCause::Requested, String::new(), now);
             return;
         }
-        running.finish();
-        self.advance(now);
+        let (interrupted, interrupt) = (running.interrupted, running.interrupt.clone());
+        let finished = running.finish(now);
+        match (is_setup, finished.ok) {
+            (true, true) => self.prepare(now),
+            (true, false) => {
+                let error = finished.error.map(|e| format!(": {}: {}", e.name, e.value)).unwrap_or_default();
+                self.fail(Notice::SetupFailed(format!("the setup code failed{error}")));
+            }
+            (false, _) => {
+                self.failed_boots = 0;
+                match interrupted {
+                    true => self.settle_interrupt(interrupt, now),
+                    false => self.advance(now),
+                }
+            }
+        }
     }
 
     /// Starts the next execution, if the kernel is free.
@@ -490,63 +818,69 @@ impl Context {
             return;
         }
         let Some(Waiting { execution, .. }) = self.queue.pop_front() else { return };
-        let msg_id = execution.id.to_string();
+        self.run(execution, false, now);
+    }
+
+    fn run(&mut self, execution: Arc<Execution>, is_setup: bool, now: Instant) {
         let asked = &execution.request;
-        let content = protocol::execute_content(&asked.code, asked.silent, asked.store_history, false);
-        let request = protocol::request(&msg_id, &self.client, "execute_request", &content);
+        let msg_id = execution.id.to_string();
+        let request = match &asked.comm {
+            Some(comm) => protocol::comm(&msg_id, &self.client, comm),
+            None => {
+                let content = protocol::execute_content(&protocol::Execute {
+                    code: &asked.code,
+                    silent: asked.silent,
+                    store_history: asked.store_history,
+                    allow_stdin: asked.stdin != Stdin::Deny,
+                    user_expressions: &asked.user_expressions,
+                });
+                protocol::request(&msg_id, &self.client, "execute_request", &content)
+            }
+        };
         let cap = OutputCap {
             text_bytes: asked.output.text_bytes,
             result_bytes: asked.output.result_bytes,
+            total_bytes: asked.output.total_bytes,
             messages: asked.output.messages,
+            messages_per_second: asked.output.messages_per_second,
         };
         let deadline = now + asked.timeout;
         execution.start();
-        if let Some(cause) = self.replaced.take() {
+        if let Some(cause) = self.replaced.take_if(|_| !is_setup) {
             execution.output(ExecutionEvent::KernelRestarted { cause });
         }
-        self.state = State::Running(Running {
-            execution,
-            msg_id,
-            reply: None,
-            replied_at: None,
-            idle: false,
-            deadline,
-            probe_at: None,
-            probe: None,
-            stop: None,
-            error_told: false,
-        });
+        self.state = State::Running(Running::new(execution, deadline, is_setup));
         self.send(Channel::Shell, request, Some(cap));
     }
 
     fn stop(&mut self, status: Status, now: Instant) {
         let State::Running(running) = &mut self.state else { return };
-        // The first verdict stays, and asking again puts nothing off.
-        if running.stop.as_ref().is_some_and(|stop| stop.kill_at.is_some()) {
-            return;
+        if status == Status::Timeout && running.execution.request.on_timeout == OnTimeout::Restart {
+            self.replace_kernel(status, RestartCause::Timeout, String::new(), now);
+        } else if running.stop(status, self.making.pace.interrupt_grace, now) {
+            self.send_interrupt();
         }
-        running.probe_at = Some(now + PROBE_AFTER);
-        running.stop = Some(Stop {
-            status: Some(status),
-            signal_at: Some(now + SIGNAL_AFTER.min(self.pace.interrupt_grace / 2)),
-            kill_at: Some(now + self.pace.interrupt_grace),
-        });
-        self.send_interrupt();
     }
 
     fn send_interrupt(&mut self) {
+        if let State::Running(running) = &mut self.state {
+            running.interrupted = true;
+        }
         if self.interrupting {
             return;
         }
         self.interrupting = true;
         let msg_id = self.next_id("int");
-        let request = protocol::request(&msg_id, &self.client, "interrupt_request", &serde_json::json!({}));
+        if let State::Running(running) = &mut self.state {
+            running.interrupt = Some(msg_id.clone());
+        }
+        let request = protocol::request(&msg_id, &self.client, "interrupt_request", &json!({}));
         self.send(Channel::Control, request, None);
     }
 
     fn ask_kernel_info(&mut self) {
         let msg_id = self.next_id("info");
-        let request = protocol::request(&msg_id, &self.client, "kernel_info_request", &serde_json::json!({}));
+        let request = protocol::request(&msg_id, &self.client, "kernel_info_request", &json!({}));
         self.send(Channel::Shell, request, None);
     }
 
@@ -560,89 +894,36 @@ impl Context {
         self.actions.push(Action::Send { kernel: self.kernel.clone(), head, parts: request.parts });
     }
 
-    fn on_death(&mut self, reason: &str, stderr_tail: &str, status: Status, cause: &RestartCause, now: Instant) {
-        if matches!(self.state, State::Booting { .. }) {
+    fn on_death(&mut self, reason: &str, stderr_tail: &str, cause: RestartCause, now: Instant) {
+        if matches!(self.state, State::Booting(_)) {
             self.failed_boots += 1;
             if self.born == 1 || self.failed_boots >= MAX_FAILED_BOOTS {
-                self.actions.push(Action::Delete { kernel: self.kernel.clone() });
-                self.settle(Status::KernelDied);
-                self.notices.push(Notice::BootFailed(with_tail(reason, stderr_tail)));
+                self.fail(Notice::BootFailed(with_tail(reason, stderr_tail)));
                 return;
             }
         }
-        self.replace_kernel(status, cause, now);
+        let status = if cause == RestartCause::Oom { Status::Oom } else { Status::KernelDied };
+        self.replace_kernel(status, cause, reason.to_owned(), now);
     }
 
-    fn replace_kernel(&mut self, status: Status, cause: &RestartCause, now: Instant) {
-        if let State::Running(running) = std::mem::replace(&mut self.state, State::Dead) {
-            running.execution.output(ExecutionEvent::KernelRestarted { cause: cause.clone() });
-            running.execution.finish(status);
-        } else if *cause != RestartCause::Requested {
-            self.replaced = Some(cause.clone());
-        }
+    /// There will be no kernel here.
+    fn fail(&mut self, notice: Notice) {
         self.actions.push(Action::Delete { kernel: self.kernel.clone() });
-        self.boot(now);
-    }
-}
-
-/// What is due for a running execution.
-enum Due {
-    Complete,
-    TimeLimit,
-    Probe,
-    Signal,
-    Kill(Status),
-}
-
-impl Running {
-    fn next_deadline(&self) -> Instant {
-        let stop = self.stop.as_ref();
-        let times = [
-            self.replied_at.map(|t| t + IDLE_AFTER_REPLY),
-            stop.and_then(|s| s.signal_at),
-            stop.and_then(|s| s.kill_at),
-            self.probe_at,
-        ];
-        let limit = if stop.is_some_and(|s| s.kill_at.is_some()) { None } else { Some(self.deadline) };
-        times.into_iter().chain([limit]).flatten().min().unwrap_or(self.deadline)
+        self.settle(Status::KernelDied, StopStep::End, "its kernel did not start again");
+        self.notices.push(notice);
     }
 
-    fn due(&mut self, now: Instant) -> Option<Due> {
-        if self.replied_at.is_some_and(|t| now >= t + IDLE_AFTER_REPLY) {
-            return Some(Due::Complete);
-        }
-        if self.probe_at.is_some_and(|at| now >= at) {
-            self.probe_at = None;
-            if self.reply.is_none() && self.probe.is_none() {
-                return Some(Due::Probe);
-            }
-        }
-        match &mut self.stop {
-            Some(Stop { status: Some(status), kill_at: Some(at), .. }) if now >= *at => Some(Due::Kill(*status)),
-            Some(Stop { signal_at, .. }) if signal_at.is_some_and(|at| now >= at) => {
-                *signal_at = None;
-                Some(Due::Signal)
-            }
-            Some(Stop { kill_at: Some(_), .. }) => None,
-            _ if now >= self.deadline => Some(Due::TimeLimit),
+    /// Has the kernel ended; the new one is asked for when it is gone.
+    fn replace_kernel(&mut self, status: Status, cause: RestartCause, words: String, now: Instant) {
+        self.questions.clear();
+        let running = match std::mem::replace(&mut self.state, State::Dead) {
+            State::Running(running) => Some(running),
             _ => None,
-        }
-    }
-
-    fn finish(self) {
-        let reply = self.reply.unwrap_or(protocol::ExecuteReply {
-            ok: true,
-            execution_count: None,
-            error: None,
-            leaving: false,
-        });
-        if let (Some(error), false) = (&reply.error, self.error_told) {
-            self.execution.output(ExecutionEvent::Error(ErrorInfo::clone(error)));
-        }
-        let by_itself = if reply.ok { Status::Ok } else { Status::Error };
-        let denied = reply.error.as_ref().is_some_and(|e| e.name == "StdinNotImplementedError");
-        let verdict = self.stop.and_then(|s| s.status).unwrap_or(if denied { Status::InputDenied } else { by_itself });
-        self.execution.finish(verdict);
+        };
+        // What was being stopped keeps its verdict, whatever has ended the kernel meanwhile.
+        let (status, since) = running.as_ref().and_then(Running::verdict).unwrap_or((status, now));
+        self.state = State::Replacing(Replacing { running, status, cause, words, since });
+        self.actions.push(Action::Delete { kernel: self.kernel.clone() });
     }
 }
 
@@ -651,15 +932,6 @@ fn truncated(stream: CutStream) -> Truncated {
         CutStream::Stdout => Truncated::Stdout,
         CutStream::Stderr => Truncated::Stderr,
         CutStream::Results => Truncated::Results,
-    }
-}
-
-fn describe_exit(status: Option<i32>, signal: Option<i32>, oom: bool) -> String {
-    match (status, signal) {
-        _ if oom => "the kernel was ended because memory ran out".to_owned(),
-        (Some(status), _) => format!("the kernel exited with status {status}"),
-        (None, Some(signal)) => format!("the kernel was ended by signal {signal}"),
-        (None, None) => "the kernel ended".to_owned(),
     }
 }
 

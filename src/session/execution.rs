@@ -3,14 +3,19 @@
 //! Only the task of its session writes; readers follow by sequence number and wait on a version, never on a timer. It holds at
 //! most what its limits allow, whatever the guest says.
 
+use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
 use tokio::sync::watch;
 
+use super::keeping::Keeping;
 use crate::domain::ids::{ContextId, ExecutionId, SessionId};
-use crate::domain::output::{ExecutionEvent, Fold, Outcome, RichOutput, Status, Truncated};
+use crate::domain::output::{
+    Comm, Effects, ExecutionEvent, Fold, JsonText, MimeBundle, NamedValues, Outcome, Report, RestartCause, RichOutput,
+    Status, Stop, TextStream, Truncated,
+};
 use crate::domain::spec::OutputLimits;
 
 /// What a guest may exceed the limits by before the control plane leaves output out: tails, marks and messages under way.
@@ -31,6 +36,68 @@ pub struct ExecutionRequest {
     pub store_history: bool,
     /// What it may put out.
     pub output: OutputLimits,
+    /// What it gets when it asks for a line.
+    pub stdin: Stdin,
+    /// Expressions that are evaluated after it, by name.
+    pub user_expressions: BTreeMap<String, String>,
+    /// What happens at its time limit first.
+    pub on_timeout: OnTimeout,
+    /// A message of a comm instead of code: the kernel works on it like on code, and it ends when the kernel has.
+    pub comm: Option<Comm>,
+}
+
+impl ExecutionRequest {
+    /// Bytes of what is to be run, about.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        let lines = match &self.stdin {
+            Stdin::Lines(lines) => lines.iter().map(String::len).sum(),
+            Stdin::Deny | Stdin::Interactive => 0,
+        };
+        let expressions = self.user_expressions.iter().map(|(name, code)| name.len() + code.len()).sum::<usize>();
+        self.code.len() + lines + expressions + self.comm.as_ref().map_or(0, Comm::len)
+    }
+
+    /// Whether there is nothing to be run.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
+/// What code gets that asks for a line.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub enum Stdin {
+    /// An exception, at once.
+    #[default]
+    Deny,
+    /// These lines in order, and then the end of its input.
+    Lines(Vec<String>),
+    /// What a caller answers, within the time limit.
+    Interactive,
+}
+
+/// What happens at the time limit first.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum OnTimeout {
+    /// It is interrupted, so that variables may survive.
+    #[default]
+    Interrupt,
+    /// Its kernel is replaced.
+    Restart,
+}
+
+/// Where an execution belongs.
+#[derive(Debug, Clone)]
+pub struct Place {
+    /// Its session.
+    pub session: SessionId,
+    /// Its context.
+    pub context: ContextId,
+    /// Its context's language.
+    pub language: String,
+    /// What is kept beside it and after it.
+    pub keeping: Keeping,
 }
 
 /// An event with its place in the order.
@@ -49,12 +116,8 @@ pub struct Logged {
 pub struct Execution {
     /// Its id.
     pub id: ExecutionId,
-    /// Its session.
-    pub session: SessionId,
-    /// Its context.
-    pub context: ContextId,
-    /// Its context's language.
-    pub language: String,
+    /// Where it belongs.
+    pub place: Place,
     /// What is to be run.
     pub request: ExecutionRequest,
     /// When it was accepted.
@@ -67,39 +130,58 @@ pub struct Execution {
 struct Record {
     events: Vec<Arc<Logged>>,
     status: Status,
-    execution_count: Option<u64>,
+    report: Report,
     accepted: Instant,
     started: Option<Instant>,
     finished: Option<Instant>,
+    started_at: Option<Timestamp>,
     bytes: u64,
+    blobs: u32,
+    /// It waits for a line.
+    asks: bool,
+}
+
+/// How an execution ended.
+#[derive(Debug, Clone)]
+pub(super) struct End {
+    pub(super) status: Status,
+    /// For people; nothing where the status and the error say all.
+    pub(super) detail: Option<String>,
+    pub(super) stop: Option<Stop>,
+}
+
+impl End {
+    /// An end that needs no words.
+    pub(super) fn plain(status: Status) -> Self {
+        Self { status, detail: None, stop: None }
+    }
+
+    /// An end and what to say of it.
+    pub(super) fn with(status: Status, detail: impl Into<String>) -> Self {
+        Self { status, detail: Some(detail.into()), stop: None }
+    }
 }
 
 impl Execution {
     /// A new one, waiting behind `position` others.
     #[must_use]
-    pub fn new(
-        id: ExecutionId,
-        session: SessionId,
-        context: ContextId,
-        language: String,
-        request: ExecutionRequest,
-        position: usize,
-    ) -> Self {
+    pub fn new(id: ExecutionId, place: Place, request: ExecutionRequest, position: usize) -> Self {
         let execution = Self {
             id,
-            session,
-            context,
-            language,
+            place,
             request,
             created_at: Timestamp::now(),
             record: Mutex::new(Record {
                 events: Vec::new(),
                 status: Status::Queued,
-                execution_count: None,
+                report: Report::default(),
                 accepted: Instant::now(),
                 started: None,
                 finished: None,
+                started_at: None,
                 bytes: 0,
+                blobs: 0,
+                asks: false,
             }),
             version: watch::Sender::new(0),
         };
@@ -122,7 +204,7 @@ impl Execution {
     /// Bytes its record holds, about.
     #[must_use]
     pub fn weight(&self) -> u64 {
-        self.record().bytes + self.request.code.len() as u64 + 1024
+        self.record().bytes + self.request.len() as u64 + 1024
     }
 
     /// Events after number `after`, in order.
@@ -158,30 +240,76 @@ impl Execution {
         record.events.iter().for_each(|logged| fold.push(&logged.event));
         fold.finish(
             record.status,
-            record.execution_count,
             started - record.accepted,
             record.finished.unwrap_or(now).saturating_duration_since(started),
+            record.report.clone(),
         )
+    }
+
+    /// When it began to run.
+    #[must_use]
+    pub fn started_at(&self) -> Option<Timestamp> {
+        self.record().started_at
+    }
+
+    /// Whether it waits for a line.
+    #[must_use]
+    pub fn asks(&self) -> bool {
+        self.record().asks
     }
 
     pub(super) fn start(&self) {
         let mut record = self.record();
         record.status = Status::Running;
         record.started = Some(Instant::now());
+        record.started_at = Some(Timestamp::now());
         self.log(record, ExecutionEvent::Started);
     }
 
     pub(super) fn count(&self, execution_count: u64) {
-        self.record().execution_count = Some(execution_count);
+        self.record().report.execution_count = Some(execution_count);
+    }
+
+    pub(super) fn effects(&self, effects: Effects) {
+        self.record().report.effects = effects;
+    }
+
+    /// What the kernel gave back beside its output, as far as it fits.
+    pub(super) fn give_back(&self, values: NamedValues, payloads: Vec<JsonText>) {
+        let mut left = usize::try_from(self.request.output.result_bytes).unwrap_or(usize::MAX);
+        let mut fits = |text: &JsonText| {
+            let fits = text.0.len() <= left;
+            left -= if fits { text.0.len() } else { 0 };
+            fits
+        };
+        let is_asked = |name: &String| self.request.user_expressions.contains_key(name);
+        let user_expressions = values.into_iter().filter(|(name, value)| is_asked(name) && fits(value)).collect();
+        let payloads: Vec<_> = payloads.into_iter().filter(|payload| fits(payload)).collect();
+        let mut record = self.record();
+        record.bytes += (usize::try_from(self.request.output.result_bytes).unwrap_or(usize::MAX) - left) as u64;
+        record.report.user_expressions = user_expressions;
+        record.report.payloads = payloads;
+    }
+
+    /// Its kernel has ended, and no other comes.
+    pub(super) fn kernel_has_ended(&self, cause: RestartCause) {
+        self.record().report.kernel_end = Some(cause);
+    }
+
+    /// It waits for a line, or does so no more.
+    pub(super) fn set_asking(&self, asks: bool) {
+        self.record().asks = asks;
     }
 
     /// Adds an event, or, above the limits, the fact that it was left out.
     pub(super) fn output(&self, event: ExecutionEvent) {
+        let event = self.without_long_parts(event);
         let size = size_of_event(&event);
         let limits = &self.request.output;
+        let most = limits.total_bytes.min(2 * limits.text_bytes + limits.result_bytes);
         let admitted = {
             let mut record = self.record();
-            let within = record.bytes + size <= 2 * limits.text_bytes + limits.result_bytes + SLACK_BYTES
+            let within = record.bytes + size <= most.saturating_add(SLACK_BYTES)
                 && (record.events.len() as u64) < limits.messages + SLACK_EVENTS;
             if within {
                 record.bytes += size;
@@ -195,15 +323,39 @@ impl Execution {
         }
     }
 
+    /// Puts long contents beside the record.
+    fn without_long_parts(&self, mut event: ExecutionEvent) -> ExecutionEvent {
+        let (ExecutionEvent::Result(RichOutput { data, .. }) | ExecutionEvent::ResultUpdate { data, .. }) = &mut event
+        else {
+            return event;
+        };
+        let omitted = self.place.keeping.put_long_parts(self.id, data, || {
+            let mut record = self.record();
+            record.blobs += 1;
+            record.blobs
+        });
+        if omitted > 0 {
+            self.leave_out(Truncated::Results, omitted);
+        }
+        event
+    }
+
     /// Ends it; only the first end counts.
-    pub(super) fn finish(&self, status: Status) {
+    pub(super) fn finish(&self, end: End) {
         let mut record = self.record();
         if record.status.is_final() {
             return;
         }
         record.finished = Some(Instant::now());
-        record.status = status;
-        // With the same lock: whoever sees the end sees the last event too.
+        record.status = end.status;
+        record.asks = false;
+        record.report.detail = end.detail;
+        record.report.stop = end.stop;
+        let has_run = record.started.is_some();
+        // Still locked: whoever sees the end sees the last event, and finds the cell in the notebook.
+        if has_run && !self.request.silent {
+            self.place.keeping.add_cell(self, &record.events, record.status, &record.report, record.started_at);
+        }
         self.log(record, ExecutionEvent::Completed);
     }
 
@@ -239,22 +391,24 @@ impl Execution {
 }
 
 fn what_is_left_out(event: &ExecutionEvent) -> Option<Truncated> {
-    use crate::domain::output::TextStream;
     match event {
         ExecutionEvent::Text { stream: TextStream::Stdout, .. } => Some(Truncated::Stdout),
         ExecutionEvent::Text { stream: TextStream::Stderr, .. } => Some(Truncated::Stderr),
-        ExecutionEvent::Result(_) | ExecutionEvent::ResultUpdate { .. } => Some(Truncated::Results),
+        ExecutionEvent::Result(_) | ExecutionEvent::ResultUpdate { .. } | ExecutionEvent::Comm(_) => {
+            Some(Truncated::Results)
+        }
         _ => None,
     }
 }
 
 fn size_of_event(event: &ExecutionEvent) -> u64 {
-    let bundle =
-        |data: &crate::domain::output::MimeBundle| data.iter().map(|(k, v)| k.len() + v.0.len()).sum::<usize>();
+    let bundle = |data: &MimeBundle| data.iter().map(|(k, v)| k.len() + v.len()).sum::<usize>();
     let size = match event {
         ExecutionEvent::Text { text, .. } => text.len(),
         ExecutionEvent::Result(RichOutput { data, metadata, .. }) => bundle(data) + metadata.0.len(),
         ExecutionEvent::ResultUpdate { data, metadata, .. } => bundle(data) + metadata.0.len(),
+        ExecutionEvent::Comm(comm) => comm.len(),
+        ExecutionEvent::InputRequested { prompt, .. } => prompt.len(),
         ExecutionEvent::Error(error) => error.value.len() + error.traceback.iter().map(String::len).sum::<usize>(),
         _ => 0,
     };
@@ -262,32 +416,60 @@ fn size_of_event(event: &ExecutionEvent) -> u64 {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::domain::output::TextStream;
-    use uuid::Uuid;
+impl Place {
+    /// Nowhere.
+    pub(crate) fn for_tests() -> Self {
+        let id = uuid::Uuid::from_u128(1);
+        let keeping = Keeping::nothing();
+        Self { session: id.into(), context: id.into(), language: "python".to_owned(), keeping }
+    }
+}
 
-    fn execution(limits: OutputLimits) -> Execution {
-        let id = Uuid::from_u128(1);
-        let request = ExecutionRequest {
+#[cfg(test)]
+impl ExecutionRequest {
+    /// Nothing.
+    pub(crate) fn for_tests(output: OutputLimits) -> Self {
+        Self {
             code: String::new(),
             timeout: Duration::from_secs(1),
             silent: false,
             store_history: true,
-            output: limits,
-        };
-        Execution::new(id.into(), id.into(), id.into(), "python".to_owned(), request, 0)
+            output,
+            stdin: Stdin::Deny,
+            user_expressions: BTreeMap::new(),
+            on_timeout: OnTimeout::Interrupt,
+            comm: None,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use uuid::Uuid;
+
+    const LIMITS: OutputLimits = OutputLimits {
+        text_bytes: 1000,
+        result_bytes: 1000,
+        total_bytes: 4000,
+        messages: 1000,
+        messages_per_second: 1000,
+    };
+
+    fn execution(limits: OutputLimits) -> Execution {
+        let id = Uuid::from_u128(1);
+        Execution::new(id.into(), Place::for_tests(), ExecutionRequest::for_tests(limits), 0)
     }
 
     #[test]
     fn a_guest_that_ignores_the_limits_fills_nothing() {
-        let execution = execution(OutputLimits { text_bytes: 1000, result_bytes: 1000, messages: 10 });
+        let execution = execution(OutputLimits { messages: 10, ..LIMITS });
         let chunk = "x".repeat(64 * 1024);
         for _ in 0..10_000 {
             execution.output(ExecutionEvent::Text { stream: TextStream::Stdout, text: chunk.clone() });
             execution.output(ExecutionEvent::OutputClear { wait: false });
         }
-        execution.finish(Status::Ok);
+        execution.finish(End::plain(Status::Ok));
         let outcome = execution.outcome();
         assert!(execution.weight() < 1024 * 1024);
         assert!(execution.events_after(0).len() < 1000);
@@ -296,7 +478,7 @@ mod tests {
 
     #[tokio::test]
     async fn every_reader_sees_every_event_in_order() {
-        let execution = Arc::new(execution(OutputLimits { text_bytes: 1000, result_bytes: 1000, messages: 1000 }));
+        let execution = Arc::new(execution(LIMITS));
         let reader = |execution: Arc<Execution>| async move {
             let mut version = execution.subscribe();
             let mut seen = Vec::new();
@@ -314,8 +496,8 @@ mod tests {
                 execution.output(ExecutionEvent::Text { stream: TextStream::Stdout, text: n.to_string() });
                 tokio::task::yield_now().await;
             }
-            execution.finish(Status::Ok);
-            execution.finish(Status::Lost);
+            execution.finish(End::plain(Status::Ok));
+            execution.finish(End::plain(Status::Lost));
         };
         let (first, second, ()) = tokio::join!(reader(execution.clone()), reader(execution.clone()), writer);
         assert_eq!(first, (1..=53).collect::<Vec<u64>>());

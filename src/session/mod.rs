@@ -12,16 +12,22 @@ use uuid::Uuid;
 
 use crate::domain::ids::{ContextId, ExecutionId, SessionId};
 use crate::domain::lifecycle::{EndReason, Phase};
+use crate::domain::output::JsonText;
 use crate::domain::spec::SessionSpec;
 use crate::kernel::link::Link;
 
 mod actor;
 mod boot;
 mod context;
+mod effects;
 pub mod execution;
+pub mod keeping;
 pub mod reconcile;
 pub mod registry;
+mod running;
+mod wiring;
 
+pub use context::ContextState;
 use execution::{Execution, ExecutionRequest};
 
 /// Commands that may wait for a session's task; more are refused.
@@ -46,6 +52,10 @@ pub struct Settings {
     pub queued_executions: usize,
     /// One that waits longer ends without having run.
     pub queue_timeout: Duration,
+    /// Contexts that a session may have.
+    pub contexts: usize,
+    /// Contents of results of more bytes are kept beside the execution.
+    pub inline: usize,
 }
 
 /// What can be seen of a session. Changes are published as a whole, with a number that rises.
@@ -102,6 +112,8 @@ pub enum StartFault {
     GuestUnreachable,
     /// The kernel died or stalled while it started.
     KernelFailed,
+    /// The setup code failed.
+    SetupFailed,
     /// It took too long.
     TimedOut,
 }
@@ -117,8 +129,27 @@ pub struct Patch {
     pub labels: Option<BTreeMap<String, String>>,
 }
 
+/// A context, as it is now.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ContextView {
+    /// Its id.
+    pub id: ContextId,
+    /// How it is.
+    pub state: ContextState,
+    /// Its kernel's language; empty until it is known.
+    pub language: String,
+    /// The image's kernelspec; empty until it is known.
+    pub kernelspec: String,
+    /// Whether executions run here that name no context.
+    pub is_default: bool,
+    /// Executions that wait.
+    pub queued: usize,
+    /// When it was created.
+    pub created_at: Timestamp,
+}
+
 /// Why a session's task does not do what was asked.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Refused {
     /// It is not ready yet.
     #[error("the session is still starting")]
@@ -135,6 +166,18 @@ pub enum Refused {
     /// The kernel did not come back.
     #[error("the kernel did not start again")]
     KernelLost,
+    /// A new context's kernel did not start.
+    #[error("{}", .0.detail)]
+    KernelFailed(StartFailure),
+    /// The session has as many contexts as it may.
+    #[error("the session has as many contexts as it may, {0}")]
+    TooManyContexts(usize),
+    /// The default context stays as long as its session.
+    #[error("it is the default context")]
+    DefaultContext,
+    /// The execution does not ask for a line.
+    #[error("nothing is asked")]
+    NothingAsked,
 }
 
 enum Command {
@@ -146,10 +189,37 @@ enum Command {
     Cancel {
         execution: ExecutionId,
     },
+    Input {
+        execution: ExecutionId,
+        line: String,
+        reply: oneshot::Sender<Result<(), Refused>>,
+    },
+    /// All contexts where none is named.
     Interrupt {
+        context: Option<ContextId>,
         reply: oneshot::Sender<Result<(), Refused>>,
     },
     Restart {
+        context: Option<ContextId>,
+        reply: oneshot::Sender<Result<(), Refused>>,
+    },
+    Contexts {
+        reply: oneshot::Sender<Result<Vec<ContextView>, Refused>>,
+    },
+    CreateContext {
+        kernelspec: Option<String>,
+        cwd: Option<String>,
+        reply: oneshot::Sender<Result<ContextView, Refused>>,
+    },
+    DeleteContext {
+        context: ContextId,
+        reply: oneshot::Sender<Result<ContextView, Refused>>,
+    },
+    Ask {
+        context: Option<ContextId>,
+        msg_type: &'static str,
+        content: serde_json::Value,
+        answer: oneshot::Sender<JsonText>,
         reply: oneshot::Sender<Result<(), Refused>>,
     },
     Patch {
@@ -244,20 +314,72 @@ impl Session {
         self.commands.try_send(Command::Cancel { execution }).map_err(|e| self.why_not(&e))
     }
 
-    /// Interrupts what runs in all contexts.
+    /// Gives an execution the line that it asks for.
     ///
     /// # Errors
     /// See [`Refused`].
-    pub async fn interrupt(&self) -> Result<(), Refused> {
-        self.ask(|reply| Command::Interrupt { reply }).await
+    pub async fn answer_input(&self, execution: ExecutionId, line: String) -> Result<(), Refused> {
+        self.ask(|reply| Command::Input { execution, line, reply }).await
     }
 
-    /// Replaces the kernels; files stay, variables go. Answers once the new ones do.
+    /// Interrupts what runs in a context, or in all of them.
     ///
     /// # Errors
     /// See [`Refused`].
-    pub async fn restart(&self) -> Result<(), Refused> {
-        self.ask(|reply| Command::Restart { reply }).await
+    pub async fn interrupt(&self, context: Option<ContextId>) -> Result<(), Refused> {
+        self.ask(|reply| Command::Interrupt { context, reply }).await
+    }
+
+    /// Replaces the kernel of a context, or of all; files stay, variables go. Answers once the new one does.
+    ///
+    /// # Errors
+    /// See [`Refused`].
+    pub async fn restart(&self, context: Option<ContextId>) -> Result<(), Refused> {
+        self.ask(|reply| Command::Restart { context, reply }).await
+    }
+
+    /// Its contexts in the order of their creation.
+    ///
+    /// # Errors
+    /// See [`Refused`].
+    pub async fn contexts(&self) -> Result<Vec<ContextView>, Refused> {
+        self.ask(|reply| Command::Contexts { reply }).await
+    }
+
+    /// Adds a context; answers once its kernel does.
+    ///
+    /// # Errors
+    /// See [`Refused`].
+    pub async fn create_context(
+        &self,
+        kernelspec: Option<String>,
+        cwd: Option<String>,
+    ) -> Result<ContextView, Refused> {
+        self.ask(|reply| Command::CreateContext { kernelspec, cwd, reply }).await
+    }
+
+    /// Ends a context and what runs in it.
+    ///
+    /// # Errors
+    /// See [`Refused`].
+    pub async fn delete_context(&self, context: ContextId) -> Result<ContextView, Refused> {
+        self.ask(|reply| Command::DeleteContext { context, reply }).await
+    }
+
+    /// Asks a context's kernel something on its shell channel; the answer's content comes when the kernel has time. An answer
+    /// that never comes is dropped with the kernel.
+    ///
+    /// # Errors
+    /// See [`Refused`].
+    pub async fn ask_kernel(
+        &self,
+        context: Option<ContextId>,
+        msg_type: &'static str,
+        content: serde_json::Value,
+    ) -> Result<oneshot::Receiver<JsonText>, Refused> {
+        let (answer, answered) = oneshot::channel();
+        self.ask(|reply| Command::Ask { context, msg_type, content, answer, reply }).await?;
+        Ok(answered)
     }
 
     /// Changes it.
@@ -306,7 +428,7 @@ impl Session {
     fn end_reason(&self) -> EndReason {
         match self.phase() {
             Phase::Aborting(reason) | Phase::Ending(reason) | Phase::Ended(reason) => reason,
-            Phase::Provisioning | Phase::Connecting | Phase::Ready => EndReason::Lost,
+            Phase::Provisioning | Phase::Connecting | Phase::Ready | Phase::Replacing => EndReason::Lost,
         }
     }
 }

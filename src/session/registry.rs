@@ -13,6 +13,7 @@ use crate::domain::ids::{ExecutionId, SessionId};
 use crate::domain::lifecycle::{EndReason, Phase};
 use crate::domain::spec::SessionSpec;
 use crate::engine::Engine;
+use crate::store::Archive;
 
 /// How much is kept.
 #[derive(Debug, Clone, Copy)]
@@ -57,6 +58,7 @@ pub enum Created {
 /// The registry.
 pub struct Registry {
     engine: Arc<dyn Engine>,
+    archive: Option<Archive>,
     instance: String,
     settings: Settings,
     limits: Limits,
@@ -79,10 +81,16 @@ impl std::fmt::Debug for Registry {
 }
 
 impl Registry {
-    /// An empty one.
+    /// An empty one. Without an archive, long contents and notebooks are not kept.
     #[must_use]
-    pub fn new(engine: Arc<dyn Engine>, instance: String, settings: Settings, limits: Limits) -> Self {
-        Self { engine, instance, settings, limits, inner: Mutex::default() }
+    pub fn new(
+        engine: Arc<dyn Engine>,
+        archive: Option<Archive>,
+        instance: String,
+        settings: Settings,
+        limits: Limits,
+    ) -> Self {
+        Self { engine, archive, instance, settings, limits, inner: Mutex::default() }
     }
 
     /// Creates a session, or finds the tenant's live one of that name if it may be `reuse`d.
@@ -114,6 +122,7 @@ impl Registry {
             instance: self.instance.clone(),
             settings: self.settings,
             engine: Arc::clone(&self.engine),
+            archive: self.archive.clone(),
         };
         if inner.sessions.len() >= live + MAX_ENDED {
             inner.forget_oldest_ended();
@@ -172,12 +181,15 @@ impl Registry {
     pub fn execution(&self, tenant: &str, id: ExecutionId) -> Option<Arc<Execution>> {
         let inner = self.inner();
         let execution = inner.executions.get(&id)?;
-        let session = inner.sessions.get(&execution.session)?;
+        let session = inner.sessions.get(&execution.place.session)?;
         (*session.tenant == *tenant).then(|| Arc::clone(execution))
     }
 
     /// Forgets what has been kept long enough.
     pub fn prune(&self) {
+        if let Some(archive) = &self.archive {
+            archive.prune();
+        }
         let now = Instant::now();
         let mut inner = self.inner();
         inner.prune_sessions(&self.limits, now);
@@ -250,7 +262,7 @@ impl Inner {
             let keep = bytes <= limits.execution_bytes
                 && count <= limits.executions
                 && now.duration_since(finished) < limits.execution_retention
-                && sessions.contains_key(&execution.session);
+                && sessions.contains_key(&execution.place.session);
             if !keep {
                 bytes -= execution.weight().min(bytes);
                 count -= 1;

@@ -2,7 +2,7 @@
 
 use std::sync::LazyLock;
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
 const SOURCE: &str = include_str!("../../../config/seccomp/default.json");
 
@@ -24,6 +24,9 @@ fn minified(source: &str, keeps: impl Fn(&str) -> bool) -> String {
     if let Some(top) = profile.as_object_mut() {
         top.remove("comment");
     }
+    if let Some(rules) = profile.get_mut("syscalls").and_then(Value::as_array_mut) {
+        *rules = std::mem::take(rules).into_iter().flat_map(expanded).collect();
+    }
     for rule in profile.get_mut("syscalls").and_then(Value::as_array_mut).into_iter().flatten() {
         if let Some(rule) = rule.as_object_mut() {
             rule.remove("comment");
@@ -33,6 +36,21 @@ fn minified(source: &str, keeps: impl Fn(&str) -> bool) -> String {
         }
     }
     profile.to_string()
+}
+
+/// A rule for any process but the first as rules that engines know: one for each bit by which an id differs from 1. The kernel takes
+/// the lower half of the argument, so the upper one may be anything.
+fn expanded(mut rule: Value) -> Vec<Value> {
+    let Some(index) = rule.as_object_mut().and_then(|rule| rule.remove("exceptFirstProcess")) else {
+        return vec![rule];
+    };
+    let differs = |bit: u32| {
+        let (mask, value) = (1_u64 << bit, if bit == 0 { 0 } else { 1_u64 << bit });
+        let mut rule = rule.clone();
+        rule["args"] = json!([{"index": index, "value": mask, "valueTwo": value, "op": "SCMP_CMP_MASKED_EQ"}]);
+        rule
+    };
+    (0..32).map(differs).collect()
 }
 
 #[cfg(test)]

@@ -72,6 +72,11 @@ fn report() -> Report {
                 "tmpfs",
                 &format!("rw,nosuid,nodev,noexec,relatime,rw,size=65536k,nr_inodes=1024,mode=700,{owned}"),
             ),
+            mount(
+                "/run/cellblock",
+                "tmpfs",
+                &format!("rw,nosuid,nodev,noexec,relatime,rw,size=1024k,nr_inodes=512,mode=700,{owned}"),
+            ),
             mount("/proc/kcore", "tmpfs", "rw,nosuid,rw,size=65536k,mode=755"),
             mount("/proc/sys", "proc", "ro,nosuid,nodev,noexec,relatime,rw"),
         ],
@@ -236,6 +241,9 @@ fn a_lock_that_the_guest_does_not_see_is_named() {
         ("mount /tmp, noexec", |r| without(r, "/tmp", "noexec")),
         ("mount /workspace, size", |r| without(r, "/workspace", "size=524288k")),
         ("mount /workspace, nr_inodes", |r| without(r, "/workspace", "nr_inodes=32768")),
+        ("mount /run/cellblock, noexec", |r| without(r, "/run/cellblock", "noexec")),
+        ("mount /run/cellblock, size", |r| without(r, "/run/cellblock", "size=1024k")),
+        ("mount /run/cellblock, nr_inodes", |r| without(r, "/run/cellblock", "nr_inodes=512")),
         ("mount /dev/shm", |r| r.mounts.retain(|m| m.point != "/dev/shm")),
         ("mount /data is not writable", |r| {
             r.mounts.push(SeenMount { point: "/data".into(), fstype: "ext4".into(), options: vec!["rw".into()] })

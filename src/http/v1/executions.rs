@@ -3,56 +3,117 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use axum::body::Body as RawBody;
 use axum::extract::State;
 use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
+use tokio_util::io::ReaderStream;
 use utoipa::ToSchema;
 
 use super::stream::{self, Format};
 use crate::domain::ids::{ContextId, ExecutionId, SessionId};
 use crate::domain::output::{
-    ErrorInfo, JsonText, MimeBundle, Outcome, RestartCause, ResultKind, RichOutput, Status, TextTotals, Truncated,
+    BlobRef, Change, Effects, ErrorInfo, FileChange, JsonText, MimeBundle, MimePart, Outcome, Process, RestartCause,
+    ResultKind, RichOutput, Status, Stop, StopStep, TextTotals, Truncated,
 };
-use crate::domain::spec::FieldError;
+use crate::domain::spec::{FieldError, MIB};
 use crate::http::App;
-use crate::http::extract::{Answer, Body, Caller, Id, Params};
+use crate::http::extract::{Answer, Body, Caller, Id, Ids, Params};
 use crate::http::problem::{self, Problem};
-use crate::service::{Error, ExecuteRequest};
-use crate::session::execution::Execution;
+use crate::service::keys::Principal;
+use crate::service::{BlobBody, Error, ExecuteRequest};
+use crate::session::execution::{Execution, OnTimeout, Stdin};
 
 /// What is to be run.
 #[derive(Debug, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct CreateExecution {
     /// The code.
-    code: String,
+    pub(super) code: String,
     /// Where it runs; the session's default context when absent.
     #[serde(default)]
-    context_id: Option<String>,
+    pub(super) context_id: Option<String>,
     /// It is interrupted after this long; the session's limit when absent.
     #[serde(default)]
-    timeout_seconds: Option<f64>,
+    pub(super) timeout_seconds: Option<f64>,
     /// Nothing is shown and nothing is counted.
     #[serde(default)]
-    silent: bool,
+    pub(super) silent: bool,
     /// It takes part in the kernel's count; yes when absent.
     #[serde(default)]
-    store_history: Option<bool>,
+    pub(super) store_history: Option<bool>,
     /// Bytes of stdout and of stderr, each, before head and tail are kept; the template's limit when absent.
     #[serde(default)]
-    max_output_bytes: Option<u64>,
+    pub(super) max_output_bytes: Option<u64>,
     /// Answer at once with 202; look at it, or at its events, later.
     #[serde(default)]
-    background: bool,
+    pub(super) background: bool,
     /// What happens when you hang up before its end.
     #[serde(default)]
-    on_disconnect: OnDisconnect,
+    pub(super) on_disconnect: OnDisconnect,
+    /// What it gets when it asks for a line: `"deny"`, an exception; a list of lines, these in order; `"interactive"`, what you send to
+    /// `…/input` when `input.requested` comes.
+    #[serde(default)]
+    #[schema(value_type = StdinSchema)]
+    pub(super) stdin: StdinRequest,
+    /// Expressions that are evaluated after it, by name.
+    #[serde(default)]
+    pub(super) user_expressions: BTreeMap<String, String>,
+    /// What happens at the time limit first.
+    #[serde(default)]
+    pub(super) on_timeout: OnTimeoutName,
+}
+
+/// What code gets that asks for a line.
+#[derive(Debug, Default, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(untagged, expecting = "allowed are \"deny\", \"interactive\" and a list of lines")]
+pub enum StdinRequest {
+    /// By a word.
+    Word(StdinWord),
+    /// These lines.
+    Lines(Vec<String>),
+    /// Nothing was said.
+    #[default]
+    #[serde(skip)]
+    Absent,
+}
+
+/// What code gets that asks for a line, in a word.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum StdinWord {
+    /// An exception.
+    Deny,
+    /// What a caller sends.
+    Interactive,
+}
+
+/// `deny`, `interactive`, or a list of lines.
+#[derive(Debug, ToSchema)]
+#[schema(as = Stdin)]
+#[serde(untagged)]
+pub enum StdinSchema {
+    /// By a word.
+    Word(StdinWord),
+    /// These lines.
+    Lines(Vec<String>),
+}
+
+/// What happens at the time limit first.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum OnTimeoutName {
+    /// It is interrupted, so that variables may survive.
+    #[default]
+    Interrupt,
+    /// Its kernel is replaced.
+    Restart,
 }
 
 /// What happens to an execution whose caller hangs up.
-#[derive(Debug, Default, Clone, Copy, PartialEq, Eq, Deserialize, ToSchema)]
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum OnDisconnect {
     /// It goes on.
@@ -94,10 +155,78 @@ pub struct ExecutionView {
     results: Vec<ResultView>,
     /// The exception.
     error: Option<ErrorView>,
+    /// How it ended, for people, where the status and the error don't say all.
+    detail: Option<String>,
     /// Whether the kernel survived.
     kernel: KernelView,
-    /// Limits that the code ran into: `output`, `memory`; more may come.
+    /// How it was stopped, if a limit or a caller stopped it.
+    stop: Option<StopView>,
+    /// Limits that the code ran into: `pids`, `disk`, `memory`, `output`; more may come.
     limits_hit: Vec<&'static str>,
+    /// Files below the working folder that are not as they were.
+    files: Vec<FileView>,
+    /// How many more there are.
+    files_omitted: u64,
+    /// Processes that it started and that still run.
+    processes: Vec<ProcessView>,
+    /// How many more there are.
+    processes_omitted: u64,
+    /// What it has cost.
+    usage: UsageView,
+    /// The kernel's answers to its user expressions.
+    #[schema(value_type = BTreeMap<String, serde_json::Value>)]
+    user_expressions: BTreeMap<String, Box<RawValue>>,
+    /// What else the kernel gives back: pages of help, the next input.
+    #[schema(value_type = Vec<serde_json::Value>)]
+    payloads: Vec<Box<RawValue>>,
+}
+
+/// How an execution was stopped.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct StopView {
+    /// What it took: `interrupt`, `restart` of the kernel, `replace` of the container, or the `end` of the session.
+    step: &'static str,
+    /// Whether variables survived.
+    variables_kept: bool,
+    /// From the decision to the end.
+    took_ms: u64,
+    /// Contexts whose kernels were ended with it, because processes could not be told apart.
+    also_ended: Vec<String>,
+}
+
+/// A file that an execution has changed.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct FileView {
+    /// Its path relative to the working folder.
+    path: String,
+    /// `created`, `changed` or `deleted`.
+    change: &'static str,
+    /// Its size in bytes.
+    size: Option<u64>,
+    /// SHA-256 of its bytes, where it is not too long.
+    sha256: Option<String>,
+    /// Its MIME type, by its name.
+    mime: Option<String>,
+}
+
+/// A process.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct ProcessView {
+    /// Its id inside the container.
+    pid: i32,
+    /// Its command line, cut.
+    command: String,
+}
+
+/// What an execution has cost.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct UsageView {
+    /// CPU time.
+    cpu_ms: Option<u64>,
+    /// The most memory that the kernel's processes held, in MiB, as the sum of each one's own peak.
+    peak_memory_mb: Option<f64>,
+    /// Whether others in the container may be counted in.
+    approximate: bool,
 }
 
 /// Totals of the text.
@@ -136,7 +265,8 @@ pub struct ResultView {
 pub struct ResultSchema {
     /// `execute_result` or `display_data`.
     kind: String,
-    /// MIME type to content: a text, base64 for images, or JSON.
+    /// MIME type to content: a text, base64 for images, or JSON; `{"$ref": path, "bytes": n, "sha256": hex}` when it is long: fetch
+    /// it from that path.
     data: BTreeMap<String, serde_json::Value>,
     /// About the content.
     metadata: serde_json::Value,
@@ -153,6 +283,8 @@ pub struct ErrorView {
     value: String,
     /// Its traceback as the kernel gave it, with ANSI colours.
     traceback: Vec<String>,
+    /// The same as one text without them.
+    traceback_text: String,
 }
 
 /// Whether the kernel survived.
@@ -160,7 +292,7 @@ pub struct ErrorView {
 pub struct KernelView {
     /// It was replaced: variables are gone, files stay.
     restarted: bool,
-    /// Why: `timeout`, `oom`, `died` or `requested`.
+    /// Why it was replaced, or ended without another: `timeout`, `oom`, `died`, `requested`, `swept` or `guest_lost`; more may come.
     cause: Option<&'static str>,
     /// The exit status of the one that died.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -173,14 +305,14 @@ pub struct KernelView {
 impl ExecutionView {
     pub(super) fn of(execution: &Execution) -> Self {
         let outcome = execution.outcome();
-        let limits_hit = limits_hit(&outcome);
+        let (limits_hit, kernel) = (limits_hit(&outcome), KernelView::of(&outcome));
         Self {
             id: execution.id.to_string(),
-            session_id: execution.session.to_string(),
-            context_id: execution.context.to_string(),
+            session_id: execution.place.session.to_string(),
+            context_id: execution.place.context.to_string(),
             status: status(outcome.status),
             execution_count: outcome.execution_count,
-            language: execution.language.clone(),
+            language: execution.place.language.clone(),
             created_at: super::sessions::time(execution.created_at),
             queued_ms: u64::try_from(outcome.queued.as_millis()).unwrap_or(u64::MAX),
             duration_ms: u64::try_from(outcome.duration.as_millis()).unwrap_or(u64::MAX),
@@ -191,10 +323,19 @@ impl ExecutionView {
             },
             stdout: outcome.stdout,
             stderr: outcome.stderr,
-            results: outcome.results.iter().map(ResultView::of).collect(),
+            results: outcome.results.iter().map(|output| ResultView::of(execution, output)).collect(),
             error: outcome.error.map(ErrorView::of),
-            kernel: KernelView::of(outcome.restarted.as_ref()),
+            detail: outcome.detail,
+            kernel,
+            stop: outcome.stop.as_ref().map(StopView::of),
             limits_hit,
+            files: outcome.effects.files.iter().map(FileView::of).collect(),
+            files_omitted: outcome.effects.files_omitted,
+            processes: outcome.effects.processes.iter().map(ProcessView::of).collect(),
+            processes_omitted: outcome.effects.processes_omitted,
+            usage: UsageView::of(&outcome.effects),
+            user_expressions: outcome.user_expressions.iter().map(|(name, v)| (name.clone(), raw(v))).collect(),
+            payloads: outcome.payloads.iter().map(raw).collect(),
         }
     }
 }
@@ -205,14 +346,63 @@ impl TextView {
     }
 }
 
+impl StopView {
+    fn of(stop: &Stop) -> Self {
+        Self {
+            step: match stop.step {
+                StopStep::Interrupt => "interrupt",
+                StopStep::Restart => "restart",
+                StopStep::Replace => "replace",
+                StopStep::End => "end",
+            },
+            variables_kept: stop.step == StopStep::Interrupt,
+            took_ms: u64::try_from(stop.took.as_millis()).unwrap_or(u64::MAX),
+            also_ended: stop.also_ended.iter().map(ToString::to_string).collect(),
+        }
+    }
+}
+
+impl FileView {
+    fn of(file: &FileChange) -> Self {
+        Self {
+            path: file.path.clone(),
+            change: match file.change {
+                Change::Created => "created",
+                Change::Changed => "changed",
+                Change::Deleted => "deleted",
+            },
+            size: file.bytes,
+            sha256: file.sha256.clone(),
+            mime: mime_guess::from_path(&file.path).first_raw().map(str::to_owned),
+        }
+    }
+}
+
+impl ProcessView {
+    fn of(process: &Process) -> Self {
+        Self { pid: process.pid, command: process.command.clone() }
+    }
+}
+
+impl UsageView {
+    fn of(effects: &Effects) -> Self {
+        let mib = |bytes: u64| (bytes as f64 / MIB as f64 * 10.0).round() / 10.0;
+        Self {
+            cpu_ms: effects.cpu.map(|cpu| u64::try_from(cpu.as_millis()).unwrap_or(u64::MAX)),
+            peak_memory_mb: effects.peak_memory_bytes.map(mib),
+            approximate: effects.approximate,
+        }
+    }
+}
+
 impl ResultView {
-    pub(super) fn of(output: &RichOutput) -> Self {
+    pub(super) fn of(execution: &Execution, output: &RichOutput) -> Self {
         Self {
             kind: match output.kind {
                 ResultKind::ExecuteResult => "execute_result",
                 ResultKind::DisplayData => "display_data",
             },
-            data: bundle(&output.data),
+            data: bundle(execution, &output.data),
             metadata: raw(&output.metadata),
             display_id: output.display_id.clone(),
         }
@@ -221,22 +411,32 @@ impl ResultView {
 
 impl ErrorView {
     pub(super) fn of(error: ErrorInfo) -> Self {
-        Self { name: error.name, value: error.value, traceback: error.traceback }
+        let plain = |block: &String| anstream::adapter::strip_str(block).to_string();
+        let traceback_text = error.traceback.iter().map(plain).collect::<Vec<_>>().join("\n");
+        Self { name: error.name, value: error.value, traceback: error.traceback, traceback_text }
     }
 }
 
 impl KernelView {
-    fn of(cause: Option<&RestartCause>) -> Self {
+    fn of(outcome: &Outcome) -> Self {
+        let cause = outcome.restarted.as_ref().or(outcome.kernel_end.as_ref());
         let (exit_status, signal) = match cause {
             Some(RestartCause::Died { status, signal }) => (*status, *signal),
             _ => (None, None),
         };
-        Self { restarted: cause.is_some(), cause: cause.map(restart_cause), exit_status, signal }
+        Self { restarted: outcome.restarted.is_some(), cause: cause.map(restart_cause), exit_status, signal }
     }
 }
 
-pub(super) fn bundle(data: &MimeBundle) -> BTreeMap<String, Box<RawValue>> {
-    data.iter().map(|(mime, content)| (mime.clone(), raw(content))).collect()
+pub(super) fn bundle(execution: &Execution, data: &MimeBundle) -> BTreeMap<String, Box<RawValue>> {
+    let content = |part: &MimePart| match part {
+        MimePart::Inline(text) => raw(text),
+        MimePart::Blob(BlobRef { number, bytes, sha256 }) => {
+            let path = format!("/v1/executions/{}/blobs/{number}", execution.id);
+            raw(&JsonText(serde_json::json!({"$ref": path, "bytes": bytes, "sha256": sha256}).to_string()))
+        }
+    };
+    data.iter().map(|(mime, part)| (mime.clone(), content(part))).collect()
 }
 
 /// JSON that a kernel wrote, as it is. It was read as JSON once, so this can't fail.
@@ -247,7 +447,14 @@ pub(super) fn raw(text: &JsonText) -> Box<RawValue> {
 fn limits_hit(outcome: &Outcome) -> Vec<&'static str> {
     let omitted = [outcome.stdout_totals.omitted, outcome.stderr_totals.omitted, outcome.results_omitted];
     let cut = omitted.iter().any(|bytes| *bytes > 0);
-    let limits = [(cut, "output"), (outcome.status == Status::Oom, "memory")];
+    let effects = &outcome.effects;
+    let no_space = outcome.error.as_ref().is_some_and(|e| e.name == "OSError" && e.value.starts_with("[Errno 28]"));
+    let limits = [
+        (effects.pids_hit, "pids"),
+        (effects.disk_hit || no_space, "disk"),
+        (effects.memory_hit || outcome.status == Status::Oom, "memory"),
+        (cut, "output"),
+    ];
     limits.into_iter().filter_map(|(hit, name)| hit.then_some(name)).collect()
 }
 
@@ -272,6 +479,8 @@ pub(super) fn restart_cause(cause: &RestartCause) -> &'static str {
         RestartCause::Oom => "oom",
         RestartCause::Died { .. } => "died",
         RestartCause::Requested => "requested",
+        RestartCause::Swept => "swept",
+        RestartCause::GuestLost => "guest_lost",
     }
 }
 
@@ -302,23 +511,38 @@ pub async fn create_execution(
     let request = execute_request(body)?;
     let execution = app.service.execute(&who, id, request).await?;
     if background {
-        let location = format!("/v1/executions/{}", execution.id);
-        return Ok((StatusCode::ACCEPTED, [(header::LOCATION, location)], Answer(ExecutionView::of(&execution)))
-            .into_response());
+        return Ok(accepted(&execution));
     }
+    Ok(answer(app, who, execution, on_disconnect, &headers).await)
+}
+
+/// The answer about an execution that goes on in the background.
+pub(super) fn accepted(execution: &Execution) -> Response {
+    let location = format!("/v1/executions/{}", execution.id);
+    (StatusCode::ACCEPTED, [(header::LOCATION, location)], Answer(ExecutionView::of(execution))).into_response()
+}
+
+/// The answer to the caller of an execution, in the form that it accepts.
+pub(super) async fn answer(
+    app: App,
+    who: Principal,
+    execution: Arc<Execution>,
+    on_disconnect: OnDisconnect,
+    headers: &HeaderMap,
+) -> Response {
     let guard = Listener { app, who, execution: Arc::clone(&execution), on_disconnect };
-    if let Some(format) = Format::wanted(&headers) {
-        return Ok(stream::respond(execution, 0, format, Some(guard)));
+    if let Some(format) = Format::wanted(headers) {
+        return stream::respond(execution, 0, format, Some(guard));
     }
     execution.ended().await;
     drop(guard);
-    Ok(Answer(ExecutionView::of(&execution)).into_response())
+    Answer(ExecutionView::of(&execution)).into_response()
 }
 
 /// Takes an execution back when its caller hangs up, if that was asked for.
 pub(super) struct Listener {
     app: App,
-    who: crate::service::keys::Principal,
+    who: Principal,
     execution: Arc<Execution>,
     on_disconnect: OnDisconnect,
 }
@@ -332,7 +556,7 @@ impl Drop for Listener {
     }
 }
 
-fn execute_request(body: CreateExecution) -> Result<ExecuteRequest, Problem> {
+pub(super) fn execute_request(body: CreateExecution) -> Result<ExecuteRequest, Problem> {
     let context = match body.context_id.as_deref().map(str::parse::<ContextId>) {
         None => None,
         Some(Ok(context)) => Some(context),
@@ -345,7 +569,68 @@ fn execute_request(body: CreateExecution) -> Result<ExecuteRequest, Problem> {
         silent: body.silent,
         store_history: body.store_history,
         max_output_bytes: body.max_output_bytes,
+        stdin: match body.stdin {
+            StdinRequest::Absent | StdinRequest::Word(StdinWord::Deny) => Stdin::Deny,
+            StdinRequest::Word(StdinWord::Interactive) => Stdin::Interactive,
+            StdinRequest::Lines(lines) => Stdin::Lines(lines),
+        },
+        user_expressions: body.user_expressions,
+        on_timeout: match body.on_timeout {
+            OnTimeoutName::Interrupt => OnTimeout::Interrupt,
+            OnTimeoutName::Restart => OnTimeout::Restart,
+        },
+        comm: None,
     })
+}
+
+/// A line of input.
+#[derive(Debug, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct AnswerInput {
+    /// The line, without its end.
+    text: String,
+}
+
+/// Answer a request for input
+///
+/// After `input.requested`, within the execution's time limit.
+#[utoipa::path(post, path = "/v1/executions/{id}/input", operation_id = "answer_input", tag = "executions",
+    params(("id" = String, Path)), request_body = AnswerInput,
+    responses((status = 200, body = ExecutionView), (status = "4XX", body = Problem)))]
+pub async fn answer_input(
+    State(app): State<App>,
+    Caller(who): Caller,
+    Id(id): Id<ExecutionId>,
+    Body(body): Body<AnswerInput>,
+) -> Result<Answer<ExecutionView>, Problem> {
+    Ok(Answer(ExecutionView::of(&*app.service.answer_input(&who, id, body.text).await?)))
+}
+
+/// Fetch a long content
+///
+/// What a result's `$ref` names, decoded, with its own type.
+#[utoipa::path(get, path = "/v1/executions/{id}/blobs/{number}", operation_id = "get_blob", tag = "executions",
+    params(("id" = String, Path), ("number" = u32, Path)),
+    responses((status = 200, content_type = "application/octet-stream", body = Vec<u8>), (status = "4XX", body = Problem)))]
+pub async fn get_blob(
+    State(app): State<App>,
+    Caller(who): Caller,
+    Ids(id, number): Ids<ExecutionId, u32>,
+) -> Result<Response, Problem> {
+    let blob = app.service.blob(&who, id, number).await?;
+    // A type that code inside has chosen: nothing of it may run in a browser.
+    let headers = [
+        (header::CONTENT_TYPE, blob.mime),
+        (header::CONTENT_LENGTH, blob.bytes.to_string()),
+        (header::ETAG, format!("\"{}\"", blob.sha256)),
+        (header::CONTENT_DISPOSITION, "attachment".to_owned()),
+        (header::CONTENT_SECURITY_POLICY, "sandbox; default-src 'none'".to_owned()),
+    ];
+    let body = match blob.body {
+        BlobBody::Memory(bytes) => RawBody::from(bytes),
+        BlobBody::File(file) => RawBody::from_stream(ReaderStream::new(file)),
+    };
+    Ok((headers, body).into_response())
 }
 
 /// Look at an execution

@@ -7,7 +7,10 @@ use utoipa_axum::routes;
 use super::App;
 use super::docs::Head;
 
+pub mod contexts;
 pub mod executions;
+pub mod notebooks;
+pub mod runs;
 pub mod sessions;
 pub mod stream;
 pub mod templates;
@@ -25,5 +28,17 @@ pub fn routes() -> OpenApiRouter<App> {
         .routes(routes!(executions::get_execution))
         .routes(routes!(executions::list_execution_events))
         .routes(routes!(executions::cancel_execution))
+        .routes(routes!(executions::answer_input))
+        .routes(routes!(executions::get_blob))
+        .routes(routes!(runs::create_run))
+        .routes(routes!(contexts::list_contexts, contexts::create_context))
+        .routes(routes!(contexts::delete_context))
+        .routes(routes!(contexts::interrupt_context))
+        .routes(routes!(contexts::restart_context))
+        .routes(routes!(contexts::complete_code))
+        .routes(routes!(contexts::inspect_code))
+        .routes(routes!(contexts::check_code))
+        .routes(routes!(contexts::send_comm))
+        .routes(routes!(notebooks::get_notebook, notebooks::delete_notebook))
         .routes(routes!(templates::list_templates))
 }

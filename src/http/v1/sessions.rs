@@ -28,24 +28,27 @@ const PAGE: (usize, usize) = (50, 200);
 #[serde(deny_unknown_fields, default)]
 pub struct CreateSession {
     /// A template's name; the server's default when absent.
-    template: Option<String>,
+    pub(super) template: Option<String>,
     /// A name, unique among your live sessions.
-    name: Option<String>,
+    pub(super) name: Option<String>,
     /// What to do when a live session has that name.
-    if_exists: IfExists,
+    pub(super) if_exists: IfExists,
     /// Environment variables for everything that runs in it.
-    env: BTreeMap<String, String>,
+    pub(super) env: BTreeMap<String, String>,
     /// For finding it again.
-    labels: BTreeMap<String, String>,
+    pub(super) labels: BTreeMap<String, String>,
+    /// Code that prepares every kernel of the session, after the template's own, before it is ready. Its failure is the failure of
+    /// the start.
+    pub(super) setup: Option<String>,
     /// What it may use.
     #[serde(deserialize_with = "object")]
-    resources: ResourceRequest,
+    pub(super) resources: ResourceRequest,
     /// How long things may take.
     #[serde(deserialize_with = "object")]
-    timeouts: TimeoutRequest,
+    pub(super) timeouts: TimeoutRequest,
     /// What it may reach.
     #[serde(deserialize_with = "object")]
-    network: NetworkRequest,
+    pub(super) network: NetworkRequest,
 }
 
 /// What to do when a live session has the name.
@@ -110,6 +113,7 @@ impl From<CreateSession> for SessionRequest {
             reuse: matches!(body.if_exists, IfExists::Reuse),
             env: body.env,
             labels: body.labels,
+            setup: body.setup,
             cpu: body.resources.cpu,
             memory_mb: body.resources.memory_mb,
             disk_mb: body.resources.disk_mb,
@@ -220,7 +224,7 @@ impl SessionView {
         let spec = &session.spec;
         let over = match snapshot.phase {
             Phase::Aborting(reason) | Phase::Ending(reason) | Phase::Ended(reason) => Some(end_reason(reason)),
-            Phase::Provisioning | Phase::Connecting | Phase::Ready => None,
+            Phase::Provisioning | Phase::Connecting | Phase::Ready | Phase::Replacing => None,
         };
         Self {
             id: session.id.to_string(),
@@ -260,7 +264,7 @@ impl SessionView {
 /// The public word for where a session is in its life.
 fn state(snapshot: &Snapshot) -> &'static str {
     match snapshot.phase {
-        Phase::Provisioning | Phase::Connecting => "starting",
+        Phase::Provisioning | Phase::Connecting | Phase::Replacing => "starting",
         Phase::Ready if snapshot.busy => "busy",
         Phase::Ready => "ready",
         Phase::Aborting(_) | Phase::Ending(_) => "ending",
@@ -431,12 +435,12 @@ pub async fn interrupt_session(
     Caller(who): Caller,
     Id(id): Id<SessionId>,
 ) -> Result<Answer<SessionView>, Problem> {
-    Ok(Answer(SessionView::of(&app.service.interrupt(&who, id).await?)))
+    Ok(Answer(SessionView::of(&app.service.interrupt(&who, id, None).await?)))
 }
 
-/// Replace the kernel
+/// Replace the kernels
 ///
-/// Files stay, variables go; what runs or waits is cancelled. Answers once the new kernel does.
+/// Files stay, variables go; what runs or waits is cancelled. Answers once the new kernels do.
 #[utoipa::path(post, path = "/v1/sessions/{id}/restart", operation_id = "restart_session", tag = "sessions",
     params(("id" = String, Path)), responses((status = 200, body = SessionView), (status = "4XX", body = Problem)))]
 pub async fn restart_session(
@@ -444,7 +448,7 @@ pub async fn restart_session(
     Caller(who): Caller,
     Id(id): Id<SessionId>,
 ) -> Result<Answer<SessionView>, Problem> {
-    Ok(Answer(SessionView::of(&app.service.restart(&who, id).await?)))
+    Ok(Answer(SessionView::of(&app.service.restart(&who, id, None).await?)))
 }
 
 fn filter(params: &Params) -> Result<Filter, Problem> {

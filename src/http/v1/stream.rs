@@ -9,6 +9,8 @@ use axum::body::{Body as RawBody, Bytes};
 use axum::http::{HeaderMap, header};
 use axum::response::sse::{Event, KeepAlive, Sse};
 use axum::response::{IntoResponse, Response};
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD as BASE64;
 use futures_util::stream::{self, Stream, StreamExt};
 use jiff::Timestamp;
 use serde::Serialize;
@@ -16,7 +18,7 @@ use serde_json::value::RawValue;
 use tokio::sync::watch;
 
 use super::executions::{ErrorView, ExecutionView, Listener, ResultView, bundle, raw, restart_cause, truncated};
-use crate::domain::output::{ExecutionEvent, TextStream};
+use crate::domain::output::{Comm, CommKind, ExecutionEvent, TextStream};
 use crate::session::execution::{Execution, Logged};
 
 /// A silent stream says that it lives this often.
@@ -125,6 +127,7 @@ enum Body {
     Update { display_id: String, data: BTreeMap<String, Box<RawValue>>, metadata: Box<RawValue> },
     Clear { wait: bool },
     Input { prompt: String, password: bool },
+    Comm { msg_type: &'static str, content: Box<RawValue>, metadata: Box<RawValue>, buffers_base64: Vec<String> },
     Error(ErrorView),
     Truncated { stream: &'static str, bytes: u64, total_bytes: u64 },
     Restarted { cause: &'static str },
@@ -157,12 +160,13 @@ fn describe(execution: &Execution, event: &ExecutionEvent, at: Timestamp) -> (&'
             let name = if stream == TextStream::Stdout { "stdout" } else { "stderr" };
             (name, Body::Text { text, at: super::sessions::time(at) })
         }
-        ExecutionEvent::Result(output) => ("result", Body::Result(ResultView::of(&output))),
+        ExecutionEvent::Result(output) => ("result", Body::Result(ResultView::of(execution, &output))),
         ExecutionEvent::ResultUpdate { display_id, data, metadata } => {
-            ("result.update", Body::Update { display_id, data: bundle(&data), metadata: raw(&metadata) })
+            ("result.update", Body::Update { display_id, data: bundle(execution, &data), metadata: raw(&metadata) })
         }
         ExecutionEvent::OutputClear { wait } => ("output.clear", Body::Clear { wait }),
         ExecutionEvent::InputRequested { prompt, password } => ("input.requested", Body::Input { prompt, password }),
+        ExecutionEvent::Comm(comm) => ("comm", comm_body(&comm)),
         ExecutionEvent::Error(error) => ("error", Body::Error(ErrorView::of(error))),
         ExecutionEvent::OutputTruncated { what, omitted_bytes, total_bytes } => {
             ("output.truncated", Body::Truncated { stream: truncated(what), bytes: omitted_bytes, total_bytes })
@@ -176,27 +180,33 @@ fn describe(execution: &Execution, event: &ExecutionEvent, at: Timestamp) -> (&'
     }
 }
 
+fn comm_body(comm: &Comm) -> Body {
+    let msg_type = match comm.kind {
+        CommKind::Open => "comm_open",
+        CommKind::Message => "comm_msg",
+        CommKind::Close => "comm_close",
+    };
+    let buffers_base64 = comm.buffers.iter().map(|buffer| BASE64.encode(buffer)).collect();
+    Body::Comm { msg_type, content: raw(&comm.content), metadata: raw(&comm.metadata), buffers_base64 }
+}
+
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use uuid::Uuid;
 
     use super::*;
-    use crate::domain::output::{JsonText, MimeBundle, ResultKind, RichOutput};
+    use crate::domain::output::{JsonText, MimeBundle, MimePart, ResultKind, RichOutput};
     use crate::domain::spec::OutputLimits;
-    use crate::session::execution::ExecutionRequest;
+    use crate::session::execution::{ExecutionRequest, Place};
 
-    /// Well-formed JSON that readers of JSON refuse: too deep, too large a number, half a character.
     #[test]
     fn json_of_a_kernel_is_written_as_it_is() {
-        let id = Uuid::from_u128(1);
-        let output = OutputLimits { text_bytes: 1, result_bytes: 1, messages: 1 };
-        let timeout = Duration::from_secs(1);
-        let request = ExecutionRequest { code: String::new(), timeout, silent: false, store_history: true, output };
-        let execution = Execution::new(id.into(), id.into(), id.into(), String::new(), request, 0);
+        let limits =
+            OutputLimits { text_bytes: 1, result_bytes: 1, total_bytes: 1, messages: 1, messages_per_second: 1 };
+        let request = ExecutionRequest::for_tests(limits);
+        let execution = Execution::new(Uuid::from_u128(1).into(), Place::for_tests(), request, 0);
         for json in [format!("{}1{}", "[".repeat(300), "]".repeat(300)), "9".repeat(400), "\"\\ud800\"".to_owned()] {
-            let data = MimeBundle::from([("application/json".to_owned(), JsonText(json.clone()))]);
+            let data = MimeBundle::from([("application/json".to_owned(), MimePart::Inline(JsonText(json.clone())))]);
             let metadata = JsonText::object();
             let event =
                 ExecutionEvent::Result(RichOutput { kind: ResultKind::DisplayData, data, metadata, display_id: None });

@@ -85,7 +85,7 @@ fn every_name_is_a_system_call_and_unconditional_only_once() {
     for rule in &rules() {
         for name in names(rule) {
             assert!(known.contains(name), "{name} is no system call");
-            if rule.get("args").is_some() {
+            if rule.get("args").is_some() || rule.get("exceptFirstProcess").is_some() {
                 conditional.insert(name.to_owned());
             } else {
                 assert!(unconditional.insert(name.to_owned()), "{name} stands in two rules");
@@ -95,14 +95,50 @@ fn every_name_is_a_system_call_and_unconditional_only_once() {
     // One rule without conditions would open what the others close.
     assert_eq!(unconditional.intersection(&conditional).count(), 0);
     let filtered: Vec<_> = conditional.iter().map(String::as_str).collect();
-    assert_eq!(filtered, ["clone", "mknod", "mknodat", "personality", "prlimit64", "socket", "socketpair"]);
+    let expected = [
+        "clone",
+        "ioprio_set",
+        "kill",
+        "mknod",
+        "mknodat",
+        "personality",
+        "pidfd_open",
+        "prlimit64",
+        "rt_sigqueueinfo",
+        "rt_tgsigqueueinfo",
+        "sched_setattr",
+        "sched_setparam",
+        "sched_setscheduler",
+        "setpriority",
+        "socket",
+        "socketpair",
+        "tgkill",
+        "tkill",
+    ];
+    assert_eq!(filtered, expected);
 }
 
 #[test]
 fn what_is_sent_is_the_file_without_its_comments() {
     let sent: Value = serde_json::from_str(profile(false)).expect("JSON");
     assert!(!profile(false).contains("comment"));
-    assert_eq!(sent["syscalls"].as_array().map(Vec::len), Some(rules().len()));
+    let of_anybody = rules().iter().filter(|rule| rule.get("exceptFirstProcess").is_some()).count();
+    assert_eq!(sent["syscalls"].as_array().map(Vec::len), Some(rules().len() + 31 * of_anybody));
+    assert!(!profile(false).contains("exceptFirstProcess"));
     assert!(profile(false).contains("inotify_init1"));
     assert!(!profile(true).contains("inotify"));
+}
+
+#[test]
+fn an_id_passes_unless_it_is_that_of_the_first_process() {
+    let rule = serde_json::json!({"names": ["kill"], "action": "SCMP_ACT_ALLOW", "exceptFirstProcess": 0});
+    let rules = expanded(rule);
+    let passes = |id: u64| {
+        rules.iter().any(|rule| {
+            let arg = &rule["args"][0];
+            id & arg["value"].as_u64().expect("a mask") == arg["valueTwo"].as_u64().expect("a value")
+        })
+    };
+    assert!([0, 2, 3, 4_000_000, u64::from(u32::MAX), u64::MAX, 1 << 31].into_iter().all(passes));
+    assert!(![1, 1 << 32 | 1, u64::MAX << 32 | 1].into_iter().any(passes));
 }

@@ -1,0 +1,164 @@
+//! What callers ask of a session's task, and its answers.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use tokio::sync::oneshot;
+
+use super::super::execution::{Execution, ExecutionRequest};
+use super::super::{Command, ContextView, Patch, Refused, fresh};
+use super::{Actor, Context, Restart, Verdict};
+use crate::domain::ids::{ContextId, ExecutionId};
+use crate::domain::lifecycle::Phase;
+
+impl Actor {
+    pub(super) fn on_command(&mut self, command: Command) {
+        match command {
+            Command::Execute { context, request, reply } => {
+                let answer = self.execute(context, request);
+                self.answer(reply, answer);
+            }
+            Command::Cancel { execution } => {
+                let now = Instant::now();
+                self.contexts.values_mut().for_each(|c| c.cancel(execution, now));
+            }
+            Command::Input { execution, line, reply } => {
+                let answer = self.give_input(execution, &line);
+                self.answer(reply, answer);
+            }
+            Command::Interrupt { context, reply } => {
+                let answer = self.each(context, Context::interrupt);
+                self.answer(reply, answer);
+            }
+            Command::Restart { context, reply } => match self.each(context, Context::restart) {
+                Ok(()) => self.restarts.push(Restart { context, reply }),
+                Err(refused) => self.answer(reply, Err(refused)),
+            },
+            Command::Contexts { reply } => {
+                let views = || self.contexts.keys().filter_map(|id| self.view(*id)).collect();
+                let answer = self.not_over().map(|()| views());
+                self.answer(reply, answer);
+            }
+            Command::CreateContext { kernelspec, cwd, reply } => self.create_context(kernelspec, cwd, reply),
+            Command::DeleteContext { context, reply } => {
+                let answer = self.delete_context(context);
+                self.answer(reply, answer);
+            }
+            Command::Ask { context, msg_type, content, answer, reply } => {
+                let context = context.unwrap_or(self.default_context);
+                let asked = self.live().and_then(|_| {
+                    let context = self.contexts.get_mut(&context).ok_or(Refused::NoSuchContext)?;
+                    context.ask(msg_type, &content, answer).map_err(|_| Refused::QueueFull)
+                });
+                self.answer(reply, asked);
+            }
+            Command::Patch { patch, reply } => {
+                let answer = self.patch(patch);
+                self.answer(reply, answer);
+            }
+            Command::KeepAlive { reply } => {
+                let answer = self.not_over().map(|()| self.last_active = Instant::now());
+                self.answer(reply, answer);
+            }
+            Command::Link { reply } => {
+                let link = self.wiring.link().cloned().ok_or(Refused::NotReady);
+                drop(reply.send(self.live().and(link)));
+            }
+            Command::LookAtCell => {
+                if matches!(self.phase, Phase::Ready | Phase::Connecting) {
+                    self.diagnose(Verdict::Well);
+                }
+            }
+        }
+    }
+
+    /// Answers a command that changed something. Whoever looks after the answer sees the change.
+    fn answer<T>(&self, reply: oneshot::Sender<Result<T, Refused>>, answer: Result<T, Refused>) {
+        self.publish();
+        // A caller that went away needs no answer.
+        let _ = reply.send(answer);
+    }
+
+    fn execute(&mut self, context: Option<ContextId>, request: ExecutionRequest) -> Result<Arc<Execution>, Refused> {
+        let now = self.live()?;
+        let context = context.unwrap_or(self.default_context);
+        let context = self.contexts.get_mut(&context).ok_or(Refused::NoSuchContext)?;
+        let execution = context.enqueue(request, now).map_err(|_| Refused::QueueFull)?;
+        self.last_active = now;
+        Ok(execution)
+    }
+
+    fn give_input(&mut self, execution: ExecutionId, line: &str) -> Result<(), Refused> {
+        self.last_active = self.live()?;
+        let given = self.contexts.values_mut().any(|c| c.answer_input(execution, line));
+        if given { Ok(()) } else { Err(Refused::NothingAsked) }
+    }
+
+    /// Does something to a context, or to all.
+    fn each(&mut self, only: Option<ContextId>, act: impl Fn(&mut Context, Instant)) -> Result<(), Refused> {
+        let now = self.live()?;
+        match only {
+            Some(id) => act(self.contexts.get_mut(&id).ok_or(Refused::NoSuchContext)?, now),
+            None => self.contexts.values_mut().for_each(|c| act(c, now)),
+        }
+        self.last_active = now;
+        Ok(())
+    }
+
+    fn create_context(
+        &mut self,
+        kernelspec: Option<String>,
+        cwd: Option<String>,
+        reply: oneshot::Sender<Result<ContextView, Refused>>,
+    ) {
+        let now = match self.live() {
+            Ok(now) if self.contexts.len() < self.settings.contexts => now,
+            Ok(_) => return self.answer(reply, Err(Refused::TooManyContexts(self.settings.contexts))),
+            Err(refused) => return self.answer(reply, Err(refused)),
+        };
+        let id: ContextId = fresh();
+        self.last_active = now;
+        let kernelspec = kernelspec.or_else(|| self.spec.kernelspec.clone());
+        self.add_context(id, kernelspec, cwd);
+        if let Some(context) = self.contexts.get_mut(&id) {
+            context.boot(now, self.settings.start_timeout);
+        }
+        self.creating.insert(id, reply);
+    }
+
+    fn delete_context(&mut self, id: ContextId) -> Result<ContextView, Refused> {
+        self.live()?;
+        let view = self.view(id).ok_or(Refused::NoSuchContext)?;
+        if view.is_default {
+            return Err(Refused::DefaultContext);
+        }
+        if let Some(mut context) = self.contexts.remove(&id) {
+            context.close();
+            let (actions, _) = context.take();
+            self.wiring.plan(actions);
+        }
+        if let Some(creating) = self.creating.remove(&id) {
+            // A caller that went away needs no answer.
+            let _ = creating.send(Err(Refused::NoSuchContext));
+        }
+        for restart in self.restarts.extract_if(.., |r| r.context == Some(id)) {
+            let _ = restart.reply.send(Err(Refused::NoSuchContext));
+        }
+        Ok(view)
+    }
+
+    fn patch(&mut self, patch: Patch) -> Result<(), Refused> {
+        self.not_over()?;
+        let now = Instant::now();
+        self.last_active = now;
+        if let Some(expires_in) = patch.expires_in {
+            self.expires = (now + expires_in).min(self.born + self.spec.max_lifetime);
+        }
+        let attributes = Arc::make_mut(&mut self.attributes);
+        attributes.idle = patch.idle.unwrap_or(attributes.idle);
+        if let Some(labels) = patch.labels {
+            attributes.labels = labels;
+        }
+        Ok(())
+    }
+}

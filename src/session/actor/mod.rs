@@ -1,0 +1,740 @@
+//! The task that owns one session. Effects are performed as owned futures whose completion is an event; it never awaits an engine
+//! or a kernel inline, so it always answers.
+//!
+//! Phases change in [`lifecycle::step`], executions in [`Context`]; this room carries out what they say.
+
+use std::collections::BTreeMap;
+use std::panic::AssertUnwindSafe;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use cellblock_wire::frame::Frame;
+use cellblock_wire::link::{KernelDeleted, Numbered, Transport};
+use cellblock_wire::marker::LinkSecret;
+use futures_util::FutureExt;
+use futures_util::future::BoxFuture;
+use futures_util::stream::{FuturesUnordered, StreamExt};
+use jiff::{SignedDuration, Timestamp};
+use tokio::sync::{mpsc, oneshot, watch};
+
+use super::boot::{self, Booted};
+use super::context::{Context, Making, Notice, Pace};
+use super::execution::Place;
+use super::keeping::Keeping;
+use super::wiring::{Acted, Starting, Wiring};
+use super::{
+    Attributes, COMMAND_QUEUE, Command, ContextView, Refused, Session, Settings, Snapshot, StartFailure, StartFault,
+    fresh,
+};
+use crate::domain::ids::{ContextId, SessionId};
+use crate::domain::lifecycle::{self, Effect, EndReason, Event, Phase};
+use crate::domain::output::{JsonText, RestartCause, Status, StopStep};
+use crate::domain::spec::{KernelTransport, OnGuestLost, SessionSpec};
+use crate::engine::{ByteStream, CellName, CellSpec, CellState, Engine, EngineError};
+use crate::kernel::link::LinkError;
+use crate::store::{Archive, NotebookKernel};
+use crate::task;
+
+mod commands;
+
+/// A failed removal is tried again after this long; doubled each time up to the maximum.
+const RETRY_FIRST: Duration = Duration::from_millis(500);
+/// The longest wait between two tries.
+const RETRY_MAX: Duration = Duration::from_secs(30);
+/// A kernel's last events come within this time of its end, or don't count.
+const LAST_WORDS: Duration = Duration::from_secs(5);
+/// Where an answer is awaited that has a time limit of its own, the timer is set this far off.
+const FAR: Duration = Duration::from_secs(3600);
+
+/// The completion of something that the task has started.
+enum Done {
+    Ensured(Result<ByteStream, StartFailure>),
+    Booted(Result<Booted, StartFailure>),
+    Acted(String, Result<Acted, LinkError>),
+    Acked,
+    Removed(Result<(), EngineError>),
+    RetryDue,
+    Diagnosed(Verdict),
+}
+
+/// What a look at a cell has shown.
+enum Verdict {
+    /// It runs.
+    Well,
+    /// It runs, or may, and its guest does not answer.
+    Unreachable(&'static str),
+    /// It does not run any more.
+    Gone(EndReason, &'static str),
+}
+
+/// What a session is made of; everything is decided already.
+pub(super) struct Birth {
+    pub(super) id: SessionId,
+    pub(super) tenant: Arc<str>,
+    pub(super) spec: SessionSpec,
+    pub(super) instance: String,
+    pub(super) settings: Settings,
+    pub(super) engine: Arc<dyn Engine>,
+    pub(super) archive: Option<Archive>,
+}
+
+/// Whoever waits for a kernel that is being replaced, or for all of them.
+struct Restart {
+    context: Option<ContextId>,
+    reply: oneshot::Sender<Result<(), Refused>>,
+}
+
+/// A kernel that the guest has ended.
+struct Gone {
+    kernel: String,
+    gone: KernelDeleted,
+    /// Its last events are waited for until then.
+    until: Instant,
+}
+
+struct Actor {
+    instance: String,
+    cell: CellSpec,
+    /// How many cells it has had.
+    cells: u32,
+    spec: Arc<SessionSpec>,
+    env: BTreeMap<String, String>,
+    settings: Settings,
+    engine: Arc<dyn Engine>,
+    secret: LinkSecret,
+    phase: Phase,
+    keeping: Keeping,
+    contexts: BTreeMap<ContextId, Context>,
+    default_context: ContextId,
+    /// Contexts whose kernels start for the first time, and who waits for them.
+    creating: BTreeMap<ContextId, oneshot::Sender<Result<ContextView, Refused>>>,
+    wiring: Wiring,
+    /// Kernels that the guest has ended, and whose last events have not come yet.
+    gone: Vec<Gone>,
+    work: FuturesUnordered<BoxFuture<'static, Done>>,
+    retry_after: Duration,
+    born: Instant,
+    /// Since when the present cell is being started.
+    starting_since: Instant,
+    last_active: Instant,
+    expires: Instant,
+    attributes: Arc<Attributes>,
+    start_failure: Option<Arc<StartFailure>>,
+    /// Why its cell was lost, for people.
+    loss: &'static str,
+    restarts: Vec<Restart>,
+    snapshot: watch::Sender<Snapshot>,
+    commands: mpsc::Receiver<Command>,
+    end: mpsc::Receiver<EndReason>,
+}
+
+/// Creates a session: its handle, and the task that owns it.
+pub(super) fn spawn(birth: Birth) -> Session {
+    let (commands_in, commands) = mpsc::channel(COMMAND_QUEUE);
+    let (end_in, end) = mpsc::channel(1);
+    let actor = Actor::new(birth.id, &birth, commands, end);
+    let session = Session {
+        id: birth.id,
+        tenant: birth.tenant,
+        spec: Arc::clone(&actor.spec),
+        default_context: actor.default_context,
+        created_at: Timestamp::now(),
+        commands: commands_in,
+        end: end_in,
+        snapshot: actor.snapshot.subscribe(),
+    };
+    let snapshot = actor.snapshot.clone();
+    task::spawn("session", async move {
+        // A panic is a defect, and must cost this session only: it counts as ended, so the reconciler removes its cell.
+        if AssertUnwindSafe(actor.run()).catch_unwind().await.is_err() {
+            tracing::error!(session = %birth.id, "the task of a session panicked");
+            snapshot.send_modify(|snapshot| snapshot.phase = Phase::Ended(EndReason::Lost));
+        }
+    });
+    session
+}
+
+impl Actor {
+    fn new(id: SessionId, birth: &Birth, commands: mpsc::Receiver<Command>, end: mpsc::Receiver<EndReason>) -> Self {
+        let now = Instant::now();
+        let mut spec = birth.spec.clone();
+        // What others can see of a session holds no environment.
+        let env = std::mem::take(&mut spec.env);
+        let spec = Arc::new(spec);
+        let settings = birth.settings;
+        let default_context = fresh();
+        let attributes = Arc::new(Attributes { labels: spec.labels.clone(), idle: spec.timeouts.idle });
+        let snapshot = watch::Sender::new(first_snapshot(&spec, &attributes));
+        let transport = match spec.transport {
+            KernelTransport::Ipc => Transport::Ipc,
+            KernelTransport::Tcp => Transport::Tcp,
+        };
+        // Before the context's own deadline, so that a kernel's last words are heard.
+        let starting = Starting { transport, connect_timeout: settings.start_timeout.mul_f64(0.8) };
+        let mut actor = Self {
+            instance: birth.instance.clone(),
+            cell: CellSpec {
+                name: CellName::new(&birth.instance, id, 1),
+                session: id,
+                image: spec.image.clone(),
+                runtime: spec.runtime.clone(),
+                resources: spec.resources,
+            },
+            cells: 1,
+            keeping: Keeping::new(birth.archive.clone(), Arc::clone(&birth.tenant), id, settings.inline),
+            settings,
+            engine: Arc::clone(&birth.engine),
+            secret: LinkSecret(uuid::Uuid::new_v4().into_bytes()),
+            phase: Phase::Provisioning,
+            contexts: BTreeMap::new(),
+            default_context,
+            creating: BTreeMap::new(),
+            wiring: Wiring::new(starting),
+            gone: Vec::new(),
+            work: FuturesUnordered::new(),
+            retry_after: RETRY_FIRST,
+            born: now,
+            starting_since: now,
+            last_active: now,
+            expires: now + spec.timeouts.lifetime,
+            attributes,
+            start_failure: None,
+            loss: "its session ended",
+            restarts: Vec::new(),
+            snapshot,
+            commands,
+            end,
+            spec,
+            env,
+        };
+        let kernelspec = actor.spec.kernelspec.clone();
+        actor.add_context(default_context, kernelspec, None);
+        actor
+    }
+
+    fn add_context(&mut self, id: ContextId, kernelspec: Option<String>, cwd: Option<String>) {
+        let place =
+            Place { session: self.cell.session, context: id, language: String::new(), keeping: self.keeping.clone() };
+        let settings = &self.settings;
+        let pace = Pace {
+            boot: settings.start_timeout,
+            interrupt_grace: settings.interrupt_grace,
+            queue: settings.queue_timeout,
+        };
+        let making = Making {
+            place,
+            pace,
+            max_queue: settings.queued_executions,
+            kernelspec,
+            cwd,
+            setup: Arc::clone(&self.spec.setup),
+            setup_output: self.spec.output,
+            on_kernel_death: self.spec.on_kernel_death,
+        };
+        self.contexts.insert(id, Context::new(making));
+    }
+
+    async fn run(mut self) {
+        let (phase, effects) = lifecycle::begin();
+        self.phase = phase;
+        self.perform(effects);
+        self.publish();
+        while !matches!(self.phase, Phase::Ended(_)) {
+            let deadline = tokio::time::Instant::from_std(self.next_deadline());
+            tokio::select! {
+                biased;
+                Some(reason) = self.end.recv() => self.step(Event::EndRequested(reason)),
+                Some(done) = self.work.next() => self.on_done(done),
+                () = tokio::time::sleep_until(deadline) => self.on_time(),
+                Some(command) = self.commands.recv() => self.on_command(command),
+                // Last, so that a guest which never stops talking puts nothing off.
+                event = self.wiring.next_event() => self.on_guest_event(event),
+            }
+            tokio::task::coop::consume_budget().await;
+            self.settle_turn();
+        }
+        self.keeping.end_notebook();
+        self.refuse_the_rest();
+    }
+
+    /// Carries out what the contexts asked for in this turn, and tells everybody what has changed.
+    fn settle_turn(&mut self) {
+        self.take_from_contexts();
+        if let Some(acting) = self.wiring.act() {
+            self.work.push(Box::pin(async move {
+                let (kernel, result) = acting.await;
+                Done::Acted(kernel, result)
+            }));
+        }
+        if let Some(acking) = self.wiring.acknowledge(self.is_busy()) {
+            self.work.push(Box::pin(acking.map(|()| Done::Acked)));
+        }
+        self.publish();
+    }
+
+    fn step(&mut self, event: Event) {
+        let (phase, effects) = lifecycle::step(self.phase, event);
+        if phase != self.phase {
+            tracing::debug!(session = %self.cell.session, from = ?self.phase, to = ?phase, ?event, "phase");
+            self.phase = phase;
+        }
+        self.perform(effects);
+    }
+
+    fn perform(&mut self, effects: Vec<Effect>) {
+        for effect in effects {
+            match effect {
+                Effect::EnsureCell => self.ensure_cell(),
+                // The stream comes with the engine's answer, so booting starts there.
+                Effect::BootGuest => {}
+                Effect::SettleExecutions => self.settle_executions(),
+                Effect::SettleRunning => self.settle_running(),
+                Effect::RemoveCell => self.remove_cell(),
+                Effect::ScheduleRetry => {
+                    let wait = self.retry_after;
+                    self.retry_after = (wait * 2).min(RETRY_MAX);
+                    self.work.push(Box::pin(async move {
+                        tokio::time::sleep(wait).await;
+                        Done::RetryDue
+                    }));
+                }
+            }
+        }
+    }
+
+    fn ensure_cell(&mut self) {
+        self.cell.name = CellName::new(&self.instance, self.cell.session, self.cells);
+        self.starting_since = Instant::now();
+        let (engine, cell) = (Arc::clone(&self.engine), self.cell.clone());
+        self.work.push(Box::pin(async move {
+            Done::Ensured(engine.ensure(&cell).await.map_err(|e| boot::engine_failure(&cell, &e)))
+        }));
+    }
+
+    fn boot_guest(&mut self, stream: ByteStream) {
+        let booting = boot::boot(
+            Arc::clone(&self.engine),
+            self.cell.clone(),
+            stream,
+            self.secret,
+            self.settings,
+            self.env.clone(),
+        );
+        self.work.push(Box::pin(async move { Done::Booted(booting.await) }));
+    }
+
+    fn remove_cell(&mut self) {
+        self.wiring.cut();
+        self.gone.clear();
+        let (engine, name) = (Arc::clone(&self.engine), self.cell.name.clone());
+        self.work.push(Box::pin(async move { Done::Removed(engine.remove(&name).await) }));
+    }
+
+    fn settle_executions(&mut self) {
+        let (status, detail) = match self.phase {
+            Phase::Aborting(EndReason::Oom) | Phase::Ending(EndReason::Oom) => {
+                (Status::Oom, "memory ran out, and the session ended")
+            }
+            Phase::Aborting(EndReason::Lost) | Phase::Ending(EndReason::Lost) => (Status::Lost, self.loss),
+            Phase::Aborting(EndReason::KernelDied) | Phase::Ending(EndReason::KernelDied) => {
+                (Status::KernelDied, "its kernel died, and the session ended")
+            }
+            _ => (Status::Cancelled, "its session ended"),
+        };
+        self.contexts.values_mut().for_each(|c| c.settle(status, StopStep::End, detail));
+        self.wiring.cut();
+        if let Err(refused) = self.not_over() {
+            self.refuse_waiting(&refused);
+        }
+    }
+
+    /// The cell is to be replaced: what runs in it ends, and what waits goes on waiting.
+    fn settle_running(&mut self) {
+        let loss = self.loss;
+        self.contexts.values_mut().for_each(|c| c.settle_running(Status::Lost, StopStep::Replace, loss));
+        self.refuse_waiting(&Refused::KernelLost);
+    }
+
+    fn refuse_waiting(&mut self, refused: &Refused) {
+        for restart in self.restarts.drain(..) {
+            // A caller that went away needs no answer.
+            let _ = restart.reply.send(Err(refused.clone()));
+        }
+        for (_, reply) in std::mem::take(&mut self.creating) {
+            let _ = reply.send(Err(refused.clone()));
+        }
+    }
+
+    fn on_done(&mut self, done: Done) {
+        match done {
+            Done::Ensured(Ok(stream)) => {
+                self.step(Event::CellEnsured);
+                if self.phase == Phase::Connecting {
+                    self.boot_guest(stream);
+                }
+            }
+            Done::Ensured(Err(failure)) => {
+                self.fail_start(failure);
+                self.lose_replacement();
+                self.step(Event::EnsureFailed);
+            }
+            Done::Booted(Ok(booted)) if self.phase == Phase::Connecting => self.start_kernels(booted),
+            Done::Booted(Ok(_)) => {}
+            Done::Booted(Err(failure)) => {
+                self.fail_start(failure);
+                self.lose_replacement();
+                self.step(Event::BootFailed);
+            }
+            Done::Acted(kernel, result) => self.on_acted(&kernel, result),
+            Done::Acked => self.wiring.has_acked(),
+            Done::Removed(Ok(())) => {
+                self.cells += u32::from(self.phase == Phase::Replacing);
+                self.step(Event::RemovalSeen);
+            }
+            Done::Removed(Err(error)) => {
+                tracing::warn!(cell = %self.cell.name, %error, "a cell could not be removed; it will be tried again");
+                self.step(Event::RemovalFailed);
+            }
+            Done::RetryDue => self.step(Event::RetryDue),
+            Done::Diagnosed(verdict) => self.on_verdict(verdict),
+        }
+    }
+
+    fn on_verdict(&mut self, verdict: Verdict) {
+        match verdict {
+            Verdict::Well => {}
+            Verdict::Gone(reason, words) => {
+                self.loss = words;
+                self.step(Event::CellLost(reason));
+            }
+            Verdict::Unreachable(words) => {
+                self.loss = words;
+                let replace = self.spec.on_guest_lost == OnGuestLost::Replace && self.phase == Phase::Ready;
+                self.step(if replace { Event::GuestLost } else { Event::CellLost(EndReason::Lost) });
+            }
+        }
+    }
+
+    fn fail_start(&mut self, failure: StartFailure) {
+        let is_first = self.cells == 1 && self.start_failure.is_none();
+        if is_first && matches!(self.phase, Phase::Provisioning | Phase::Connecting) {
+            self.start_failure = Some(Arc::new(failure));
+        }
+    }
+
+    /// A session that was ready once has not failed to start: it is lost.
+    fn lose_replacement(&mut self) {
+        if self.cells > 1 {
+            self.loss = "its container was lost, and a new one could not be started";
+            self.step(Event::EndRequested(EndReason::Lost));
+        }
+    }
+
+    fn start_kernels(&mut self, booted: Booted) {
+        self.wiring.connect(booted.link, booted.events);
+        let now = Instant::now();
+        // Less than the session's own time, so that a kernel's last words, or a setup's, are heard.
+        let left = (self.starting_since + self.settings.start_timeout).saturating_duration_since(now).mul_f64(0.9);
+        for context in self.contexts.values_mut() {
+            context.move_to_new_cell(now, left);
+            if self.cells > 1 {
+                context.tell_replaced(RestartCause::GuestLost);
+            }
+        }
+    }
+
+    fn on_acted(&mut self, kernel: &str, result: Result<Acted, LinkError>) {
+        self.wiring.has_acted();
+        self.contexts.values_mut().for_each(Context::on_interrupt_sent);
+        let now = Instant::now();
+        match result {
+            Ok(Acted::Sent) => {}
+            Ok(Acted::Started(started)) => {
+                if let Some(context) = self.contexts.values_mut().find(|c| c.owns(kernel)) {
+                    (context.kernelspec, context.display_name) = (started.kernelspec, started.display_name);
+                }
+            }
+            Ok(Acted::Deleted(gone)) => {
+                // What the kernel has said may still be on its way.
+                self.gone.push(Gone { kernel: kernel.to_owned(), gone, until: now + LAST_WORDS });
+                self.settle_gone(now);
+            }
+            Err(LinkError::Refused { refusal, .. }) if refusal.code == "not-found" => {
+                // It died in the meantime, which an event of its own tells, or was never there.
+                self.on_deleted(kernel, KernelDeleted::default(), now);
+            }
+            Err(LinkError::Refused { refusal, .. }) => {
+                self.contexts.values_mut().for_each(|c| c.on_refusal(kernel, &refusal.message, now));
+            }
+            Err(error) => self.lose_link(&error.to_string()),
+        }
+    }
+
+    /// Goes on with the kernels that are gone and whose last words were heard.
+    fn settle_gone(&mut self, now: Instant) {
+        let heard = self.wiring.last_seq();
+        let settled: Vec<_> = self.gone.extract_if(.., |g| g.gone.last_seq <= heard || now >= g.until).collect();
+        for Gone { kernel, gone, .. } in settled {
+            self.on_deleted(&kernel, gone, now);
+        }
+    }
+
+    fn on_deleted(&mut self, kernel: &str, gone: KernelDeleted, now: Instant) {
+        let owner = |name: &String| self.contexts.values().find(|c| c.owns(name)).map(|c| c.id);
+        let also_ended = gone.ended_kernels.iter().filter_map(owner).collect();
+        if let Some(context) = self.contexts.values_mut().find(|c| c.owns(kernel)) {
+            context.on_deleted(kernel, gone, also_ended, now);
+        }
+    }
+
+    fn on_guest_event(&mut self, event: Result<Option<Frame<Numbered>>, LinkError>) {
+        match event {
+            Ok(Some(Frame { head, parts })) => {
+                if !self.wiring.note(head.seq, &parts) {
+                    return;
+                }
+                let now = Instant::now();
+                for context in self.contexts.values_mut() {
+                    context.on_event(&head.kernel, head.event.clone(), &parts, now);
+                }
+                self.settle_gone(now);
+            }
+            Ok(None) => self.lose_link("its event stream ended"),
+            Err(error) => self.lose_link(&error.to_string()),
+        }
+    }
+
+    /// The guest can't be reached any more: finds out why.
+    fn lose_link(&mut self, why: &str) {
+        if !matches!(self.phase, Phase::Connecting | Phase::Ready) || self.wiring.link().is_none() {
+            return;
+        }
+        tracing::info!(session = %self.cell.session, why, "a session's link is gone");
+        self.wiring.cut();
+        self.diagnose(Verdict::Unreachable("the program in its container that runs kernels did not answer"));
+    }
+
+    /// Looks at the cell. `otherwise` is the verdict when it seems to run.
+    fn diagnose(&self, otherwise: Verdict) {
+        let (engine, name) = (Arc::clone(&self.engine), self.cell.name.clone());
+        self.work.push(Box::pin(async move {
+            let verdict = match engine.observe(&name).await {
+                Ok(None) => Verdict::Gone(EndReason::Lost, "its container was removed from outside"),
+                Ok(Some(seen)) => match seen.state {
+                    CellState::Exited { oom: true, .. } => Verdict::Gone(EndReason::Oom, "memory ran out"),
+                    CellState::Exited { .. } => {
+                        Verdict::Gone(EndReason::Lost, "its container was stopped from outside")
+                    }
+                    CellState::Running | CellState::Paused | CellState::Created => otherwise,
+                },
+                Err(_) => match otherwise {
+                    Verdict::Unreachable(_) => Verdict::Unreachable("the container engine could not be reached"),
+                    otherwise => otherwise,
+                },
+            };
+            Done::Diagnosed(verdict)
+        }));
+    }
+
+    fn not_over(&self) -> Result<(), Refused> {
+        match self.phase {
+            Phase::Provisioning | Phase::Connecting | Phase::Ready | Phase::Replacing => Ok(()),
+            Phase::Aborting(reason) | Phase::Ending(reason) | Phase::Ended(reason) => Err(Refused::Ended(reason)),
+        }
+    }
+
+    fn live(&self) -> Result<Instant, Refused> {
+        self.not_over()?;
+        if self.phase == Phase::Ready { Ok(Instant::now()) } else { Err(Refused::NotReady) }
+    }
+
+    fn next_deadline(&self) -> Instant {
+        let own = match self.phase {
+            Phase::Provisioning | Phase::Connecting => self.starting_since + self.settings.start_timeout,
+            Phase::Replacing => self.expires.max(Instant::now() + RETRY_FIRST),
+            Phase::Ready => self.idle_deadline().unwrap_or(self.expires).min(self.expires),
+            Phase::Aborting(_) | Phase::Ending(_) | Phase::Ended(_) => Instant::now() + FAR,
+        };
+        let contexts = self.contexts.values().filter_map(Context::next_deadline);
+        let others = contexts.chain(self.wiring.next_deadline()).chain(self.gone.iter().map(|gone| gone.until));
+        others.min().unwrap_or(own).min(own)
+    }
+
+    fn idle_deadline(&self) -> Option<Instant> {
+        (!self.is_busy()).then(|| self.last_active + self.attributes.idle)
+    }
+
+    fn is_busy(&self) -> bool {
+        self.contexts.values().any(Context::is_busy)
+    }
+
+    fn on_time(&mut self) {
+        let now = Instant::now();
+        self.settle_gone(now);
+        match self.phase {
+            Phase::Provisioning | Phase::Connecting if now >= self.starting_since + self.settings.start_timeout => {
+                let detail = format!("the session was not ready within {:?}", self.settings.start_timeout);
+                self.fail_start(StartFailure { fault: StartFault::TimedOut, detail });
+                self.lose_replacement();
+                self.step(Event::EndRequested(EndReason::StartFailed));
+            }
+            Phase::Ready | Phase::Replacing if now >= self.expires => {
+                self.step(Event::EndRequested(EndReason::Lifetime))
+            }
+            Phase::Ready if self.idle_deadline().is_some_and(|at| now >= at) => {
+                self.step(Event::EndRequested(EndReason::Idle));
+            }
+            _ => self.contexts.values_mut().for_each(|c| c.on_time(now)),
+        }
+    }
+
+    fn take_from_contexts(&mut self) {
+        let was_busy = self.snapshot.borrow().busy;
+        let mut notices = Vec::new();
+        for context in self.contexts.values_mut() {
+            let (actions, told) = context.take();
+            self.wiring.plan(actions);
+            notices.extend(told.into_iter().map(|notice| (context.id, notice)));
+        }
+        if was_busy && !self.is_busy() {
+            self.last_active = Instant::now();
+        }
+        notices.into_iter().for_each(|(context, notice)| self.on_notice(context, notice));
+    }
+
+    fn on_notice(&mut self, context: ContextId, notice: Notice) {
+        match notice {
+            Notice::Answers if context == self.default_context => self.open_notebook(),
+            Notice::Answers => {}
+            Notice::Ready => self.on_ready(context),
+            Notice::BootFailed(detail) => {
+                self.on_boot_failed(context, StartFailure { fault: StartFault::KernelFailed, detail })
+            }
+            Notice::SetupFailed(detail) => {
+                self.on_boot_failed(context, StartFailure { fault: StartFault::SetupFailed, detail })
+            }
+            Notice::OomTold => self.contexts.values_mut().for_each(Context::note_oom_told),
+            Notice::Died(reason) => {
+                self.loss = "its kernel died";
+                self.step(Event::EndRequested(reason));
+            }
+        }
+    }
+
+    fn on_ready(&mut self, context: ContextId) {
+        if self.phase == Phase::Connecting {
+            // Starting is not idling.
+            self.last_active = Instant::now();
+        }
+        if let Some(reply) = self.creating.remove(&context) {
+            let view = self.view(context);
+            // A caller that went away needs no answer.
+            let _ = reply.send(view.ok_or(Refused::NoSuchContext));
+        }
+        if context == self.default_context {
+            self.step(Event::KernelReady);
+        }
+        let is_up = |id: &ContextId| self.contexts.get(id).is_none_or(Context::is_up);
+        let all_up = self.contexts.values().all(Context::is_up);
+        for restart in self.restarts.extract_if(.., |r| r.context.as_ref().map_or(all_up, is_up)) {
+            let _ = restart.reply.send(Ok(()));
+        }
+    }
+
+    fn open_notebook(&self) {
+        let Some(context) = self.contexts.get(&self.default_context) else { return };
+        self.keeping.open_notebook(NotebookKernel {
+            kernelspec: context.kernelspec.clone(),
+            display_name: context.display_name.clone(),
+            language: context.language().to_owned(),
+            language_info: context.language_info.clone().unwrap_or_else(JsonText::object),
+        });
+    }
+
+    /// A context's kernel will not come up: a further context goes, and the session with its default one.
+    fn on_boot_failed(&mut self, context: ContextId, failure: StartFailure) {
+        if context != self.default_context {
+            self.contexts.remove(&context);
+            for restart in self.restarts.extract_if(.., |r| r.context.is_none_or(|id| id == context)) {
+                let _ = restart.reply.send(Err(Refused::KernelLost));
+            }
+            if let Some(reply) = self.creating.remove(&context) {
+                let _ = reply.send(Err(Refused::KernelFailed(failure)));
+            }
+            return;
+        }
+        self.refuse_waiting(&Refused::KernelLost);
+        if self.phase == Phase::Connecting {
+            self.fail_start(failure);
+            self.lose_replacement();
+            self.step(Event::BootFailed);
+        } else {
+            self.step(Event::CellLost(EndReason::KernelDied));
+        }
+    }
+
+    fn view(&self, id: ContextId) -> Option<ContextView> {
+        let context = self.contexts.get(&id)?;
+        Some(ContextView {
+            id,
+            state: context.state(),
+            language: context.language().to_owned(),
+            kernelspec: context.kernelspec.clone(),
+            is_default: id == self.default_context,
+            queued: context.queued(),
+            created_at: context.created_at,
+        })
+    }
+
+    fn publish(&self) {
+        let wall = |at: Instant| {
+            let now = Instant::now();
+            let distance = SignedDuration::try_from(at.saturating_duration_since(now)).unwrap_or_default()
+                - SignedDuration::try_from(now.saturating_duration_since(at)).unwrap_or_default();
+            Timestamp::now().saturating_add(distance).unwrap_or(Timestamp::MAX)
+        };
+        let busy = self.is_busy();
+        let idle_deadline = (self.phase == Phase::Ready).then(|| self.idle_deadline()).flatten();
+        let fingerprint = |s: &Snapshot| (s.phase, s.busy, Arc::as_ptr(&s.attributes), s.start_failure.is_some());
+        self.snapshot.send_if_modified(|snapshot| {
+            let before = fingerprint(snapshot);
+            let language = self.contexts.get(&self.default_context).map(Context::language).unwrap_or_default();
+            if *snapshot.language != *language {
+                snapshot.language = Arc::from(language);
+            }
+            snapshot.phase = self.phase;
+            snapshot.busy = busy;
+            snapshot.attributes = Arc::clone(&self.attributes);
+            snapshot.start_failure.clone_from(&self.start_failure);
+            snapshot.last_active = wall(self.last_active);
+            snapshot.expires_at = wall(self.expires);
+            snapshot.idle_deadline = idle_deadline.map(wall);
+            let changed = before != fingerprint(snapshot);
+            snapshot.generation += u64::from(changed);
+            changed
+        });
+    }
+
+    /// Answers whoever asked after the end.
+    fn refuse_the_rest(mut self) {
+        self.commands.close();
+        // Dropping a command drops its reply, which its caller takes for the end.
+        while self.commands.try_recv().is_ok() {}
+    }
+}
+
+fn first_snapshot(spec: &SessionSpec, attributes: &Arc<Attributes>) -> Snapshot {
+    Snapshot {
+        generation: 0,
+        phase: Phase::Provisioning,
+        busy: false,
+        attributes: Arc::clone(attributes),
+        last_active: Timestamp::now(),
+        expires_at: Timestamp::now()
+            .saturating_add(SignedDuration::try_from(spec.timeouts.lifetime).unwrap_or_default())
+            .unwrap_or(Timestamp::MAX),
+        idle_deadline: None,
+        start_failure: None,
+        language: Arc::from(""),
+    }
+}

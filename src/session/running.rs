@@ -1,0 +1,347 @@
+//! The execution that runs in a context: what is known of it, what it waits for, and how it is stopped. It says what is due; the context does it.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+
+use super::execution::{End, Execution, Stdin};
+use crate::domain::ids::ContextId;
+use crate::domain::output::{ErrorInfo, ExecutionEvent, RestartCause, Status, Stop, StopStep};
+use crate::kernel::protocol::{self, InputRequest};
+
+/// An interrupt by message is followed by a signal after this long.
+const SIGNAL_AFTER: Duration = Duration::from_secs(1);
+/// What was interrupted, or says that it is idle without having replied, is looked after when this long has passed.
+const PROBE_AFTER: Duration = Duration::from_secs(1);
+/// A reply without an idle status counts as the end after this long without any output. A kernel answers before its output
+/// has arrived: on a busy machine that takes seconds.
+const IDLE_AFTER_REPLY: Duration = Duration::from_secs(10);
+
+/// So often code is told that its input is at its end; after that its time limit ends it.
+const MAX_ENDS: u32 = 100;
+
+/// An execution that a kernel works on.
+#[derive(Debug)]
+pub(super) struct Running {
+    pub(super) execution: Arc<Execution>,
+    pub(super) msg_id: String,
+    /// Code that prepares the kernel, and belongs to no caller.
+    pub(super) is_setup: bool,
+    reply: Option<protocol::ExecuteReply>,
+    /// When something was last heard of it, once it has replied: output that was under way may take its time.
+    replied_at: Option<Instant>,
+    idle: bool,
+    deadline: Instant,
+    /// When the kernel is asked whether it is done: it answers in order, so its answer without a reply before means that the reply is
+    /// lost (an interrupt in the wrong moment does that).
+    probe_at: Option<Instant>,
+    pub(super) probe: Option<String>,
+    stopping: Option<Stopping>,
+    /// It was interrupted, which the kernel may do late.
+    pub(super) interrupted: bool,
+    /// The request to interrupt that the kernel has not answered.
+    pub(super) interrupt: Option<String>,
+    error_told: bool,
+    /// A process of the cell was ended for want of memory while it ran.
+    pub(super) memory_hit: bool,
+    lines: VecDeque<String>,
+    /// How often it was told that there are no more.
+    ends_told: u32,
+    /// Header of the request for input that waits for a caller.
+    asked: Option<Bytes>,
+}
+
+/// An execution is being stopped.
+#[derive(Debug)]
+struct Stopping {
+    since: Instant,
+    status: Option<Status>,
+    signal_at: Option<Instant>,
+    kill_at: Option<Instant>,
+}
+
+/// What is due for a running execution.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Due {
+    /// Nothing more will come.
+    Complete,
+    /// Its time is over.
+    TimeLimit,
+    /// The kernel is to be asked whether it is done.
+    Probe,
+    /// The kernel is to be signalled.
+    Signal,
+    /// The kernel is to be replaced.
+    Kill(Status),
+}
+
+/// What becomes of a request for input.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Input {
+    /// The code gets this line.
+    Line(String),
+    /// A caller is asked.
+    Ask,
+    /// Nothing: it has been told often enough that its input is at its end.
+    Ignore,
+}
+
+impl Running {
+    pub(super) fn new(execution: Arc<Execution>, deadline: Instant, is_setup: bool) -> Self {
+        let lines = match &execution.request.stdin {
+            Stdin::Lines(lines) => lines.iter().cloned().collect(),
+            Stdin::Deny | Stdin::Interactive => VecDeque::new(),
+        };
+        Self {
+            msg_id: execution.id.to_string(),
+            execution,
+            is_setup,
+            reply: None,
+            replied_at: None,
+            idle: false,
+            deadline,
+            probe_at: None,
+            probe: None,
+            stopping: None,
+            interrupted: false,
+            interrupt: None,
+            error_told: false,
+            memory_hit: false,
+            lines,
+            ends_told: 0,
+            asked: None,
+        }
+    }
+
+    pub(super) fn next_deadline(&self) -> Instant {
+        let stopping = self.stopping.as_ref();
+        let times = [
+            self.replied_at.map(|t| t + IDLE_AFTER_REPLY),
+            stopping.and_then(|s| s.signal_at),
+            stopping.and_then(|s| s.kill_at),
+            self.probe_at,
+        ];
+        let limit = if stopping.is_some_and(|s| s.kill_at.is_some()) { None } else { Some(self.deadline) };
+        times.into_iter().chain([limit]).flatten().min().unwrap_or(self.deadline)
+    }
+
+    pub(super) fn due(&mut self, now: Instant) -> Option<Due> {
+        if self.replied_at.is_some_and(|t| now >= t + IDLE_AFTER_REPLY) {
+            return Some(Due::Complete);
+        }
+        if self.probe_at.is_some_and(|at| now >= at) {
+            self.probe_at = None;
+            if self.reply.is_none() && self.probe.is_none() {
+                return Some(Due::Probe);
+            }
+        }
+        match &mut self.stopping {
+            Some(Stopping { status: Some(status), kill_at: Some(at), .. }) if now >= *at => Some(Due::Kill(*status)),
+            Some(Stopping { signal_at, .. }) if signal_at.is_some_and(|at| now >= at) => {
+                *signal_at = None;
+                Some(Due::Signal)
+            }
+            Some(Stopping { kill_at: Some(_), .. }) => None,
+            _ if now >= self.deadline => Some(Due::TimeLimit),
+            _ => None,
+        }
+    }
+
+    /// Interrupts without a verdict: the code may catch it.
+    pub(super) fn interrupt(&mut self, now: Instant) {
+        let signal_at = Some(now + SIGNAL_AFTER);
+        self.probe_at = Some(now + PROBE_AFTER);
+        match &mut self.stopping {
+            Some(stopping) => stopping.signal_at = signal_at,
+            none => *none = Some(Stopping { since: now, status: None, signal_at, kill_at: None }),
+        }
+    }
+
+    /// Begins to stop it with a verdict; false when that has been done before: the first verdict stays, and asking again puts
+    /// nothing off.
+    pub(super) fn stop(&mut self, status: Status, grace: Duration, now: Instant) -> bool {
+        if self.stopping.as_ref().is_some_and(|s| s.kill_at.is_some()) {
+            return false;
+        }
+        self.probe_at = Some(now + PROBE_AFTER);
+        self.stopping = Some(Stopping {
+            since: now,
+            status: Some(status),
+            signal_at: Some(now + SIGNAL_AFTER.min(grace / 2)),
+            kill_at: Some(now + grace),
+        });
+        true
+    }
+
+    /// The kernel has interrupted itself: a signal on top would interrupt what the code does to clean up.
+    pub(super) fn interrupted_itself(&mut self) {
+        if let Some(stopping) = &mut self.stopping {
+            stopping.signal_at = None;
+        }
+    }
+
+    /// Something was heard of it.
+    pub(super) fn heard(&mut self, now: Instant) {
+        self.replied_at = self.replied_at.map(|_| now);
+    }
+
+    pub(super) fn output(&mut self, event: ExecutionEvent) {
+        self.error_told |= matches!(event, ExecutionEvent::Error(_));
+        self.execution.output(event);
+    }
+
+    /// The kernel says that it has nothing to do.
+    pub(super) fn is_idle(&mut self, now: Instant) {
+        self.idle = true;
+        self.probe_at = Some(now + PROBE_AFTER);
+    }
+
+    pub(super) fn has_replied(&mut self, reply: protocol::ExecuteReply, now: Instant) {
+        if let Some(count) = reply.execution_count {
+            self.execution.count(count);
+        }
+        self.reply = Some(reply);
+        self.replied_at = Some(now);
+    }
+
+    /// The kernel is done with what it was asked before the probe.
+    pub(super) fn reply_is_lost(&mut self) {
+        let name = if self.stopping.is_some() { "KeyboardInterrupt" } else { "NoReply" }.to_owned();
+        let value = "the kernel ended it without a reply".to_owned();
+        let error = Some(ErrorInfo { name, value, traceback: Vec::new() }).filter(|_| !self.error_told);
+        self.reply = Some(protocol::ExecuteReply { error, ..protocol::ExecuteReply::failed() });
+    }
+
+    /// Whether this message id is that of the probe, and its answer would say something.
+    pub(super) fn is_probe(&self, msg_id: &str) -> bool {
+        self.reply.is_none() && self.probe.as_deref() == Some(msg_id)
+    }
+
+    pub(super) fn is_done(&self) -> bool {
+        // Messages of comms are not replied to.
+        self.idle && (self.reply.is_some() || self.execution.request.comm.is_some())
+    }
+
+    /// Whether the kernel has said that it will exit.
+    pub(super) fn is_leaving(&self) -> bool {
+        self.reply.as_ref().is_some_and(|reply| reply.leaving)
+    }
+
+    /// The code asks for a line: the next one, or a caller is asked, or its input is at its end.
+    pub(super) fn asks(&mut self, request: InputRequest, header: Bytes) -> Input {
+        if self.execution.request.stdin == Stdin::Interactive {
+            self.asked = Some(header);
+            let InputRequest { prompt, password } = request;
+            self.output(ExecutionEvent::InputRequested { prompt, password });
+            self.execution.set_asking(true);
+            return Input::Ask;
+        }
+        if let Some(line) = self.lines.pop_front() {
+            return Input::Line(line);
+        }
+        // Each answer is a message that waits for its turn, and a kernel may ask without end.
+        self.ends_told += 1;
+        if self.ends_told > MAX_ENDS { Input::Ignore } else { Input::Line(protocol::END_OF_INPUT.to_owned()) }
+    }
+
+    /// A caller answers; the header of the request it answers, if there is one.
+    pub(super) fn take_asked(&mut self) -> Option<Bytes> {
+        self.execution.set_asking(false);
+        self.asked.take()
+    }
+
+    /// Why it is being stopped, and since when.
+    pub(super) fn verdict(&self) -> Option<(Status, Instant)> {
+        self.stopping.as_ref().and_then(|s| Some((s.status?, s.since)))
+    }
+
+    /// Ends it as the kernel did.
+    pub(super) fn finish(mut self, now: Instant) -> Finished {
+        // A kernel that leaves takes the variables with it.
+        let step = if self.is_leaving() { StopStep::Restart } else { StopStep::Interrupt };
+        let reply = self.reply.take().unwrap_or_else(protocol::ExecuteReply::done);
+        if let (Some(error), false) = (&reply.error, self.error_told) {
+            self.execution.output(ExecutionEvent::Error(ErrorInfo::clone(error)));
+        }
+        self.execution.give_back(reply.user_expressions, reply.payloads);
+        let by_itself = if reply.ok { Status::Ok } else { Status::Error };
+        let denied = reply.error.as_ref().is_some_and(|e| e.name == "StdinNotImplementedError");
+        let end = match self.verdict() {
+            Some((status, since)) => stopped(&self.execution, status, step, now - since, Vec::new()),
+            None if denied => End::with(Status::InputDenied, "it asked for input, which its caller does not give"),
+            None => End::plain(by_itself),
+        };
+        self.execution.finish(end);
+        Finished { ok: reply.ok, error: reply.error }
+    }
+}
+
+/// How an execution ended that ran to its end.
+pub(super) struct Finished {
+    pub(super) ok: bool,
+    pub(super) error: Option<ErrorInfo>,
+}
+
+/// The end of an execution that was stopped, with words for it.
+pub(super) fn stopped(
+    execution: &Execution,
+    status: Status,
+    step: StopStep,
+    took: Duration,
+    also_ended: Vec<ContextId>,
+) -> End {
+    let why = match status {
+        Status::Timeout => format!("it reached its time limit of {} s", execution.request.timeout.as_secs_f64()),
+        _ => "it was cancelled".to_owned(),
+    };
+    let (how, kept) = match step {
+        StopStep::Interrupt => ("an interrupt ended it", "variables are kept"),
+        StopStep::Restart => ("its kernel was replaced", "variables are gone, files are kept"),
+        StopStep::Replace => ("its container was replaced", "variables and files are gone"),
+        StopStep::End => ("its session ended", "variables and files are gone"),
+    };
+    let others = match also_ended.len() {
+        0 => String::new(),
+        n => format!("; processes could not be told apart, so {n} other contexts lost their kernels too"),
+    };
+    let detail = Some(format!("{why}; {how} within {} ms; {kept}{others}", took.as_millis()));
+    End { status, detail, stop: Some(Stop { step, took, also_ended }) }
+}
+
+/// What the end of a kernel is to its execution, in words.
+pub(super) fn describe_death(cause: &RestartCause) -> String {
+    match cause {
+        RestartCause::Oom => "memory ran out and the kernel was ended".to_owned(),
+        RestartCause::Died { status: Some(status), .. } => format!("the kernel exited with status {status}"),
+        RestartCause::Died { signal: Some(signal), .. } => format!("the kernel was ended by signal {signal}"),
+        RestartCause::Died { .. } => "the kernel ended".to_owned(),
+        RestartCause::Swept => "the kernel was ended with that of another context".to_owned(),
+        RestartCause::GuestLost => "the container was replaced".to_owned(),
+        RestartCause::Requested => "a caller had the kernel replaced".to_owned(),
+        RestartCause::Timeout => "the kernel had to be replaced".to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::domain::spec::OutputLimits;
+    use crate::session::execution::{ExecutionRequest, Place};
+
+    #[test]
+    fn lines_are_given_in_order_and_their_end_is_told_so_often_only() {
+        let limits =
+            OutputLimits { text_bytes: 1, result_bytes: 1, total_bytes: 1, messages: 1, messages_per_second: 1 };
+        let stdin = Stdin::Lines(vec!["a".to_owned(), "b".to_owned()]);
+        let request = ExecutionRequest { stdin, ..ExecutionRequest::for_tests(limits) };
+        let execution = Execution::new(uuid::Uuid::from_u128(1).into(), Place::for_tests(), request, 0);
+        let mut running = Running::new(Arc::new(execution), Instant::now(), false);
+        let mut ask = || running.asks(InputRequest { prompt: String::new(), password: false }, Bytes::new());
+        assert_eq!([ask(), ask()], ["a", "b"].map(|line| Input::Line(line.to_owned())));
+        let ends = (0..1000).filter(|_| ask() == Input::Line(protocol::END_OF_INPUT.to_owned())).count();
+        assert_eq!(ends, MAX_ENDS as usize);
+        assert_eq!(ask(), Input::Ignore);
+    }
+}

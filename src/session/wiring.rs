@@ -1,0 +1,178 @@
+//! A session's end of the link: actions in order, one at a time, and events with their acknowledgement. Performs; decides nothing.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use cellblock_wire::frame::Frame;
+use cellblock_wire::link::{KernelDeleted, KernelStarted, Numbered, StartKernel, Transport};
+use futures_util::future::BoxFuture;
+
+use super::context::Action;
+use crate::kernel::link::{Events, Link, LinkError};
+
+/// Events are acknowledged after this many, or when nothing more is under way …
+const ACK_EVERY: u64 = 128;
+/// … which must last this long, so that it does not stand in the way of what follows at once;
+const ACK_AFTER: Duration = Duration::from_millis(50);
+/// or after this many bytes: a guest's ring holds a few MiB, and what does not fit is cut.
+const ACK_BYTES: usize = 512 * 1024;
+
+/// What an action has brought about.
+#[derive(Debug)]
+pub(super) enum Acted {
+    Started(KernelStarted),
+    Deleted(KernelDeleted),
+    Sent,
+}
+
+/// How kernels are started in this session.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Starting {
+    pub(super) transport: Transport,
+    pub(super) connect_timeout: Duration,
+}
+
+/// The link to a session's guest, while there is one.
+pub(super) struct Wiring {
+    starting: Starting,
+    link: Option<Link>,
+    events: Option<Events>,
+    last_seq: u64,
+    acked: u64,
+    unacked_bytes: usize,
+    acking: bool,
+    /// When a quiet session's events are acknowledged.
+    ack_due: Option<Instant>,
+    pending: VecDeque<Action>,
+    acting: bool,
+}
+
+impl Wiring {
+    pub(super) fn new(starting: Starting) -> Self {
+        Self {
+            starting,
+            link: None,
+            events: None,
+            last_seq: 0,
+            acked: 0,
+            unacked_bytes: 0,
+            acking: false,
+            ack_due: None,
+            pending: VecDeque::new(),
+            acting: false,
+        }
+    }
+
+    pub(super) fn connect(&mut self, link: Link, events: Events) {
+        *self = Self { link: Some(link), events: Some(events), ..Self::new(self.starting) };
+    }
+
+    pub(super) fn cut(&mut self) {
+        (self.link, self.events) = (None, None);
+        self.pending.clear();
+    }
+
+    pub(super) fn link(&self) -> Option<&Link> {
+        self.link.as_ref()
+    }
+
+    pub(super) fn plan(&mut self, actions: Vec<Action>) {
+        self.pending.extend(actions);
+    }
+
+    /// The guest's next event, or never while there is no link.
+    pub(super) async fn next_event(&mut self) -> Result<Option<Frame<Numbered>>, LinkError> {
+        match &mut self.events {
+            Some(events) => events.next().await,
+            None => std::future::pending().await,
+        }
+    }
+
+    /// Takes note of an event; false when it was there before.
+    pub(super) fn note(&mut self, seq: u64, parts: &[Bytes]) -> bool {
+        if seq <= self.last_seq {
+            return false;
+        }
+        self.last_seq = seq;
+        self.unacked_bytes += parts.iter().map(Bytes::len).sum::<usize>();
+        true
+    }
+
+    /// The next action, if none is under way: their order is their meaning. Its end is to be told with [`Wiring::has_acted`].
+    pub(super) fn act(&mut self) -> Option<BoxFuture<'static, (String, Result<Acted, LinkError>)>> {
+        if self.acting {
+            return None;
+        }
+        let (Some(link), Some(action)) = (self.link.clone(), self.pending.pop_front()) else { return None };
+        self.acting = true;
+        Some(Box::pin(perform(link, action, self.starting)))
+    }
+
+    /// The number of the newest event that was noted.
+    pub(super) fn last_seq(&self) -> u64 {
+        self.last_seq
+    }
+
+    pub(super) fn has_acted(&mut self) {
+        self.acting = false;
+    }
+
+    /// An acknowledgement, if one is due. Its end is to be told with [`Wiring::has_acked`].
+    pub(super) fn acknowledge(&mut self, is_busy: bool) -> Option<BoxFuture<'static, ()>> {
+        let behind = self.last_seq - self.acked;
+        let much = behind >= ACK_EVERY || self.unacked_bytes >= ACK_BYTES;
+        if behind == 0 || is_busy {
+            self.ack_due = None;
+        } else if self.ack_due.is_none() {
+            self.ack_due = Some(Instant::now() + ACK_AFTER);
+        }
+        let due = self.ack_due.is_some_and(|at| Instant::now() >= at);
+        if self.acking || !(due || much) {
+            return None;
+        }
+        let link = self.link.clone()?;
+        (self.acking, self.acked, self.unacked_bytes, self.ack_due) = (true, self.last_seq, 0, None);
+        let seq = self.last_seq;
+        Some(Box::pin(async move {
+            // A link that fails here fails for its event stream too, which tells.
+            let _ = link.ack(seq).await;
+        }))
+    }
+
+    pub(super) fn has_acked(&mut self) {
+        self.acking = false;
+    }
+
+    pub(super) fn next_deadline(&self) -> Option<Instant> {
+        self.ack_due.filter(|_| !self.acking && self.link.is_some())
+    }
+}
+
+async fn perform(link: Link, action: Action, starting: Starting) -> (String, Result<Acted, LinkError>) {
+    match action {
+        Action::Start { kernel, kernelspec, cwd } => {
+            let start = StartKernel {
+                kernel: kernel.clone(),
+                kernelspec,
+                transport: starting.transport,
+                env: BTreeMap::new(),
+                cwd,
+                connect_timeout_ms: u64::try_from(starting.connect_timeout.as_millis()).unwrap_or(u64::MAX),
+            };
+            (kernel, link.start_kernel(&start).await.map(Acted::Started))
+        }
+        Action::Delete { kernel } => {
+            let deleted = link.delete_kernel(&kernel).await;
+            (kernel, deleted.map(Acted::Deleted))
+        }
+        Action::Send { kernel, head, parts } => {
+            let sent = link.send_message(&kernel, &head, &parts).await;
+            (kernel, sent.map(|()| Acted::Sent))
+        }
+        Action::Signal { kernel, signal } => {
+            let sent = link.signal(&kernel, signal).await;
+            (kernel, sent.map(|()| Acted::Sent))
+        }
+    }
+}
