@@ -1,6 +1,6 @@
 # Everything there is to do here; `make help` lists it.
 #
-# Variables: PORT (8080), NO_INSTALL=1 (never install anything), CA_BUNDLE, PIP_INDEX_URL, BASE_IMAGE (see scripts/images)
+# Variables: PORT (8080), FUZZ_SECONDS (5; 600 in soak), NO_INSTALL=1 (never install anything), CA_BUNDLE, PIP_INDEX_URL, BASE_IMAGE (see scripts/images)
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
@@ -34,7 +34,7 @@ server: setup ## build the guest and the server, optimised
 run: setup ## build what is missing, start a server on 127.0.0.1:$PORT and prove that it works
 	@scripts/run
 
-# A Python with a kernel, for the guest's tests.
+# Pythons that tests run outside a container: a kernel, and what reads notebooks and runs them again.
 .PHONY: test-kernel
 test-kernel:
 	@scripts/setup test
@@ -44,12 +44,14 @@ test-kernel:
 test: images guest test-kernel ## every test, with real containers, then the lints
 	cargo test --locked --workspace --doc
 	cargo $(CARGO_TEST) --locked --workspace
+	@scripts/fuzz $${FUZZ_SECONDS:-5}
 	@$(MAKE) --no-print-directory lint
 
 .PHONY: lint
 lint: ## formatting, clippy, documentation, licences, shell
 	cargo fmt --all --check
 	cargo clippy --locked --workspace --all-targets -- -D warnings
+	@if command -v c++ >/dev/null; then scripts/fuzz --lint; else echo "skipped: there is no C++ compiler, which the fuzz targets need"; fi
 	RUSTDOCFLAGS="-D warnings" cargo doc --locked --workspace --no-deps --quiet
 	@if command -v cargo-deny >/dev/null; then cargo deny --locked check bans licenses sources; else echo "skipped: cargo-deny is not installed"; fi
 	@if command -v shellcheck >/dev/null; then scripts/lint-shell; else echo "skipped: shellcheck is not installed"; fi
@@ -59,8 +61,9 @@ bench: images server ## measure: starts, executions, boots, memory (release buil
 	cargo bench --locked --bench compare -- $(BENCH)
 
 .PHONY: soak
-soak: images server ## hours of sessions under faults; SOAK_SECONDS bounds it (default 3600)
-	SOAK_SECONDS=$${SOAK_SECONDS:-3600} cargo test --locked --release --test soak -- --ignored --nocapture
+soak: images server ## the long proofs: sessions under faults for SOAK_SECONDS (3600), a thousand executions, endless prints, fuzzing
+	SOAK_SECONDS=$${SOAK_SECONDS:-3600} cargo test --locked --release --test soak --test executions -- --ignored --nocapture --test-threads=1
+	scripts/fuzz $${FUZZ_SECONDS:-600}
 
 .PHONY: compose-up
 compose-up: server ## the whole thing with docker compose
