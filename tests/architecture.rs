@@ -7,17 +7,19 @@ use std::path::{Path, PathBuf};
 use syn::visit::Visit;
 
 /// Each top module and the others it may use. Lower layers only; what stands beside each other stays apart.
-const LAYERS: [(&str, &[&str]); 12] = [
+const LAYERS: [(&str, &[&str]); 14] = [
     ("domain", &[]),
     ("task", &[]),
+    ("json", &[]),
     ("engine", &["domain", "task"]),
-    ("kernel", &["domain", "task"]),
-    ("session", &["domain", "task", "engine", "kernel"]),
-    ("service", &["domain", "task", "engine", "kernel", "session"]),
+    ("kernel", &["domain", "json", "task"]),
+    ("store", &["domain", "json"]),
+    ("session", &["domain", "task", "engine", "kernel", "store"]),
+    ("service", &["domain", "task", "engine", "kernel", "session", "store"]),
     ("http", &["domain", "session", "service"]),
     ("config", &["domain"]),
     ("cli", &["domain", "config"]),
-    ("app", &["domain", "task", "config", "engine", "http", "service", "session"]),
+    ("app", &["domain", "task", "config", "engine", "http", "service", "session", "store"]),
     ("run", &["domain", "cli", "config", "app", "http", "service", "session"]),
     ("main", &["task", "cli", "config", "app", "run", "http"]),
 ];

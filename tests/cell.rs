@@ -654,8 +654,9 @@ def packet_socket():
     socket.socket(17, socket.SOCK_RAW, 0).close()
 def writable_folders():
     for folder, below, _ in os.walk("/"):
-        below[:] = [] if folder in ("/proc", "/sys", "/tmp", "/workspace", "/dev/shm") else below
-        if folder in ("/tmp", "/workspace", "/dev/shm"):
+        ours = folder in ("/tmp", "/workspace", "/dev/shm", "/run/cellblock")
+        below[:] = [] if ours or folder in ("/proc", "/sys") else below
+        if ours:
             continue
         try:
             os.close(os.open(folder + "/.probe", os.O_CREAT | os.O_WRONLY))

@@ -2,6 +2,8 @@
 
 #[path = "support/server.rs"]
 mod server;
+#[path = "support/watch.rs"]
+mod watch;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -11,10 +13,11 @@ use cellblock::app::{self, StartError, Stop};
 use cellblock::task;
 use reqwest::{Method, RequestBuilder};
 use serde_json::{Value, json};
-use server::{Cell, Form, NEVER, Server, text};
+use server::{Form, NEVER, Server, text};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpStream, UnixListener, UnixStream};
 use tokio_util::sync::CancellationToken;
+use watch::Canary;
 
 const SETTINGS: &str = r#"
 [server]
@@ -29,7 +32,7 @@ image = "cellblock/there-is-no-such-image:latest"
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn hostile_input() {
     let server = Server::start_with_tenants(SETTINGS).await;
-    let canary = Canary::start(server.cell().await).await;
+    let canary = Canary::start(&server, &server.key).await;
     let cases = cases![server;
         bodies_that_are_not_understood,
         every_wrong_field_is_named,
@@ -51,57 +54,6 @@ async fn hostile_input() {
     assert!(failed.is_empty(), "{} cases failed:\n{}", failed.len(), failed.join("\n"));
     canary.unwrap_or_else(|broken| panic!("the canary: {broken}"));
     left.unwrap_or_else(|left| panic!("{left}"));
-}
-
-/// A session that counts for as long as everything else goes on, seen through one open stream of events.
-struct Canary {
-    cell: Cell,
-    stop: CancellationToken,
-    counted: tokio::sync::oneshot::Receiver<Result<(), String>>,
-}
-
-impl Canary {
-    async fn start(cell: Cell) -> Self {
-        let code = "import time\nn = 0\nwhile True:\n    n += 1\n    print(n, flush=True)\n    time.sleep(0.25)";
-        let mut follow = cell.stream(json!({"code": code, "timeout_seconds": 600}), Form::Sse).await;
-        let stop = CancellationToken::new();
-        let stopped = stop.clone();
-        let (counted_in, counted) = tokio::sync::oneshot::channel();
-        task::spawn("canary", async move {
-            let (mut next, mut last) = (1_u64, Instant::now());
-            let outcome = loop {
-                let seen = tokio::select! {
-                    () = stopped.cancelled() => break Ok(()),
-                    seen = follow.next() => seen,
-                };
-                let Some(seen) = seen else { break Err("its stream ended".to_owned()) };
-                if seen.kind != "stdout" {
-                    continue;
-                }
-                for line in text(&seen.data["text"]).lines() {
-                    if line != next.to_string() {
-                        break;
-                    }
-                    next += 1;
-                }
-                let gap = last.elapsed();
-                if gap > Duration::from_secs(3) {
-                    break Err(format!("nothing for {gap:?} after {next}"));
-                }
-                last = Instant::now();
-            };
-            let counted = if next > 4 { Ok(()) } else { Err(format!("it counted only to {next}")) };
-            let _ = counted_in.send(outcome.and(counted));
-        });
-        Self { cell, stop, counted }
-    }
-
-    async fn stop(self) -> Result<(), String> {
-        let seen = self.counted;
-        self.stop.cancel();
-        seen.await.map_err(|_| "its task ended".to_owned())??;
-        if self.cell.look().await["state"] == "busy" { Ok(()) } else { Err("it does not run any more".to_owned()) }
-    }
 }
 
 fn post(server: &Server, body: impl Into<reqwest::Body>) -> RequestBuilder {

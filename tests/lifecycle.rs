@@ -12,15 +12,17 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use cellblock::domain::lifecycle::{EndReason, Phase};
-use cellblock::domain::output::Status;
-use cellblock::domain::spec::{MIB, NetworkMode, OutputLimits, Resources, SessionRequest, Template, Timeouts};
+use cellblock::domain::output::{RestartCause, Status, StopStep};
+use cellblock::domain::spec::{
+    MIB, NetworkMode, OnGuestLost, OnKernelDeath, OutputLimits, Resources, SessionRequest, Template, Timeouts,
+};
 use cellblock::engine::{CellName, Engine, Pull};
 use cellblock::service::keys::{Principal, Scope};
 use cellblock::service::{Error, ExecuteRequest, Service};
-use cellblock::session::execution::Execution;
+use cellblock::session::execution::{Execution, OnTimeout};
 use cellblock::session::reconcile;
 use cellblock::session::registry::{Created, Limits, Registry};
-use cellblock::session::{Session, Settings, StartFault};
+use cellblock::session::{Refused, Session, Settings, StartFault};
 use engine_fake::{FakeEngine, Faults, IMAGE};
 use tokio_util::sync::CancellationToken;
 
@@ -48,6 +50,8 @@ impl Bench {
             orphan_timeout: Duration::from_secs(60),
             queued_executions: 3,
             queue_timeout: Duration::from_secs(60),
+            contexts: 2,
+            inline: usize::MAX,
         };
         let mut template = template();
         change(&mut settings, &mut template);
@@ -59,9 +63,10 @@ impl Bench {
             execution_bytes: MIB,
         };
         let shared: Arc<dyn Engine> = engine.clone();
-        let registry = Arc::new(Registry::new(Arc::clone(&shared), INSTANCE.to_owned(), settings, limits));
+        let registry = Arc::new(Registry::new(Arc::clone(&shared), None, INSTANCE.to_owned(), settings, limits));
         let templates = BTreeMap::from([("t".to_owned(), template)]);
-        let service = Arc::new(Service::new(Arc::clone(&registry), shared, templates, "t".to_owned(), Pull::Never));
+        let service = Service::new(Arc::clone(&registry), shared, templates, "t".to_owned(), Pull::Never, None);
+        let service = Arc::new(service);
         let who = Principal { tenant: Arc::from("one"), scopes: Arc::new([Scope::Sessions]) };
         Self { engine, registry, service, who }
     }
@@ -115,8 +120,17 @@ fn template() -> Template {
         max_resources: resources,
         default_timeouts: timeouts,
         max_timeouts: timeouts,
-        output: OutputLimits { text_bytes: 1000, result_bytes: 1000, messages: 100 },
+        output: OutputLimits {
+            text_bytes: 1000,
+            result_bytes: 1000,
+            total_bytes: 3000,
+            messages: 100,
+            messages_per_second: 100,
+        },
         network: NetworkMode::None,
+        setup: String::new(),
+        on_kernel_death: OnKernelDeath::Restart,
+        on_guest_lost: OnGuestLost::End,
     }
 }
 
@@ -268,7 +282,7 @@ async fn asking_again_puts_nothing_off() {
     let began = std::time::Instant::now();
     while !running.status().is_final() {
         bench.service.cancel(&bench.who, running.id).unwrap();
-        bench.service.interrupt(&bench.who, session.id).await.unwrap();
+        bench.service.interrupt(&bench.who, session.id, None).await.unwrap();
         tokio::time::sleep(Duration::from_millis(50)).await;
         assert!(began.elapsed() < Duration::from_secs(5), "cancelling it again and again keeps it alive");
     }
@@ -439,4 +453,127 @@ async fn draining_takes_nothing_new_and_lets_work_end() {
     assert_eq!((left, work.status()), (0, Status::Timeout), "it came to its own end");
     assert_eq!(bench.create().await.unwrap_err(), Error::Draining);
     assert_eq!(bench.cells().await, 0);
+}
+
+#[tokio::test]
+async fn a_guest_that_is_deaf_ends_its_session_or_gets_a_new_cell() {
+    for replace in [false, true] {
+        let bench = Bench::with(|_, template| {
+            template.on_guest_lost = if replace { OnGuestLost::Replace } else { OnGuestLost::End };
+        });
+        bench.engine.faults(|f| f.deaf_to_deletions = true);
+        let session = bench.create().await.unwrap();
+        let running = bench.start(&session, "hang hard", 0.1).await.unwrap();
+        let waiting = bench.start(&session, "hello", 1.0).await.unwrap();
+        bench.engine.faults(|f| f.deaf_to_deletions = false);
+        bounded(running.ended()).await;
+        let outcome = running.outcome();
+        assert_eq!(outcome.status, Status::Timeout);
+        let step = outcome.stop.map(|s| s.step);
+        if replace {
+            assert_eq!(step, Some(StopStep::Replace));
+            bounded(waiting.ended()).await;
+            assert_eq!(waiting.status(), Status::Ok, "{:?}", waiting.outcome());
+            assert_eq!(waiting.outcome().restarted, Some(RestartCause::GuestLost));
+            assert_eq!((session.phase(), bench.cells().await), (Phase::Ready, 1));
+            session.end(EndReason::Deleted);
+            assert_eq!(end_of(&session).await, EndReason::Deleted);
+        } else {
+            assert_eq!(step, Some(StopStep::End));
+            assert_eq!(end_of(&session).await, EndReason::Lost);
+            assert_eq!(waiting.status(), Status::Lost);
+        }
+        assert_eq!(bench.cells().await, 0);
+    }
+}
+
+#[tokio::test]
+async fn a_new_cell_that_does_not_start_is_the_end() {
+    let bench = Bench::with(|_, template| template.on_guest_lost = OnGuestLost::Replace);
+    bench.engine.faults(|f| f.deaf_to_deletions = true);
+    let session = bench.create().await.unwrap();
+    let running = bench.start(&session, "hang hard", 0.1).await.unwrap();
+    bench.engine.faults(|f| f.kernel_dies = true);
+    assert_eq!(end_of(&session).await, EndReason::Lost);
+    assert_eq!(running.outcome().stop.map(|s| s.step), Some(StopStep::Replace));
+    assert_eq!(bench.cells().await, 0);
+}
+
+#[tokio::test]
+async fn a_kernel_that_dies_ends_its_session_if_the_template_says_so() {
+    let bench = Bench::with(|_, template| template.on_kernel_death = OnKernelDeath::End);
+    let session = bench.create().await.unwrap();
+    let died = bench.run(&session, "die", 5.0).await;
+    assert_eq!(died.status(), Status::KernelDied);
+    assert!(died.outcome().detail.is_some_and(|d| d.contains("status 3")));
+    assert_eq!(end_of(&session).await, EndReason::KernelDied);
+    assert_eq!(bench.cells().await, 0);
+}
+
+#[tokio::test]
+async fn the_time_limit_can_go_straight_to_the_kernel() {
+    let bench = Bench::new();
+    let session = bench.create().await.unwrap();
+    let request = ExecuteRequest {
+        code: "hang".to_owned(),
+        timeout_seconds: Some(0.1),
+        on_timeout: OnTimeout::Restart,
+        ..ExecuteRequest::default()
+    };
+    let execution = bench.service.execute(&bench.who, session.id, request).await.unwrap();
+    bounded(execution.ended()).await;
+    let outcome = execution.outcome();
+    assert_eq!((outcome.status, outcome.restarted), (Status::Timeout, Some(RestartCause::Timeout)));
+    assert_eq!(outcome.stop.map(|s| s.step), Some(StopStep::Restart));
+    assert_eq!(bench.run(&session, "hello", 5.0).await.status(), Status::Ok);
+}
+
+#[tokio::test]
+async fn setup_code_runs_before_a_session_is_ready_and_its_failure_is_that_of_the_start() {
+    let bench = Bench::with(|_, template| template.setup = "hello".to_owned());
+    let session = bench.create().await.unwrap();
+    assert_eq!(bench.run(&session, "hello", 5.0).await.outcome().execution_count, Some(2));
+    let setup = |code: &str| SessionRequest { setup: Some(code.to_owned()), ..SessionRequest::default() };
+    for code in ["raise", "die", "hang"] {
+        let failed = bounded(bench.service.create_session(&bench.who, &setup(code), true)).await.unwrap_err();
+        let Error::StartFailed(failure) = failed else { panic!("{code}: {failed:?}") };
+        assert_eq!(failure.fault, StartFault::SetupFailed, "{code}: {failure:?}");
+    }
+    assert_eq!(bench.cells().await, 1);
+}
+
+#[tokio::test]
+async fn contexts_have_kernels_and_queues_of_their_own() {
+    let bench = Bench::new();
+    let session = bench.create().await.unwrap();
+    let second = bounded(session.create_context(None, None)).await.unwrap();
+    assert_eq!(session.create_context(None, None).await, Err(Refused::TooManyContexts(2)));
+    let hanging = bench.start(&session, "hang", 10.0).await.unwrap();
+    let request = ExecuteRequest { code: "hello".to_owned(), context: Some(second.id), ..ExecuteRequest::default() };
+    let beside = bench.service.execute(&bench.who, session.id, request).await.unwrap();
+    bounded(beside.ended()).await;
+    assert_eq!((beside.status(), hanging.status()), (Status::Ok, Status::Running));
+    assert_eq!(session.delete_context(session.default_context).await, Err(Refused::DefaultContext));
+    bounded(session.restart(Some(second.id))).await.unwrap();
+    assert_eq!(hanging.status(), Status::Running);
+    assert_eq!(bounded(session.delete_context(second.id)).await.unwrap().id, second.id);
+    assert_eq!(session.contexts().await.unwrap().len(), 1);
+    assert_eq!(session.interrupt(Some(second.id)).await, Err(Refused::NoSuchContext));
+}
+
+#[tokio::test]
+async fn after_an_interrupt_nothing_begins_before_the_kernel_has_dealt_with_it() {
+    let bench = Bench::with(|settings, _| settings.interrupt_grace = NEVER);
+    let session = bench.create().await.unwrap();
+    for (code, waits) in [("hang", false), ("hang mute", true)] {
+        let stopped = bench.start(&session, code, 10.0).await.unwrap();
+        let next = bench.start(&session, "hello", 5.0).await.unwrap();
+        bench.service.cancel(&bench.who, stopped.id).unwrap();
+        bounded(stopped.ended()).await;
+        let began = std::time::Instant::now();
+        bounded(next.ended()).await;
+        assert_eq!((stopped.status(), next.status()), (Status::Cancelled, Status::Ok));
+        let waited = began.elapsed() >= Duration::from_millis(800);
+        assert_eq!(waited, waits, "{code}: {:?}", began.elapsed());
+    }
 }

@@ -142,6 +142,8 @@ fn table() -> Vec<Row> {
         row("/dev/shm, size", &["shm_size"], |b| folder(b, "/dev/shm", "size", "")),
         row("/dev/shm, nr_inodes", &["shm_inodes"], |b| folder(b, "/dev/shm", "nr_inodes", "")),
         row("/dev/shm, noexec", &["shm_programs"], |b| folder(b, "/dev/shm", "noexec", "exec")),
+        row("/run/cellblock, size", &["state_size"], |b| folder(b, "/run/cellblock", "size", "")),
+        row("/run/cellblock, nr_inodes", &["state_inodes"], |b| folder(b, "/run/cellblock", "nr_inodes", "")),
         row("Devices", &["device_list"], |b| host(b).devices = Some(vec![DeviceMapping {
             path_on_host: Some("/dev/zero".to_owned()),
             path_in_container: Some("/dev/sda".to_owned()),

@@ -387,10 +387,10 @@ async fn an_idle_session_ends(server: Arc<Server>) {
 
 async fn an_old_session_ends_even_if_busy(server: Arc<Server>) {
     let began = Instant::now();
-    let cell = server.create(json!({"template": "python", "timeouts": {"lifetime_seconds": 6}})).await;
+    let cell = server.create(json!({"template": "python", "timeouts": {"lifetime_seconds": 10}})).await;
     let running = cell.background_until_output("print(1, flush=True)\nwhile True: pass").await;
     let (_, ended) = gone(&cell).await;
-    is_due(began.elapsed(), 6.0);
+    is_due(began.elapsed(), 10.0);
     assert_eq!(ended["end_reason"], "lifetime");
     assert_eq!(server.ended(&running).await["status"], "cancelled");
 }

@@ -15,7 +15,9 @@ use cellblock::engine::{
     ImageInfo, Observed, Pull,
 };
 use cellblock_wire::frame::{self, Frame};
-use cellblock_wire::link::{Channel, Event, Hello, KernelStarted, Numbered, Outbound, Refusal, Report, StartKernel};
+use cellblock_wire::link::{
+    Channel, Event, Hello, KernelDeleted, KernelStarted, Numbered, Outbound, Refusal, Report, StartKernel,
+};
 use cellblock_wire::marker::{MARKER_LEN, MarkerScanner, Scanned};
 use futures_util::StreamExt;
 use futures_util::stream::BoxStream;
@@ -48,6 +50,8 @@ pub struct Faults {
     pub kernel_stalls: bool,
     /// Kernels die while they start.
     pub kernel_dies: bool,
+    /// The guests of cells that are made from now on don't answer when a kernel is to be ended.
+    pub deaf_to_deletions: bool,
     /// The engine can't be reached.
     pub unreachable: bool,
 }
@@ -236,6 +240,8 @@ struct Kernel {
     count: u64,
     /// The header of what runs without end, and whether it heeds interrupts.
     hanging: Option<(Bytes, bool)>,
+    /// It does what it is interrupted for, and never says so.
+    mute: bool,
 }
 
 impl Default for Guest {
@@ -286,7 +292,8 @@ async fn answer(guest: &Arc<Guest>, faults: &Faults, request: Request<Incoming>)
         ("POST", ["kernels"]) => {
             let start: StartKernel = serde_json::from_slice(&body).unwrap();
             guest.start(&start.kernel, faults);
-            json_answer(&KernelStarted { kernelspec: "fake".to_owned(), language: "fake".to_owned() })
+            let [kernelspec, language, display_name] = ["fake", "fake", "Fake"].map(str::to_owned);
+            json_answer(&KernelStarted { kernelspec, language, display_name })
         }
         ("POST", ["kernels", kernel, "messages"]) => {
             let mut decoder = frame::Decoder::default();
@@ -295,8 +302,11 @@ async fn answer(guest: &Arc<Guest>, faults: &Faults, request: Request<Incoming>)
             guest.take(kernel, &frame)
         }
         ("DELETE", ["kernels", kernel]) => {
+            if faults.deaf_to_deletions {
+                return std::future::pending().await;
+            }
             guest.state.lock().unwrap().kernels.remove(*kernel);
-            empty()
+            json_answer(&KernelDeleted::default())
         }
         ("POST", ["ack" | "kernels", ..]) => empty(),
         _ => refuse("not-found"),
@@ -329,7 +339,7 @@ impl Guest {
         let stderr_tail = "the last words".to_owned();
         self.tell(
             kernel,
-            Event::KernelExited { status: Some(status), signal: None, oom_kills: 0, stderr_tail },
+            Event::KernelExited { status: Some(status), signal: None, oom_kills: 0, swept: false, stderr_tail },
             vec![],
         );
     }
@@ -346,14 +356,20 @@ impl Guest {
                 let info = json!({"language_info": {"name": "fake"}});
                 self.say(kernel, &frame.parts[0], Channel::Shell, "kernel_info_reply", &info);
             }
-            "interrupt_request" => self.interrupt(kernel),
+            "interrupt_request" => {
+                self.interrupt(kernel);
+                if self.state.lock().unwrap().kernels.get(kernel).is_some_and(|kernel| kernel.mute) {
+                    return empty();
+                }
+                self.say(kernel, &frame.parts[0], Channel::Control, "interrupt_reply", &json!({"status": "ok"}));
+            }
             "execute_request" => self.execute(kernel, &frame.parts[0], content["code"].as_str().unwrap()),
             _ => {}
         }
         empty()
     }
 
-    /// The kernel's language: `print X`, `hang`, `hang hard`, `die`, `raise`, `leave` (as `exit()` does), and `hello` whose value is 1.
+    /// The kernel's language: `print X`, `hang`, `hang hard`, `hang mute`, `die`, `raise`, `leave` (as `exit()` does), and `hello` whose value is 1.
     fn execute(&self, kernel: &str, parent: &Bytes, code: &str) {
         self.say(kernel, parent, Channel::Iopub, "status", &json!({"execution_state": "busy"}));
         let word = code.split(' ').next().unwrap_or_default();
@@ -361,7 +377,8 @@ impl Guest {
             "hang" => {
                 let heeds = code != "hang hard";
                 let mut state = self.state.lock().unwrap();
-                state.kernels.entry(kernel.to_owned()).or_default().hanging = Some((parent.clone(), heeds));
+                let kernel = state.kernels.entry(kernel.to_owned()).or_default();
+                (kernel.hanging, kernel.mute) = (Some((parent.clone(), heeds)), code == "hang mute");
                 return;
             }
             "die" => return self.exit(kernel, 3),

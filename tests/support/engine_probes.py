@@ -147,7 +147,7 @@ def writable_folders():
             found.add(folder)
         except OSError:
             pass
-    return " ".join(found - {"/tmp", "/workspace", "/dev/shm"}) or None
+    return " ".join(found - {"/tmp", "/workspace", "/dev/shm", "/run/cellblock"}) or None
 
 
 def fill(folder, megabytes):
@@ -178,29 +178,36 @@ def shm_size():
     return attempt(lambda: fill("/dev/shm", 40), errno.ENOSPC)
 
 
-@probe
-def work_inodes():
+def make_files(folder, count):
     def create():
-        for n in range(4200):
-            os.close(os.open(f"/workspace/n{n}", os.O_CREAT | os.O_WRONLY))
+        for n in range(count):
+            os.close(os.open(f"{folder}/n{n}", os.O_CREAT | os.O_WRONLY))
 
     outcome = attempt(create, errno.ENOSPC)
-    for name in os.listdir("/workspace"):
+    for name in os.listdir(folder):
         if name.startswith("n"):
-            os.unlink(f"/workspace/{name}")
+            os.unlink(f"{folder}/{name}")
     return outcome
+
+
+@probe
+def work_inodes():
+    return make_files("/workspace", 4200)
 
 
 @probe
 def shm_inodes():
-    def create():
-        for n in range(1100):
-            os.close(os.open(f"/dev/shm/n{n}", os.O_CREAT | os.O_WRONLY))
+    return make_files("/dev/shm", 1100)
 
-    outcome = attempt(create, errno.ENOSPC)
-    for name in os.listdir("/dev/shm"):
-        os.unlink(f"/dev/shm/{name}")
-    return outcome
+
+@probe
+def state_inodes():
+    return make_files("/run/cellblock", 600)
+
+
+@probe
+def state_size():
+    return attempt(lambda: fill("/run/cellblock", 8), errno.ENOSPC)
 
 
 def execute_in(folder):

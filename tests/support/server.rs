@@ -7,6 +7,7 @@ use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::panic::AssertUnwindSafe;
 use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -48,13 +49,26 @@ pub struct Server {
     http: reqwest::Client,
     stop: CancellationToken,
     ended: Mutex<Option<oneshot::Receiver<Result<(), String>>>>,
-    _folder: tempfile::TempDir,
+    config: Config,
+    folder: Arc<tempfile::TempDir>,
 }
 
 impl Server {
     /// Starts one as `cellblock serve` does. `settings` is a configuration file laid over what every test needs.
     pub async fn start(settings: &str) -> Arc<Self> {
         let (folder, config) = configured(settings);
+        Self::serve(config, Arc::new(folder)).await
+    }
+
+    /// Ends this one, then starts one with the same configuration, folder and key; `between` is called when neither runs. Only
+    /// for what [`Server::start`] started.
+    pub async fn start_again(&self, between: impl FnOnce(&Path)) -> Arc<Self> {
+        self.finish().await.unwrap_or_else(|left| panic!("{left}"));
+        between(self.data());
+        Self::serve(self.config.clone(), Arc::clone(&self.folder)).await
+    }
+
+    async fn serve(config: Config, folder: Arc<tempfile::TempDir>) -> Arc<Self> {
         let (address_in, address) = oneshot::channel();
         let (ended_in, ended) = oneshot::channel();
         let stop = CancellationToken::new();
@@ -73,7 +87,7 @@ impl Server {
         });
         let Ok(address) = address.await else { panic!("the server did not start: {:?}", ended.await) };
         let key = std::fs::read_to_string(config.server.key_file()).expect("a key file").trim().to_owned();
-        Self::new(address, [key, String::new(), String::new()], &config, (stop, ended), folder)
+        Self::new(address, [key, String::new(), String::new()], config, (stop, ended), folder)
     }
 
     /// Starts one with three keys: two tenants', and one without scopes.
@@ -110,15 +124,47 @@ impl Server {
             let _ =
                 ended_in.send(outcome.and(if left == 0 { Ok(()) } else { Err(format!("{left} sessions are left")) }));
         });
-        Self::new(address, keys, &config, (stop, ended), folder)
+        Self::new(address, keys, config, (stop, ended), Arc::new(folder))
+    }
+
+    /// Starts the program itself, and answers with its process id too.
+    pub async fn spawn(settings: &str) -> (Arc<Self>, u32) {
+        let (folder, config) = configured(settings);
+        let free = std::net::TcpListener::bind("127.0.0.1:0").and_then(|l| l.local_addr()).expect("a free port");
+        let mut command = Command::new(env!("CARGO_BIN_EXE_cellblock"));
+        command.args(["serve", "--listen", &free.to_string()]).stderr(Stdio::null());
+        for name in ["base.toml", "test.toml"] {
+            command.arg("--config").arg(folder.path().join(name));
+        }
+        let mut program = Program(command.spawn().expect("the program"));
+        let pid = program.0.id();
+        let began = Instant::now();
+        while tokio::net::TcpStream::connect(free).await.is_err() {
+            assert!(program.0.try_wait().is_ok_and(|ended| ended.is_none()), "the program has ended");
+            assert!(began.elapsed() < NEVER, "the program does not listen");
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        let (stop, (ended_in, ended)) = (CancellationToken::new(), oneshot::channel());
+        let asked = stop.clone();
+        task::spawn("program", async move {
+            asked.cancelled().await;
+            let ended = Command::new("kill").args(["-INT", &pid.to_string()]).status();
+            let ended = ended.and_then(|_| tokio::task::block_in_place(|| program.0.wait()));
+            let _ = ended_in.send(match ended {
+                Ok(status) if status.success() => Ok(()),
+                other => Err(format!("the program: {other:?}")),
+            });
+        });
+        let key = std::fs::read_to_string(config.server.key_file()).expect("a key file").trim().to_owned();
+        (Self::new(free, [key, String::new(), String::new()], config, (stop, ended), Arc::new(folder)), pid)
     }
 
     fn new(
         address: SocketAddr,
         [key, other_key, powerless_key]: [String; 3],
-        config: &Config,
+        config: Config,
         (stop, ended): (CancellationToken, oneshot::Receiver<Result<(), String>>),
-        folder: tempfile::TempDir,
+        folder: Arc<tempfile::TempDir>,
     ) -> Arc<Self> {
         let http = reqwest::Client::builder().timeout(2 * NEVER).no_proxy().build().expect("a client");
         Arc::new(Self {
@@ -131,8 +177,14 @@ impl Server {
             http,
             stop,
             ended: Mutex::new(Some(ended)),
-            _folder: folder,
+            config,
+            folder,
         })
+    }
+
+    /// The folder of what it keeps.
+    pub fn data(&self) -> &Path {
+        &self.config.server.data_dir
     }
 
     /// Runs cases, some at once; then ends the server, looks for leftovers, and fails with the names of all cases that failed.
@@ -171,6 +223,15 @@ impl Server {
         HashMap::from([("label", vec![format!("io.cellblock.instance={}", self.instance)])])
     }
 
+    /// Names of this server's volumes, sorted.
+    pub async fn volumes(&self) -> Vec<String> {
+        let options = ListVolumesOptionsBuilder::default().filters(&self.label()).build();
+        let found = self.docker.list_volumes(Some(options)).await.expect("a list").volumes;
+        let mut names: Vec<String> = found.into_iter().flatten().map(|volume| volume.name).collect();
+        names.sort();
+        names
+    }
+
     /// Names of this server's containers, running or not, that contain a text.
     pub async fn containers(&self, text: &str) -> Vec<String> {
         let options = ListContainersOptionsBuilder::default().all(true).filters(&self.label()).build();
@@ -187,6 +248,11 @@ impl Server {
     /// A request with the key.
     pub fn request(&self, method: Method, path: &str) -> RequestBuilder {
         self.bare(method, path).bearer_auth(&self.key)
+    }
+
+    /// A request with the key of the other tenant.
+    pub fn foreign(&self, method: Method, path: &str) -> RequestBuilder {
+        self.bare(method, path).bearer_auth(&self.other_key)
     }
 
     /// Sends a request and reads the whole answer.
@@ -233,11 +299,23 @@ impl Server {
         self.create(json!({"template": "python"})).await
     }
 
+    /// Sends a request that is answered with server-sent events.
+    pub async fn events_of(&self, request: RequestBuilder) -> Follow {
+        Follow::new(request.send().await.expect("an answer"), Form::Sse)
+    }
+
     /// Follows an execution's events from after number `after` on.
     pub async fn follow(&self, execution: &str, after: u64) -> Follow {
         let request = self.request(Method::GET, &format!("/v1/executions/{execution}/events"));
         let request = if after > 0 { request.header("last-event-id", after) } else { request };
         Follow::new(request.send().await.expect("an answer"), Form::Sse)
+    }
+
+    /// An execution as it is.
+    pub async fn execution(&self, execution: &str) -> Value {
+        let reply = self.get(&format!("/v1/executions/{execution}")).await;
+        assert_eq!(reply.status, 200, "{}", reply.text);
+        reply.json
     }
 
     /// Waits for the end of an execution and answers with it.
@@ -255,6 +333,17 @@ impl Drop for Server {
         self.stop.cancel();
         let finished = self.ended.lock().map(|e| e.is_none()).unwrap_or(true);
         assert!(finished || std::thread::panicking(), "a test forgot to finish its server");
+    }
+}
+
+/// A process that does not outlive its test.
+struct Program(std::process::Child);
+
+impl Drop for Program {
+    fn drop(&mut self) {
+        // One that has ended is not there to be killed.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
     }
 }
 
@@ -531,6 +620,17 @@ impl Follow {
             };
             self.buffer.push_str(std::str::from_utf8(&chunk).expect("no event is cut within a character"));
         }
+    }
+
+    /// Reads on to the next event of a kind.
+    pub async fn until(&mut self, kind: &str) -> Seen {
+        while let Some(seen) = self.next().await {
+            if seen.kind == kind {
+                return seen;
+            }
+            assert_ne!(seen.kind, "execution.completed", "there was no {kind}: {}", seen.data);
+        }
+        panic!("the events broke off before a {kind}");
     }
 
     /// All events that are still to come.
