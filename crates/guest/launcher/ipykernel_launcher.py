@@ -1,16 +1,20 @@
 """Starts ipykernel as a cell wants it: no output lost silently, no history, no debugger. Started by the guest, with Python 3.8 or later."""
 
+import codecs
 import contextlib
 import contextvars
 import functools
 import importlib.util
 import os
+import select
 import sys
 import threading
 import types
 
 # Characters of text that may wait to be sent before whoever prints waits for that.
 UNSENT = 256 * 1024
+# Most bytes that are in a pipe at once.
+PIPE = 64 * 1024
 
 
 def import_in_parts(name, part):
@@ -61,6 +65,59 @@ def let_print_wait(stream):
         return len(string)
 
     stream.write = write_in_parts
+
+
+def let_flush_drain(stream):
+    """What was printed past Python is taken up by another thread, which may come late: after the end of the cell it belongs to. So
+    the main thread takes up what there is when it flushes, as it does before it ends a cell."""
+    make, flush = stream.__init__, stream.flush
+
+    @functools.wraps(make)
+    def make_with_lock(self, *arguments, **options):
+        self.taking = threading.RLock()
+        self.is_taking = False
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        make(self, *arguments, **options)
+
+    def is_waiting(self, milliseconds):
+        # Not select: it can't look at descriptors above 1023, and code may have opened as many.
+        poll = select.poll()
+        poll.register(self._fid, select.POLLIN)
+        return bool(poll.poll(milliseconds))
+
+    def take_up(self):
+        """False once nothing can come any more."""
+        with self.taking:
+            # Writing may flush.
+            if self.is_taking or not is_waiting(self, 0):
+                return True
+            self.is_taking = True
+            try:
+                taken = os.read(self._fid, PIPE)
+                self.write(self.decoder.decode(taken))
+                os.write(self._original_stdstream_copy, taken)
+            finally:
+                self.is_taking = False
+        return bool(taken)
+
+    def watch(self):
+        try:
+            while is_waiting(self, None) and self._should_watch and take_up(self):
+                pass
+        except Exception:
+            self._exc = sys.exc_info()
+
+    @functools.wraps(flush)
+    def flush_all(self):
+        # Not a copy of the kernel that `os.fork` has made, nor a thread of an earlier cell: what there is, is not theirs.
+        is_main = threading.current_thread() is threading.main_thread()
+        if is_main and self._fid is not None and self._is_master_process():
+            # Code may have closed it.
+            with contextlib.suppress(OSError):
+                take_up(self)
+        flush(self)
+
+    stream.__init__, stream._watch_pipe_fd, stream.flush = make_with_lock, watch, flush_all
 
 
 if __name__ == "__main__":
@@ -120,4 +177,5 @@ if __name__ == "__main__":
     if hasattr(InteractiveShell, "_tee"):
         InteractiveShell._tee = lambda self, channel: contextlib.nullcontext()
     let_print_wait(OutStream)
+    let_flush_drain(OutStream)
     CellKernelApp.launch_instance(argv=[*sys.argv[1:], "--HistoryManager.enabled=False"])

@@ -537,6 +537,29 @@ async fn real_ipykernel_asks_for_input_on_the_stdin_channel() {
 }
 
 #[tokio::test]
+async fn real_ipykernel_tells_what_was_printed_past_python_before_its_cell_ends() {
+    let python = python_with_ipykernel();
+    let mut cell = Cell::start_with(&python);
+    cell.attach().await;
+    cell.start_kernel("k1", "real", Transport::Ipc, &[]).await;
+    // The thread that takes up such text comes last, and there is always somebody before it.
+    let starve = "
+import os, subprocess, sys
+os.sched_setscheduler(sys.stdout.watch_fd_thread.native_id, os.SCHED_IDLE, os.sched_param(0))
+busy = [subprocess.Popen([sys.executable, '-c', 'while True: pass']) for _ in range(2 * os.cpu_count())]
+";
+    cell.run("k1", "m0", starve, CAP).await;
+    for n in 1..=5 {
+        let id = format!("m{n}");
+        execute(&mut cell, "k1", &id, &format!("_ = os.system('echo ü{n}')"), CAP).await;
+        assert_eq!(text_of(&cell.until_done(&id).await), format!("ü{n}\n"));
+    }
+    execute(&mut cell, "k1", "m6", "os.close(1); os.close(2)\nfor one in busy: one.kill()\nprint('still there')", CAP).await;
+    assert_eq!(text_of(&cell.until_done("m6").await), "still there\n");
+    cell.end().await;
+}
+
+#[tokio::test]
 async fn real_ipykernels_executions_are_measured() {
     let python = python_with_ipykernel();
     let mut cell = Cell::start_with(&python);
