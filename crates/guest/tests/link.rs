@@ -554,7 +554,8 @@ busy = [subprocess.Popen([sys.executable, '-c', 'while True: pass']) for _ in ra
         execute(&mut cell, "k1", &id, &format!("_ = os.system('echo ü{n}')"), CAP).await;
         assert_eq!(text_of(&cell.until_done(&id).await), format!("ü{n}\n"));
     }
-    execute(&mut cell, "k1", "m6", "os.close(1); os.close(2)\nfor one in busy: one.kill()\nprint('still there')", CAP).await;
+    execute(&mut cell, "k1", "m6", "os.close(1); os.close(2)\nfor one in busy: one.kill()\nprint('still there')", CAP)
+        .await;
     assert_eq!(text_of(&cell.until_done("m6").await), "still there\n");
     cell.end().await;
 }

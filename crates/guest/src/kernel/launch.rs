@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::ffi::{OsStr, OsString};
 use std::fs::Permissions;
 use std::io::{self, Write};
-use std::net::{Ipv4Addr, TcpListener};
+use std::net::Ipv4Addr;
 use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
@@ -14,6 +14,7 @@ use std::process::{ChildStderr, Command, Stdio};
 
 use cellblock_wire::link::Transport;
 use rustix::fs::{AtFlags, Dir, Mode, OFlags, chmodat, open, openat, renameat, unlinkat};
+use tokio::net::TcpSocket;
 
 use super::spec::FoundSpec;
 use super::tree::{MARK, Tree};
@@ -93,6 +94,8 @@ pub struct Launched {
     pub signer: Signer,
     /// Its folder.
     pub folder: Folder,
+    /// Keep its ports for it, if it has any.
+    _reserved: Vec<TcpSocket>,
 }
 
 impl Launch<'_> {
@@ -105,7 +108,7 @@ impl Launch<'_> {
         let mut key = [0; 32];
         getrandom::fill(&mut key).map_err(|_| io::Error::other("no random numbers"))?;
         let key: String = key.iter().map(|b| format!("{b:02x}")).collect();
-        let (ip, ports) = self.ports(&folder)?;
+        let (ip, ports, reserved) = self.ports(&folder)?;
         let file = folder.0.join("connection.json");
         self.write_connection_file(&file, &ip, &ports, &key)?;
         let mut child = self.command(&file, &folder).spawn()?;
@@ -118,15 +121,16 @@ impl Launch<'_> {
             Transport::Tcp => Endpoint::Tcp(port),
         });
         let tree = Tree::new(pid, folder.mark());
-        Ok(Launched { tree, stderr, endpoints, signer: Signer::new(key.as_bytes()), folder })
+        Ok(Launched { tree, stderr, endpoints, signer: Signer::new(key.as_bytes()), folder, _reserved: reserved })
     }
 
-    fn ports(&self, folder: &Folder) -> io::Result<(String, [u16; 5])> {
+    fn ports(&self, folder: &Folder) -> io::Result<(String, [u16; 5], Vec<TcpSocket>)> {
         if self.transport == Transport::Tcp {
-            return Ok(("127.0.0.1".to_owned(), free_ports()?));
+            let (ports, reserved) = reserve_ports()?;
+            return Ok((Ipv4Addr::LOCALHOST.to_string(), ports, reserved));
         }
         match folder.0.join("k").into_os_string().into_string() {
-            Ok(ip) if ip.len() + 2 <= MAX_SOCKET_PATH => Ok((ip, [1, 2, 3, 4, 5])),
+            Ok(ip) if ip.len() + 2 <= MAX_SOCKET_PATH => Ok((ip, [1, 2, 3, 4, 5], Vec::new())),
             _ => Err(io::Error::other("the kernel's folder is too long for a socket's path")),
         }
     }
@@ -159,15 +163,21 @@ fn is_env(name: &str) -> bool {
     !name.is_empty() && !name.contains(['=', '\0'])
 }
 
-/// Five ports that are free now, found by listening on all of them at once.
-fn free_ports() -> io::Result<[u16; 5]> {
-    let listeners: Vec<TcpListener> =
-        (0..5).map(|_| TcpListener::bind((Ipv4Addr::LOCALHOST, 0))).collect::<io::Result<_>>()?;
+/// Five free ports, and the sockets that keep them so: the machine gives a bound port to nobody who asks for any, and one that was bound
+/// with `SO_REUSEADDR`, and does not listen, to whoever asks for it likewise, as ZeroMQ does (`socket(7)`).
+fn reserve_ports() -> io::Result<([u16; 5], Vec<TcpSocket>)> {
+    let reserve = |_| {
+        let socket = TcpSocket::new_v4()?;
+        socket.set_reuseaddr(true)?;
+        socket.bind((Ipv4Addr::LOCALHOST, 0).into())?;
+        Ok(socket)
+    };
+    let reserved: Vec<TcpSocket> = (0..5).map(reserve).collect::<io::Result<_>>()?;
     let mut ports = [0; 5];
-    for (port, listener) in ports.iter_mut().zip(&listeners) {
-        *port = listener.local_addr()?.port();
+    for (port, socket) in ports.iter_mut().zip(&reserved) {
+        *port = socket.local_addr()?.port();
     }
-    Ok(ports)
+    Ok((ports, reserved))
 }
 
 /// A kernelspec's command with its places filled in, and `ipykernel` started by our launcher if there is one.
@@ -278,10 +288,11 @@ mod tests {
     }
 
     #[test]
-    fn five_free_ports_differ() {
-        let mut ports = free_ports().unwrap().to_vec();
-        ports.sort_unstable();
-        ports.dedup();
-        assert_eq!(ports.len(), 5);
+    fn reserved_ports_differ_and_go_to_whoever_names_them() {
+        let (ports, _reserved) = reserve_ports().unwrap();
+        assert_eq!(ports.iter().collect::<std::collections::BTreeSet<_>>().len(), 5);
+        for port in ports {
+            std::net::TcpListener::bind((Ipv4Addr::LOCALHOST, port)).unwrap();
+        }
     }
 }
