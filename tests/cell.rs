@@ -546,6 +546,11 @@ async fn environment_comes_along_and_no_secret_does(server: Arc<Server>) {
         !outside.is_empty() && outside.iter().all(|name| seen[name].is_null()),
         "this process's environment is inside"
     );
+    // Memory that runs out costs the kernel, which may not change that, and not the first process.
+    let order = cell.json(
+        "import json; print(json.dumps([open(f'/proc/{pid}/oom_score_adj').read().strip() for pid in (1, 'self')]))",
+    );
+    assert_eq!(order.await, json!(["0", "1000"]));
 }
 
 /// The probes that `tests/probes.rs` proves to see an open lock, run by a caller's code.

@@ -577,3 +577,27 @@ async fn after_an_interrupt_nothing_begins_before_the_kernel_has_dealt_with_it()
         assert_eq!(waited, waits, "{code}: {:?}", began.elapsed());
     }
 }
+
+#[tokio::test]
+async fn finished_executions_go_by_their_number_and_by_what_they_hold() {
+    let bench = Bench::new();
+    let session = bench.create().await.expect("ready");
+    let mut ids = Vec::new();
+    for _ in 0..200 {
+        ids.push(bench.run(&session, "print x", 5.0).await.id);
+    }
+    let kept =
+        |bench: &Bench| ids.iter().map(|id| bench.service.execution(&bench.who, *id).is_ok()).collect::<Vec<_>>();
+    bench.registry.prune();
+    let by_number = kept(&bench);
+    assert_eq!(by_number.iter().filter(|kept| **kept).count(), 100);
+    assert!(by_number[100..].iter().all(|kept| *kept), "the oldest go first");
+
+    // A few long ones are more than all may hold, and make room by themselves: nobody has to look.
+    let long = format!("print {}", "x".repeat(300_000));
+    for _ in 0..4 {
+        bench.run(&session, &long, 5.0).await;
+    }
+    bench.run(&session, "print x", 5.0).await;
+    assert!(!kept(&bench)[199], "what came before the long ones is gone");
+}

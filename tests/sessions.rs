@@ -212,8 +212,10 @@ async fn events_are_replayed_from_anywhere(server: Arc<Server>) {
         let rest = server.follow(&id, after).await.rest().await;
         assert_eq!(kinds(&rest), kinds(&live[after as usize..]), "after {after}");
     }
-    for after in [live.len() as u64, 1_000_000] {
-        assert!(server.follow(&id, after).await.rest().await.is_empty());
+    assert!(server.follow(&id, live.len() as u64).await.rest().await.is_empty());
+    // Who names what never happened has seen no end, and is told it.
+    for after in [live.len() as u64 + 1, 1_000_000] {
+        assert_eq!(kinds(&server.follow(&id, after).await.rest().await), ["execution.completed"]);
     }
     // A reader that comes back in the middle misses nothing and sees nothing twice.
     let id = cell.background(COUNT).await;

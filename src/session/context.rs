@@ -8,14 +8,15 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use cellblock_wire::link::{Channel, CutStream, Event, KernelDeleted, Outbound, OutputCap};
+use cellblock_wire::link::{Channel, CutStream, Event, KernelDeleted, Outbound, OutputCap, Refusal};
 use jiff::Timestamp;
 use serde_json::{Value, json};
 use tokio::sync::oneshot;
 
 use super::execution::{End, Execution, ExecutionRequest, OnTimeout, Place, Stdin};
 use super::fresh;
-use super::running::{Due, Input, Running, describe_death, stopped};
+use super::running::{Due, Input, Running, describe_death, others_ended, stopped};
+use super::wiring::{Act, ActKind};
 use crate::domain::ids::{ContextId, ExecutionId};
 use crate::domain::lifecycle::EndReason;
 use crate::domain::output::{ExecutionEvent, JsonText, RestartCause, Status, StopStep, Truncated};
@@ -30,8 +31,12 @@ const INTERRUPT_SETTLES: Duration = Duration::from_secs(1);
 const MAX_QUEUED_BYTES: usize = 16 * 1024 * 1024;
 /// Most times in a row that a kernel may die before it ran anything.
 const MAX_FAILED_BOOTS: u32 = 3;
-/// Most questions to a kernel that wait for its answer.
-const MAX_QUESTIONS: usize = 64;
+/// Most questions to a kernel that wait for its answer, whether anybody still waits for it or not, and most bytes of them. Fewer than a guest
+/// holds for a kernel, so that an execution and an interrupt always find room.
+const MAX_QUESTIONS: usize = 32;
+const MAX_QUESTION_BYTES: usize = 8 * 1024 * 1024;
+/// A kernel that would not take an execution is gone, which an event tells within this time, or is replaced.
+const GONE_IS_TOLD: Duration = Duration::from_secs(2);
 
 /// Something for the session's task to do, in order.
 #[derive(Debug, Clone)]
@@ -90,6 +95,8 @@ pub(super) struct Making {
     /// What that may put out.
     pub setup_output: OutputLimits,
     pub on_kernel_death: OnKernelDeath,
+    /// Its first setup code stands in the notebook.
+    pub is_default: bool,
 }
 
 #[derive(Debug)]
@@ -99,6 +106,8 @@ enum State {
     Running(Running),
     /// What ran was interrupted, and the kernel may not have got to that yet.
     Settling(Settling),
+    /// The kernel would not take an execution, which waits again. Until then its end is to be heard of.
+    Doubtful(Instant),
     /// The kernel is being ended; a new one is asked for when it is gone.
     Replacing(Replacing),
     /// The kernel is gone and no new one was asked for.
@@ -155,11 +164,11 @@ pub(super) struct Context {
     to_prepare: VecDeque<String>,
     prepare_until: Instant,
     queue: VecDeque<Waiting>,
-    questions: BTreeMap<String, oneshot::Sender<JsonText>>,
+    questions: BTreeMap<String, Question>,
     /// The kernel was replaced while nothing ran: the next execution is told.
     replaced: Option<RestartCause>,
-    /// An interrupt is on its way to the guest; another one would say nothing more.
-    interrupting: bool,
+    /// The interrupt that is on its way to the guest; another one would say nothing more.
+    interrupt: Option<String>,
     actions: Vec<Action>,
     notices: Vec<Notice>,
 }
@@ -169,6 +178,13 @@ pub(super) struct Context {
 struct Waiting {
     since: Instant,
     execution: Arc<Execution>,
+}
+
+/// A question to the kernel.
+#[derive(Debug)]
+struct Question {
+    bytes: usize,
+    answer: oneshot::Sender<JsonText>,
 }
 
 /// A bound on what may wait is reached.
@@ -216,7 +232,7 @@ impl Context {
             queue: VecDeque::new(),
             questions: BTreeMap::new(),
             replaced: None,
-            interrupting: false,
+            interrupt: None,
             actions: Vec::new(),
             notices: Vec::new(),
         }
@@ -241,7 +257,7 @@ impl Context {
         let runs = match &self.state {
             State::Running(running) => !running.is_setup,
             State::Replacing(Replacing { running, .. }) => running.as_ref().is_some_and(|r| !r.is_setup),
-            State::Booting(_) | State::Idle | State::Settling(_) | State::Dead => false,
+            State::Booting(_) | State::Idle | State::Settling(_) | State::Doubtful(_) | State::Dead => false,
         };
         runs || !self.queue.is_empty()
     }
@@ -249,7 +265,7 @@ impl Context {
     /// Whether its kernel answers and is prepared.
     pub(super) fn is_up(&self) -> bool {
         match &self.state {
-            State::Idle | State::Settling(_) => true,
+            State::Idle | State::Settling(_) | State::Doubtful(_) => true,
             State::Running(running) => !running.is_setup,
             State::Booting(_) | State::Replacing(_) | State::Dead => false,
         }
@@ -280,6 +296,7 @@ impl Context {
             State::Booting(Booting { nudge_at, deadline, .. }) => Some(*nudge_at.min(deadline)),
             State::Running(running) => Some(running.next_deadline()),
             State::Settling(settling) => Some(settling.until),
+            State::Doubtful(until) => Some(*until),
             State::Idle | State::Replacing(_) | State::Dead => None,
         };
         let queued = self.queue.front().map(|waiting| waiting.since + self.making.pace.queue);
@@ -289,7 +306,7 @@ impl Context {
     /// Starts a kernel under a new name, which is to be ready within a time.
     pub(super) fn boot(&mut self, now: Instant, within: Duration) {
         self.born += 1;
-        self.interrupting = false;
+        self.interrupt = None;
         self.questions.clear();
         self.kernel = format!("{}n{}", self.id, self.born);
         let deadline = now + within;
@@ -359,13 +376,14 @@ impl Context {
         content: &Value,
         answer: oneshot::Sender<JsonText>,
     ) -> Result<(), QueueFull> {
-        self.questions.retain(|_, waiting| !waiting.is_closed());
-        if self.questions.len() >= MAX_QUESTIONS {
-            return Err(QueueFull);
-        }
+        let bytes: usize = self.questions.values().map(|question| question.bytes).sum();
         let msg_id = self.next_id("ask");
         let request = protocol::request(&msg_id, &self.client, msg_type, content);
-        self.questions.insert(msg_id, answer);
+        let length = request.parts.iter().map(Bytes::len).sum();
+        if !self.is_up() || self.questions.len() >= MAX_QUESTIONS || bytes + length > MAX_QUESTION_BYTES {
+            return Err(QueueFull);
+        }
+        self.questions.insert(msg_id, Question { bytes: length, answer });
         self.send(Channel::Shell, request, None);
         Ok(())
     }
@@ -484,15 +502,41 @@ impl Context {
         !matches!(self.state, State::Replacing(_) | State::Dead)
     }
 
-    /// The guest has taken an interrupt over.
-    pub(super) fn on_interrupt_sent(&mut self) {
-        self.interrupting = false;
+    /// The guest has taken a message over.
+    pub(super) fn on_sent(&mut self, act: &Act) {
+        if matches!(&act.kind, ActKind::Send(id) if self.interrupt.as_ref() == Some(id)) {
+            self.interrupt = None;
+        }
     }
 
     /// The guest would not start the kernel, or not pass a message on to it.
-    pub(super) fn on_refusal(&mut self, kernel: &str, reason: &str, now: Instant) {
-        if kernel == self.kernel && self.is_listening() {
-            self.on_death(reason, "", RestartCause::Died { status: None, signal: None }, now);
+    pub(super) fn on_refusal(&mut self, act: &Act, refusal: &Refusal, now: Instant) {
+        self.on_sent(act);
+        if act.kernel != self.kernel || !self.is_listening() {
+            return;
+        }
+        let is_gone = refusal.code == "not-found";
+        match &act.kind {
+            // What becomes of the kernel is told by an event, or seen at a deadline.
+            ActKind::Signal | ActKind::Delete => {}
+            ActKind::Send(id) if self.questions.remove(id).is_some() => {}
+            ActKind::Send(id) => {
+                let State::Running(running) = &mut self.state else { return };
+                if running.msg_id != *id {
+                    return;
+                }
+                if is_gone && !running.is_setup {
+                    // It died before that; none of the code has run, and the next one gets it.
+                    let execution = Arc::clone(&running.execution);
+                    self.queue.push_front(Waiting { since: now, execution });
+                    self.state = State::Doubtful(now + GONE_IS_TOLD);
+                } else if !is_gone {
+                    self.on_death(&refusal.message, "", RestartCause::Died { status: None, signal: None }, now);
+                }
+            }
+            ActKind::Start => {
+                self.on_death(&refusal.message, "", RestartCause::Died { status: None, signal: None }, now)
+            }
         }
     }
 
@@ -522,14 +566,17 @@ impl Context {
                 }
                 match over {
                     Some(_) => running.execution.kernel_has_ended(cause.clone()),
-                    None => running.execution.output(ExecutionEvent::KernelRestarted { cause: cause.clone() }),
+                    None => running.execution.output_surely(ExecutionEvent::KernelRestarted { cause: cause.clone() }),
                 }
                 let end = match status {
                     Status::Timeout | Status::Cancelled => {
                         stopped(&running.execution, status, StopStep::Restart, now - since, also_ended)
                     }
                     _ if over.is_some() => End::with(status, format!("{words}, and the session ends with it")),
-                    _ => End::with(status, format!("{words}; variables are gone, files are kept")),
+                    _ => {
+                        let others = others_ended(also_ended.len());
+                        End::with(status, format!("{words}; variables are gone, files are kept{others}"))
+                    }
                 };
                 running.execution.finish(end);
             }
@@ -563,6 +610,10 @@ impl Context {
                 self.on_due(due, now);
             }
             State::Settling(settling) if now >= settling.until => self.has_settled(now),
+            State::Doubtful(until) if now >= *until => {
+                let cause = RestartCause::Died { status: None, signal: None };
+                self.replace_kernel(Status::KernelDied, cause, String::new(), now);
+            }
             _ => {}
         }
     }
@@ -657,11 +708,11 @@ impl Context {
     }
 
     fn on_answer(&mut self, parent_id: &str, content: &[u8]) {
-        if let Some(answer) = self.questions.remove(parent_id)
+        if let Some(question) = self.questions.remove(parent_id)
             && let Some(content) = protocol::read_object(content)
         {
             // Whoever asked may have left.
-            let _ = answer.send(content);
+            let _ = question.answer.send(content);
         }
     }
 
@@ -769,7 +820,7 @@ impl Context {
             comm: None,
         };
         let mut place = self.making.place.clone();
-        if self.born > 1 {
+        if self.born > 1 || !self.making.is_default {
             // A notebook has it once.
             place.keeping = place.keeping.without_notebook();
         }
@@ -789,7 +840,7 @@ impl Context {
         if running.is_leaving() && !is_setup {
             // It would take the next request and die with it.
             let cause = RestartCause::Died { status: Some(0), signal: None };
-            running.execution.output(ExecutionEvent::KernelRestarted { cause: cause.clone() });
+            running.execution.output_surely(ExecutionEvent::KernelRestarted { cause: cause.clone() });
             running.finish(now);
             self.replace_kernel(Status::KernelDied, RestartCause::Requested, String::new(), now);
             return;
@@ -847,7 +898,7 @@ impl Context {
         let deadline = now + asked.timeout;
         execution.start();
         if let Some(cause) = self.replaced.take_if(|_| !is_setup) {
-            execution.output(ExecutionEvent::KernelRestarted { cause });
+            execution.output_surely(ExecutionEvent::KernelRestarted { cause });
         }
         self.state = State::Running(Running::new(execution, deadline, is_setup));
         self.send(Channel::Shell, request, Some(cap));
@@ -866,11 +917,11 @@ impl Context {
         if let State::Running(running) = &mut self.state {
             running.interrupted = true;
         }
-        if self.interrupting {
+        if self.interrupt.is_some() {
             return;
         }
-        self.interrupting = true;
         let msg_id = self.next_id("int");
+        self.interrupt = Some(msg_id.clone());
         if let State::Running(running) = &mut self.state {
             running.interrupt = Some(msg_id.clone());
         }
@@ -939,3 +990,6 @@ fn with_tail(reason: &str, stderr_tail: &str) -> String {
     let tail = stderr_tail.trim();
     if tail.is_empty() { reason.to_owned() } else { format!("{reason}; its last words: {tail}") }
 }
+
+#[cfg(test)]
+mod tests;

@@ -22,6 +22,9 @@ use crate::domain::spec::OutputLimits;
 const SLACK_BYTES: u64 = 512 * 1024;
 /// Most events of one execution beyond its limit of messages.
 const SLACK_EVENTS: u64 = 256;
+/// Bytes that an event takes beside its texts, and one content of a bundle.
+const EVENT_BYTES: u64 = 256;
+const PART_BYTES: u64 = 1024;
 
 /// What is to be run, with every limit decided.
 #[derive(Debug, Clone)]
@@ -135,7 +138,10 @@ struct Record {
     started: Option<Instant>,
     finished: Option<Instant>,
     started_at: Option<Timestamp>,
+    /// Bytes that were put out, with those that stand beside the record.
     bytes: u64,
+    /// Bytes that the record takes.
+    held: u64,
     blobs: u32,
     /// It waits for a line.
     asks: bool,
@@ -180,6 +186,7 @@ impl Execution {
                 finished: None,
                 started_at: None,
                 bytes: 0,
+                held: 0,
                 blobs: 0,
                 asks: false,
             }),
@@ -204,7 +211,7 @@ impl Execution {
     /// Bytes its record holds, about.
     #[must_use]
     pub fn weight(&self) -> u64 {
-        self.record().bytes + self.request.len() as u64 + 1024
+        self.record().held + self.request.len() as u64 + 1024
     }
 
     /// Events after number `after`, in order.
@@ -213,6 +220,12 @@ impl Execution {
         let record = self.record();
         let from = usize::try_from(after).unwrap_or(usize::MAX).min(record.events.len());
         record.events[from..].to_vec()
+    }
+
+    /// The number of the newest event.
+    #[must_use]
+    pub fn last_seq(&self) -> u64 {
+        self.record().events.len() as u64
     }
 
     /// A watch that changes with every event.
@@ -258,8 +271,12 @@ impl Execution {
         self.record().asks
     }
 
+    /// It begins, unless it has: a kernel that was gone by then took nothing of it.
     pub(super) fn start(&self) {
         let mut record = self.record();
+        if record.started.is_some() {
+            return;
+        }
         record.status = Status::Running;
         record.started = Some(Instant::now());
         record.started_at = Some(Timestamp::now());
@@ -271,7 +288,12 @@ impl Execution {
     }
 
     pub(super) fn effects(&self, effects: Effects) {
-        self.record().report.effects = effects;
+        let files = effects.files.iter().map(|file| file.path.len()).sum::<usize>() as u64;
+        let processes = effects.processes.iter().map(|process| process.command.len()).sum::<usize>() as u64;
+        let entries = (effects.files.len() + effects.processes.len()) as u64;
+        let mut record = self.record();
+        record.held += files + processes + entries * EVENT_BYTES;
+        record.report.effects = effects;
     }
 
     /// What the kernel gave back beside its output, as far as it fits.
@@ -286,7 +308,7 @@ impl Execution {
         let user_expressions = values.into_iter().filter(|(name, value)| is_asked(name) && fits(value)).collect();
         let payloads: Vec<_> = payloads.into_iter().filter(|payload| fits(payload)).collect();
         let mut record = self.record();
-        record.bytes += (usize::try_from(self.request.output.result_bytes).unwrap_or(usize::MAX) - left) as u64;
+        record.held += (usize::try_from(self.request.output.result_bytes).unwrap_or(usize::MAX) - left) as u64;
         record.report.user_expressions = user_expressions;
         record.report.payloads = payloads;
     }
@@ -301,9 +323,8 @@ impl Execution {
         self.record().asks = asks;
     }
 
-    /// Adds an event, or, above the limits, the fact that it was left out.
-    pub(super) fn output(&self, event: ExecutionEvent) {
-        let event = self.without_long_parts(event);
+    /// Adds an event, or, above the limits, the fact that it was left out. Says whether it was added.
+    pub(super) fn output(&self, event: ExecutionEvent) -> bool {
         let size = size_of_event(&event);
         let limits = &self.request.output;
         let most = limits.total_bytes.min(2 * limits.text_bytes + limits.result_bytes);
@@ -316,11 +337,25 @@ impl Execution {
             }
             within
         };
+        // Only what is within the limits is kept beside the record.
         if admitted {
+            let event = self.without_long_parts(event);
             self.log(self.record(), event);
         } else if let Some(what) = what_is_left_out(&event) {
             self.leave_out(what, size);
         }
+        admitted
+    }
+
+    /// Adds what the answer would be wrong without, whatever there is already: how a kernel ended, and the error that ended the code. There is one
+    /// of it, or one a kernel.
+    pub(super) fn output_surely(&self, mut event: ExecutionEvent) {
+        let is_long = size_of_event(&event) > SLACK_BYTES;
+        if let (ExecutionEvent::Error(error), true) = (&mut event, is_long) {
+            error.traceback.clear();
+            error.value.truncate(error.value.floor_char_boundary(SLACK_BYTES as usize));
+        }
+        self.log(self.record(), event);
     }
 
     /// Puts long contents beside the record.
@@ -357,10 +392,12 @@ impl Execution {
             self.place.keeping.add_cell(self, &record.events, record.status, &record.report, record.started_at);
         }
         self.log(record, ExecutionEvent::Completed);
+        self.place.keeping.has_grown(self.weight());
     }
 
     fn log(&self, mut record: MutexGuard<'_, Record>, event: ExecutionEvent) {
         let seq = record.events.len() as u64 + 1;
+        record.held += footprint(&event);
         record.events.push(Arc::new(Logged { seq, at: Timestamp::now(), event }));
         drop(record);
         self.version.send_replace(seq);
@@ -388,6 +425,15 @@ impl Execution {
         // A record is whole between its statements, so a panic elsewhere leaves nothing half done.
         self.record.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// Bytes that an event takes in a record, about.
+fn footprint(event: &ExecutionEvent) -> u64 {
+    let parts = match event {
+        ExecutionEvent::Result(RichOutput { data, .. }) | ExecutionEvent::ResultUpdate { data, .. } => data.len(),
+        _ => 0,
+    };
+    size_of_event(event) + EVENT_BYTES + parts as u64 * PART_BYTES
 }
 
 fn what_is_left_out(event: &ExecutionEvent) -> Option<Truncated> {
@@ -446,6 +492,7 @@ impl ExecutionRequest {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::domain::output::{ErrorInfo, MimePart, ResultKind};
     use uuid::Uuid;
 
     const LIMITS: OutputLimits = OutputLimits {
@@ -474,6 +521,35 @@ mod tests {
         assert!(execution.weight() < 1024 * 1024);
         assert!(execution.events_after(0).len() < 1000);
         assert!(outcome.stdout_totals.omitted > 0);
+    }
+
+    #[test]
+    fn what_is_small_and_many_is_counted_as_what_it_takes() {
+        let execution = execution(OutputLimits { messages: 2000, ..LIMITS });
+        for _ in 0..2000 {
+            let data = MimeBundle::from([("text/plain".to_owned(), MimePart::Inline(JsonText("\"\"".to_owned())))]);
+            let result =
+                RichOutput { kind: ResultKind::DisplayData, data, metadata: JsonText::object(), display_id: None };
+            assert!(execution.output(ExecutionEvent::Result(result)));
+        }
+        assert!(execution.weight() > 1_000_000, "{}", execution.weight());
+    }
+
+    #[test]
+    fn an_end_is_told_where_nothing_else_finds_room() {
+        let execution = execution(OutputLimits { messages: 1, ..LIMITS });
+        while execution.output(ExecutionEvent::OutputClear { wait: false }) {}
+        let value = "x".repeat(2 * SLACK_BYTES as usize);
+        let error = ErrorInfo { name: "E".to_owned(), value, traceback: vec!["line".to_owned()] };
+        assert!(!execution.output(ExecutionEvent::Error(error.clone())));
+        execution.output_surely(ExecutionEvent::Error(error));
+        let cause = RestartCause::Died { status: Some(3), signal: None };
+        execution.output_surely(ExecutionEvent::KernelRestarted { cause: cause.clone() });
+        execution.finish(End::plain(Status::KernelDied));
+        let outcome = execution.outcome();
+        let error = outcome.error.unwrap();
+        assert_eq!((error.value.len() as u64, error.traceback.len()), (SLACK_BYTES, 0));
+        assert_eq!(outcome.restarted, Some(cause));
     }
 
     #[tokio::test]

@@ -1,6 +1,7 @@
 //! What is kept beside executions and after sessions: long contents, and the notebook. Decides what goes there; the store decides how long.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use jiff::Timestamp;
 
@@ -17,6 +18,23 @@ pub struct Keeping {
     session: SessionId,
     inline: usize,
     has_notebook: bool,
+    growth: Growth,
+}
+
+/// Bytes of records that were finished since it was last asked, of all sessions.
+#[derive(Clone, Debug, Default)]
+pub struct Growth(Arc<AtomicU64>);
+
+impl Growth {
+    /// Whether it is above a bound; then it begins anew.
+    #[must_use]
+    pub fn take_above(&self, bound: u64) -> bool {
+        let is_above = self.0.load(Ordering::Relaxed) > bound;
+        if is_above {
+            self.0.store(0, Ordering::Relaxed);
+        }
+        is_above
+    }
 }
 
 impl Keeping {
@@ -24,7 +42,18 @@ impl Keeping {
     /// everything stays where it stands.
     #[must_use]
     pub fn new(archive: Option<Archive>, tenant: Arc<str>, session: SessionId, inline: usize) -> Self {
-        Self { archive, tenant, session, inline, has_notebook: true }
+        Self { archive, tenant, session, inline, has_notebook: true, growth: Growth::default() }
+    }
+
+    /// The same, whose finished records count in `growth`.
+    #[must_use]
+    pub fn growing(self, growth: Growth) -> Self {
+        Self { growth, ..self }
+    }
+
+    /// A record of that many bytes is finished.
+    pub(super) fn has_grown(&self, bytes: u64) {
+        self.growth.0.fetch_add(bytes, Ordering::Relaxed);
     }
 
     /// Keeps nothing.

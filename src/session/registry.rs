@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use super::actor::{self, Birth};
 use super::execution::Execution;
+use super::keeping::Growth;
 use super::{Session, Settings, fresh};
 use crate::domain::ids::{ExecutionId, SessionId};
 use crate::domain::lifecycle::{EndReason, Phase};
@@ -41,8 +42,9 @@ pub enum CreateRefused {
     Draining,
 }
 
-/// Kept executions are looked through after this many new ones.
+/// Kept executions are looked through after this many new ones, or when this part of what they may hold has come.
 const PRUNE_EVERY: usize = 64;
+const PRUNE_PART: u64 = 8;
 /// Most ended sessions that are kept, whatever their age.
 const MAX_ENDED: usize = 2000;
 
@@ -62,6 +64,7 @@ pub struct Registry {
     instance: String,
     settings: Settings,
     limits: Limits,
+    growth: Growth,
     inner: Mutex<Inner>,
 }
 
@@ -90,7 +93,7 @@ impl Registry {
         settings: Settings,
         limits: Limits,
     ) -> Self {
-        Self { engine, archive, instance, settings, limits, inner: Mutex::default() }
+        Self { engine, archive, instance, settings, limits, growth: Growth::default(), inner: Mutex::default() }
     }
 
     /// Creates a session, or finds the tenant's live one of that name if it may be `reuse`d.
@@ -123,6 +126,7 @@ impl Registry {
             settings: self.settings,
             engine: Arc::clone(&self.engine),
             archive: self.archive.clone(),
+            growth: self.growth.clone(),
         };
         if inner.sessions.len() >= live + MAX_ENDED {
             inner.forget_oldest_ended();
@@ -171,7 +175,8 @@ impl Registry {
         inner.executions.insert(execution.id, Arc::clone(execution));
         inner.order.push_back(execution.id);
         // It looks at all that is kept; the reconciler's timer does it as well.
-        if inner.order.len().is_multiple_of(PRUNE_EVERY) {
+        let has_grown = self.growth.take_above(self.limits.execution_bytes / PRUNE_PART);
+        if has_grown || inner.order.len().is_multiple_of(PRUNE_EVERY) {
             inner.prune_executions(&self.limits, Instant::now());
         }
     }

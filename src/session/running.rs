@@ -188,8 +188,9 @@ impl Running {
     }
 
     pub(super) fn output(&mut self, event: ExecutionEvent) {
-        self.error_told |= matches!(event, ExecutionEvent::Error(_));
-        self.execution.output(event);
+        let is_error = matches!(event, ExecutionEvent::Error(_));
+        let is_told = self.execution.output(event);
+        self.error_told |= is_error && is_told;
     }
 
     /// The kernel says that it has nothing to do.
@@ -232,9 +233,12 @@ impl Running {
     /// The code asks for a line: the next one, or a caller is asked, or its input is at its end.
     pub(super) fn asks(&mut self, request: InputRequest, header: Bytes) -> Input {
         if self.execution.request.stdin == Stdin::Interactive {
-            self.asked = Some(header);
             let InputRequest { prompt, password } = request;
-            self.output(ExecutionEvent::InputRequested { prompt, password });
+            // Where nobody is told, nobody answers: the time limit ends it.
+            if !self.execution.output(ExecutionEvent::InputRequested { prompt, password }) {
+                return Input::Ignore;
+            }
+            self.asked = Some(header);
             self.execution.set_asking(true);
             return Input::Ask;
         }
@@ -263,7 +267,7 @@ impl Running {
         let step = if self.is_leaving() { StopStep::Restart } else { StopStep::Interrupt };
         let reply = self.reply.take().unwrap_or_else(protocol::ExecuteReply::done);
         if let (Some(error), false) = (&reply.error, self.error_told) {
-            self.execution.output(ExecutionEvent::Error(ErrorInfo::clone(error)));
+            self.execution.output_surely(ExecutionEvent::Error(ErrorInfo::clone(error)));
         }
         self.execution.give_back(reply.user_expressions, reply.payloads);
         let by_itself = if reply.ok { Status::Ok } else { Status::Error };
@@ -302,12 +306,17 @@ pub(super) fn stopped(
         StopStep::Replace => ("its container was replaced", "variables and files are gone"),
         StopStep::End => ("its session ended", "variables and files are gone"),
     };
-    let others = match also_ended.len() {
-        0 => String::new(),
-        n => format!("; processes could not be told apart, so {n} other contexts lost their kernels too"),
-    };
+    let others = others_ended(also_ended.len());
     let detail = Some(format!("{why}; {how} within {} ms; {kept}{others}", took.as_millis()));
     End { status, detail, stop: Some(Stop { step, took, also_ended }) }
+}
+
+/// What more is to be said where other contexts' kernels were ended, too.
+pub(super) fn others_ended(count: usize) -> String {
+    match count {
+        0 => String::new(),
+        n => format!("; processes could not be told apart, so {n} other contexts lost their kernels too"),
+    }
 }
 
 /// What the end of a kernel is to its execution, in words.

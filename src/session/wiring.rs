@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use cellblock_wire::frame::Frame;
 use cellblock_wire::link::{KernelDeleted, KernelStarted, Numbered, StartKernel, Transport};
+use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
 
 use super::context::Action;
@@ -24,6 +25,36 @@ pub(super) enum Acted {
     Started(KernelStarted),
     Deleted(KernelDeleted),
     Sent,
+}
+
+/// An action that was carried out, or not.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Act {
+    /// The kernel that it was about.
+    pub(super) kernel: String,
+    pub(super) kind: ActKind,
+}
+
+/// What an action was.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum ActKind {
+    Start,
+    Delete,
+    /// With the message's id.
+    Send(String),
+    Signal,
+}
+
+impl Act {
+    fn of(action: &Action) -> Self {
+        let (kernel, kind) = match action {
+            Action::Start { kernel, .. } => (kernel, ActKind::Start),
+            Action::Delete { kernel } => (kernel, ActKind::Delete),
+            Action::Send { kernel, head, .. } => (kernel, ActKind::Send(head.msg_id.clone())),
+            Action::Signal { kernel, .. } => (kernel, ActKind::Signal),
+        };
+        Self { kernel: kernel.clone(), kind }
+    }
 }
 
 /// How kernels are started in this session.
@@ -77,8 +108,16 @@ impl Wiring {
         self.link.as_ref()
     }
 
+    /// Takes actions. The end of a kernel comes before all else: what was still to be said to it is pointless, and others can wait.
     pub(super) fn plan(&mut self, actions: Vec<Action>) {
-        self.pending.extend(actions);
+        for action in actions {
+            if let Action::Delete { kernel } = &action {
+                self.pending.retain(|pending| Act::of(pending).kernel != *kernel);
+                self.pending.push_front(action);
+            } else {
+                self.pending.push_back(action);
+            }
+        }
     }
 
     /// The guest's next event, or never while there is no link.
@@ -100,13 +139,14 @@ impl Wiring {
     }
 
     /// The next action, if none is under way: their order is their meaning. Its end is to be told with [`Wiring::has_acted`].
-    pub(super) fn act(&mut self) -> Option<BoxFuture<'static, (String, Result<Acted, LinkError>)>> {
+    pub(super) fn act(&mut self) -> Option<BoxFuture<'static, (Act, Result<Acted, LinkError>)>> {
         if self.acting {
             return None;
         }
         let (Some(link), Some(action)) = (self.link.clone(), self.pending.pop_front()) else { return None };
         self.acting = true;
-        Some(Box::pin(perform(link, action, self.starting)))
+        let act = Act::of(&action);
+        Some(Box::pin(perform(link, action, self.starting).map(|result| (act, result))))
     }
 
     /// The number of the newest event that was noted.
@@ -149,30 +189,38 @@ impl Wiring {
     }
 }
 
-async fn perform(link: Link, action: Action, starting: Starting) -> (String, Result<Acted, LinkError>) {
+async fn perform(link: Link, action: Action, starting: Starting) -> Result<Acted, LinkError> {
     match action {
         Action::Start { kernel, kernelspec, cwd } => {
             let start = StartKernel {
-                kernel: kernel.clone(),
+                kernel,
                 kernelspec,
                 transport: starting.transport,
                 env: BTreeMap::new(),
                 cwd,
                 connect_timeout_ms: u64::try_from(starting.connect_timeout.as_millis()).unwrap_or(u64::MAX),
             };
-            (kernel, link.start_kernel(&start).await.map(Acted::Started))
+            link.start_kernel(&start).await.map(Acted::Started)
         }
-        Action::Delete { kernel } => {
-            let deleted = link.delete_kernel(&kernel).await;
-            (kernel, deleted.map(Acted::Deleted))
-        }
-        Action::Send { kernel, head, parts } => {
-            let sent = link.send_message(&kernel, &head, &parts).await;
-            (kernel, sent.map(|()| Acted::Sent))
-        }
-        Action::Signal { kernel, signal } => {
-            let sent = link.signal(&kernel, signal).await;
-            (kernel, sent.map(|()| Acted::Sent))
-        }
+        Action::Delete { kernel } => link.delete_kernel(&kernel).await.map(Acted::Deleted),
+        Action::Send { kernel, head, parts } => link.send_message(&kernel, &head, &parts).await.map(|()| Acted::Sent),
+        Action::Signal { kernel, signal } => link.signal(&kernel, signal).await.map(|()| Acted::Sent),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_end_of_a_kernel_overtakes_all_and_drops_what_was_for_it() {
+        let starting = Starting { transport: Transport::Ipc, connect_timeout: Duration::ZERO };
+        let mut wiring = Wiring::new(starting);
+        let signal = |kernel: &str| Action::Signal { kernel: kernel.to_owned(), signal: "SIGINT" };
+        let delete = |kernel: &str| Action::Delete { kernel: kernel.to_owned() };
+        wiring.plan(vec![signal("a"), signal("b"), signal("a"), delete("a"), signal("b")]);
+        let planned: Vec<Act> = wiring.pending.iter().map(Act::of).collect();
+        let act = |kernel: &str, kind| Act { kernel: kernel.to_owned(), kind };
+        assert_eq!(planned, [act("a", ActKind::Delete), act("b", ActKind::Signal), act("b", ActKind::Signal)]);
     }
 }

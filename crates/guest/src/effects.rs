@@ -15,7 +15,7 @@ use crate::cgroup::{Cgroup, Gauge};
 use crate::changes::{Files, Since};
 use crate::kernel::tree::{Member, Tree, command, forget_peak, peak};
 
-/// Requests whose reply is waited for, the oldest forgotten first.
+/// Requests whose reply is waited for; the oldest question is forgotten first.
 const MAX_OPEN: usize = 256;
 /// Executions that may each hold a look at the folder of their own; older ones share the next one's.
 const MAX_LOOKS: usize = 8;
@@ -182,7 +182,9 @@ impl Account {
         let baseline = is_execution.then(|| self.baseline(self.meters.read()));
         let mut state = self.lock();
         if state.open.len() == MAX_OPEN {
-            state.open.pop_front();
+            // What is known of an execution is not forgotten for a question.
+            let oldest = state.open.iter().position(|open| open.baseline.is_none()).unwrap_or(0);
+            state.open.remove(oldest);
         }
         state.open.push_back(Open { id: id.to_owned(), baseline });
         share_old_looks(&mut state.open);

@@ -546,7 +546,8 @@ async fn real_ipykernel_tells_what_was_printed_past_python_before_its_cell_ends(
     let starve = "
 import os, subprocess, sys
 os.sched_setscheduler(sys.stdout.watch_fd_thread.native_id, os.SCHED_IDLE, os.sched_param(0))
-busy = [subprocess.Popen([sys.executable, '-c', 'while True: pass']) for _ in range(2 * os.cpu_count())]
+work = 'import time\\nend = time.time() + 60\\nwhile time.time() < end: pass'
+busy = [subprocess.Popen([sys.executable, '-c', work]) for _ in range(2 * os.cpu_count())]
 ";
     cell.run("k1", "m0", starve, CAP).await;
     for n in 1..=5 {

@@ -90,7 +90,10 @@ fn events(
     listener: Option<Listener>,
 ) -> impl Stream<Item = (u64, &'static str, Body)> {
     let version = execution.subscribe();
-    let follow = Follow { execution, version, seq: after, ready: VecDeque::new(), done: false, _listener: listener };
+    // Nobody can have seen what has not happened: who says so is told the last again, and how it ends.
+    let last = execution.last_seq();
+    let seq = if after > last { last.saturating_sub(1) } else { after };
+    let follow = Follow { execution, version, seq, ready: VecDeque::new(), done: false, _listener: listener };
     stream::unfold(follow, |mut follow| async move {
         if follow.done {
             return None;

@@ -20,8 +20,8 @@ use tokio::sync::{mpsc, oneshot, watch};
 use super::boot::{self, Booted};
 use super::context::{Context, Making, Notice, Pace};
 use super::execution::Place;
-use super::keeping::Keeping;
-use super::wiring::{Acted, Starting, Wiring};
+use super::keeping::{Growth, Keeping};
+use super::wiring::{Act, ActKind, Acted, Starting, Wiring};
 use super::{
     Attributes, COMMAND_QUEUE, Command, ContextView, Refused, Session, Settings, Snapshot, StartFailure, StartFault,
     fresh,
@@ -50,11 +50,17 @@ const FAR: Duration = Duration::from_secs(3600);
 enum Done {
     Ensured(Result<ByteStream, StartFailure>),
     Booted(Result<Booted, StartFailure>),
-    Acted(String, Result<Acted, LinkError>),
+    Acted(Act, Result<Acted, LinkError>),
     Acked,
     Removed(Result<(), EngineError>),
     RetryDue,
     Diagnosed(Verdict),
+}
+
+/// The completion of something, and the number of the cell that it was about.
+struct DoneIn {
+    cell: u32,
+    done: Done,
 }
 
 /// What a look at a cell has shown.
@@ -76,6 +82,7 @@ pub(super) struct Birth {
     pub(super) settings: Settings,
     pub(super) engine: Arc<dyn Engine>,
     pub(super) archive: Option<Archive>,
+    pub(super) growth: Growth,
 }
 
 /// Whoever waits for a kernel that is being replaced, or for all of them.
@@ -111,7 +118,7 @@ struct Actor {
     wiring: Wiring,
     /// Kernels that the guest has ended, and whose last events have not come yet.
     gone: Vec<Gone>,
-    work: FuturesUnordered<BoxFuture<'static, Done>>,
+    work: FuturesUnordered<BoxFuture<'static, DoneIn>>,
     retry_after: Duration,
     born: Instant,
     /// Since when the present cell is being started.
@@ -181,7 +188,8 @@ impl Actor {
                 resources: spec.resources,
             },
             cells: 1,
-            keeping: Keeping::new(birth.archive.clone(), Arc::clone(&birth.tenant), id, settings.inline),
+            keeping: Keeping::new(birth.archive.clone(), Arc::clone(&birth.tenant), id, settings.inline)
+                .growing(birth.growth.clone()),
             settings,
             engine: Arc::clone(&birth.engine),
             secret: LinkSecret(uuid::Uuid::new_v4().into_bytes()),
@@ -230,6 +238,7 @@ impl Actor {
             setup: Arc::clone(&self.spec.setup),
             setup_output: self.spec.output,
             on_kernel_death: self.spec.on_kernel_death,
+            is_default: id == self.default_context,
         };
         self.contexts.insert(id, Context::new(making));
     }
@@ -244,7 +253,12 @@ impl Actor {
             tokio::select! {
                 biased;
                 Some(reason) = self.end.recv() => self.step(Event::EndRequested(reason)),
-                Some(done) = self.work.next() => self.on_done(done),
+                Some(DoneIn { cell, done }) = self.work.next() => {
+                    // What a link or a look says of an earlier cell says nothing of this one.
+                    if cell == self.cells || matches!(done, Done::Removed(_) | Done::RetryDue) {
+                        self.on_done(done);
+                    }
+                }
                 () = tokio::time::sleep_until(deadline) => self.on_time(),
                 Some(command) = self.commands.recv() => self.on_command(command),
                 // Last, so that a guest which never stops talking puts nothing off.
@@ -261,15 +275,18 @@ impl Actor {
     fn settle_turn(&mut self) {
         self.take_from_contexts();
         if let Some(acting) = self.wiring.act() {
-            self.work.push(Box::pin(async move {
-                let (kernel, result) = acting.await;
-                Done::Acted(kernel, result)
-            }));
+            self.start(acting.map(|(act, result)| Done::Acted(act, result)));
         }
         if let Some(acking) = self.wiring.acknowledge(self.is_busy()) {
-            self.work.push(Box::pin(acking.map(|()| Done::Acked)));
+            self.start(acking.map(|()| Done::Acked));
         }
         self.publish();
+    }
+
+    /// Starts something whose completion is an event.
+    fn start(&self, work: impl Future<Output = Done> + Send + 'static) {
+        let cell = self.cells;
+        self.work.push(Box::pin(work.map(move |done| DoneIn { cell, done })));
     }
 
     fn step(&mut self, event: Event) {
@@ -293,10 +310,10 @@ impl Actor {
                 Effect::ScheduleRetry => {
                     let wait = self.retry_after;
                     self.retry_after = (wait * 2).min(RETRY_MAX);
-                    self.work.push(Box::pin(async move {
+                    self.start(async move {
                         tokio::time::sleep(wait).await;
                         Done::RetryDue
-                    }));
+                    });
                 }
             }
         }
@@ -306,9 +323,9 @@ impl Actor {
         self.cell.name = CellName::new(&self.instance, self.cell.session, self.cells);
         self.starting_since = Instant::now();
         let (engine, cell) = (Arc::clone(&self.engine), self.cell.clone());
-        self.work.push(Box::pin(async move {
-            Done::Ensured(engine.ensure(&cell).await.map_err(|e| boot::engine_failure(&cell, &e)))
-        }));
+        self.start(
+            async move { Done::Ensured(engine.ensure(&cell).await.map_err(|e| boot::engine_failure(&cell, &e))) },
+        );
     }
 
     fn boot_guest(&mut self, stream: ByteStream) {
@@ -320,14 +337,14 @@ impl Actor {
             self.settings,
             self.env.clone(),
         );
-        self.work.push(Box::pin(async move { Done::Booted(booting.await) }));
+        self.start(booting.map(Done::Booted));
     }
 
     fn remove_cell(&mut self) {
         self.wiring.cut();
         self.gone.clear();
         let (engine, name) = (Arc::clone(&self.engine), self.cell.name.clone());
-        self.work.push(Box::pin(async move { Done::Removed(engine.remove(&name).await) }));
+        self.start(async move { Done::Removed(engine.remove(&name).await) });
     }
 
     fn settle_executions(&mut self) {
@@ -385,7 +402,7 @@ impl Actor {
                 self.lose_replacement();
                 self.step(Event::BootFailed);
             }
-            Done::Acted(kernel, result) => self.on_acted(&kernel, result),
+            Done::Acted(act, result) => self.on_acted(&act, result),
             Done::Acked => self.wiring.has_acked(),
             Done::Removed(Ok(())) => {
                 self.cells += u32::from(self.phase == Phase::Replacing);
@@ -443,29 +460,31 @@ impl Actor {
         }
     }
 
-    fn on_acted(&mut self, kernel: &str, result: Result<Acted, LinkError>) {
+    fn on_acted(&mut self, act: &Act, result: Result<Acted, LinkError>) {
         self.wiring.has_acted();
-        self.contexts.values_mut().for_each(Context::on_interrupt_sent);
         let now = Instant::now();
+        let Some(context) = self.contexts.values_mut().find(|c| c.owns(&act.kernel)) else {
+            // It was deleted meanwhile; only a link that is gone concerns others.
+            return match result {
+                Ok(_) | Err(LinkError::Refused { .. }) => {}
+                Err(error) => self.lose_link(&error.to_string()),
+            };
+        };
         match result {
-            Ok(Acted::Sent) => {}
+            Ok(Acted::Sent) => context.on_sent(act),
             Ok(Acted::Started(started)) => {
-                if let Some(context) = self.contexts.values_mut().find(|c| c.owns(kernel)) {
-                    (context.kernelspec, context.display_name) = (started.kernelspec, started.display_name);
-                }
+                (context.kernelspec, context.display_name) = (started.kernelspec, started.display_name);
             }
             Ok(Acted::Deleted(gone)) => {
                 // What the kernel has said may still be on its way.
-                self.gone.push(Gone { kernel: kernel.to_owned(), gone, until: now + LAST_WORDS });
+                self.gone.push(Gone { kernel: act.kernel.clone(), gone, until: now + LAST_WORDS });
                 self.settle_gone(now);
             }
-            Err(LinkError::Refused { refusal, .. }) if refusal.code == "not-found" => {
-                // It died in the meantime, which an event of its own tells, or was never there.
-                self.on_deleted(kernel, KernelDeleted::default(), now);
+            Err(LinkError::Refused { refusal, .. }) if act.kind == ActKind::Delete && refusal.code == "not-found" => {
+                // It was never there.
+                self.on_deleted(&act.kernel, KernelDeleted::default(), now);
             }
-            Err(LinkError::Refused { refusal, .. }) => {
-                self.contexts.values_mut().for_each(|c| c.on_refusal(kernel, &refusal.message, now));
-            }
+            Err(LinkError::Refused { refusal, .. }) => context.on_refusal(act, &refusal, now),
             Err(error) => self.lose_link(&error.to_string()),
         }
     }
@@ -494,8 +513,8 @@ impl Actor {
                     return;
                 }
                 let now = Instant::now();
-                for context in self.contexts.values_mut() {
-                    context.on_event(&head.kernel, head.event.clone(), &parts, now);
+                if let Some(context) = self.contexts.values_mut().find(|c| c.owns(&head.kernel)) {
+                    context.on_event(&head.kernel, head.event, &parts, now);
                 }
                 self.settle_gone(now);
             }
@@ -517,7 +536,7 @@ impl Actor {
     /// Looks at the cell. `otherwise` is the verdict when it seems to run.
     fn diagnose(&self, otherwise: Verdict) {
         let (engine, name) = (Arc::clone(&self.engine), self.cell.name.clone());
-        self.work.push(Box::pin(async move {
+        self.start(async move {
             let verdict = match engine.observe(&name).await {
                 Ok(None) => Verdict::Gone(EndReason::Lost, "its container was removed from outside"),
                 Ok(Some(seen)) => match seen.state {
@@ -533,7 +552,7 @@ impl Actor {
                 },
             };
             Done::Diagnosed(verdict)
-        }));
+        });
     }
 
     fn not_over(&self) -> Result<(), Refused> {

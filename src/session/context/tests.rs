@@ -1,0 +1,290 @@
+use std::collections::BTreeSet;
+
+use proptest::prelude::*;
+
+use super::*;
+use crate::session::keeping::Keeping;
+
+const LIMITS: OutputLimits =
+    OutputLimits { text_bytes: 1000, result_bytes: 1000, total_bytes: 4000, messages: 100, messages_per_second: 1000 };
+const PACE: Pace =
+    Pace { boot: Duration::from_secs(5), interrupt_grace: Duration::from_secs(1), queue: Duration::from_secs(30) };
+
+/// Something that happens: asked by callers, told by a guest that may say anything, or the passing of time.
+#[derive(Debug, Clone)]
+enum Step {
+    Execute {
+        seconds: u64,
+        restarts: bool,
+    },
+    Cancel(usize),
+    Interrupt,
+    Restart,
+    Ask,
+    Connected,
+    /// An answer to the newest message but this many.
+    Answer {
+        back: usize,
+        idle: bool,
+    },
+    Text,
+    Exited(Option<i32>),
+    Failed,
+    Deleted,
+    /// The guest would not pass the newest message on.
+    Refused {
+        gone: bool,
+    },
+    Wait(u64),
+}
+
+fn steps() -> impl Strategy<Value = Vec<Step>> {
+    let step = prop_oneof![
+        4 => (1..4u64, any::<bool>()).prop_map(|(seconds, restarts)| Step::Execute { seconds, restarts }),
+        1 => (0..4usize).prop_map(Step::Cancel),
+        1 => Just(Step::Interrupt),
+        1 => Just(Step::Restart),
+        1 => Just(Step::Ask),
+        3 => Just(Step::Connected),
+        8 => (0..4usize, any::<bool>()).prop_map(|(back, idle)| Step::Answer { back, idle }),
+        1 => Just(Step::Text),
+        1 => proptest::option::of(0..3i32).prop_map(Step::Exited),
+        1 => Just(Step::Failed),
+        3 => Just(Step::Deleted),
+        1 => any::<bool>().prop_map(|gone| Step::Refused { gone }),
+        2 => (0..4000u64).prop_map(Step::Wait),
+    ];
+    proptest::collection::vec(step, 0..80)
+}
+
+/// A context with a guest that does what it is told, and what has been told so far.
+struct World {
+    context: Context,
+    now: Instant,
+    executions: Vec<Arc<Execution>>,
+    sent: Vec<(String, Outbound)>,
+    deletes: Vec<String>,
+    started: BTreeSet<String>,
+    failed: bool,
+}
+
+impl World {
+    fn new() -> Self {
+        let place = Place { keeping: Keeping::nothing(), ..Place::for_tests() };
+        let making = Making {
+            place,
+            pace: PACE,
+            max_queue: 4,
+            kernelspec: None,
+            cwd: None,
+            setup: Arc::from(["setup".to_owned()]),
+            setup_output: LIMITS,
+            on_kernel_death: OnKernelDeath::Restart,
+            is_default: true,
+        };
+        let now = Instant::now();
+        let mut context = Context::new(making);
+        context.boot(now, PACE.boot);
+        let (executions, sent, deletes) = (Vec::new(), Vec::new(), Vec::new());
+        Self { context, now, executions, sent, deletes, started: BTreeSet::new(), failed: false }
+    }
+
+    fn take(&mut self) {
+        let (actions, notices) = self.context.take();
+        for action in actions {
+            match action {
+                Action::Start { kernel, .. } => assert!(self.started.insert(kernel), "a kernel's name is used once"),
+                Action::Delete { kernel } => self.deletes.push(kernel),
+                Action::Send { kernel, head, .. } => self.sent.push((kernel, head)),
+                Action::Signal { .. } => {}
+            }
+        }
+        self.failed |= notices.iter().any(|n| matches!(n, Notice::BootFailed(_) | Notice::SetupFailed(_)));
+        let running = self.executions.iter().filter(|e| e.status() == Status::Running).count();
+        assert!(running <= 1, "one after another");
+    }
+
+    fn tell(&mut self, event: Event, content: &str) {
+        let kernel = self.context.kernel.clone();
+        let parts = ["{}", "{}", "{}", content].map(|part| Bytes::copy_from_slice(part.as_bytes()));
+        self.context.on_event(&kernel, event, &parts, self.now);
+    }
+
+    fn message(&mut self, channel: Channel, msg_type: &str, parent_id: &str, content: &str) {
+        let (msg_type, parent_id) = (msg_type.to_owned(), parent_id.to_owned());
+        self.tell(Event::Message { channel, msg_type, parent_id }, content);
+    }
+
+    /// A kernel's answer to a message, and its status after it.
+    fn answer(&mut self, id: &str, is_idle: bool) {
+        let is_execution = self.executions.iter().any(|e| e.id.to_string() == id) || id.starts_with("exe");
+        let msg_type = if is_execution { "execute_reply" } else { "kernel_info_reply" };
+        self.message(Channel::Shell, msg_type, id, r#"{"status":"ok","execution_count":1}"#);
+        if is_idle {
+            self.message(Channel::Iopub, "status", id, r#"{"execution_state":"idle"}"#);
+        }
+    }
+
+    fn step(&mut self, step: Step) {
+        match step {
+            Step::Execute { seconds, restarts } => {
+                let request = ExecutionRequest {
+                    timeout: Duration::from_secs(seconds),
+                    on_timeout: if restarts { OnTimeout::Restart } else { OnTimeout::Interrupt },
+                    ..ExecutionRequest::for_tests(LIMITS)
+                };
+                self.executions.extend(self.context.enqueue(request, self.now).ok());
+            }
+            Step::Cancel(back) => {
+                let id = self.executions.iter().rev().nth(back).map(|e| e.id);
+                id.into_iter().for_each(|id| self.context.cancel(id, self.now));
+            }
+            Step::Interrupt => self.context.interrupt(self.now),
+            Step::Restart => self.context.restart(self.now),
+            Step::Ask => drop(self.context.ask("complete_request", &json!({}), oneshot::channel().0)),
+            Step::Connected => self.tell(Event::KernelConnected, ""),
+            Step::Answer { back, idle } => {
+                let id = self.sent.iter().rev().nth(back).map(|(_, head)| head.msg_id.clone());
+                id.into_iter().for_each(|id| self.answer(&id, idle));
+            }
+            Step::Text => {
+                let running = self.executions.iter().find(|e| e.status() == Status::Running);
+                let id = running.map(|e| e.id.to_string()).unwrap_or_default();
+                self.message(Channel::Iopub, "stream", &id, r#"{"name":"stdout","text":"x"}"#);
+            }
+            Step::Exited(status) => {
+                let signal = status.is_none().then_some(9);
+                let stderr_tail = String::new();
+                self.tell(Event::KernelExited { status, signal, oom_kills: 0, swept: false, stderr_tail }, "");
+            }
+            Step::Failed => {
+                let (reason, stderr_tail) = (String::new(), String::new());
+                self.tell(Event::KernelFailed { channel: None, reason, stderr_tail }, "");
+            }
+            Step::Deleted => self.delete(),
+            Step::Refused { gone } => {
+                let Some((kernel, head)) = self.sent.last().cloned() else { return };
+                let code = if gone { "not-found" } else { "busy" }.to_owned();
+                let act = Act { kernel, kind: ActKind::Send(head.msg_id) };
+                self.context.on_refusal(&act, &Refusal { code, message: String::new() }, self.now);
+            }
+            Step::Wait(milliseconds) => {
+                self.now += Duration::from_millis(milliseconds);
+                self.context.on_time(self.now);
+            }
+        }
+        self.take();
+    }
+
+    fn delete(&mut self) {
+        for kernel in std::mem::take(&mut self.deletes) {
+            self.context.on_deleted(&kernel, KernelDeleted::default(), Vec::new(), self.now);
+        }
+        self.take();
+    }
+
+    /// The guest does its part from now on, and the kernels boot; they answer no code.
+    fn come_to_rest(&mut self) {
+        for _ in 0..200 {
+            self.delete();
+            self.tell(Event::KernelConnected, "");
+            let infos: Vec<String> = self.sent.iter().map(|(_, head)| head.msg_id.clone()).collect();
+            infos.iter().filter(|id| id.contains("-info")).for_each(|id| self.answer(id, true));
+            if self.failed || self.executions.iter().all(|e| e.status().is_final()) {
+                return;
+            }
+            if let Some(next) = self.context.next_deadline() {
+                self.now = self.now.max(next);
+                self.context.on_time(self.now);
+            }
+            self.take();
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 2000, ..ProptestConfig::default() })]
+    #[test]
+    fn every_execution_ends_whatever_happens(steps in steps()) {
+        let mut world = World::new();
+        world.take();
+        for step in steps {
+            world.step(step);
+            if world.failed { break; }
+        }
+        world.come_to_rest();
+        if world.failed {
+            // The session ends, or the context goes.
+            world.context.settle(Status::Cancelled, StopStep::End, "its session ended");
+        }
+        for execution in &world.executions {
+            prop_assert!(execution.status().is_final(), "{:?}: {:?}", execution.status(), world.context);
+            let events = execution.events_after(0);
+            let completed = events.iter().filter(|logged| logged.event == ExecutionEvent::Completed).count();
+            prop_assert_eq!(completed, 1);
+            prop_assert_eq!(&events[events.len() - 1].event, &ExecutionEvent::Completed);
+            let begun = events.iter().filter(|logged| logged.event == ExecutionEvent::Started).count();
+            prop_assert!(begun <= 1);
+        }
+    }
+}
+
+/// A context whose kernel is up.
+fn ready() -> World {
+    let mut world = World::new();
+    world.take();
+    world.step(Step::Connected);
+    let info = world.sent[0].1.msg_id.clone();
+    world.message(Channel::Iopub, "status", &info, r#"{"execution_state":"idle"}"#);
+    world.answer(&info, true);
+    world.take();
+    let setup = world.sent.last().unwrap().1.msg_id.clone();
+    world.answer(&setup, true);
+    world.take();
+    assert!(world.context.is_up(), "{:?}", world.context);
+    world
+}
+
+#[test]
+fn code_that_a_dead_kernel_did_not_take_runs_in_the_next() {
+    let mut world = ready();
+    world.step(Step::Execute { seconds: 1, restarts: false });
+    world.step(Step::Refused { gone: true });
+    world.step(Step::Exited(Some(3)));
+    world.delete();
+    let execution = Arc::clone(&world.executions[0]);
+    assert_eq!(execution.status(), Status::Running);
+    let first = world.sent.iter().rposition(|(_, head)| head.msg_id == execution.id.to_string()).unwrap();
+    world.step(Step::Connected);
+    let info = world.sent.last().unwrap().1.msg_id.clone();
+    world.message(Channel::Iopub, "status", &info, r#"{"execution_state":"idle"}"#);
+    world.answer(&info, true);
+    world.take();
+    let setup = world.sent.last().unwrap().1.msg_id.clone();
+    world.answer(&setup, true);
+    world.take();
+    let again = world.sent.iter().rposition(|(_, head)| head.msg_id == execution.id.to_string()).unwrap();
+    assert!(again > first && world.sent[again].0 != world.sent[first].0);
+    world.answer(&execution.id.to_string(), true);
+    let outcome = execution.outcome();
+    assert_eq!(outcome.status, Status::Ok);
+    assert_eq!(outcome.restarted, Some(RestartCause::Died { status: Some(3), signal: None }));
+}
+
+#[test]
+fn a_refused_question_costs_nobody_else_anything_and_questions_have_bounds() {
+    let mut world = ready();
+    world.step(Step::Execute { seconds: 1, restarts: false });
+    world.step(Step::Ask);
+    world.step(Step::Refused { gone: false });
+    assert_eq!(world.executions[0].status(), Status::Running);
+    let asked = |world: &mut World, bytes: usize| {
+        let content = json!({"code": "x".repeat(bytes)});
+        world.context.ask("complete_request", &content, oneshot::channel().0).is_ok()
+    };
+    let accepted = (0..1000).filter(|_| asked(&mut world, 1)).count();
+    assert_eq!(accepted, MAX_QUESTIONS, "nobody waits for them any more, and the kernel still has them");
+    let mut other = ready();
+    assert!(asked(&mut other, MAX_QUESTION_BYTES / 2));
+    assert!(!asked(&mut other, MAX_QUESTION_BYTES / 2));
+}
