@@ -3,12 +3,14 @@
 //! A body that is not understood is answered with every field that is wrong, not the first one.
 
 use std::marker::PhantomData;
+use std::time::Duration;
 
 use axum::body::{Body as RawBody, Bytes, HttpBody};
 use axum::extract::{FromRequest, FromRequestParts, Request};
 use axum::http::header::{AUTHORIZATION, CONTENT_TYPE};
 use axum::http::request::Parts;
 use axum::response::{IntoResponse, Response};
+use futures_util::StreamExt;
 use http_body_util::{BodyExt, LengthLimitError, Limited};
 use serde::de::value::MapAccessDeserializer;
 use serde::de::{DeserializeOwned, Deserializer, MapAccess, Visitor};
@@ -22,6 +24,9 @@ use crate::service::keys::Principal;
 
 /// Most mistakes told at once.
 const MAX_MISTAKES: usize = 32;
+
+/// Longest time in which what will not be read is taken all the same.
+const DISCARDING: Duration = Duration::from_secs(1);
 
 /// A JSON body. An empty one is an empty object.
 #[derive(Debug)]
@@ -43,20 +48,32 @@ impl<T: DeserializeOwned> FromRequest<App> for Body<T> {
 }
 
 /// Reads a body within its bounds. One that declares too much is refused before it is read.
-async fn read(body: RawBody, bounds: Bounds) -> Result<Bytes, Problem> {
+async fn read(mut body: RawBody, bounds: Bounds) -> Result<Bytes, Problem> {
     let too_large = || Problem::new(problem::PAYLOAD_TOO_LARGE, format!("a body may have {} bytes", bounds.body));
     if body.size_hint().lower() > bounds.body as u64 {
+        discard(&mut body, bounds).await;
         return Err(too_large());
     }
-    match tokio::time::timeout(bounds.body_time, Limited::new(body, bounds.body).collect()).await {
+    match tokio::time::timeout(bounds.body_time, Limited::new(&mut body, bounds.body).collect()).await {
         Ok(Ok(collected)) => Ok(collected.to_bytes()),
-        Ok(Err(error)) if error.is::<LengthLimitError>() => Err(too_large()),
+        Ok(Err(error)) if error.is::<LengthLimitError>() => {
+            discard(&mut body, bounds).await;
+            Err(too_large())
+        }
         Ok(Err(_)) => Err(Problem::new(problem::INVALID_REQUEST, "the body could not be read to its end")),
         Err(_) => Err(Problem::new(
             problem::REQUEST_TIMEOUT,
             format!("the body did not arrive within {:?}", bounds.body_time),
         )),
     }
+}
+
+/// Lets a caller that does not look up while it sends come to its end, within bounds: a connection that is closed under it takes the answer along.
+async fn discard(body: &mut RawBody, bounds: Bounds) {
+    let rest = Limited::new(body, bounds.body);
+    let taken = rest.into_data_stream().take_while(|part| std::future::ready(part.is_ok())).for_each(|_| async {});
+    // What is still to come is cut off with the connection.
+    let _ = tokio::time::timeout(DISCARDING.min(bounds.body_time), taken).await;
 }
 
 fn check_content_type(request: &Request) -> Result<(), Problem> {

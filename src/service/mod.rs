@@ -629,6 +629,15 @@ impl Service {
         Ok(execution)
     }
 
+    /// Takes an execution back whose caller has hung up; nobody is there to hear an answer.
+    pub fn cancel_unheard(&self, who: &Principal, execution: &Execution) {
+        if let Ok(session) = self.session(who, execution.place.session)
+            && !execution.status().is_final()
+        {
+            session.cancel_unheard(execution.id);
+        }
+    }
+
     /// The regular files in a session's working folder. Names come from the code inside: they are hostile text.
     ///
     /// # Errors

@@ -15,6 +15,7 @@ use crate::domain::lifecycle::{EndReason, Phase};
 use crate::domain::output::JsonText;
 use crate::domain::spec::SessionSpec;
 use crate::kernel::link::Link;
+use crate::task;
 
 mod actor;
 mod boot;
@@ -312,6 +313,17 @@ impl Session {
     /// [`Refused::QueueFull`] when the session's task has too much to do.
     pub fn cancel(&self, execution: ExecutionId) -> Result<(), Refused> {
         self.commands.try_send(Command::Cancel { execution }).map_err(|e| self.why_not(&e))
+    }
+
+    /// Takes an execution back, at once or as soon as the session's task gets to it. Nobody is left to be told that it has too much to do.
+    pub fn cancel_unheard(&self, execution: ExecutionId) {
+        if let Err(mpsc::error::TrySendError::Full(command)) = self.commands.try_send(Command::Cancel { execution }) {
+            let commands = self.commands.clone();
+            task::spawn("cancel", async move {
+                // A session that has ended meanwhile has ended its executions too.
+                let _ = commands.send(command).await;
+            });
+        }
     }
 
     /// Gives an execution the line that it asks for.

@@ -111,7 +111,7 @@ def let_flush_drain(stream):
     def flush_all(self):
         # Not a copy of the kernel that `os.fork` has made, nor a thread of an earlier cell: what there is, is not theirs.
         is_main = threading.current_thread() is threading.main_thread()
-        if is_main and self._fid is not None and self._is_master_process():
+        if is_main and self._should_watch and self._is_master_process():
             # Code may have closed it.
             with contextlib.suppress(OSError):
                 take_up(self)

@@ -555,9 +555,12 @@ busy = [subprocess.Popen([sys.executable, '-c', work]) for _ in range(2 * os.cpu
         execute(&mut cell, "k1", &id, &format!("_ = os.system('echo ü{n}')"), CAP).await;
         assert_eq!(text_of(&cell.until_done(&id).await), format!("ü{n}\n"));
     }
+    // What is not there any more is not taken up, and costs nobody an answer.
     execute(&mut cell, "k1", "m6", "os.close(1); os.close(2)\nfor one in busy: one.kill()\nprint('still there')", CAP)
         .await;
     assert_eq!(text_of(&cell.until_done("m6").await), "still there\n");
+    execute(&mut cell, "k1", "m7", "sys.stdout.close()", CAP).await;
+    cell.until_done("m7").await;
     cell.end().await;
 }
 

@@ -549,9 +549,8 @@ pub(super) struct Listener {
 
 impl Drop for Listener {
     fn drop(&mut self) {
-        if self.on_disconnect == OnDisconnect::Interrupt && !self.execution.status().is_final() {
-            // A session that has ended meanwhile has ended its executions too.
-            let _ = self.app.service.cancel(&self.who, self.execution.id);
+        if self.on_disconnect == OnDisconnect::Interrupt {
+            self.app.service.cancel_unheard(&self.who, &self.execution);
         }
     }
 }
