@@ -1,5 +1,5 @@
-//! What the data folder holds beside the key: blobs, which are long contents of executions, and notebooks of sessions. Who may ask is decided
-//! above; tenants are told apart here once more.
+//! What the data folder holds beside the key: blobs, which are long contents of executions, notebooks of sessions, and what sessions leave for the
+//! next process ([`state`]). Who may ask is decided above; tenants are told apart here once more.
 //!
 //! ```text
 //! caller ──reserves its share──▶ bounded channel ──▶ one thread ──▶ blobs/, notebooks/
@@ -16,6 +16,7 @@ mod journal;
 mod ledger;
 mod moment;
 mod notebooks;
+pub mod state;
 #[cfg(test)]
 mod tests;
 mod writer;

@@ -1,0 +1,386 @@
+//! What sessions leave for the next process: one row each in an SQLite database, behind one thread that commits. It knows nothing of engines,
+//! and never says what should become of a session.
+//!
+//! Durability is against the end of the process, not of the machine's power (WAL, `synchronous=NORMAL`).
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use cellblock_wire::marker::LinkSecret;
+use jiff::Timestamp;
+use rusqlite::{Connection, params};
+use tokio::sync::{mpsc, oneshot};
+
+use crate::domain::ids::{ContextId, SessionId};
+use crate::domain::lifecycle::EndReason;
+use crate::domain::output::JsonText;
+use crate::domain::spec::SessionSpec;
+
+mod form;
+#[cfg(test)]
+mod tests;
+
+/// The database's name in the data folder.
+const FILE: &str = "state.db";
+/// Marks the file as ours, in its header (`PRAGMA application_id`): "cell".
+const APPLICATION_ID: i32 = 0x6365_6c6c;
+/// How the tables are made: each step brings the database from the version of its place to the next.
+const MIGRATIONS: [&str; 1] = ["CREATE TABLE sessions (
+        id TEXT PRIMARY KEY,
+        revision INTEGER NOT NULL,
+        ended_at INTEGER,
+        body TEXT NOT NULL
+    ) STRICT, WITHOUT ROWID;
+    CREATE INDEX sessions_ended ON sessions (ended_at) WHERE ended_at IS NOT NULL;"];
+/// Longest wait for another process that has the database open.
+const PATIENCE: Duration = Duration::from_secs(5);
+/// Most that is committed at once.
+const BATCH: usize = 256;
+/// Changes that may wait.
+const QUEUE: usize = 4096;
+
+/// Why there is no database to work with. Nothing was changed.
+#[derive(Debug, thiserror::Error)]
+pub enum StateError {
+    /// It can't be read or written.
+    #[error("{0}")]
+    Database(#[from] rusqlite::Error),
+    /// A newer server has written it.
+    #[error(
+        "it has version {found}, and this server knows versions up to {known}: start the newer server, or restore a copy"
+    )]
+    Newer {
+        /// The version of the file.
+        found: i64,
+        /// The newest that is known here.
+        known: usize,
+    },
+    /// Something else is in the file.
+    #[error("it is the database of another program")]
+    Foreign,
+    /// What is in it contradicts itself.
+    #[error(
+        "it is damaged ({0}): restore a copy made with `cellblock backup`, or move it away to begin anew, which ends the sessions in it"
+    )]
+    Damaged(String),
+    /// A copy can't be made there.
+    #[error("a copy can't be made there: {0}")]
+    Copy(String),
+    /// The thread that writes it is gone, or could not write.
+    #[error("it can't be written")]
+    Unwritten,
+}
+
+/// What a session leaves.
+#[derive(Debug, Clone, PartialEq)]
+pub struct SessionRecord {
+    /// Its id.
+    pub id: SessionId,
+    /// Rises with every change; an older one never takes the place of a newer.
+    pub revision: u64,
+    /// Whose it is.
+    pub tenant: Arc<str>,
+    /// What it is, but for its environment and labels.
+    pub spec: Arc<SessionSpec>,
+    /// Where it is in its life.
+    pub stage: Stage,
+    /// Whoever asked for it waits for its start, and is not there any more when the process ends meanwhile.
+    pub is_awaited: bool,
+    /// What opens the link to its guest.
+    pub secret: LinkSecret,
+    /// When it was created.
+    pub created_at: Timestamp,
+    /// When it ends for its age.
+    pub expires_at: Timestamp,
+    /// When something was last asked of it.
+    pub last_active: Timestamp,
+    /// It ends after this long without work.
+    pub idle: Duration,
+    /// For finding it again.
+    pub labels: std::collections::BTreeMap<String, String>,
+    /// Set for every process.
+    pub env: std::collections::BTreeMap<String, String>,
+    /// How many cells it has had.
+    pub cells: u32,
+    /// The context of executions that name none.
+    pub default_context: ContextId,
+    /// Its contexts in the order of their creation.
+    pub contexts: Vec<ContextRecord>,
+}
+
+/// What a context leaves.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ContextRecord {
+    /// Its id.
+    pub id: ContextId,
+    /// When it was created.
+    pub created_at: Timestamp,
+    /// How many kernels it has had; the last one has the number in its name.
+    pub born: u32,
+    /// Whether that one was up and prepared.
+    pub is_ready: bool,
+    /// Whether something of a caller's ran or waited.
+    pub is_busy: bool,
+    /// The kernelspec that was asked for.
+    pub asked_kernelspec: Option<String>,
+    /// The working folder that was asked for.
+    pub cwd: Option<String>,
+    /// The image's kernelspec.
+    pub kernelspec: String,
+    /// Its name for people.
+    pub display_name: String,
+    /// Its language.
+    pub language: String,
+    /// What it says of its language.
+    pub language_info: Option<JsonText>,
+    /// Processes of the cell ended for want of memory, as far as it has heard.
+    pub oom_seen: u64,
+    /// Kernels of the cell that were told to be among them.
+    pub oom_told: u64,
+}
+
+impl ContextRecord {
+    /// One that has no kernel yet.
+    #[must_use]
+    pub fn new(id: ContextId, created_at: Timestamp, asked_kernelspec: Option<String>) -> Self {
+        Self {
+            id,
+            created_at,
+            born: 0,
+            is_ready: false,
+            is_busy: false,
+            asked_kernelspec,
+            cwd: None,
+            kernelspec: String::new(),
+            display_name: String::new(),
+            language: String::new(),
+            language_info: None,
+            oom_seen: 0,
+            oom_told: 0,
+        }
+    }
+}
+
+/// Where a session is in its life, as far as the next process needs to know.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Stage {
+    /// It has no kernel that answers yet, or has none any more and is to get another container.
+    Starting,
+    /// Code can run.
+    Live,
+    /// Its container is to go.
+    Ending(EndReason),
+    /// Its container was seen to be gone.
+    Ended(EndReason, Timestamp),
+}
+
+/// The database. Clones are the same; the last one to go ends the thread.
+#[derive(Debug, Clone)]
+pub struct State {
+    commands: mpsc::Sender<Command>,
+}
+
+#[derive(Debug)]
+enum Command {
+    Put(Box<SessionRecord>),
+    ForgetEnded { before: Timestamp },
+    Settle(oneshot::Sender<bool>),
+}
+
+impl State {
+    /// Opens the database in the data folder, making or migrating it, and says what is in it. Waits for the disk.
+    ///
+    /// # Errors
+    /// See [`StateError`]; with one, nothing was changed.
+    pub fn open(folder: &Path) -> Result<(Self, Vec<SessionRecord>), StateError> {
+        let connection = open(&path_in(folder))?;
+        let records = read_all(&connection)?;
+        let (commands, received) = mpsc::channel(QUEUE);
+        std::thread::Builder::new()
+            .name("state".to_owned())
+            .spawn(move || Writer { connection, failed: false }.run(received))
+            .map_err(|_| StateError::Unwritten)?;
+        Ok((Self { commands }, records))
+    }
+
+    /// Has a session's record committed soon. Never waits; false when too much waits, and then it is to be tried again.
+    #[must_use]
+    pub fn put(&self, record: SessionRecord) -> bool {
+        self.commands.try_send(Command::Put(Box::new(record))).is_ok()
+    }
+
+    /// Forgets sessions that ended before a moment. What finds no room is made good by the next call.
+    pub fn forget_ended(&self, before: Timestamp) {
+        let _ = self.commands.try_send(Command::ForgetEnded { before });
+    }
+
+    /// Waits until all that was put before is committed.
+    ///
+    /// # Errors
+    /// When it could not be.
+    pub async fn settle(&self) -> Result<(), StateError> {
+        let (reply, settled) = oneshot::channel();
+        self.commands.send(Command::Settle(reply)).await.map_err(|_| StateError::Unwritten)?;
+        if settled.await.unwrap_or(false) { Ok(()) } else { Err(StateError::Unwritten) }
+    }
+}
+
+/// Where the database of a data folder is.
+#[must_use]
+pub fn path_in(folder: &Path) -> PathBuf {
+    folder.join(FILE)
+}
+
+/// Copies the database of a data folder, whether a server works with it or not. `to` must not be there yet.
+///
+/// # Errors
+/// See [`StateError`].
+pub fn backup(folder: &Path, to: &Path) -> Result<(), StateError> {
+    let from = Connection::open_with_flags(path_in(folder), rusqlite::OpenFlags::SQLITE_OPEN_READ_ONLY)?;
+    from.busy_timeout(PATIENCE)?;
+    version_of(&from)?;
+    // Made first, with nobody else's eyes on it: a copy of nothing is what may be written into.
+    create_private(to)?;
+    from.execute("VACUUM INTO ?1", [to.to_string_lossy()])?;
+    Ok(())
+}
+
+fn open(path: &Path) -> Result<Connection, StateError> {
+    let mut connection = Connection::open(path)?;
+    private(path)?;
+    connection.busy_timeout(PATIENCE)?;
+    let damaged = |e: rusqlite::Error| match e.sqlite_error_code() {
+        Some(rusqlite::ErrorCode::NotADatabase | rusqlite::ErrorCode::DatabaseCorrupt) => {
+            StateError::Damaged(e.to_string())
+        }
+        _ => StateError::Database(e),
+    };
+    let verdict: String = connection.query_row("PRAGMA quick_check(1)", [], |row| row.get(0)).map_err(damaged)?;
+    if verdict != "ok" {
+        return Err(StateError::Damaged(verdict));
+    }
+    let version = version_of(&connection)?;
+    connection.pragma_update(None, "journal_mode", "WAL")?;
+    connection.pragma_update(None, "synchronous", "NORMAL")?;
+    let migration = connection.transaction()?;
+    for step in &MIGRATIONS[version..] {
+        migration.execute_batch(step)?;
+    }
+    migration.pragma_update(None, "application_id", APPLICATION_ID)?;
+    migration.pragma_update(None, "user_version", MIGRATIONS.len() as i64)?;
+    migration.commit()?;
+    Ok(connection)
+}
+
+/// The version of a database that is ours, or empty.
+fn version_of(connection: &Connection) -> Result<usize, StateError> {
+    let number = |name: &str| connection.pragma_query_value(None, name, |row| row.get::<_, i64>(0));
+    let (application, found) = (number("application_id")?, number("user_version")?);
+    let tables: i64 = connection.query_row("SELECT count(*) FROM sqlite_schema", [], |row| row.get(0))?;
+    if tables > 0 && application != i64::from(APPLICATION_ID) {
+        return Err(StateError::Foreign);
+    }
+    let newer = StateError::Newer { found, known: MIGRATIONS.len() };
+    usize::try_from(found).ok().filter(|found| *found <= MIGRATIONS.len()).ok_or(newer)
+}
+
+fn create_private(path: &Path) -> Result<(), StateError> {
+    use std::os::unix::fs::OpenOptionsExt;
+    let made = std::fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(path);
+    made.map(drop).map_err(|e| StateError::Copy(e.to_string()))
+}
+
+/// It holds what opens links, and environments.
+fn private(path: &Path) -> Result<(), StateError> {
+    use std::os::unix::fs::PermissionsExt;
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600)).map_err(|_| StateError::Unwritten)
+}
+
+fn read_all(connection: &Connection) -> Result<Vec<SessionRecord>, StateError> {
+    let mut statement = connection.prepare("SELECT id, revision, body FROM sessions ORDER BY id")?;
+    let rows = statement
+        .query_map([], |row| Ok((row.get::<_, String>(0)?, row.get::<_, i64>(1)?, row.get::<_, String>(2)?)))?;
+    let read = |row: rusqlite::Result<(String, i64, String)>| {
+        let (id, revision, body) = row?;
+        form::read(&id, revision.unsigned_abs(), &body)
+            .map_err(|e| StateError::Damaged(format!("the record of {id} can't be read: {e}")))
+    };
+    rows.map(read).collect()
+}
+
+struct Writer {
+    connection: Connection,
+    /// Something could not be committed since it was last said.
+    failed: bool,
+}
+
+impl Writer {
+    /// Commits what is asked for until nobody can ask any more: all that waits at once.
+    fn run(mut self, mut commands: mpsc::Receiver<Command>) {
+        let mut batch = Vec::new();
+        while let Some(first) = commands.blocking_recv() {
+            batch.push(first);
+            while batch.len() < BATCH
+                && let Ok(next) = commands.try_recv()
+            {
+                batch.push(next);
+            }
+            let mut waiting = Vec::new();
+            if let Err(error) = self.commit(batch.drain(..), &mut waiting) {
+                tracing::error!(%error, "the database can't be written");
+                self.failed = true;
+            }
+            let is_fine = !std::mem::take(&mut self.failed);
+            for reply in waiting {
+                // Whoever waited may have left.
+                let _ = reply.send(is_fine);
+            }
+        }
+    }
+
+    fn commit(
+        &mut self,
+        batch: impl Iterator<Item = Command>,
+        waiting: &mut Vec<oneshot::Sender<bool>>,
+    ) -> rusqlite::Result<()> {
+        let mut changes = Vec::new();
+        for command in batch {
+            match command {
+                Command::Settle(reply) => waiting.push(reply),
+                change => changes.push(change),
+            }
+        }
+        if changes.is_empty() {
+            return Ok(());
+        }
+        let transaction = self.connection.transaction()?;
+        for change in changes {
+            match change {
+                Command::Put(record) => put(&transaction, &record)?,
+                Command::ForgetEnded { before } => {
+                    transaction
+                        .prepare_cached("DELETE FROM sessions WHERE ended_at < ?1")?
+                        .execute([before.as_millisecond()])?;
+                }
+                Command::Settle(_) => {}
+            }
+        }
+        transaction.commit()
+    }
+}
+
+fn put(transaction: &rusqlite::Transaction<'_>, record: &SessionRecord) -> rusqlite::Result<()> {
+    let body = form::write(record).map_err(|e| rusqlite::Error::ToSqlConversionFailure(Box::new(e)))?;
+    let ended_at = match record.stage {
+        Stage::Ended(_, at) => Some(at.as_millisecond()),
+        _ => None,
+    };
+    transaction
+        .prepare_cached(
+            "INSERT INTO sessions (id, revision, ended_at, body) VALUES (?1, ?2, ?3, ?4)
+             ON CONFLICT (id) DO UPDATE SET revision = ?2, ended_at = ?3, body = ?4 WHERE ?2 > revision",
+        )?
+        .execute(params![record.id.to_string(), record.revision.cast_signed(), ended_at, body])?;
+    Ok(())
+}

@@ -1,0 +1,150 @@
+use std::collections::BTreeMap;
+
+use super::*;
+use crate::domain::spec::{
+    KernelTransport, NetworkMode, OnGuestLost, OnKernelDeath, OutputLimits, Resources, Timeouts,
+};
+
+fn record(n: u128) -> SessionRecord {
+    let id = |n| uuid::Uuid::from_u128(n);
+    let moment = |second| Timestamp::from_second(second).unwrap();
+    let spec = SessionSpec {
+        template: "t".to_owned(),
+        image: "sha256:1".to_owned(),
+        runtime: String::new(),
+        kernelspec: None,
+        transport: KernelTransport::Tcp,
+        name: Some("chat".to_owned()),
+        env: BTreeMap::new(),
+        labels: BTreeMap::new(),
+        resources: Resources {
+            cpu_millis: 1,
+            memory_bytes: u64::MAX,
+            disk_bytes: 3,
+            tmp_bytes: 4,
+            pids: 5,
+            open_files: 6,
+        },
+        timeouts: Timeouts {
+            idle: Duration::from_millis(1500),
+            lifetime: Duration::from_secs(2),
+            execution: Duration::MAX,
+        },
+        max_execution: Duration::from_secs(4),
+        max_lifetime: Duration::from_secs(5),
+        max_idle: Duration::from_secs(6),
+        output: OutputLimits { text_bytes: 1, result_bytes: 2, total_bytes: 3, messages: 4, messages_per_second: 5 },
+        network: NetworkMode::None,
+        setup: Arc::from(["a = 1\n".to_owned(), "é\u{0}".to_owned()]),
+        on_kernel_death: OnKernelDeath::End,
+        on_guest_lost: OnGuestLost::Replace,
+    };
+    let context = ContextRecord {
+        born: 3,
+        is_ready: true,
+        is_busy: true,
+        cwd: Some("/workspace/x".to_owned()),
+        kernelspec: "python3".to_owned(),
+        display_name: "Python 3".to_owned(),
+        language: "python".to_owned(),
+        language_info: Some(JsonText(r#"{"name": "python", "n": 1e400}"#.to_owned())),
+        oom_seen: 2,
+        oom_told: 1,
+        ..ContextRecord::new(id(n + 100).into(), moment(7), Some("python3".to_owned()))
+    };
+    SessionRecord {
+        id: id(n).into(),
+        revision: 1,
+        tenant: Arc::from("one"),
+        spec: Arc::new(spec),
+        stage: Stage::Live,
+        is_awaited: true,
+        secret: LinkSecret([0xa5; 16]),
+        created_at: moment(1),
+        expires_at: moment(2),
+        last_active: moment(3),
+        idle: Duration::from_secs(8),
+        labels: BTreeMap::from([("run".to_owned(), "42".to_owned())]),
+        env: BTreeMap::from([("A".to_owned(), "1".to_owned())]),
+        cells: 2,
+        default_context: context.id,
+        contexts: vec![context],
+    }
+}
+
+/// Opens it, does something, and gives what is there afterwards.
+async fn after(folder: &Path, change: impl FnOnce(&State)) -> Vec<SessionRecord> {
+    let (state, _) = State::open(folder).unwrap();
+    change(&state);
+    state.settle().await.unwrap();
+    drop(state);
+    State::open(folder).unwrap().1
+}
+
+#[tokio::test]
+async fn records_are_there_again_in_their_newest_form() {
+    let folder = tempfile::tempdir().unwrap();
+    let newest = SessionRecord { revision: 3, cells: 9, ..record(1) };
+    let found = after(folder.path(), |state| {
+        for record in [record(1), newest.clone(), SessionRecord { revision: 2, ..record(1) }, record(2)] {
+            assert!(state.put(record));
+        }
+    });
+    assert_eq!(found.await, [newest, record(2)]);
+}
+
+#[tokio::test]
+async fn every_stage_is_kept_and_what_has_ended_is_forgotten_in_time() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = Timestamp::from_second(100).unwrap();
+    let stages = [Stage::Starting, Stage::Ending(EndReason::KernelDied), Stage::Ended(EndReason::Idle, at)];
+    let all: Vec<_> = stages.iter().zip(1..).map(|(stage, n)| SessionRecord { stage: *stage, ..record(n) }).collect();
+    let found = after(folder.path(), |state| all.iter().for_each(|record| assert!(state.put(record.clone())))).await;
+    assert_eq!(found, all);
+    let found = after(folder.path(), |state| state.forget_ended(at)).await;
+    assert_eq!(found.len(), 3, "nothing ended before that");
+    let found = after(folder.path(), |state| state.forget_ended(Timestamp::from_second(101).unwrap())).await;
+    assert_eq!(found, all[..2]);
+}
+
+#[test]
+fn a_newer_a_foreign_and_a_damaged_database_are_left_as_they_are() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = path_in(folder.path());
+    drop(State::open(folder.path()).unwrap());
+    let alter = |sql: &str| Connection::open(&path).unwrap().execute_batch(sql).unwrap();
+    let refused = || State::open(folder.path()).map(|_| ()).unwrap_err().to_string();
+    alter("PRAGMA user_version = 99");
+    assert!(refused().contains("version 99"), "{}", refused());
+    alter("PRAGMA user_version = 1; PRAGMA application_id = 7");
+    assert!(refused().contains("another program"));
+    alter(&format!(
+        "PRAGMA application_id = {APPLICATION_ID}; INSERT INTO sessions VALUES ('{}', 1, NULL, '{{}}')",
+        record(1).id
+    ));
+    assert!(refused().contains("damaged") && refused().contains(&record(1).id.to_string()));
+    let bytes = vec![b'x'; 8192];
+    std::fs::write(&path, &bytes).unwrap();
+    assert!(refused().contains("damaged"), "{}", refused());
+    assert_eq!(std::fs::read(&path).unwrap(), bytes);
+}
+
+#[tokio::test]
+async fn a_copy_is_made_while_a_server_works_and_opens_like_the_original() {
+    let (folder, other) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let (state, _) = State::open(folder.path()).unwrap();
+    assert!(state.put(record(1)));
+    state.settle().await.unwrap();
+    backup(folder.path(), &path_in(other.path())).unwrap();
+    assert_eq!(State::open(other.path()).unwrap().1, [record(1)]);
+    assert!(backup(folder.path(), &path_in(other.path())).is_err(), "nothing is overwritten");
+}
+
+#[test]
+fn nobody_else_may_read_it() {
+    use std::os::unix::fs::PermissionsExt;
+    let folder = tempfile::tempdir().unwrap();
+    drop(State::open(folder.path()).unwrap());
+    let mode = std::fs::metadata(path_in(folder.path())).unwrap().permissions().mode();
+    assert_eq!(mode & 0o777, 0o600);
+}
