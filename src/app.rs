@@ -9,14 +9,15 @@ use std::time::Duration;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
-use crate::config::{Config, PullPolicy};
+use crate::config::{Config, DrainContainers, PullPolicy};
 use crate::engine::docker::{DockerEngine, DockerSettings, GuestFile};
 use crate::engine::{Engine, EngineError, Pull};
 use crate::http::{self, App};
 use crate::service::Service;
 use crate::service::keys::{self, KeyRing, Principal, Scope};
-use crate::session::registry::{Limits, Registry};
+use crate::session::registry::{AfterDrain, Limits, Registry};
 use crate::session::{Settings, reconcile};
+use crate::store::state::{self, SessionRecord, State, StateError};
 use crate::store::{Archive, ArchiveLimits};
 use crate::task;
 
@@ -65,6 +66,14 @@ pub enum StartError {
         path: PathBuf,
         /// Why.
         source: io::Error,
+    },
+    /// The database of sessions can't be used.
+    #[error("the database {} can't be used: {source}\n  nothing was changed, and no container was removed", path.display())]
+    State {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: StateError,
     },
     /// The data folder can't be had.
     #[error("the data folder can't be locked with {}: {reason}\n  end the other server, or give this one a folder and an engine.instance of its own", path.display())]
@@ -116,6 +125,7 @@ pub struct Plane {
     pub service: Arc<Service>,
     registry: Arc<Registry>,
     archive: Option<Archive>,
+    after_drain: AfterDrain,
     stop: CancellationToken,
 }
 
@@ -137,9 +147,12 @@ impl Plane {
         let (settings, limits) = (settings(config), limits(config));
         // One process works with a data folder; whoever shares an instance keeps nothing.
         let archive = if owns_instance { Some(archive(config)?) } else { None };
+        let (state, records) =
+            if owns_instance { open_state(config).map(|(s, r)| (Some(s), r))? } else { (None, vec![]) };
         let instance = config.engine.instance.clone();
-        let registry = Arc::new(Registry::new(Arc::clone(&engine), archive.clone(), instance, settings, limits));
+        let registry = Arc::new(Registry::new(Arc::clone(&engine), archive.clone(), state, instance, settings, limits));
         let stop = CancellationToken::new();
+        registry.take_over(records);
         if owns_instance {
             reconcile::round(engine.as_ref(), &registry).await.map_err(|e| engine_error(config, e))?;
             task::spawn("reconcile", reconcile::run(Arc::clone(&engine), Arc::clone(&registry), stop.clone()));
@@ -154,13 +167,17 @@ impl Plane {
             pull,
             archive.clone(),
         );
-        Ok(Self { service: Arc::new(service), registry, archive, stop })
+        let after_drain = match config.drain.containers {
+            DrainContainers::Keep if owns_instance => AfterDrain::Keep,
+            _ => AfterDrain::Remove,
+        };
+        Ok(Self { service: Arc::new(service), registry, archive, after_drain, stop })
     }
 
-    /// Gives what runs a grace, ends every session and waits until their containers are gone. Returns how many are left after a
-    /// while.
+    /// Gives what runs a grace, and ends every session and waits until their containers are gone, or leaves them to the next process, as the
+    /// configuration says. Returns how many are left after a while that should be gone.
     pub async fn stop(self, grace: Duration) -> usize {
-        let left = self.registry.drain(grace, DRAIN_REMOVAL).await;
+        let left = self.registry.drain(grace, DRAIN_REMOVAL, self.after_drain).await;
         self.stop.cancel();
         if let Some(archive) = &self.archive {
             archive.flush().await;
@@ -169,7 +186,7 @@ impl Plane {
     }
 }
 
-/// Serves until it is told to stop, then ends all sessions. `ready` is called with the address once requests are answered.
+/// Serves until it is told to stop, then ends all sessions or leaves them to the next process. `ready` is called with the address once requests are answered.
 ///
 /// # Errors
 /// See [`StartError`].
@@ -209,6 +226,15 @@ pub async fn serve(config: &Config, stop: Stop, ready: impl FnOnce(SocketAddr)) 
         served = door => served.map_err(listen_error),
         () = drain => Ok(()),
     }
+}
+
+/// Copies the database of sessions to a file that is not there yet.
+///
+/// # Errors
+/// See [`StartError`].
+pub fn backup(config: &Config, to: &Path) -> Result<(), StartError> {
+    let folder = &config.server.data_dir;
+    state::backup(folder, to).map_err(|source| StartError::State { path: state::path_in(folder), source })
 }
 
 /// Connects to the engine that the configuration names, with the guest's files at hand.
@@ -268,6 +294,11 @@ fn archive(config: &Config) -> Result<Archive, StartError> {
         notebook_retention: executions.notebook_retention,
     };
     Archive::open(folder, limits).map_err(|source| StartError::Archive { path: folder.clone(), source })
+}
+
+fn open_state(config: &Config) -> Result<(State, Vec<SessionRecord>), StartError> {
+    let folder = &config.server.data_dir;
+    State::open(folder).map_err(|source| StartError::State { path: state::path_in(folder), source })
 }
 
 fn settings(config: &Config) -> Settings {

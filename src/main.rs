@@ -1,6 +1,7 @@
 //! The program: reads the command line and the environment, and starts what was asked for.
 
 use std::io::IsTerminal;
+use std::path::Path;
 use std::process::ExitCode;
 
 use clap::Parser;
@@ -28,6 +29,10 @@ async fn main() -> ExitCode {
         },
         Command::Run(args) => match load(&args.config.inputs(&environment)) {
             Ok(config) => run_once(args, cli.json, config).await,
+            Err(code) => code,
+        },
+        Command::Backup(args) => match load(&args.inputs(&environment)) {
+            Ok(config) => backup(&config, &args.to),
             Err(code) => code,
         },
         Command::Openapi => openapi(),
@@ -73,6 +78,16 @@ async fn run_once(args: &cli::RunArgs, json: bool, config: Config) -> u8 {
     }
 }
 
+fn backup(config: &Config, to: &Path) -> u8 {
+    match app::backup(config, to) {
+        Ok(()) => cli::OK,
+        Err(error) => {
+            eprintln!("cellblock: {error}");
+            cli::FAILED
+        }
+    }
+}
+
 fn openapi() -> u8 {
     match http::docs::document().to_pretty_json() {
         Ok(document) => {
@@ -101,7 +116,7 @@ fn listen_to_signals(stop: app::Stop) {
             if last {
                 std::process::exit(i32::from(cli::CANCELLED));
             }
-            tracing::info!("stopping: ending all sessions; a second signal stops at once");
+            tracing::info!("stopping; a second signal stops at once");
             if from_terminal { stop.at_once() } else { stop.gently() }
         }
     });

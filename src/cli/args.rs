@@ -51,6 +51,8 @@ pub enum Command {
     Run(RunArgs),
     /// Check the configuration; print every value and where it came from, or every mistake.
     CheckConfig(ConfigArgs),
+    /// Copy the database of sessions, while a server works with it or not.
+    Backup(BackupArgs),
     /// Print the OpenAPI document.
     Openapi,
     /// Print a completion script for a shell, to be sourced by it.
@@ -106,6 +108,33 @@ impl ServeArgs {
             Some(value) => inputs.with(flag, key, value),
             None => inputs,
         })
+    }
+}
+
+/// Copy the database of sessions.
+#[derive(Debug, Clone, Args)]
+pub struct BackupArgs {
+    /// Where the copy goes; nothing may be there yet. It holds environments of sessions and what opens their containers: keep it as private as the
+    /// data folder.
+    #[arg(value_name = "FILE")]
+    pub to: PathBuf,
+    /// Configuration.
+    #[command(flatten)]
+    pub config: ConfigArgs,
+    /// The server's data folder; the key server.data_dir.
+    #[arg(long, value_name = "DIR")]
+    pub data_dir: Option<String>,
+}
+
+impl BackupArgs {
+    /// The inputs of [`config::load`].
+    #[must_use]
+    pub fn inputs(&self, environment: &Environment) -> Inputs {
+        let inputs = self.config.inputs(environment);
+        match &self.data_dir {
+            Some(folder) => inputs.with("--data-dir", "server.data_dir", folder),
+            None => inputs,
+        }
     }
 }
 

@@ -27,10 +27,10 @@ pub use waiting::while_waiting;
 
 use crate::config::{self, Environment};
 
-/// Performs a command and gives its exit code; `None` for those that need the control plane: `serve`, `run`, `openapi`.
+/// Performs a command and gives its exit code; `None` for those that need the control plane: `serve`, `run`, `backup`, `openapi`.
 pub async fn perform(cli: &Cli, environment: &Environment) -> Option<u8> {
     let done = match &cli.command {
-        Command::Serve(_) | Command::Run(_) | Command::Openapi => return None,
+        Command::Serve(_) | Command::Run(_) | Command::Backup(_) | Command::Openapi => return None,
         Command::Ps(args) => commands::ps(args, cli.json, environment).await,
         Command::Exec(args) => commands::exec(args, cli.json, environment).await,
         Command::Rm(args) => commands::rm(args, cli.json, environment).await,

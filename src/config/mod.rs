@@ -23,7 +23,9 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 pub use environment::Environment;
-pub use sections::{EngineSection, Executions, Guest, Limits, Log, LogFormat, PullPolicy, Server};
+pub use sections::{
+    Drain, DrainContainers, EngineSection, Executions, Guest, Limits, Log, LogFormat, PullPolicy, Server,
+};
 pub use source::{Mistake, Mistakes, Source};
 pub use units::{parse_duration, parse_size};
 
@@ -37,6 +39,8 @@ use source::{dotted, key_of};
 pub struct Config {
     /// The front door.
     pub server: Server,
+    /// What happens when it stops.
+    pub drain: Drain,
     /// The Docker engine.
     pub engine: EngineSection,
     /// PID 1 of sessions.
@@ -169,6 +173,7 @@ impl From<sections::Document> for Config {
         let enabled = document.templates.into_iter().filter(|(_, template)| template.enabled);
         Self {
             server: document.server,
+            drain: document.drain,
             engine: document.engine,
             guest: document.guest,
             limits: document.limits,

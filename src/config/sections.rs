@@ -17,6 +17,7 @@ use crate::domain::spec::{self, KernelTransport, NetworkMode, OutputLimits, Reso
 pub(super) struct Document {
     pub default_template: String,
     pub server: Server,
+    pub drain: Drain,
     pub engine: EngineSection,
     pub guest: Guest,
     pub limits: Limits,
@@ -58,6 +59,24 @@ impl Server {
     pub fn key_file(&self) -> PathBuf {
         self.api_key_file.clone().unwrap_or_else(|| self.data_dir.join("api-key"))
     }
+}
+
+/// What happens when the server stops.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Drain {
+    /// What becomes of the containers of live sessions.
+    pub containers: DrainContainers,
+}
+
+/// What becomes of the containers of live sessions when the server stops.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum DrainContainers {
+    /// They stay, and the next server goes on with their sessions.
+    Keep,
+    /// They are removed, and their sessions end.
+    Remove,
 }
 
 /// The Docker engine.

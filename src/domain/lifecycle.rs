@@ -79,6 +79,8 @@ pub enum Event {
 pub enum Effect {
     /// Ask the engine for the cell; after a removal for a new one under a new name.
     EnsureCell,
+    /// Open the link to the cell that an earlier process has left.
+    AdoptCell,
     /// Open the link, attest, start the first kernel.
     BootGuest,
     /// End every execution with what is known, and answer whoever waits.
@@ -95,6 +97,19 @@ pub enum Effect {
 #[must_use]
 pub fn begin() -> (Phase, Vec<Effect>) {
     (Phase::Provisioning, vec![Effect::EnsureCell])
+}
+
+/// What a session goes on with that an earlier process has left, and that was ready, or was not yet: then it gets another cell, since nobody
+/// knows how far the first one came.
+#[must_use]
+pub fn go_on(was_ready: bool) -> (Phase, Vec<Effect>) {
+    if was_ready { (Phase::Ready, vec![Effect::AdoptCell]) } else { (Phase::Replacing, vec![Effect::RemoveCell]) }
+}
+
+/// What a session goes on with that an earlier process was ending.
+#[must_use]
+pub fn go_on_ending(reason: EndReason) -> (Phase, Vec<Effect>) {
+    (Phase::Ending(reason), vec![Effect::RemoveCell])
 }
 
 /// What follows from an event. An event that has no meaning in a phase changes nothing.

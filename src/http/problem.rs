@@ -195,6 +195,7 @@ fn start_code(fault: StartFault) -> Code {
         StartFault::KernelFailed => KERNEL_FAILED,
         StartFault::SetupFailed => SETUP_FAILED,
         StartFault::TimedOut => START_TIMED_OUT,
+        StartFault::Unkept => INTERNAL,
     }
 }
 

@@ -248,15 +248,17 @@ impl Service {
         who.require_sessions()?;
         let (template, mut spec) = self.specify(request)?;
         spec.image = self.resolve_image(template).await?.id;
-        let created = self.registry.create(&who.tenant, spec, request.reuse).map_err(|refused| match refused {
-            CreateRefused::AtCapacity => Error::AtCapacity,
-            CreateRefused::NameInUse(id) => Error::NameInUse(id),
-            CreateRefused::Draining => Error::Draining,
-        })?;
+        let created =
+            self.registry.create(&who.tenant, spec, request.reuse, wait).map_err(|refused| match refused {
+                CreateRefused::AtCapacity => Error::AtCapacity,
+                CreateRefused::NameInUse(id) => Error::NameInUse(id),
+                CreateRefused::Draining => Error::Draining,
+            })?;
         if wait {
             let (Created::New(session) | Created::Reused(session)) = &created;
             self.wait_until_started(session).await?;
         }
+        self.registry.settle().await;
         Ok(created)
     }
 
@@ -335,6 +337,7 @@ impl Service {
         let session = self.session(who, id)?;
         session.end(EndReason::Deleted);
         wait_for_end(&session).await;
+        self.registry.settle().await;
         Ok(session)
     }
 
@@ -348,6 +351,7 @@ impl Service {
         let live: Vec<_> = sessions.into_iter().filter(|s| !s.is_over()).collect();
         live.iter().for_each(|s| s.end(EndReason::Deleted));
         futures_util::future::join_all(live.iter().map(wait_for_end)).await;
+        self.registry.settle().await;
         Ok(live)
     }
 
@@ -359,6 +363,7 @@ impl Service {
         who.require_sessions()?;
         let session = self.session(who, id)?;
         session.patch(change.resolve(&session)?).await?;
+        self.registry.settle().await;
         Ok(session)
     }
 
@@ -370,6 +375,7 @@ impl Service {
         who.require_sessions()?;
         let session = self.session(who, id)?;
         session.keep_alive().await?;
+        self.registry.settle().await;
         Ok(session)
     }
 

@@ -9,8 +9,9 @@ use cellblock_wire::GENERATION;
 use cellblock_wire::link::Init;
 use cellblock_wire::marker::LinkSecret;
 
+use super::actor::{self, Verdict};
 use super::{Settings, StartFailure, StartFault};
-use crate::engine::{ByteStream, CellSpec, Engine, EngineError};
+use crate::engine::{ByteStream, CellName, CellSpec, Engine, EngineError};
 use crate::kernel::link::{Events, Link, LinkError};
 
 /// What a booted guest gives.
@@ -34,6 +35,32 @@ pub(super) async fn boot(
     engine.attest(&cell, &report).await.map_err(|e| engine_failure(&cell, &e))?;
     let events = link.events(0).await.map_err(|e| link_failure(&cell, &e))?;
     Ok(Booted { link, events })
+}
+
+/// Opens the link to a cell that an earlier process has left, and subscribes to what its guest has told nobody yet. It was attested before anything
+/// ran in it.
+pub(super) async fn adopt(
+    engine: Arc<dyn Engine>,
+    name: CellName,
+    secret: LinkSecret,
+    settings: Settings,
+    env: BTreeMap<String, String>,
+) -> Result<Booted, Verdict> {
+    let init = Init { generation: GENERATION, orphan_timeout_seconds: settings.orphan_timeout.as_secs(), env };
+    let taken = async {
+        let stream = engine.link(&name).await.map_err(|e| e.to_string())?;
+        let (link, _hello) = Link::open(stream, secret, &init).await.map_err(|e| e.to_string())?;
+        let events = link.events(0).await.map_err(|e| e.to_string())?;
+        Ok::<_, String>(Booted { link, events })
+    };
+    match taken.await {
+        Ok(booted) => Ok(booted),
+        Err(why) => {
+            tracing::warn!(cell = %name, why, "a cell of an earlier process could not be taken over");
+            let words = "its container could not be taken over from the server before";
+            Err(actor::look_at(engine.as_ref(), &name, Verdict::Unreachable(words)).await)
+        }
+    }
 }
 
 fn link_failure(cell: &CellSpec, error: &LinkError) -> StartFailure {

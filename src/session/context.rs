@@ -4,6 +4,7 @@
 //! gets a new name, so nothing the old one says is ever taken for the new one's words.
 
 use std::collections::{BTreeMap, VecDeque};
+use std::hash::Hash;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -22,6 +23,7 @@ use crate::domain::lifecycle::EndReason;
 use crate::domain::output::{ExecutionEvent, JsonText, RestartCause, Status, StopStep, Truncated};
 use crate::domain::spec::{OnKernelDeath, OutputLimits};
 use crate::kernel::protocol::{self, Iopub, Request};
+use crate::store::state::ContextRecord;
 
 /// A `kernel_info_request` is repeated after this long without an iopub message: kernels of the older protocol lose the first.
 const NUDGE_AFTER: Duration = Duration::from_millis(250);
@@ -102,6 +104,8 @@ pub(super) struct Making {
 #[derive(Debug)]
 enum State {
     Booting(Booting),
+    /// An earlier process has left the kernel, and whatever it was doing; it is asked something, which it answers when it is done.
+    Adopting(Adopting),
     Idle,
     Running(Running),
     /// What ran was interrupted, and the kernel may not have got to that yet.
@@ -121,6 +125,14 @@ struct Booting {
     iopub: bool,
     nudge_at: Instant,
     deadline: Instant,
+}
+
+#[derive(Debug)]
+struct Adopting {
+    probe: String,
+    until: Instant,
+    /// Something of a caller's ran or waited.
+    was_busy: bool,
 }
 
 #[derive(Debug)]
@@ -238,6 +250,51 @@ impl Context {
         }
     }
 
+    /// One that an earlier process has left. What its kernel was doing may take as long as any execution; then the kernel is replaced.
+    pub(super) fn adopt(making: Making, record: ContextRecord, now: Instant, patience: Duration) -> Self {
+        let mut context = Self::new(making);
+        context.created_at = record.created_at;
+        (context.kernelspec, context.display_name) = (record.kernelspec, record.display_name);
+        context.making.place.language = record.language;
+        context.language_info = record.language_info;
+        (context.oom_seen, context.oom_told) = (record.oom_seen, record.oom_told);
+        context.born = record.born;
+        context.kernel = format!("{}n{}", context.id, context.born);
+        // The kernel takes no id twice, and knows those of the earlier process.
+        context.messages = Timestamp::now().as_millisecond().unsigned_abs();
+        if record.is_ready {
+            let probe = context.ask_what_it_is();
+            context.state = State::Adopting(Adopting { probe, until: now + patience, was_busy: record.is_busy });
+        } else {
+            context.replace_kernel(Status::Cancelled, RestartCause::Requested, String::new(), now);
+        }
+        context
+    }
+
+    /// What it leaves for the next process.
+    pub(super) fn record(&self) -> ContextRecord {
+        ContextRecord {
+            id: self.id,
+            created_at: self.created_at,
+            born: self.born,
+            is_ready: self.is_up(),
+            is_busy: self.is_busy(),
+            asked_kernelspec: self.making.kernelspec.clone(),
+            cwd: self.making.cwd.clone(),
+            kernelspec: self.kernelspec.clone(),
+            display_name: self.display_name.clone(),
+            language: self.making.place.language.clone(),
+            language_info: self.language_info.clone(),
+            oom_seen: self.oom_seen,
+            oom_told: self.oom_told,
+        }
+    }
+
+    /// What is different when [`Context::record`] is, but for what is known before a kernel is up.
+    pub(super) fn mark(&self) -> impl Hash + use<> {
+        (self.id, self.born, self.is_up(), self.is_busy(), self.oom_seen, self.oom_told)
+    }
+
     /// What is to be done, and what the session should know; both are handed out once.
     pub(super) fn take(&mut self) -> (Vec<Action>, Vec<Notice>) {
         (std::mem::take(&mut self.actions), std::mem::take(&mut self.notices))
@@ -257,6 +314,7 @@ impl Context {
         let runs = match &self.state {
             State::Running(running) => !running.is_setup,
             State::Replacing(Replacing { running, .. }) => running.as_ref().is_some_and(|r| !r.is_setup),
+            State::Adopting(adopting) => adopting.was_busy,
             State::Booting(_) | State::Idle | State::Settling(_) | State::Doubtful(_) | State::Dead => false,
         };
         runs || !self.queue.is_empty()
@@ -265,7 +323,7 @@ impl Context {
     /// Whether its kernel answers and is prepared.
     pub(super) fn is_up(&self) -> bool {
         match &self.state {
-            State::Idle | State::Settling(_) | State::Doubtful(_) => true,
+            State::Idle | State::Settling(_) | State::Doubtful(_) | State::Adopting(_) => true,
             State::Running(running) => !running.is_setup,
             State::Booting(_) | State::Replacing(_) | State::Dead => false,
         }
@@ -274,6 +332,7 @@ impl Context {
     pub(super) fn state(&self) -> ContextState {
         match &self.state {
             State::Idle | State::Settling(_) => ContextState::Ready,
+            State::Adopting(_) => ContextState::Busy,
             State::Running(running) if !running.is_setup => ContextState::Busy,
             _ => ContextState::Starting,
         }
@@ -297,6 +356,7 @@ impl Context {
             State::Running(running) => Some(running.next_deadline()),
             State::Settling(settling) => Some(settling.until),
             State::Doubtful(until) => Some(*until),
+            State::Adopting(adopting) => Some(adopting.until),
             State::Idle | State::Replacing(_) | State::Dead => None,
         };
         let queued = self.queue.front().map(|waiting| waiting.since + self.making.pace.queue);
@@ -339,10 +399,12 @@ impl Context {
 
     /// Interrupts what runs, without a verdict: the code may catch it.
     pub(super) fn interrupt(&mut self, now: Instant) {
-        if let State::Running(running) = &mut self.state {
-            running.interrupt(now);
-            self.send_interrupt();
+        match &mut self.state {
+            State::Running(running) => running.interrupt(now),
+            State::Adopting(_) => {}
+            _ => return,
         }
+        self.send_interrupt();
     }
 
     /// Takes an execution back: out of the queue, or by an interrupt.
@@ -614,6 +676,9 @@ impl Context {
                 let cause = RestartCause::Died { status: None, signal: None };
                 self.replace_kernel(Status::KernelDied, cause, String::new(), now);
             }
+            State::Adopting(adopting) if now >= adopting.until => {
+                self.replace_kernel(Status::Cancelled, RestartCause::Timeout, String::new(), now);
+            }
             _ => {}
         }
     }
@@ -642,7 +707,12 @@ impl Context {
             self.complete(now);
             return;
         }
-        if matches!(&self.state, State::Settling(s) if s.probe.as_deref() == Some(parent_id)) {
+        let is_probe = match &self.state {
+            State::Settling(settling) => settling.probe.as_deref() == Some(parent_id),
+            State::Adopting(adopting) => adopting.probe == parent_id,
+            _ => false,
+        };
+        if is_probe {
             if channel == Channel::Shell {
                 self.has_settled(now);
             }
@@ -659,12 +729,18 @@ impl Context {
     }
 
     fn probe(&mut self) {
-        let msg_id = self.next_id("probe");
-        let request = protocol::request(&msg_id, &self.client, "kernel_info_request", &json!({}));
+        let msg_id = self.ask_what_it_is();
         if let State::Running(running) = &mut self.state {
             running.probe = Some(msg_id);
         }
+    }
+
+    /// A question that any kernel answers, after all that it was asked before.
+    fn ask_what_it_is(&mut self) -> String {
+        let msg_id = self.next_id("probe");
+        let request = protocol::request(&msg_id, &self.client, "kernel_info_request", &json!({}));
         self.send(Channel::Shell, request, None);
+        msg_id
     }
 
     fn on_interrupt_reply(&mut self, parent_id: &str, content: &[u8]) {
@@ -694,12 +770,10 @@ impl Context {
     }
 
     fn probe_settling(&mut self) {
-        let msg_id = self.next_id("probe");
-        let request = protocol::request(&msg_id, &self.client, "kernel_info_request", &json!({}));
+        let msg_id = self.ask_what_it_is();
         if let State::Settling(settling) = &mut self.state {
             settling.probe = Some(msg_id);
         }
-        self.send(Channel::Shell, request, None);
     }
 
     fn has_settled(&mut self, now: Instant) {

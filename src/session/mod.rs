@@ -28,6 +28,7 @@ pub mod registry;
 mod running;
 mod wiring;
 
+use actor::Wish;
 pub use context::ContextState;
 use execution::{Execution, ExecutionRequest};
 
@@ -68,6 +69,8 @@ pub struct Snapshot {
     pub phase: Phase,
     /// Whether anything runs or waits.
     pub busy: bool,
+    /// How many cells it has had; the last one is its own.
+    pub cells: u32,
     /// Its labels and times, which a caller may change.
     pub attributes: Arc<Attributes>,
     /// When something was last asked of it.
@@ -115,6 +118,8 @@ pub enum StartFault {
     KernelFailed,
     /// The setup code failed.
     SetupFailed,
+    /// What the next process would have to know of it can't be written.
+    Unkept,
     /// It took too long.
     TimedOut,
 }
@@ -250,7 +255,7 @@ pub struct Session {
     /// When it was created.
     pub created_at: Timestamp,
     commands: mpsc::Sender<Command>,
-    end: mpsc::Sender<EndReason>,
+    wishes: mpsc::Sender<Wish>,
     snapshot: watch::Receiver<Snapshot>,
 }
 
@@ -292,7 +297,14 @@ impl Session {
     /// Asks it to end. Never waits behind other work; asking twice is asking once.
     pub fn end(&self, reason: EndReason) {
         // A full channel means that it was told already; a closed one that it has ended.
-        let _ = self.end.try_send(reason);
+        let _ = self.wishes.try_send(Wish::End(reason));
+    }
+
+    /// Has its task end and its container stay, for the next process. What runs is lost; answers once that is done.
+    pub(super) async fn leave(&self) {
+        // A closed channel means that it has ended.
+        let _ = self.wishes.send(Wish::Leave).await;
+        self.commands.closed().await;
     }
 
     /// Runs code, or lets it wait for its turn.

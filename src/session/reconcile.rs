@@ -80,8 +80,8 @@ pub async fn remove_ended(engine: &dyn Engine) -> Result<(), EngineError> {
     Ok(())
 }
 
-/// A session that is not known was made by an earlier process, or by nobody.
+/// A session that is not known was made by an earlier process, or by nobody; and an earlier cell of one that is known may appear when the engine
+/// comes to a call whose caller is gone. A session's cells have rising numbers, and the list is older than what is known here.
 fn is_orphan(cell: &Observed, registry: &Registry) -> bool {
-    let session = cell.session.and_then(|id| registry.any_session(id));
-    session.is_none_or(|s| matches!(s.phase(), Phase::Ended(_)))
+    cell.session.and_then(|id| registry.cell_of(id)).is_none_or(|own| own != cell.name)
 }

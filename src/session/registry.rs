@@ -6,6 +6,10 @@ use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use cellblock_wire::marker::LinkSecret;
+use jiff::Timestamp;
+use uuid::Uuid;
+
 use super::actor::{self, Birth};
 use super::execution::Execution;
 use super::keeping::Growth;
@@ -13,8 +17,9 @@ use super::{Session, Settings, fresh};
 use crate::domain::ids::{ExecutionId, SessionId};
 use crate::domain::lifecycle::{EndReason, Phase};
 use crate::domain::spec::SessionSpec;
-use crate::engine::Engine;
+use crate::engine::{CellName, Engine};
 use crate::store::Archive;
+use crate::store::state::{ContextRecord, SessionRecord, Stage, State};
 
 /// How much is kept.
 #[derive(Debug, Clone, Copy)]
@@ -29,6 +34,15 @@ pub struct Limits {
     pub executions: usize,
     /// Bytes that the records of finished executions may hold, all together.
     pub execution_bytes: u64,
+}
+
+/// What becomes of sessions when the control plane stops.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum AfterDrain {
+    /// They go on with the next process.
+    Keep,
+    /// They end.
+    Remove,
 }
 
 /// Why a session is not created.
@@ -61,6 +75,7 @@ pub enum Created {
 pub struct Registry {
     engine: Arc<dyn Engine>,
     archive: Option<Archive>,
+    state: Option<State>,
     instance: String,
     settings: Settings,
     limits: Limits,
@@ -84,23 +99,31 @@ impl std::fmt::Debug for Registry {
 }
 
 impl Registry {
-    /// An empty one. Without an archive, long contents and notebooks are not kept.
+    /// An empty one. Without an archive, long contents and notebooks are not kept; without a database, sessions end with the process.
     #[must_use]
     pub fn new(
         engine: Arc<dyn Engine>,
         archive: Option<Archive>,
+        state: Option<State>,
         instance: String,
         settings: Settings,
         limits: Limits,
     ) -> Self {
-        Self { engine, archive, instance, settings, limits, growth: Growth::default(), inner: Mutex::default() }
+        Self { engine, archive, state, instance, settings, limits, growth: Growth::default(), inner: Mutex::default() }
     }
 
-    /// Creates a session, or finds the tenant's live one of that name if it may be `reuse`d.
+    /// Creates a session, or finds the tenant's live one of that name if it may be `reuse`d. One that
+    /// `is_awaited` does not outlive the process before it is ready: nobody has heard of it.
     ///
     /// # Errors
     /// See [`CreateRefused`].
-    pub fn create(&self, tenant: &Arc<str>, spec: SessionSpec, reuse: bool) -> Result<Created, CreateRefused> {
+    pub fn create(
+        &self,
+        tenant: &Arc<str>,
+        spec: SessionSpec,
+        reuse: bool,
+        is_awaited: bool,
+    ) -> Result<Created, CreateRefused> {
         let mut inner = self.inner();
         if inner.draining {
             return Err(CreateRefused::Draining);
@@ -118,16 +141,7 @@ impl Registry {
         if live >= self.limits.sessions {
             return Err(CreateRefused::AtCapacity);
         }
-        let birth = Birth {
-            id: fresh(),
-            tenant: Arc::clone(tenant),
-            spec,
-            instance: self.instance.clone(),
-            settings: self.settings,
-            engine: Arc::clone(&self.engine),
-            archive: self.archive.clone(),
-            growth: self.growth.clone(),
-        };
+        let birth = self.birth(first_record(tenant, spec, is_awaited), true);
         if inner.sessions.len() >= live + MAX_ENDED {
             inner.forget_oldest_ended();
         }
@@ -136,10 +150,61 @@ impl Registry {
         Ok(Created::New(session))
     }
 
+    fn birth(&self, record: SessionRecord, is_new: bool) -> Birth {
+        Birth {
+            record,
+            is_new,
+            instance: self.instance.clone(),
+            settings: self.settings,
+            engine: Arc::clone(&self.engine),
+            archive: self.archive.clone(),
+            growth: self.growth.clone(),
+            state: self.state.clone(),
+        }
+    }
+
+    /// Takes over the sessions of an earlier process: those that live go on, and those that have ended can be asked about for what is left of
+    /// their time.
+    pub fn take_over(&self, records: Vec<SessionRecord>) {
+        let now = Timestamp::now();
+        for record in records {
+            let id = record.id;
+            let session = match record.stage {
+                Stage::Ended(reason, at) => {
+                    let age = Duration::try_from(now.duration_since(at)).unwrap_or_default();
+                    if age >= self.limits.session_retention {
+                        continue;
+                    }
+                    let since = Instant::now().checked_sub(age).unwrap_or_else(Instant::now);
+                    self.inner().over_since.insert(id, since);
+                    actor::ended(record, reason)
+                }
+                _ => actor::spawn(self.birth(record, false)),
+            };
+            self.inner().sessions.insert(id, session);
+        }
+    }
+
+    /// Waits until what was told of sessions before is committed, so that it is there after the end of the process.
+    pub async fn settle(&self) {
+        if let Some(state) = &self.state
+            && let Err(error) = state.settle().await
+        {
+            tracing::error!(%error, "the sessions' database can't be written; sessions would be lost with this process");
+        }
+    }
+
     /// A session of a tenant, live or kept.
     #[must_use]
     pub fn session(&self, tenant: &str, id: SessionId) -> Option<Session> {
         self.inner().sessions.get(&id).filter(|s| *s.tenant == *tenant).cloned()
+    }
+
+    /// The name of the cell that a session has, or is to have, if it has not ended.
+    #[must_use]
+    pub fn cell_of(&self, id: SessionId) -> Option<CellName> {
+        let snapshot = self.any_session(id)?.snapshot();
+        (!matches!(snapshot.phase, Phase::Ended(_))).then(|| CellName::new(&self.instance, id, snapshot.cells))
     }
 
     /// A session, whoever's it is.
@@ -196,14 +261,18 @@ impl Registry {
             archive.prune();
         }
         let now = Instant::now();
+        if let Some(state) = &self.state {
+            let retention = self.limits.session_retention;
+            state.forget_ended(Timestamp::now().saturating_sub(retention).unwrap_or(Timestamp::MIN));
+        }
         let mut inner = self.inner();
         inner.prune_sessions(&self.limits, now);
         inner.prune_executions(&self.limits, now);
     }
 
-    /// Takes nothing new, gives what runs a grace, ends every session, and waits until all are gone, or the time is over.
-    /// Returns how many are left.
-    pub async fn drain(&self, grace: Duration, within: Duration) -> usize {
+    /// Takes nothing new, gives what runs a grace, and ends every session, or leaves them to the next process; waits until all are gone, or left, or
+    /// the time is over. Returns how many containers are there that should be gone.
+    pub async fn drain(&self, grace: Duration, within: Duration, after: AfterDrain) -> usize {
         self.inner().draining = true;
         let live = self.live();
         let quiet = async {
@@ -212,14 +281,20 @@ impl Registry {
             }
         };
         let _ = tokio::time::timeout(grace, quiet).await;
-        live.iter().for_each(|s| s.end(EndReason::Drained));
+        if after == AfterDrain::Remove {
+            live.iter().for_each(|s| s.end(EndReason::Drained));
+        }
         let gone = async {
             for session in &live {
-                session.wait_for(|s| matches!(s.phase, Phase::Ended(_))).await;
+                match after {
+                    AfterDrain::Remove => drop(session.wait_for(|s| matches!(s.phase, Phase::Ended(_))).await),
+                    AfterDrain::Keep => session.leave().await,
+                }
             }
         };
         let _ = tokio::time::timeout(within, gone).await;
-        self.live().len()
+        self.settle().await;
+        if after == AfterDrain::Keep { 0 } else { self.live().len() }
     }
 
     /// Whether nothing new is accepted.
@@ -231,6 +306,32 @@ impl Registry {
     fn inner(&self) -> MutexGuard<'_, Inner> {
         // Every change is a single call on a map, so a panic leaves nothing half done.
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// What there is of a session that nobody has begun to make.
+fn first_record(tenant: &Arc<str>, mut spec: SessionSpec, is_awaited: bool) -> SessionRecord {
+    let now = Timestamp::now();
+    let default_context = fresh();
+    // What others can see of a session holds no environment.
+    let env = std::mem::take(&mut spec.env);
+    SessionRecord {
+        id: fresh(),
+        revision: 0,
+        tenant: Arc::clone(tenant),
+        stage: Stage::Starting,
+        is_awaited,
+        secret: LinkSecret(Uuid::new_v4().into_bytes()),
+        created_at: now,
+        expires_at: now.saturating_add(spec.timeouts.lifetime).unwrap_or(Timestamp::MAX),
+        last_active: now,
+        idle: spec.timeouts.idle,
+        labels: spec.labels.clone(),
+        env,
+        cells: 1,
+        default_context,
+        contexts: vec![ContextRecord::new(default_context, now, spec.kernelspec.clone())],
+        spec: Arc::new(spec),
     }
 }
 

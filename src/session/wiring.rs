@@ -11,6 +11,7 @@ use futures_util::future::BoxFuture;
 
 use super::context::Action;
 use crate::kernel::link::{Events, Link, LinkError};
+use crate::store::state::State;
 
 /// Events are acknowledged after this many, or when nothing more is under way …
 const ACK_EVERY: u64 = 128;
@@ -58,10 +59,12 @@ impl Act {
 }
 
 /// How kernels are started in this session.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub(super) struct Starting {
     pub(super) transport: Transport,
     pub(super) connect_timeout: Duration,
+    /// Where the kernel's name is to be found afterwards.
+    pub(super) state: Option<State>,
 }
 
 /// The link to a session's guest, while there is one.
@@ -95,8 +98,10 @@ impl Wiring {
         }
     }
 
+    /// What was planned before is done now.
     pub(super) fn connect(&mut self, link: Link, events: Events) {
-        *self = Self { link: Some(link), events: Some(events), ..Self::new(self.starting) };
+        let pending = std::mem::take(&mut self.pending);
+        *self = Self { link: Some(link), events: Some(events), pending, ..Self::new(self.starting.clone()) };
     }
 
     pub(super) fn cut(&mut self) {
@@ -143,10 +148,11 @@ impl Wiring {
         if self.acting {
             return None;
         }
-        let (Some(link), Some(action)) = (self.link.clone(), self.pending.pop_front()) else { return None };
+        let link = self.link.clone()?;
+        let action = self.pending.pop_front()?;
         self.acting = true;
         let act = Act::of(&action);
-        Some(Box::pin(perform(link, action, self.starting).map(|result| (act, result))))
+        Some(Box::pin(perform(link, action, self.starting.clone()).map(|result| (act, result))))
     }
 
     /// The number of the newest event that was noted.
@@ -200,6 +206,12 @@ async fn perform(link: Link, action: Action, starting: Starting) -> Result<Acted
                 cwd,
                 connect_timeout_ms: u64::try_from(starting.connect_timeout.as_millis()).unwrap_or(u64::MAX),
             };
+            // The next process must not give this name to another kernel. Without a database that can be written it is lost with this one.
+            if let Some(state) = &starting.state
+                && let Err(error) = state.settle().await
+            {
+                tracing::error!(kernel = start.kernel, %error, "a kernel's name could not be kept");
+            }
             link.start_kernel(&start).await.map(Acted::Started)
         }
         Action::Delete { kernel } => link.delete_kernel(&kernel).await.map(Acted::Deleted),
@@ -214,7 +226,7 @@ mod tests {
 
     #[test]
     fn the_end_of_a_kernel_overtakes_all_and_drops_what_was_for_it() {
-        let starting = Starting { transport: Transport::Ipc, connect_timeout: Duration::ZERO };
+        let starting = Starting { transport: Transport::Ipc, connect_timeout: Duration::ZERO, state: None };
         let mut wiring = Wiring::new(starting);
         let signal = |kernel: &str| Action::Signal { kernel: kernel.to_owned(), signal: "SIGINT" };
         let delete = |kernel: &str| Action::Delete { kernel: kernel.to_owned() };

@@ -3,11 +3,12 @@
 use std::sync::Arc;
 use std::time::Instant;
 
+use jiff::Timestamp;
 use tokio::sync::oneshot;
 
 use super::super::execution::{Execution, ExecutionRequest};
 use super::super::{Command, ContextView, Patch, Refused, fresh};
-use super::{Actor, Context, Restart, Verdict};
+use super::{Actor, Context, Restart, Verdict, instant};
 use crate::domain::ids::{ContextId, ExecutionId};
 use crate::domain::lifecycle::Phase;
 
@@ -72,8 +73,10 @@ impl Actor {
         }
     }
 
-    /// Answers a command that changed something. Whoever looks after the answer sees the change.
-    fn answer<T>(&self, reply: oneshot::Sender<Result<T, Refused>>, answer: Result<T, Refused>) {
+    /// Answers a command that changed something. Whoever looks after the answer sees the change, and whoever waits for the database then waits
+    /// for it.
+    fn answer<T>(&mut self, reply: oneshot::Sender<Result<T, Refused>>, answer: Result<T, Refused>) {
+        self.save();
         self.publish();
         // A caller that went away needs no answer.
         let _ = reply.send(answer);
@@ -119,10 +122,9 @@ impl Actor {
         let id: ContextId = fresh();
         self.last_active = now;
         let kernelspec = kernelspec.or_else(|| self.spec.kernelspec.clone());
-        self.add_context(id, kernelspec, cwd);
-        if let Some(context) = self.contexts.get_mut(&id) {
-            context.boot(now, self.settings.start_timeout);
-        }
+        let mut context = Context::new(self.making(id, kernelspec, cwd));
+        context.boot(now, self.settings.start_timeout);
+        self.contexts.insert(id, context);
         self.creating.insert(id, reply);
     }
 
@@ -152,7 +154,8 @@ impl Actor {
         let now = Instant::now();
         self.last_active = now;
         if let Some(expires_in) = patch.expires_in {
-            self.expires = (now + expires_in).min(self.born + self.spec.max_lifetime);
+            let most = self.created_at.saturating_add(self.spec.max_lifetime).unwrap_or(Timestamp::MAX);
+            self.expires = (now + expires_in).min(instant(most));
         }
         let attributes = Arc::make_mut(&mut self.attributes);
         attributes.idle = patch.idle.unwrap_or(attributes.idle);

@@ -24,18 +24,21 @@ use super::keeping::{Growth, Keeping};
 use super::wiring::{Act, ActKind, Acted, Starting, Wiring};
 use super::{
     Attributes, COMMAND_QUEUE, Command, ContextView, Refused, Session, Settings, Snapshot, StartFailure, StartFault,
-    fresh,
 };
-use crate::domain::ids::{ContextId, SessionId};
+use crate::domain::ids::ContextId;
 use crate::domain::lifecycle::{self, Effect, EndReason, Event, Phase};
 use crate::domain::output::{JsonText, RestartCause, Status, StopStep};
 use crate::domain::spec::{KernelTransport, OnGuestLost, SessionSpec};
 use crate::engine::{ByteStream, CellName, CellSpec, CellState, Engine, EngineError};
 use crate::kernel::link::LinkError;
+use crate::store::state::{SessionRecord, Stage, State};
 use crate::store::{Archive, NotebookKernel};
 use crate::task;
 
 mod commands;
+mod leaving;
+
+use leaving::Leaving;
 
 /// A failed removal is tried again after this long; doubled each time up to the maximum.
 const RETRY_FIRST: Duration = Duration::from_millis(500);
@@ -48,6 +51,7 @@ const FAR: Duration = Duration::from_secs(3600);
 
 /// The completion of something that the task has started.
 enum Done {
+    Adopted(Result<Booted, Verdict>),
     Ensured(Result<ByteStream, StartFailure>),
     Booted(Result<Booted, StartFailure>),
     Acted(Act, Result<Acted, LinkError>),
@@ -64,7 +68,7 @@ struct DoneIn {
 }
 
 /// What a look at a cell has shown.
-enum Verdict {
+pub(super) enum Verdict {
     /// It runs.
     Well,
     /// It runs, or may, and its guest does not answer.
@@ -75,14 +79,24 @@ enum Verdict {
 
 /// What a session is made of; everything is decided already.
 pub(super) struct Birth {
-    pub(super) id: SessionId,
-    pub(super) tenant: Arc<str>,
-    pub(super) spec: SessionSpec,
+    /// What there is of it: of a new one as well.
+    pub(super) record: SessionRecord,
+    pub(super) is_new: bool,
     pub(super) instance: String,
     pub(super) settings: Settings,
     pub(super) engine: Arc<dyn Engine>,
     pub(super) archive: Option<Archive>,
     pub(super) growth: Growth,
+    pub(super) state: Option<State>,
+}
+
+/// What somebody wants of a session's task, before anything else.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Wish {
+    /// The session is to end.
+    End(EndReason),
+    /// The task is to end, and the session to go on with the next process.
+    Leave,
 }
 
 /// Whoever waits for a kernel that is being replaced, or for all of them.
@@ -120,7 +134,8 @@ struct Actor {
     gone: Vec<Gone>,
     work: FuturesUnordered<BoxFuture<'static, DoneIn>>,
     retry_after: Duration,
-    born: Instant,
+    leaving: Leaving,
+    created_at: Timestamp,
     /// Since when the present cell is being started.
     starting_since: Instant,
     last_active: Instant,
@@ -132,106 +147,152 @@ struct Actor {
     restarts: Vec<Restart>,
     snapshot: watch::Sender<Snapshot>,
     commands: mpsc::Receiver<Command>,
-    end: mpsc::Receiver<EndReason>,
+    wishes: mpsc::Receiver<Wish>,
 }
 
-/// Creates a session: its handle, and the task that owns it.
+/// Creates a session, or takes it over from an earlier process: its handle, and the task that owns it.
 pub(super) fn spawn(birth: Birth) -> Session {
     let (commands_in, commands) = mpsc::channel(COMMAND_QUEUE);
-    let (end_in, end) = mpsc::channel(1);
-    let actor = Actor::new(birth.id, &birth, commands, end);
+    let (wishes_in, wishes) = mpsc::channel(2);
+    let (id, is_new) = (birth.record.id, birth.is_new);
+    let (stage, tenant) = (birth.record.stage, Arc::clone(&birth.record.tenant));
+    let (phase, effects) = match stage {
+        Stage::Starting if is_new => lifecycle::begin(),
+        // Nobody has heard of it.
+        Stage::Starting if birth.record.is_awaited && birth.record.cells == 1 => {
+            lifecycle::go_on_ending(EndReason::StartFailed)
+        }
+        Stage::Starting => lifecycle::go_on(false),
+        Stage::Live => lifecycle::go_on(true),
+        Stage::Ending(reason) | Stage::Ended(reason, _) => lifecycle::go_on_ending(reason),
+    };
+    let mut actor = Actor::new(birth, commands, wishes);
+    actor.phase = phase;
+    actor.publish();
     let session = Session {
-        id: birth.id,
-        tenant: birth.tenant,
+        id,
+        tenant,
         spec: Arc::clone(&actor.spec),
         default_context: actor.default_context,
-        created_at: Timestamp::now(),
+        created_at: actor.created_at,
         commands: commands_in,
-        end: end_in,
+        wishes: wishes_in,
         snapshot: actor.snapshot.subscribe(),
     };
     let snapshot = actor.snapshot.clone();
     task::spawn("session", async move {
         // A panic is a defect, and must cost this session only: it counts as ended, so the reconciler removes its cell.
-        if AssertUnwindSafe(actor.run()).catch_unwind().await.is_err() {
-            tracing::error!(session = %birth.id, "the task of a session panicked");
+        if AssertUnwindSafe(actor.run(effects)).catch_unwind().await.is_err() {
+            tracing::error!(session = %id, "the task of a session panicked");
             snapshot.send_modify(|snapshot| snapshot.phase = Phase::Ended(EndReason::Lost));
         }
     });
     session
 }
 
+/// A handle on a session that an earlier process has ended.
+pub(super) fn ended(record: SessionRecord, reason: EndReason) -> Session {
+    let attributes = Arc::new(Attributes { labels: record.labels, idle: record.idle });
+    let first = first_snapshot(&record.spec, &attributes);
+    let snapshot = Snapshot {
+        phase: Phase::Ended(reason),
+        last_active: record.last_active,
+        expires_at: record.expires_at,
+        ..first
+    };
+    // Nobody hears what is asked of it, which is answered with its end.
+    let (commands, wishes) = (mpsc::channel(1).0, mpsc::channel(1).0);
+    Session {
+        id: record.id,
+        tenant: record.tenant,
+        spec: record.spec,
+        default_context: record.default_context,
+        created_at: record.created_at,
+        commands,
+        wishes,
+        snapshot: watch::Sender::new(snapshot).subscribe(),
+    }
+}
+
 impl Actor {
-    fn new(id: SessionId, birth: &Birth, commands: mpsc::Receiver<Command>, end: mpsc::Receiver<EndReason>) -> Self {
+    fn new(birth: Birth, commands: mpsc::Receiver<Command>, wishes: mpsc::Receiver<Wish>) -> Self {
+        let Birth { record, is_new, instance, settings, engine, archive, growth, state } = birth;
         let now = Instant::now();
-        let mut spec = birth.spec.clone();
-        // What others can see of a session holds no environment.
-        let env = std::mem::take(&mut spec.env);
-        let spec = Arc::new(spec);
-        let settings = birth.settings;
-        let default_context = fresh();
-        let attributes = Arc::new(Attributes { labels: spec.labels.clone(), idle: spec.timeouts.idle });
+        let leaving = Leaving::new(state.clone(), &record);
+        let (id, spec) = (record.id, record.spec);
+        let attributes = Arc::new(Attributes { labels: record.labels, idle: record.idle });
         let snapshot = watch::Sender::new(first_snapshot(&spec, &attributes));
         let transport = match spec.transport {
             KernelTransport::Ipc => Transport::Ipc,
             KernelTransport::Tcp => Transport::Tcp,
         };
         // Before the context's own deadline, so that a kernel's last words are heard.
-        let starting = Starting { transport, connect_timeout: settings.start_timeout.mul_f64(0.8) };
+        let connect_timeout = settings.start_timeout.mul_f64(0.8);
+        let starting = Starting { transport, connect_timeout, state };
         let mut actor = Self {
-            instance: birth.instance.clone(),
             cell: CellSpec {
-                name: CellName::new(&birth.instance, id, 1),
+                name: CellName::new(&instance, id, record.cells),
                 session: id,
                 image: spec.image.clone(),
                 runtime: spec.runtime.clone(),
                 resources: spec.resources,
             },
-            cells: 1,
-            keeping: Keeping::new(birth.archive.clone(), Arc::clone(&birth.tenant), id, settings.inline)
-                .growing(birth.growth.clone()),
+            instance,
+            cells: record.cells,
+            keeping: Keeping::new(archive, Arc::clone(&record.tenant), id, settings.inline).growing(growth),
             settings,
-            engine: Arc::clone(&birth.engine),
-            secret: LinkSecret(uuid::Uuid::new_v4().into_bytes()),
+            engine,
+            secret: record.secret,
             phase: Phase::Provisioning,
             contexts: BTreeMap::new(),
-            default_context,
+            default_context: record.default_context,
             creating: BTreeMap::new(),
             wiring: Wiring::new(starting),
             gone: Vec::new(),
             work: FuturesUnordered::new(),
             retry_after: RETRY_FIRST,
-            born: now,
+            leaving,
+            created_at: record.created_at,
             starting_since: now,
-            last_active: now,
-            expires: now + spec.timeouts.lifetime,
+            last_active: instant(record.last_active),
+            expires: instant(record.expires_at),
             attributes,
             start_failure: None,
             loss: "its session ended",
             restarts: Vec::new(),
             snapshot,
             commands,
-            end,
+            wishes,
             spec,
-            env,
+            env: record.env,
         };
-        let kernelspec = actor.spec.kernelspec.clone();
-        actor.add_context(default_context, kernelspec, None);
+        let is_left = !is_new && record.stage == Stage::Live;
+        for context in record.contexts {
+            let making = actor.making(context.id, context.asked_kernelspec.clone(), context.cwd.clone());
+            let patience = actor.spec.max_execution + actor.settings.interrupt_grace;
+            let context = match is_left {
+                true => Context::adopt(making, context, now, patience),
+                false => Context::new(making),
+            };
+            actor.contexts.insert(context.id, context);
+        }
         actor
     }
 
-    fn add_context(&mut self, id: ContextId, kernelspec: Option<String>, cwd: Option<String>) {
-        let place =
-            Place { session: self.cell.session, context: id, language: String::new(), keeping: self.keeping.clone() };
+    fn making(&self, id: ContextId, kernelspec: Option<String>, cwd: Option<String>) -> Making {
         let settings = &self.settings;
-        let pace = Pace {
-            boot: settings.start_timeout,
-            interrupt_grace: settings.interrupt_grace,
-            queue: settings.queue_timeout,
-        };
-        let making = Making {
-            place,
-            pace,
+        Making {
+            place: Place {
+                session: self.cell.session,
+                context: id,
+                language: String::new(),
+                keeping: self.keeping.clone(),
+            },
+            pace: Pace {
+                boot: settings.start_timeout,
+                interrupt_grace: settings.interrupt_grace,
+                queue: settings.queue_timeout,
+            },
             max_queue: settings.queued_executions,
             kernelspec,
             cwd,
@@ -239,20 +300,21 @@ impl Actor {
             setup_output: self.spec.output,
             on_kernel_death: self.spec.on_kernel_death,
             is_default: id == self.default_context,
-        };
-        self.contexts.insert(id, Context::new(making));
+        }
     }
 
-    async fn run(mut self) {
-        let (phase, effects) = lifecycle::begin();
-        self.phase = phase;
+    async fn run(mut self, effects: Vec<Effect>) {
         self.perform(effects);
-        self.publish();
-        while !matches!(self.phase, Phase::Ended(_)) {
+        self.settle_turn();
+        let mut leaves = false;
+        while !matches!(self.phase, Phase::Ended(_)) && !leaves {
             let deadline = tokio::time::Instant::from_std(self.next_deadline());
             tokio::select! {
                 biased;
-                Some(reason) = self.end.recv() => self.step(Event::EndRequested(reason)),
+                Some(wish) = self.wishes.recv() => match wish {
+                    Wish::End(reason) => self.step(Event::EndRequested(reason)),
+                    Wish::Leave => leaves = true,
+                },
                 Some(DoneIn { cell, done }) = self.work.next() => {
                     // What a link or a look says of an earlier cell says nothing of this one.
                     if cell == self.cells || matches!(done, Done::Removed(_) | Done::RetryDue) {
@@ -267,8 +329,19 @@ impl Actor {
             tokio::task::coop::consume_budget().await;
             self.settle_turn();
         }
-        self.keeping.end_notebook();
+        if leaves {
+            self.leave();
+        } else {
+            self.keeping.end_notebook();
+        }
         self.refuse_the_rest();
+    }
+
+    /// What runs or waits is lost with this process; the session goes on with the next one.
+    fn leave(&mut self) {
+        self.contexts.values_mut().for_each(|c| c.settle(Status::Lost, StopStep::End, "the server stopped"));
+        self.wiring.cut();
+        self.refuse_waiting(&Refused::NotReady);
     }
 
     /// Carries out what the contexts asked for in this turn, and tells everybody what has changed.
@@ -280,6 +353,7 @@ impl Actor {
         if let Some(acking) = self.wiring.acknowledge(self.is_busy()) {
             self.start(acking.map(|()| Done::Acked));
         }
+        self.save();
         self.publish();
     }
 
@@ -302,6 +376,7 @@ impl Actor {
         for effect in effects {
             match effect {
                 Effect::EnsureCell => self.ensure_cell(),
+                Effect::AdoptCell => self.adopt_cell(),
                 // The stream comes with the engine's answer, so booting starts there.
                 Effect::BootGuest => {}
                 Effect::SettleExecutions => self.settle_executions(),
@@ -322,10 +397,19 @@ impl Actor {
     fn ensure_cell(&mut self) {
         self.cell.name = CellName::new(&self.instance, self.cell.session, self.cells);
         self.starting_since = Instant::now();
-        let (engine, cell) = (Arc::clone(&self.engine), self.cell.clone());
-        self.start(
-            async move { Done::Ensured(engine.ensure(&cell).await.map_err(|e| boot::engine_failure(&cell, &e))) },
-        );
+        self.save();
+        let (engine, cell, state) = (Arc::clone(&self.engine), self.cell.clone(), self.leaving.state.clone());
+        self.start(async move {
+            // A cell that no record tells of is removed by the next process, and its guest would not know that one.
+            if let Some(state) = state
+                && let Err(error) = state.settle().await
+            {
+                tracing::error!(cell = %cell.name, %error, "a session can't be kept");
+                let detail = "the server can't write what it has to know of the session afterwards".to_owned();
+                return Done::Ensured(Err(StartFailure { fault: StartFault::Unkept, detail }));
+            }
+            Done::Ensured(engine.ensure(&cell).await.map_err(|e| boot::engine_failure(&cell, &e)))
+        });
     }
 
     fn boot_guest(&mut self, stream: ByteStream) {
@@ -338,6 +422,12 @@ impl Actor {
             self.env.clone(),
         );
         self.start(booting.map(Done::Booted));
+    }
+
+    fn adopt_cell(&mut self) {
+        let adopting =
+            boot::adopt(Arc::clone(&self.engine), self.cell.name.clone(), self.secret, self.settings, self.env.clone());
+        self.start(adopting.map(Done::Adopted));
     }
 
     fn remove_cell(&mut self) {
@@ -384,6 +474,12 @@ impl Actor {
 
     fn on_done(&mut self, done: Done) {
         match done {
+            Done::Adopted(Ok(booted)) if self.phase == Phase::Ready => {
+                self.wiring.connect(booted.link, booted.events);
+                self.open_notebook();
+            }
+            Done::Adopted(Ok(_)) => {}
+            Done::Adopted(Err(verdict)) => self.on_verdict(verdict),
             Done::Ensured(Ok(stream)) => {
                 self.step(Event::CellEnsured);
                 if self.phase == Phase::Connecting {
@@ -536,23 +632,7 @@ impl Actor {
     /// Looks at the cell. `otherwise` is the verdict when it seems to run.
     fn diagnose(&self, otherwise: Verdict) {
         let (engine, name) = (Arc::clone(&self.engine), self.cell.name.clone());
-        self.start(async move {
-            let verdict = match engine.observe(&name).await {
-                Ok(None) => Verdict::Gone(EndReason::Lost, "its container was removed from outside"),
-                Ok(Some(seen)) => match seen.state {
-                    CellState::Exited { oom: true, .. } => Verdict::Gone(EndReason::Oom, "memory ran out"),
-                    CellState::Exited { .. } => {
-                        Verdict::Gone(EndReason::Lost, "its container was stopped from outside")
-                    }
-                    CellState::Running | CellState::Paused | CellState::Created => otherwise,
-                },
-                Err(_) => match otherwise {
-                    Verdict::Unreachable(_) => Verdict::Unreachable("the container engine could not be reached"),
-                    otherwise => otherwise,
-                },
-            };
-            Done::Diagnosed(verdict)
-        });
+        self.start(async move { Done::Diagnosed(look_at(engine.as_ref(), &name, otherwise).await) });
     }
 
     fn not_over(&self) -> Result<(), Refused> {
@@ -575,7 +655,10 @@ impl Actor {
             Phase::Aborting(_) | Phase::Ending(_) | Phase::Ended(_) => Instant::now() + FAR,
         };
         let contexts = self.contexts.values().filter_map(Context::next_deadline);
-        let others = contexts.chain(self.wiring.next_deadline()).chain(self.gone.iter().map(|gone| gone.until));
+        let others = contexts
+            .chain(self.wiring.next_deadline())
+            .chain(self.leaving.retry_at())
+            .chain(self.gone.iter().map(|gone| gone.until));
         others.min().unwrap_or(own).min(own)
     }
 
@@ -706,12 +789,6 @@ impl Actor {
     }
 
     fn publish(&self) {
-        let wall = |at: Instant| {
-            let now = Instant::now();
-            let distance = SignedDuration::try_from(at.saturating_duration_since(now)).unwrap_or_default()
-                - SignedDuration::try_from(now.saturating_duration_since(at)).unwrap_or_default();
-            Timestamp::now().saturating_add(distance).unwrap_or(Timestamp::MAX)
-        };
         let busy = self.is_busy();
         let idle_deadline = (self.phase == Phase::Ready).then(|| self.idle_deadline()).flatten();
         let fingerprint = |s: &Snapshot| (s.phase, s.busy, Arc::as_ptr(&s.attributes), s.start_failure.is_some());
@@ -722,7 +799,7 @@ impl Actor {
                 snapshot.language = Arc::from(language);
             }
             snapshot.phase = self.phase;
-            snapshot.busy = busy;
+            (snapshot.busy, snapshot.cells) = (busy, self.cells);
             snapshot.attributes = Arc::clone(&self.attributes);
             snapshot.start_failure.clone_from(&self.start_failure);
             snapshot.last_active = wall(self.last_active);
@@ -742,11 +819,46 @@ impl Actor {
     }
 }
 
+/// Looks at a cell. `otherwise` is the verdict when it seems to run.
+pub(super) async fn look_at(engine: &dyn Engine, name: &CellName, otherwise: Verdict) -> Verdict {
+    match engine.observe(name).await {
+        Ok(None) => Verdict::Gone(EndReason::Lost, "its container was removed from outside"),
+        Ok(Some(seen)) => match seen.state {
+            CellState::Exited { oom: true, .. } => Verdict::Gone(EndReason::Oom, "memory ran out"),
+            CellState::Exited { .. } => Verdict::Gone(EndReason::Lost, "its container was stopped from outside"),
+            CellState::Running | CellState::Paused | CellState::Created => otherwise,
+        },
+        Err(_) => match otherwise {
+            Verdict::Unreachable(_) => Verdict::Unreachable("the container engine could not be reached"),
+            otherwise => otherwise,
+        },
+    }
+}
+
+/// A moment of the wall's clock on the process's.
+fn instant(at: Timestamp) -> Instant {
+    let (now, wall) = (Instant::now(), Timestamp::now());
+    match Duration::try_from(at.duration_since(wall)) {
+        Ok(ahead) => now + ahead,
+        // A process does not know moments from before its machine's start.
+        Err(_) => now.checked_sub(wall.duration_since(at).unsigned_abs()).unwrap_or(now),
+    }
+}
+
+/// A moment of the process's clock on the wall's.
+fn wall(at: Instant) -> Timestamp {
+    let now = Instant::now();
+    let distance = SignedDuration::try_from(at.saturating_duration_since(now)).unwrap_or_default()
+        - SignedDuration::try_from(now.saturating_duration_since(at)).unwrap_or_default();
+    Timestamp::now().saturating_add(distance).unwrap_or(Timestamp::MAX)
+}
+
 fn first_snapshot(spec: &SessionSpec, attributes: &Arc<Attributes>) -> Snapshot {
     Snapshot {
         generation: 0,
         phase: Phase::Provisioning,
         busy: false,
+        cells: 1,
         attributes: Arc::clone(attributes),
         last_active: Timestamp::now(),
         expires_at: Timestamp::now()
