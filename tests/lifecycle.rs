@@ -21,7 +21,7 @@ use cellblock::service::keys::{Principal, Scope};
 use cellblock::service::{Error, ExecuteRequest, Service};
 use cellblock::session::execution::{Execution, OnTimeout};
 use cellblock::session::reconcile;
-use cellblock::session::registry::{Created, Limits, Registry};
+use cellblock::session::registry::{AfterDrain, Created, Limits, Registry};
 use cellblock::session::{Refused, Session, Settings, StartFault};
 use engine_fake::{FakeEngine, Faults, IMAGE};
 use tokio_util::sync::CancellationToken;
@@ -63,7 +63,7 @@ impl Bench {
             execution_bytes: MIB,
         };
         let shared: Arc<dyn Engine> = engine.clone();
-        let registry = Arc::new(Registry::new(Arc::clone(&shared), None, INSTANCE.to_owned(), settings, limits));
+        let registry = Arc::new(Registry::new(Arc::clone(&shared), None, None, INSTANCE.to_owned(), settings, limits));
         let templates = BTreeMap::from([("t".to_owned(), template)]);
         let service = Service::new(Arc::clone(&registry), shared, templates, "t".to_owned(), Pull::Never, None);
         let service = Arc::new(service);
@@ -449,7 +449,7 @@ async fn draining_takes_nothing_new_and_lets_work_end() {
     let bench = Bench::new();
     let session = bench.create().await.unwrap();
     let work = bench.start(&session, "hang", 0.5).await.unwrap();
-    let left = bounded(bench.registry.drain(Duration::from_secs(5), Duration::from_secs(5))).await;
+    let left = bounded(bench.registry.drain(Duration::from_secs(5), Duration::from_secs(5), AfterDrain::Remove)).await;
     assert_eq!((left, work.status()), (0, Status::Timeout), "it came to its own end");
     assert_eq!(bench.create().await.unwrap_err(), Error::Draining);
     assert_eq!(bench.cells().await, 0);

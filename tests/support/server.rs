@@ -7,7 +7,7 @@ use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::panic::AssertUnwindSafe;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::Command;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -16,7 +16,7 @@ use bollard::query_parameters::{
     ListContainersOptionsBuilder, ListVolumesOptionsBuilder, RemoveContainerOptionsBuilder, RemoveVolumeOptionsBuilder,
 };
 use cellblock::app::{self, Plane, Stop};
-use cellblock::config::{self, Config, Environment, Inputs};
+use cellblock::config::{self, Config, Drain, DrainContainers, Environment, Inputs};
 use cellblock::http::{self, App, Bounds};
 use cellblock::service::keys::{self, KeyRing, Principal, Scope};
 use cellblock::task;
@@ -66,6 +66,15 @@ impl Server {
         self.finish().await.unwrap_or_else(|left| panic!("{left}"));
         between(self.data());
         Self::serve(self.config.clone(), Arc::clone(&self.folder)).await
+    }
+
+    /// The same where containers stay.
+    pub async fn start_again_keeping(&self) -> Arc<Self> {
+        let ended = self.ended.lock().expect("a lock").take().expect("a server that was not stopped before");
+        self.stop.cancel();
+        ended.await.expect("an end").unwrap_or_else(|error| panic!("{error}"));
+        let config = Config { drain: Drain { containers: DrainContainers::Remove }, ..self.config.clone() };
+        Self::serve(config, Arc::clone(&self.folder)).await
     }
 
     async fn serve(config: Config, folder: Arc<tempfile::TempDir>) -> Arc<Self> {
@@ -131,17 +140,39 @@ impl Server {
     pub async fn spawn(settings: &str) -> (Arc<Self>, u32) {
         let (folder, config) = configured(settings);
         let free = std::net::TcpListener::bind("127.0.0.1:0").and_then(|l| l.local_addr()).expect("a free port");
+        Self::spawn_in(config, Arc::new(folder), free).await
+    }
+
+    /// Kills the program with this process id, and waits until it is gone.
+    pub async fn kill(&self, pid: u32) {
+        let killed = Command::new("kill").args(["-9", &pid.to_string()]).status().expect("a command");
+        assert!(killed.success());
+        let ended = self.ended.lock().expect("a lock").take().expect("a server that was not stopped before");
+        self.stop.cancel();
+        // It has not ended as it should, which was wanted.
+        let _ = tokio::time::timeout(NEVER, ended).await.expect("an end");
+    }
+
+    /// Starts the program again, after a [`Server::kill`], with the same configuration, folder, key and address.
+    pub async fn spawn_again(&self) -> (Arc<Self>, u32) {
+        let address = self.url.trim_start_matches("http://").parse().expect("an address");
+        Self::spawn_in(self.config.clone(), Arc::clone(&self.folder), address).await
+    }
+
+    async fn spawn_in(config: Config, folder: Arc<tempfile::TempDir>, address: SocketAddr) -> (Arc<Self>, u32) {
         let mut command = Command::new(env!("CARGO_BIN_EXE_cellblock"));
-        command.args(["serve", "--listen", &free.to_string()]).stderr(Stdio::null());
+        let log = folder.path().join("log");
+        let log = std::fs::OpenOptions::new().create(true).append(true).open(log).expect("a file");
+        command.args(["serve", "--listen", &address.to_string()]).stderr(log);
         for name in ["base.toml", "test.toml"] {
             command.arg("--config").arg(folder.path().join(name));
         }
         let mut program = Program(command.spawn().expect("the program"));
         let pid = program.0.id();
         let began = Instant::now();
-        while tokio::net::TcpStream::connect(free).await.is_err() {
+        while reqwest::get(format!("http://{address}/livez")).await.is_err() {
             assert!(program.0.try_wait().is_ok_and(|ended| ended.is_none()), "the program has ended");
-            assert!(began.elapsed() < NEVER, "the program does not listen");
+            assert!(began.elapsed() < NEVER, "the program does not answer");
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
         let (stop, (ended_in, ended)) = (CancellationToken::new(), oneshot::channel());
@@ -156,7 +187,7 @@ impl Server {
             });
         });
         let key = std::fs::read_to_string(config.server.key_file()).expect("a key file").trim().to_owned();
-        (Self::new(free, [key, String::new(), String::new()], config, (stop, ended), Arc::new(folder)), pid)
+        (Self::new(address, [key, String::new(), String::new()], config, (stop, ended), folder), pid)
     }
 
     fn new(
@@ -357,7 +388,7 @@ fn configured(settings: &str) -> (tempfile::TempDir, Config) {
     };
     let id = uuid::Uuid::new_v4().simple().to_string();
     let base = format!(
-        "[server]\nlisten = \"127.0.0.1:0\"\ndata_dir = {:?}\n[engine]\ninstance = \"t{}\"\norphan_timeout = \"3m\"\n[guest]\nbinary = {:?}\n",
+        "[server]\nlisten = \"127.0.0.1:0\"\ndata_dir = {:?}\n[engine]\ninstance = \"t{}\"\norphan_timeout = \"3m\"\n[drain]\ncontainers = \"remove\"\n[guest]\nbinary = {:?}\n",
         folder.path().join("data"),
         &id[..12],
         guest(),
