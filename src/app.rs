@@ -15,6 +15,7 @@ use crate::engine::{Engine, EngineError, Pull};
 use crate::http::{self, App};
 use crate::service::Service;
 use crate::service::keys::{self, KeyRing, Principal, Scope};
+use crate::session::capacity::Ceilings;
 use crate::session::registry::{AfterDrain, Limits, Registry};
 use crate::session::{Settings, reconcile};
 use crate::store::state::{self, SessionRecord, State, StateError};
@@ -315,7 +316,13 @@ fn settings(config: &Config) -> Settings {
 
 fn limits(config: &Config) -> Limits {
     Limits {
-        sessions: config.limits.sessions as usize,
+        ceilings: Ceilings {
+            sessions: config.limits.sessions as usize,
+            cpu_millis: Some((config.limits.cpu * 1000.0) as u64).filter(|millis| *millis > 0),
+            memory_bytes: Some(config.limits.memory).filter(|bytes| *bytes > 0),
+            waiting: config.limits.queued_creates as usize,
+            patience: config.limits.create_wait,
+        },
         session_retention: config.limits.session_retention,
         execution_retention: config.executions.retention_time,
         executions: config.executions.retention_count as usize,

@@ -19,6 +19,7 @@ use cellblock::domain::spec::{
 use cellblock::engine::{CellName, Engine, Pull};
 use cellblock::service::keys::{Principal, Scope};
 use cellblock::service::{Error, ExecuteRequest, Service};
+use cellblock::session::capacity::Ceilings;
 use cellblock::session::execution::{Execution, OnTimeout};
 use cellblock::session::reconcile;
 use cellblock::session::registry::{AfterDrain, Created, Limits, Registry};
@@ -56,7 +57,13 @@ impl Bench {
         let mut template = template();
         change(&mut settings, &mut template);
         let limits = Limits {
-            sessions: 5,
+            ceilings: Ceilings {
+                sessions: 5,
+                cpu_millis: None,
+                memory_bytes: None,
+                waiting: 2,
+                patience: Duration::from_millis(300),
+            },
             session_retention: NEVER,
             execution_retention: NEVER,
             executions: 100,
@@ -389,9 +396,16 @@ async fn capacity_is_full_until_a_container_is_gone() {
     for _ in 0..5 {
         sessions.push(bench.create().await.unwrap());
     }
-    assert_eq!(bench.create().await.unwrap_err(), Error::AtCapacity);
+    assert!(matches!(bench.create().await.unwrap_err(), Error::AtCapacity { .. }), "nobody ended one in time");
     bounded(bench.service.delete_session(&bench.who, sessions[0].id)).await.unwrap();
     bench.create().await.unwrap();
+    // One that ends while another waits makes room for it.
+    let ending = async {
+        tokio::task::yield_now().await;
+        bounded(bench.service.delete_session(&bench.who, sessions[1].id)).await.unwrap();
+    };
+    let (created, ()) = tokio::join!(bench.create(), ending);
+    created.unwrap();
 }
 
 #[tokio::test]

@@ -695,7 +695,7 @@ async fn retention_ends_blobs_and_then_notebooks() {
     is_unchanged(&notebook(&cell).await, &read);
     until(|| async { asked(&cell).await.status == 404 }).await;
     assert!((6.0..40.0).contains(&began.elapsed().as_secs_f64()), "{:?}", began.elapsed());
-    until(|| async { !is_on_disk(server.data(), &cell.id) }).await;
+    until(|| async { !is_on_disk(&server.data().join("notebooks"), &cell.id) }).await;
     server.finish().await.unwrap_or_else(|left| panic!("{left}"));
 }
 

@@ -119,6 +119,7 @@ impl Checker<'_> {
         for (key, value, most) in [
             ("limits.sessions", limits.sessions, 10_000),
             ("limits.queued_executions", limits.queued_executions, 10_000),
+            ("limits.queued_creates", limits.queued_creates, 10_000),
             ("limits.concurrent_starts", limits.concurrent_starts, 256),
             // The guest starts no more kernels than that.
             ("limits.contexts", limits.contexts, 32),
@@ -126,6 +127,10 @@ impl Checker<'_> {
         ] {
             self.require((1..=most).contains(&value), &[key], || format!("{value} is not within 1 to {most}"));
         }
+        self.require(limits.cpu == 0.0 || (0.05..=1e6).contains(&limits.cpu), &["limits.cpu"], || {
+            format!("{} is not within 0.05 to 1000000, nor 0 for no ceiling", limits.cpu)
+        });
+        self.positive(limits.create_wait, "limits.create_wait");
         self.positive(executions.interrupt_grace, "executions.interrupt_grace");
         self.positive(executions.queue_timeout, "executions.queue_timeout");
         self.positive(executions.retention_time, "executions.retention_time");

@@ -127,11 +127,21 @@ pub struct Guest {
 }
 
 /// How much of everything.
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Limits {
     /// Live sessions.
     pub sessions: u32,
+    /// CPUs that all live sessions may use together; 0: no ceiling.
+    pub cpu: f64,
+    /// Bytes of memory that all live sessions may use together; 0: no ceiling.
+    #[serde(deserialize_with = "size")]
+    pub memory: u64,
+    /// Creates that may wait for a place.
+    pub queued_creates: u32,
+    /// Longest wait for a place.
+    #[serde(deserialize_with = "duration")]
+    pub create_wait: Duration,
     /// Executions that may wait in one context.
     pub queued_executions: u32,
     /// An ended session can be asked about for this long.

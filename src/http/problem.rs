@@ -172,7 +172,10 @@ impl From<Error> for Problem {
             Error::QueueFull => Self::new(QUEUE_FULL, format!("{detail}; try again when some have ended")),
             Error::StateConflict(_) | Error::KernelBusy(_) => Self::new(STATE_CONFLICT, detail),
             Error::NotebooksBusy => Self::new(AT_CAPACITY, format!("{detail}; try again in a moment")),
-            Error::AtCapacity => Self::new(AT_CAPACITY, format!("{detail}; end one, or try again later")),
+            Error::AtCapacity { retry_after } => Self {
+                retry_after_seconds: Some(retry_after.as_secs_f64().ceil() as u64),
+                ..Self::new(AT_CAPACITY, format!("{detail}; end one, or try again later"))
+            },
             Error::Draining => Self::new(DRAINING, detail),
             Error::StartFailed(failure) => {
                 let mut problem = Self::new(start_code(failure.fault), failure.detail);

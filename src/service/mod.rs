@@ -19,6 +19,7 @@ use crate::domain::output::{Comm, JsonText};
 use crate::domain::spec::{self, FieldError, SessionRequest, SessionSpec, Template};
 use crate::engine::{Engine, EngineError, ImageInfo, Pull};
 use crate::kernel::link::LinkError;
+use crate::session::capacity::Full;
 use crate::session::execution::{Execution, ExecutionRequest, OnTimeout, Stdin};
 use crate::session::registry::{CreateRefused, Created, Registry};
 use crate::session::{ContextView, Patch, Refused, Session, StartFailure, StartFault};
@@ -84,9 +85,12 @@ pub enum Error {
     /// The kernel had no time for a question.
     #[error("the kernel did not answer within {0:?}; it may be running code")]
     KernelBusy(Duration),
-    /// As many sessions live as may.
-    #[error("as many sessions live as this server may hold")]
-    AtCapacity,
+    /// There is no place for another session.
+    #[error("no place for another session, and none came free while it waited")]
+    AtCapacity {
+        /// When there may be one.
+        retry_after: Duration,
+    },
     /// The server is stopping.
     #[error("the server is stopping")]
     Draining,
@@ -248,12 +252,12 @@ impl Service {
         who.require_sessions()?;
         let (template, mut spec) = self.specify(request)?;
         spec.image = self.resolve_image(template).await?.id;
-        let created =
-            self.registry.create(&who.tenant, spec, request.reuse, wait).map_err(|refused| match refused {
-                CreateRefused::AtCapacity => Error::AtCapacity,
-                CreateRefused::NameInUse(id) => Error::NameInUse(id),
-                CreateRefused::Draining => Error::Draining,
-            })?;
+        let created = self.registry.create(&who.tenant, spec, request.reuse, wait).await;
+        let created = created.map_err(|refused| match refused {
+            CreateRefused::Full(Full { retry_after }) => Error::AtCapacity { retry_after },
+            CreateRefused::NameInUse(id) => Error::NameInUse(id),
+            CreateRefused::Draining => Error::Draining,
+        })?;
         if wait {
             let (Created::New(session) | Created::Reused(session)) = &created;
             self.wait_until_started(session).await?;

@@ -131,8 +131,10 @@ struct Booting {
 struct Adopting {
     probe: String,
     until: Instant,
-    /// Something of a caller's ran or waited.
+    /// Something of a caller's ran.
     was_busy: bool,
+    /// What ran has been interrupted, since its time was over.
+    interrupted: bool,
 }
 
 #[derive(Debug)]
@@ -250,8 +252,10 @@ impl Context {
         }
     }
 
-    /// One that an earlier process has left. What its kernel was doing may take as long as any execution; then the kernel is replaced.
-    pub(super) fn adopt(making: Making, record: ContextRecord, now: Instant, patience: Duration) -> Self {
+    /// One that an earlier process has left. What its kernel was doing has the time that it was given; then it is interrupted, and then the kernel is
+    /// replaced.
+    pub(super) fn adopt(making: Making, record: ContextRecord, busy_until: Option<Instant>, now: Instant) -> Self {
+        let (until, was_busy) = (busy_until.unwrap_or(now + making.pace.boot), busy_until.is_some());
         let mut context = Self::new(making);
         context.created_at = record.created_at;
         (context.kernelspec, context.display_name) = (record.kernelspec, record.display_name);
@@ -264,7 +268,7 @@ impl Context {
         context.messages = Timestamp::now().as_millisecond().unsigned_abs();
         if record.is_ready {
             let probe = context.ask_what_it_is();
-            context.state = State::Adopting(Adopting { probe, until: now + patience, was_busy: record.is_busy });
+            context.state = State::Adopting(Adopting { probe, until, was_busy, interrupted: false });
         } else {
             context.replace_kernel(Status::Cancelled, RestartCause::Requested, String::new(), now);
         }
@@ -272,13 +276,13 @@ impl Context {
     }
 
     /// What it leaves for the next process.
-    pub(super) fn record(&self) -> ContextRecord {
+    pub(super) fn record(&self, wall: fn(Instant) -> Timestamp) -> ContextRecord {
         ContextRecord {
             id: self.id,
             created_at: self.created_at,
             born: self.born,
             is_ready: self.is_up(),
-            is_busy: self.is_busy(),
+            busy_until: self.busy_until().map(wall),
             asked_kernelspec: self.making.kernelspec.clone(),
             cwd: self.making.cwd.clone(),
             kernelspec: self.kernelspec.clone(),
@@ -292,7 +296,16 @@ impl Context {
 
     /// What is different when [`Context::record`] is, but for what is known before a kernel is up.
     pub(super) fn mark(&self) -> impl Hash + use<> {
-        (self.id, self.born, self.is_up(), self.is_busy(), self.oom_seen, self.oom_told)
+        (self.id, self.born, self.is_up(), self.busy_until(), self.oom_seen, self.oom_told)
+    }
+
+    /// Until when a caller's code may run, if any does.
+    fn busy_until(&self) -> Option<Instant> {
+        match &self.state {
+            State::Running(running) if !running.is_setup => Some(running.limit()),
+            State::Adopting(adopting) if adopting.was_busy => Some(adopting.until),
+            _ => None,
+        }
     }
 
     /// What is to be done, and what the session should know; both are handed out once.
@@ -676,8 +689,12 @@ impl Context {
                 let cause = RestartCause::Died { status: None, signal: None };
                 self.replace_kernel(Status::KernelDied, cause, String::new(), now);
             }
-            State::Adopting(adopting) if now >= adopting.until => {
+            State::Adopting(adopting) if now >= adopting.until && adopting.interrupted => {
                 self.replace_kernel(Status::Cancelled, RestartCause::Timeout, String::new(), now);
+            }
+            State::Adopting(adopting) if now >= adopting.until => {
+                (adopting.interrupted, adopting.until) = (true, now + self.making.pace.interrupt_grace);
+                self.send_interrupt();
             }
             _ => {}
         }

@@ -19,6 +19,7 @@ use crate::task;
 
 mod actor;
 mod boot;
+pub mod capacity;
 mod context;
 mod effects;
 pub mod execution;

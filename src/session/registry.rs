@@ -11,6 +11,7 @@ use jiff::Timestamp;
 use uuid::Uuid;
 
 use super::actor::{self, Birth};
+use super::capacity::{Capacity, Ceilings, Full, Need, Place};
 use super::execution::Execution;
 use super::keeping::Growth;
 use super::{Session, Settings, fresh};
@@ -24,8 +25,8 @@ use crate::store::state::{ContextRecord, SessionRecord, Stage, State};
 /// How much is kept.
 #[derive(Debug, Clone, Copy)]
 pub struct Limits {
-    /// Sessions that may be live at once.
-    pub sessions: usize,
+    /// What may be promised at once.
+    pub ceilings: Ceilings,
     /// An ended session can be asked about for this long.
     pub session_retention: Duration,
     /// A finished execution can be asked about for this long.
@@ -48,8 +49,8 @@ pub enum AfterDrain {
 /// Why a session is not created.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum CreateRefused {
-    /// As many sessions live as may.
-    AtCapacity,
+    /// There is no place for it.
+    Full(Full),
     /// The tenant has a live session of that name.
     NameInUse(SessionId),
     /// The control plane is stopping.
@@ -80,6 +81,7 @@ pub struct Registry {
     settings: Settings,
     limits: Limits,
     growth: Growth,
+    capacity: Capacity,
     inner: Mutex<Inner>,
 }
 
@@ -109,39 +111,33 @@ impl Registry {
         settings: Settings,
         limits: Limits,
     ) -> Self {
-        Self { engine, archive, state, instance, settings, limits, growth: Growth::default(), inner: Mutex::default() }
+        let (growth, capacity) = (Growth::default(), Capacity::new(limits.ceilings));
+        Self { engine, archive, state, instance, settings, limits, growth, capacity, inner: Mutex::default() }
     }
 
-    /// Creates a session, or finds the tenant's live one of that name if it may be `reuse`d. One that
+    /// Creates a session, or finds the tenant's live one of that name if it may be `reuse`d. Waits for a place, for as long as a create may. One that
     /// `is_awaited` does not outlive the process before it is ready: nobody has heard of it.
     ///
     /// # Errors
     /// See [`CreateRefused`].
-    pub fn create(
+    pub async fn create(
         &self,
         tenant: &Arc<str>,
         spec: SessionSpec,
         reuse: bool,
         is_awaited: bool,
     ) -> Result<Created, CreateRefused> {
+        if let Some(found) = self.inner().named(tenant, &spec, reuse)? {
+            return Ok(Created::Reused(found));
+        }
+        let place = self.capacity.place(tenant, Need::from(&spec.resources)).await.map_err(CreateRefused::Full)?;
         let mut inner = self.inner();
-        if inner.draining {
-            return Err(CreateRefused::Draining);
+        // Another may have come first.
+        if let Some(found) = inner.named(tenant, &spec, reuse)? {
+            return Ok(Created::Reused(found));
         }
-        if let Some(name) = &spec.name {
-            let same = |s: &&Session| !s.is_over() && s.tenant == *tenant && s.spec.name.as_ref() == Some(name);
-            match inner.sessions.values().find(same) {
-                Some(session) if reuse => return Ok(Created::Reused(session.clone())),
-                Some(session) => return Err(CreateRefused::NameInUse(session.id)),
-                None => {}
-            }
-        }
-        // One that is ending still has its container.
+        let birth = self.birth(first_record(tenant, spec, is_awaited), true, place);
         let live = inner.sessions.values().filter(|s| !matches!(s.phase(), Phase::Ended(_))).count();
-        if live >= self.limits.sessions {
-            return Err(CreateRefused::AtCapacity);
-        }
-        let birth = self.birth(first_record(tenant, spec, is_awaited), true);
         if inner.sessions.len() >= live + MAX_ENDED {
             inner.forget_oldest_ended();
         }
@@ -150,7 +146,7 @@ impl Registry {
         Ok(Created::New(session))
     }
 
-    fn birth(&self, record: SessionRecord, is_new: bool) -> Birth {
+    fn birth(&self, record: SessionRecord, is_new: bool, place: Place) -> Birth {
         Birth {
             record,
             is_new,
@@ -160,6 +156,7 @@ impl Registry {
             archive: self.archive.clone(),
             growth: self.growth.clone(),
             state: self.state.clone(),
+            place,
         }
     }
 
@@ -179,7 +176,10 @@ impl Registry {
                     self.inner().over_since.insert(id, since);
                     actor::ended(record, reason)
                 }
-                _ => actor::spawn(self.birth(record, false)),
+                _ => {
+                    let place = self.capacity.place_of_a_session(Need::from(&record.spec.resources));
+                    actor::spawn(self.birth(record, false, place))
+                }
             };
             self.inner().sessions.insert(id, session);
         }
@@ -336,6 +336,20 @@ fn first_record(tenant: &Arc<str>, mut spec: SessionSpec, is_awaited: bool) -> S
 }
 
 impl Inner {
+    /// The tenant's live session of the name that is asked for, if it may be reused.
+    fn named(&self, tenant: &Arc<str>, spec: &SessionSpec, reuse: bool) -> Result<Option<Session>, CreateRefused> {
+        if self.draining {
+            return Err(CreateRefused::Draining);
+        }
+        let Some(name) = &spec.name else { return Ok(None) };
+        let same = |s: &&Session| !s.is_over() && s.tenant == *tenant && s.spec.name.as_ref() == Some(name);
+        match self.sessions.values().find(same) {
+            Some(session) if reuse => Ok(Some(session.clone())),
+            Some(session) => Err(CreateRefused::NameInUse(session.id)),
+            None => Ok(None),
+        }
+    }
+
     fn forget_oldest_ended(&mut self) {
         let ended = self.sessions.values().find(|s| matches!(s.phase(), Phase::Ended(_))).map(|s| s.id);
         if let Some(id) = ended {

@@ -115,6 +115,11 @@ impl Running {
         }
     }
 
+    /// When its time is over.
+    pub(super) fn limit(&self) -> Instant {
+        self.deadline
+    }
+
     pub(super) fn next_deadline(&self) -> Instant {
         let stopping = self.stopping.as_ref();
         let times = [

@@ -1,10 +1,11 @@
 //! What a session leaves for the next process: when its record is committed, and what stands in it.
 
+use std::collections::BTreeMap;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::{Actor, Context, wall};
+use super::{Actor, wall};
 use crate::domain::lifecycle::Phase;
 use crate::store::state::{SessionRecord, Stage, State};
 
@@ -78,6 +79,7 @@ impl Actor {
     }
 
     fn record(&self) -> SessionRecord {
+        let is_over = matches!(self.phase, Phase::Aborting(_) | Phase::Ending(_) | Phase::Ended(_));
         SessionRecord {
             id: self.cell.session,
             revision: self.leaving.revision,
@@ -91,10 +93,11 @@ impl Actor {
             last_active: wall(self.last_active),
             idle: self.attributes.idle,
             labels: self.attributes.labels.clone(),
-            env: self.env.clone(),
+            // Nobody will need it, and it holds secrets.
+            env: if is_over { BTreeMap::new() } else { self.env.clone() },
             cells: self.cells,
             default_context: self.default_context,
-            contexts: self.contexts.values().map(Context::record).collect(),
+            contexts: self.contexts.values().map(|context| context.record(wall)).collect(),
         }
     }
 }

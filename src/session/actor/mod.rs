@@ -18,6 +18,7 @@ use jiff::{SignedDuration, Timestamp};
 use tokio::sync::{mpsc, oneshot, watch};
 
 use super::boot::{self, Booted};
+use super::capacity;
 use super::context::{Context, Making, Notice, Pace};
 use super::execution::Place;
 use super::keeping::{Growth, Keeping};
@@ -88,6 +89,7 @@ pub(super) struct Birth {
     pub(super) archive: Option<Archive>,
     pub(super) growth: Growth,
     pub(super) state: Option<State>,
+    pub(super) place: capacity::Place,
 }
 
 /// What somebody wants of a session's task, before anything else.
@@ -135,6 +137,8 @@ struct Actor {
     work: FuturesUnordered<BoxFuture<'static, DoneIn>>,
     retry_after: Duration,
     leaving: Leaving,
+    /// Its share of the machine, given back with the task: its cell has been seen to be gone by then, or is the next process's.
+    _place: capacity::Place,
     created_at: Timestamp,
     /// Since when the present cell is being started.
     starting_since: Instant,
@@ -216,7 +220,7 @@ pub(super) fn ended(record: SessionRecord, reason: EndReason) -> Session {
 
 impl Actor {
     fn new(birth: Birth, commands: mpsc::Receiver<Command>, wishes: mpsc::Receiver<Wish>) -> Self {
-        let Birth { record, is_new, instance, settings, engine, archive, growth, state } = birth;
+        let Birth { record, is_new, instance, settings, engine, archive, growth, state, place } = birth;
         let now = Instant::now();
         let leaving = Leaving::new(state.clone(), &record);
         let (id, spec) = (record.id, record.spec);
@@ -252,6 +256,7 @@ impl Actor {
             work: FuturesUnordered::new(),
             retry_after: RETRY_FIRST,
             leaving,
+            _place: place,
             created_at: record.created_at,
             starting_since: now,
             last_active: instant(record.last_active),
@@ -269,9 +274,9 @@ impl Actor {
         let is_left = !is_new && record.stage == Stage::Live;
         for context in record.contexts {
             let making = actor.making(context.id, context.asked_kernelspec.clone(), context.cwd.clone());
-            let patience = actor.spec.max_execution + actor.settings.interrupt_grace;
+            let busy_until = context.busy_until.map(instant);
             let context = match is_left {
-                true => Context::adopt(making, context, now, patience),
+                true => Context::adopt(making, context, busy_until, now),
                 false => Context::new(making),
             };
             actor.contexts.insert(context.id, context);

@@ -70,6 +70,26 @@ struct World {
 
 impl World {
     fn new() -> Self {
+        Self::with(|making, now| {
+            let mut context = Context::new(making);
+            context.boot(now, PACE.boot);
+            context
+        })
+    }
+
+    /// One whose context is of an earlier process, with a kernel that runs code.
+    fn adopted() -> Self {
+        Self::with(|making, now| {
+            let record = ContextRecord {
+                born: 1,
+                is_ready: true,
+                ..ContextRecord::new(making.place.context, Timestamp::now(), None)
+            };
+            Context::adopt(making, record, Some(now + Duration::from_secs(2)), now)
+        })
+    }
+
+    fn with(make: impl FnOnce(Making, Instant) -> Context) -> Self {
         let place = Place { keeping: Keeping::nothing(), ..Place::for_tests() };
         let making = Making {
             place,
@@ -83,8 +103,7 @@ impl World {
             is_default: true,
         };
         let now = Instant::now();
-        let mut context = Context::new(making);
-        context.boot(now, PACE.boot);
+        let context = make(making, now);
         let (executions, sent, deletes) = (Vec::new(), Vec::new(), Vec::new());
         Self { context, now, executions, sent, deletes, started: BTreeSet::new(), failed: false }
     }
@@ -205,8 +224,8 @@ impl World {
 proptest! {
     #![proptest_config(ProptestConfig { cases: 2000, ..ProptestConfig::default() })]
     #[test]
-    fn every_execution_ends_whatever_happens(steps in steps()) {
-        let mut world = World::new();
+    fn every_execution_ends_whatever_happens(is_new in any::<bool>(), steps in steps()) {
+        let mut world = if is_new { World::new() } else { World::adopted() };
         world.take();
         for step in steps {
             world.step(step);
@@ -269,6 +288,28 @@ fn code_that_a_dead_kernel_did_not_take_runs_in_the_next() {
     let outcome = execution.outcome();
     assert_eq!(outcome.status, Status::Ok);
     assert_eq!(outcome.restarted, Some(RestartCause::Died { status: Some(3), signal: None }));
+}
+
+#[test]
+fn what_a_kernel_was_left_with_has_its_time_and_then_the_ladder() {
+    let mut world = World::adopted();
+    world.take();
+    world.step(Step::Execute { seconds: 1, restarts: false });
+    assert!(world.context.is_busy() && world.executions[0].status() == Status::Queued);
+    world.step(Step::Wait(1900));
+    assert_eq!(world.sent.len(), 1, "it has its time");
+    world.step(Step::Wait(200));
+    assert!(world.sent.last().unwrap().1.msg_id.contains("-int"));
+    world.step(Step::Wait(1100));
+    assert_eq!(world.deletes.len(), 1);
+
+    let mut world = World::adopted();
+    world.take();
+    world.step(Step::Execute { seconds: 1, restarts: false });
+    let first = world.sent.last().unwrap().1.msg_id.clone();
+    world.answer(&first, true);
+    world.take();
+    assert_eq!(world.executions[0].status(), Status::Running);
 }
 
 #[test]

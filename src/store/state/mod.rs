@@ -120,8 +120,8 @@ pub struct ContextRecord {
     pub born: u32,
     /// Whether that one was up and prepared.
     pub is_ready: bool,
-    /// Whether something of a caller's ran or waited.
-    pub is_busy: bool,
+    /// Until when a caller's code might run, if any did.
+    pub busy_until: Option<Timestamp>,
     /// The kernelspec that was asked for.
     pub asked_kernelspec: Option<String>,
     /// The working folder that was asked for.
@@ -149,7 +149,7 @@ impl ContextRecord {
             created_at,
             born: 0,
             is_ready: false,
-            is_busy: false,
+            busy_until: None,
             asked_kernelspec,
             cwd: None,
             kernelspec: String::new(),
@@ -263,6 +263,8 @@ fn open(path: &Path) -> Result<Connection, StateError> {
     let version = version_of(&connection)?;
     connection.pragma_update(None, "journal_mode", "WAL")?;
     connection.pragma_update(None, "synchronous", "NORMAL")?;
+    // What is forgotten is not to stand in the file: environments hold secrets.
+    connection.pragma_update(None, "secure_delete", "ON")?;
     let migration = connection.transaction()?;
     for step in &MIGRATIONS[version..] {
         migration.execute_batch(step)?;

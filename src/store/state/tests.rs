@@ -42,7 +42,7 @@ fn record(n: u128) -> SessionRecord {
     let context = ContextRecord {
         born: 3,
         is_ready: true,
-        is_busy: true,
+        busy_until: Some(moment(9)),
         cwd: Some("/workspace/x".to_owned()),
         kernelspec: "python3".to_owned(),
         display_name: "Python 3".to_owned(),

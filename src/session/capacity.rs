@@ -1,0 +1,232 @@
+//! Who may have a session now, and who waits for one: ceilings on what is promised, and a line that is fair between tenants. Of sessions it knows
+//! only what they need.
+//!
+//! A [`Place`] is a session's share of the machine, given back when it is dropped. Tenants take turns, each with the caller that waits
+//! longest, so that many creates of one delay another's by one start at most.
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use tokio::sync::oneshot;
+
+use crate::domain::spec::Resources;
+
+#[cfg(test)]
+mod tests;
+
+/// Ends of sessions that tell how long a place is waited for.
+const SEEN_ENDS: usize = 16;
+/// The longest wait that is advised, and the one that is where nothing has been seen yet.
+const LONGEST_ADVICE: Duration = Duration::from_secs(60);
+const FIRST_ADVICE: Duration = Duration::from_secs(5);
+
+/// How much may be promised at once, and who may wait for it.
+#[derive(Debug, Clone, Copy)]
+pub struct Ceilings {
+    /// Sessions that have a container, or will.
+    pub sessions: usize,
+    /// What all of them may use of CPUs, in thousandths; nothing: no ceiling.
+    pub cpu_millis: Option<u64>,
+    /// What all of them may use of memory; nothing: no ceiling.
+    pub memory_bytes: Option<u64>,
+    /// Creates that may wait.
+    pub waiting: usize,
+    /// They wait for so long.
+    pub patience: Duration,
+}
+
+/// What a session is promised.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Need {
+    cpu_millis: u64,
+    memory_bytes: u64,
+}
+
+impl From<&Resources> for Need {
+    fn from(resources: &Resources) -> Self {
+        Self { cpu_millis: resources.cpu_millis.into(), memory_bytes: resources.memory_bytes }
+    }
+}
+
+/// There is no place, and none within the time that a create may wait.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Full {
+    /// When there may be one, as far as the last ends tell.
+    pub retry_after: Duration,
+}
+
+/// The machine's places. Clones are the same.
+#[derive(Debug, Clone)]
+pub struct Capacity(Arc<Mutex<Book>>);
+
+/// A session's place.
+#[derive(Debug)]
+pub struct Place {
+    capacity: Capacity,
+    need: Need,
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.capacity.book().give_back(self.need, Instant::now());
+        self.capacity.serve();
+    }
+}
+
+#[derive(Debug)]
+struct Book {
+    ceilings: Ceilings,
+    sessions: usize,
+    taken: Need,
+    lines: HashMap<Arc<str>, VecDeque<Waiter>>,
+    /// Tenants with somebody in their line, the next one first.
+    turns: VecDeque<Arc<str>>,
+    ends: VecDeque<Instant>,
+}
+
+#[derive(Debug)]
+struct Waiter {
+    need: Need,
+    turn: oneshot::Sender<Place>,
+}
+
+impl Capacity {
+    /// Nothing is taken.
+    #[must_use]
+    pub fn new(ceilings: Ceilings) -> Self {
+        Self(Arc::new(Mutex::new(Book {
+            ceilings,
+            sessions: 0,
+            taken: Need::default(),
+            lines: HashMap::new(),
+            turns: VecDeque::new(),
+            ends: VecDeque::new(),
+        })))
+    }
+
+    /// A place, now or when it is this tenant's turn. Whoever stops waiting leaves the line.
+    ///
+    /// # Errors
+    /// When as many wait as may, or the wait was too long.
+    pub async fn place(&self, tenant: &Arc<str>, need: Need) -> Result<Place, Full> {
+        let (turn, given) = oneshot::channel();
+        let patience = {
+            let mut book = self.book();
+            book.leave_out_the_gone();
+            if book.waiting() >= book.ceilings.waiting && !(book.turns.is_empty() && book.fits(need)) {
+                return Err(book.full());
+            }
+            book.queue(tenant, Waiter { need, turn });
+            book.ceilings.patience
+        };
+        self.serve();
+        match tokio::time::timeout(patience, given).await {
+            Ok(Ok(place)) => Ok(place),
+            // The book drops nobody's turn, so the time is over.
+            _ => Err(self.book().full()),
+        }
+    }
+
+    /// A place for a session that is there already, whatever the ceilings are now.
+    #[must_use]
+    pub fn place_of_a_session(&self, need: Need) -> Place {
+        self.book().take(need);
+        Place { capacity: self.clone(), need }
+    }
+
+    /// Gives places to those whose turn it is, as far as there are any.
+    fn serve(&self) {
+        loop {
+            let Some(Waiter { need, turn }) = self.book().next() else { return };
+            // Who has just stopped waiting gives it back.
+            drop(turn.send(Place { capacity: self.clone(), need }));
+        }
+    }
+
+    fn book(&self) -> MutexGuard<'_, Book> {
+        // Every change is whole between its statements that can panic, of which there are none.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Book {
+    fn fits(&self, need: Need) -> bool {
+        let Ceilings { sessions, cpu_millis, memory_bytes, .. } = self.ceilings;
+        let within =
+            |taken: u64, more: u64, most: Option<u64>| most.is_none_or(|most| taken.saturating_add(more) <= most);
+        // A session that is larger than everything may be has been refused before it came here, or the ceilings were lowered: alone it gets its place.
+        let is_alone = self.sessions == 0;
+        self.sessions < sessions
+            && (is_alone
+                || within(self.taken.cpu_millis, need.cpu_millis, cpu_millis)
+                    && within(self.taken.memory_bytes, need.memory_bytes, memory_bytes))
+    }
+
+    fn take(&mut self, need: Need) {
+        self.sessions += 1;
+        self.taken.cpu_millis = self.taken.cpu_millis.saturating_add(need.cpu_millis);
+        self.taken.memory_bytes = self.taken.memory_bytes.saturating_add(need.memory_bytes);
+    }
+
+    fn give_back(&mut self, need: Need, now: Instant) {
+        self.sessions = self.sessions.saturating_sub(1);
+        self.taken.cpu_millis = self.taken.cpu_millis.saturating_sub(need.cpu_millis);
+        self.taken.memory_bytes = self.taken.memory_bytes.saturating_sub(need.memory_bytes);
+        self.ends.push_back(now);
+        if self.ends.len() > SEEN_ENDS {
+            self.ends.pop_front();
+        }
+    }
+
+    fn waiting(&self) -> usize {
+        self.lines.values().map(VecDeque::len).sum()
+    }
+
+    fn queue(&mut self, tenant: &Arc<str>, waiter: Waiter) {
+        if !self.lines.contains_key(tenant) {
+            self.turns.push_back(Arc::clone(tenant));
+        }
+        self.lines.entry(Arc::clone(tenant)).or_default().push_back(waiter);
+    }
+
+    fn leave_out_the_gone(&mut self) {
+        self.lines.values_mut().for_each(|line| line.retain(|waiter| !waiter.turn.is_closed()));
+        self.lines.retain(|_, line| !line.is_empty());
+        let lines = &self.lines;
+        self.turns.retain(|tenant| lines.contains_key(tenant));
+    }
+
+    /// Who is next, if there is room, which is then taken. A large one is not overtaken by smaller ones, or it would wait for ever.
+    fn next(&mut self) -> Option<Waiter> {
+        self.leave_out_the_gone();
+        let tenant = self.turns.front()?.clone();
+        let need = self.lines.get(&tenant)?.front()?.need;
+        if !self.fits(need) {
+            return None;
+        }
+        let line = self.lines.get_mut(&tenant)?;
+        let waiter = line.pop_front()?;
+        let is_last = line.is_empty();
+        self.turns.pop_front();
+        if is_last {
+            self.lines.remove(&tenant);
+        } else {
+            self.turns.push_back(tenant);
+        }
+        self.take(need);
+        Some(waiter)
+    }
+
+    fn full(&self) -> Full {
+        let (first, last) = (self.ends.front(), self.ends.back());
+        let retry_after = match (first, last) {
+            (Some(first), Some(last)) if self.ends.len() > 1 => {
+                let between = (*last - *first) / (self.ends.len() - 1) as u32;
+                between.saturating_mul(self.waiting() as u32 + 1)
+            }
+            _ => FIRST_ADVICE,
+        };
+        Full { retry_after: retry_after.clamp(Duration::from_secs(1), LONGEST_ADVICE) }
+    }
+}
