@@ -2,6 +2,21 @@
 //!
 //! It knows nothing of links or engines; [`Action`]s are carried out in order by the session's task. A kernel that is replaced
 //! gets a new name, so nothing the old one says is ever taken for the new one's words.
+//!
+//! Code that does not end meets a ladder. Each step is for what the one before did not end; `Stop` in the execution's answer says which one
+//! did, how long it took, and whether variables survived.
+//!
+//! ```text
+//! time limit, or a cancel ──▶ interrupt: a message, a second later a signal     (left out with on_timeout: restart)
+//!         interrupt_grace ──▶ Replacing: the guest ends the kernel with all its processes; a new one boots in the same cell
+//!      the guest is silent ──▶ the session's task looks at the cell: gone ends the session, alive is replaced or ends it (on_guest_lost)
+//! ```
+//!
+//! After an interrupt nothing new begins until the kernel has answered it, and a question after it (`Settling`, a second at most): a late
+//! interrupt would hit the next execution. A cell with one kernel is swept with `kill(-1)`, which no fork bomb survives; with others beside it,
+//! what can be traced is killed first, and if that does not do, everything is, and the answer names the contexts that lost their kernels too.
+//! A kernel that ends by itself takes the second step at once. Whether it was memory is told by the cgroup's count of killed processes, kept for
+//! the whole cell, so that what ended one context's process is never taken for the end of another's.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::hash::Hash;
