@@ -18,6 +18,8 @@ use watch::{Chance, open_files, resident};
 const SETTINGS: &str = r#"
 [executions]
 interrupt_grace = "1s"
+# What records hold is no leak.
+retention_size = "16MiB"
 [templates.small]
 image = "cellblock/python:latest"
 [templates.small.default]

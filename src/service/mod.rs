@@ -24,6 +24,7 @@ use crate::session::execution::{Execution, ExecutionRequest, OnTimeout, Stdin};
 use crate::session::registry::{CreateRefused, Created, Registry};
 use crate::session::{ContextView, Patch, Refused, Session, StartFailure, StartFault};
 pub use crate::store::BlobBody;
+use crate::store::state::Lasting;
 use crate::store::{Archive, Blob};
 use crate::task;
 
@@ -118,6 +119,7 @@ impl From<Refused> for Error {
         match refused {
             Refused::NotReady => Self::NotReady,
             Refused::Ended(reason) => Self::SessionEnded(reason),
+            Refused::Left => Self::Draining,
             Refused::QueueFull => Self::QueueFull,
             Refused::NoSuchContext => Self::NotFound("context"),
             Refused::KernelLost => Self::GuestUnreachable,
@@ -249,16 +251,21 @@ impl Service {
         request: &SessionRequest,
         wait: bool,
     ) -> Result<Created, Error> {
+        self.create(who, request, if wait { Lasting::OnceReady } else { Lasting::Always }).await
+    }
+
+    async fn create(&self, who: &Principal, request: &SessionRequest, lasting: Lasting) -> Result<Created, Error> {
         who.require_sessions()?;
         let (template, mut spec) = self.specify(request)?;
         spec.image = self.resolve_image(template).await?.id;
-        let created = self.registry.create(&who.tenant, spec, request.reuse, wait).await;
+        let created = self.registry.create(&who.tenant, spec, request.reuse, lasting).await;
         let created = created.map_err(|refused| match refused {
             CreateRefused::Full(Full { retry_after }) => Error::AtCapacity { retry_after },
+            CreateRefused::TooLarge(errors) => Error::SpecRejected(errors),
             CreateRefused::NameInUse(id) => Error::NameInUse(id),
             CreateRefused::Draining => Error::Draining,
         })?;
-        if wait {
+        if lasting != Lasting::Always {
             let (Created::New(session) | Created::Reused(session)) = &created;
             self.wait_until_started(session).await?;
         }
@@ -307,6 +314,9 @@ impl Service {
     async fn wait_until_started(&self, session: &Session) -> Result<(), Error> {
         let started = |phase: Phase| !matches!(phase, Phase::Provisioning | Phase::Connecting | Phase::Replacing);
         let snapshot = session.wait_for(|s| started(s.phase)).await;
+        if !started(snapshot.phase) {
+            return Err(Error::Draining);
+        }
         let (Phase::Aborting(reason) | Phase::Ending(reason) | Phase::Ended(reason)) = snapshot.phase else {
             return Ok(());
         };
@@ -342,7 +352,8 @@ impl Service {
         session.end(EndReason::Deleted);
         wait_for_end(&session).await;
         self.registry.settle().await;
-        Ok(session)
+        // The next server has it, and has not heard of this.
+        if session.is_over() { Ok(session) } else { Err(Error::Draining) }
     }
 
     /// Ends all live sessions that a filter admits; answers with them once their containers are gone.
@@ -465,7 +476,9 @@ impl Service {
         context: ContextId,
     ) -> Result<ContextView, Error> {
         who.require_sessions()?;
-        Ok(self.session(who, id)?.delete_context(context).await?)
+        let deleted = self.session(who, id)?.delete_context(context).await?;
+        self.registry.settle().await;
+        Ok(deleted)
     }
 
     /// Asks a context's kernel about code; its answer as it is.
@@ -543,7 +556,7 @@ impl Service {
         resolve_execution(&spec, request.clone())?;
         let (service, who) = (Arc::clone(self), who.clone());
         let accepted = carry_on("run", async move {
-            let created = service.create_session(&who, &session, true).await?;
+            let created = service.create(&who, &session, Lasting::Never).await?;
             let (Created::New(session) | Created::Reused(session)) = created;
             let accepted = match abandoned.is_cancelled() {
                 true => Err(Error::SessionEnded(EndReason::Deleted)),

@@ -4,6 +4,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::time::Duration;
 
 use cellblock_wire::GENERATION;
 use cellblock_wire::link::Init;
@@ -13,6 +14,9 @@ use super::actor::{self, Verdict};
 use super::{Settings, StartFailure, StartFault};
 use crate::engine::{ByteStream, CellName, CellSpec, Engine, EngineError};
 use crate::kernel::link::{Events, Link, LinkError};
+
+/// A cell that could not be taken over is tried again after this long.
+const ADOPT_AGAIN: Duration = Duration::from_secs(1);
 
 /// What a booted guest gives.
 pub(super) struct Booted {
@@ -47,18 +51,24 @@ pub(super) async fn adopt(
     env: BTreeMap<String, String>,
 ) -> Result<Booted, Verdict> {
     let init = Init { generation: GENERATION, orphan_timeout_seconds: settings.orphan_timeout.as_secs(), env };
-    let taken = async {
-        let stream = engine.link(&name).await.map_err(|e| e.to_string())?;
-        let (link, _hello) = Link::open(stream, secret, &init).await.map_err(|e| e.to_string())?;
-        let events = link.events(0).await.map_err(|e| e.to_string())?;
-        Ok::<_, String>(Booted { link, events })
-    };
-    match taken.await {
-        Ok(booted) => Ok(booted),
-        Err(why) => {
-            tracing::warn!(cell = %name, why, "a cell of an earlier process could not be taken over");
-            let words = "its container could not be taken over from the server before";
-            Err(actor::look_at(engine.as_ref(), &name, Verdict::Unreachable(words)).await)
+    let end = tokio::time::Instant::now() + settings.start_timeout;
+    loop {
+        let taken = async {
+            let stream = engine.link(&name).await.map_err(|e| e.to_string())?;
+            let (link, _hello) = Link::open(stream, secret, &init).await.map_err(|e| e.to_string())?;
+            let events = link.events(0).await.map_err(|e| e.to_string())?;
+            Ok::<_, String>(Booted { link, events })
+        };
+        let why = match taken.await {
+            Ok(booted) => return Ok(booted),
+            Err(why) => why,
+        };
+        tracing::warn!(cell = %name, why, "a cell of an earlier process could not be taken over");
+        let words = "its container could not be taken over from the server before";
+        match actor::look_at(engine.as_ref(), &name, Verdict::Unreachable(words)).await {
+            // An engine or a guest that is busy may answer the next time.
+            Verdict::Unreachable(_) if tokio::time::Instant::now() < end => tokio::time::sleep(ADOPT_AGAIN).await,
+            verdict => return Err(verdict),
         }
     }
 }

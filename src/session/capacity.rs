@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::oneshot;
 
-use crate::domain::spec::Resources;
+use crate::domain::spec::{FieldError, MIB, Resources};
 
 #[cfg(test)]
 mod tests;
@@ -59,6 +59,28 @@ pub struct Full {
 /// The machine's places. Clones are the same.
 #[derive(Debug, Clone)]
 pub struct Capacity(Arc<Mutex<Book>>);
+
+/// Somebody in the line. Whoever stops waiting lets those behind pass.
+struct Waits<'a> {
+    given: Option<oneshot::Receiver<Place>>,
+    capacity: &'a Capacity,
+}
+
+impl Waits<'_> {
+    async fn place(mut self) -> Option<Place> {
+        match &mut self.given {
+            Some(given) => given.await.ok(),
+            None => None,
+        }
+    }
+}
+
+impl Drop for Waits<'_> {
+    fn drop(&mut self) {
+        drop(self.given.take());
+        self.capacity.serve();
+    }
+}
 
 /// A session's place.
 #[derive(Debug)]
@@ -121,11 +143,30 @@ impl Capacity {
             book.ceilings.patience
         };
         self.serve();
-        match tokio::time::timeout(patience, given).await {
-            Ok(Ok(place)) => Ok(place),
+        let waits = Waits { given: Some(given), capacity: self };
+        match tokio::time::timeout(patience, waits.place()).await {
+            Ok(Some(place)) => Ok(place),
             // The book drops nobody's turn, so the time is over.
             _ => Err(self.book().full()),
         }
+    }
+
+    /// Whether a session is not larger than all together may be.
+    ///
+    /// # Errors
+    /// With the field that is too large, and the ceiling.
+    pub fn can_ever_hold(&self, need: Need) -> Result<(), Vec<FieldError>> {
+        let Ceilings { cpu_millis, memory_bytes, .. } = self.book().ceilings;
+        let check = |field: &str, need: u64, most: Option<u64>, words: fn(u64) -> String| {
+            let most = most.filter(|most| need > *most)?;
+            let message =
+                format!("{} is more than all sessions of this server may have together, {}", words(need), words(most));
+            Some(FieldError::new(format!("/resources/{field}"), message))
+        };
+        let cpu = check("cpu", need.cpu_millis, cpu_millis, |millis| (millis as f64 / 1000.0).to_string());
+        let memory = check("memory_mb", need.memory_bytes, memory_bytes, |bytes| (bytes / MIB).to_string());
+        let errors: Vec<_> = cpu.into_iter().chain(memory).collect();
+        if errors.is_empty() { Ok(()) } else { Err(errors) }
     }
 
     /// A place for a session that is there already, whatever the ceilings are now.
@@ -155,12 +196,9 @@ impl Book {
         let Ceilings { sessions, cpu_millis, memory_bytes, .. } = self.ceilings;
         let within =
             |taken: u64, more: u64, most: Option<u64>| most.is_none_or(|most| taken.saturating_add(more) <= most);
-        // A session that is larger than everything may be has been refused before it came here, or the ceilings were lowered: alone it gets its place.
-        let is_alone = self.sessions == 0;
         self.sessions < sessions
-            && (is_alone
-                || within(self.taken.cpu_millis, need.cpu_millis, cpu_millis)
-                    && within(self.taken.memory_bytes, need.memory_bytes, memory_bytes))
+            && within(self.taken.cpu_millis, need.cpu_millis, cpu_millis)
+            && within(self.taken.memory_bytes, need.memory_bytes, memory_bytes)
     }
 
     fn take(&mut self, need: Need) {
@@ -191,6 +229,11 @@ impl Book {
     }
 
     fn leave_out_the_gone(&mut self) {
+        // A tenant whose caller left had its turn, or callers who come and go could keep it for ever.
+        let left = |line: &VecDeque<Waiter>| line.front().is_some_and(|waiter| waiter.turn.is_closed());
+        if self.turns.front().and_then(|tenant| self.lines.get(tenant)).is_some_and(left) {
+            self.turns.rotate_left(1);
+        }
         self.lines.values_mut().for_each(|line| line.retain(|waiter| !waiter.turn.is_closed()));
         self.lines.retain(|_, line| !line.is_empty());
         let lines = &self.lines;

@@ -267,6 +267,13 @@ impl Context {
         }
     }
 
+    /// One that is new, or gets a kernel in another cell than the one that an earlier process made.
+    pub(super) fn again(making: Making, record: &ContextRecord) -> Self {
+        let mut context = Self::new(making);
+        (context.created_at, context.born) = (record.created_at, record.born);
+        context
+    }
+
     /// One that an earlier process has left. What its kernel was doing has the time that it was given; then it is interrupted, and then the kernel is
     /// replaced.
     pub(super) fn adopt(making: Making, record: ContextRecord, busy_until: Option<Instant>, now: Instant) -> Self {
@@ -610,6 +617,9 @@ impl Context {
             // What becomes of the kernel is told by an event, or seen at a deadline.
             ActKind::Signal | ActKind::Delete => {}
             ActKind::Send(id) if self.questions.remove(id).is_some() => {}
+            ActKind::Send(id) if matches!(&self.state, State::Adopting(adopting) if adopting.probe == *id) => {
+                self.on_death(&refusal.message, "", RestartCause::Died { status: None, signal: None }, now);
+            }
             ActKind::Send(id) => {
                 let State::Running(running) = &mut self.state else { return };
                 if running.msg_id != *id {

@@ -164,6 +164,9 @@ pub enum Refused {
     /// It is ending or has ended.
     #[error("the session has ended")]
     Ended(EndReason),
+    /// This process leaves it to the next one.
+    #[error("the session goes on with the next server")]
+    Left,
     /// As many executions as allowed are waiting.
     #[error("the context's queue is full")]
     QueueFull,
@@ -440,20 +443,21 @@ impl Session {
     async fn ask<T>(&self, command: impl FnOnce(oneshot::Sender<Result<T, Refused>>) -> Command) -> Result<T, Refused> {
         let (reply, answer) = oneshot::channel();
         self.commands.try_send(command(reply)).map_err(|e| self.why_not(&e))?;
-        answer.await.unwrap_or_else(|_| Err(Refused::Ended(self.end_reason())))
+        answer.await.unwrap_or_else(|_| Err(self.why_closed()))
     }
 
     fn why_not(&self, error: &mpsc::error::TrySendError<Command>) -> Refused {
         match error {
             mpsc::error::TrySendError::Full(_) => Refused::QueueFull,
-            mpsc::error::TrySendError::Closed(_) => Refused::Ended(self.end_reason()),
+            mpsc::error::TrySendError::Closed(_) => self.why_closed(),
         }
     }
 
-    fn end_reason(&self) -> EndReason {
+    /// Why its task does not answer any more.
+    fn why_closed(&self) -> Refused {
         match self.phase() {
-            Phase::Aborting(reason) | Phase::Ending(reason) | Phase::Ended(reason) => reason,
-            Phase::Provisioning | Phase::Connecting | Phase::Ready | Phase::Replacing => EndReason::Lost,
+            Phase::Aborting(reason) | Phase::Ending(reason) | Phase::Ended(reason) => Refused::Ended(reason),
+            Phase::Provisioning | Phase::Connecting | Phase::Ready | Phase::Replacing => Refused::Left,
         }
     }
 }

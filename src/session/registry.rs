@@ -17,10 +17,10 @@ use super::keeping::Growth;
 use super::{Session, Settings, fresh};
 use crate::domain::ids::{ExecutionId, SessionId};
 use crate::domain::lifecycle::{EndReason, Phase};
-use crate::domain::spec::SessionSpec;
+use crate::domain::spec::{FieldError, SessionSpec};
 use crate::engine::{CellName, Engine};
 use crate::store::Archive;
-use crate::store::state::{ContextRecord, SessionRecord, Stage, State};
+use crate::store::state::{ContextRecord, Lasting, SessionRecord, Stage, State};
 
 /// How much is kept.
 #[derive(Debug, Clone, Copy)]
@@ -47,10 +47,12 @@ pub enum AfterDrain {
 }
 
 /// Why a session is not created.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum CreateRefused {
     /// There is no place for it.
     Full(Full),
+    /// It is larger than all sessions together may be.
+    TooLarge(Vec<FieldError>),
     /// The tenant has a live session of that name.
     NameInUse(SessionId),
     /// The control plane is stopping.
@@ -115,8 +117,8 @@ impl Registry {
         Self { engine, archive, state, instance, settings, limits, growth, capacity, inner: Mutex::default() }
     }
 
-    /// Creates a session, or finds the tenant's live one of that name if it may be `reuse`d. Waits for a place, for as long as a create may. One that
-    /// `is_awaited` does not outlive the process before it is ready: nobody has heard of it.
+    /// Creates a session, or finds the tenant's live one of that name if it may be `reuse`d. Waits for a place, for as long as a create may. `lasting` says
+    /// whether it outlives the process.
     ///
     /// # Errors
     /// See [`CreateRefused`].
@@ -125,18 +127,19 @@ impl Registry {
         tenant: &Arc<str>,
         spec: SessionSpec,
         reuse: bool,
-        is_awaited: bool,
+        lasting: Lasting,
     ) -> Result<Created, CreateRefused> {
         if let Some(found) = self.inner().named(tenant, &spec, reuse)? {
             return Ok(Created::Reused(found));
         }
+        self.capacity.can_ever_hold(Need::from(&spec.resources)).map_err(CreateRefused::TooLarge)?;
         let place = self.capacity.place(tenant, Need::from(&spec.resources)).await.map_err(CreateRefused::Full)?;
         let mut inner = self.inner();
         // Another may have come first.
         if let Some(found) = inner.named(tenant, &spec, reuse)? {
             return Ok(Created::Reused(found));
         }
-        let birth = self.birth(first_record(tenant, spec, is_awaited), true, place);
+        let birth = self.birth(first_record(tenant, spec, lasting), true, place);
         let live = inner.sessions.values().filter(|s| !matches!(s.phase(), Phase::Ended(_))).count();
         if inner.sessions.len() >= live + MAX_ENDED {
             inner.forget_oldest_ended();
@@ -310,7 +313,7 @@ impl Registry {
 }
 
 /// What there is of a session that nobody has begun to make.
-fn first_record(tenant: &Arc<str>, mut spec: SessionSpec, is_awaited: bool) -> SessionRecord {
+fn first_record(tenant: &Arc<str>, mut spec: SessionSpec, lasting: Lasting) -> SessionRecord {
     let now = Timestamp::now();
     let default_context = fresh();
     // What others can see of a session holds no environment.
@@ -320,7 +323,7 @@ fn first_record(tenant: &Arc<str>, mut spec: SessionSpec, is_awaited: bool) -> S
         revision: 0,
         tenant: Arc::clone(tenant),
         stage: Stage::Starting,
-        is_awaited,
+        lasting,
         secret: LinkSecret(Uuid::new_v4().into_bytes()),
         created_at: now,
         expires_at: now.saturating_add(spec.timeouts.lifetime).unwrap_or(Timestamp::MAX),

@@ -3,34 +3,32 @@
 use std::collections::BTreeMap;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
 
 use super::{Actor, wall};
 use crate::domain::lifecycle::Phase;
-use crate::store::state::{SessionRecord, Stage, State};
-
-/// A record that found no room is put again after this long.
-const RETRY: Duration = Duration::from_millis(50);
+use crate::store::state::{Lasting, SessionRecord, Stage, State};
 
 /// A session's way to the database.
 pub(super) struct Leaving {
     pub(super) state: Option<State>,
     tenant: Arc<str>,
-    is_awaited: bool,
+    lasting: Lasting,
     revision: u64,
     /// What the last record was told by.
     saved: Option<u64>,
-    retry_at: Option<Instant>,
 }
 
 impl Leaving {
     pub(super) fn new(state: Option<State>, record: &SessionRecord) -> Self {
-        let SessionRecord { is_awaited, revision, .. } = *record;
-        Self { state, tenant: Arc::clone(&record.tenant), is_awaited, revision, saved: None, retry_at: None }
+        let SessionRecord { lasting, revision, .. } = *record;
+        Self { state, tenant: Arc::clone(&record.tenant), lasting, revision, saved: None }
     }
 
-    pub(super) fn retry_at(&self) -> Option<Instant> {
-        self.retry_at
+    /// It is ready, and whoever waited for that will tell.
+    pub(super) fn is_ready(&mut self) {
+        if self.lasting == Lasting::OnceReady {
+            self.lasting = Lasting::Always;
+        }
     }
 }
 
@@ -43,16 +41,13 @@ impl Actor {
             return;
         }
         self.leaving.revision += 1;
-        if state.put(self.record()) {
-            (self.leaving.saved, self.leaving.retry_at) = (Some(mark), None);
-        } else {
-            self.leaving.retry_at = Some(Instant::now() + RETRY);
-        }
+        self.leaving.saved = Some(mark);
+        state.put(self.record());
     }
 
     fn mark(&self) -> u64 {
         let mut hasher = DefaultHasher::new();
-        (self.stage_without_time(), self.cells, self.expires).hash(&mut hasher);
+        (self.stage_without_time(), self.leaving.lasting, self.cells, self.expires).hash(&mut hasher);
         (self.attributes.idle, &self.attributes.labels).hash(&mut hasher);
         // To the second: a record for every request would say no more.
         wall(self.last_active).as_second().hash(&mut hasher);
@@ -86,7 +81,7 @@ impl Actor {
             tenant: Arc::clone(&self.leaving.tenant),
             spec: Arc::clone(&self.spec),
             stage: self.stage(),
-            is_awaited: self.leaving.is_awaited,
+            lasting: self.leaving.lasting,
             secret: self.secret,
             created_at: self.created_at,
             expires_at: wall(self.expires),

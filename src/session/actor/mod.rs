@@ -32,7 +32,7 @@ use crate::domain::output::{JsonText, RestartCause, Status, StopStep};
 use crate::domain::spec::{KernelTransport, OnGuestLost, SessionSpec};
 use crate::engine::{ByteStream, CellName, CellSpec, CellState, Engine, EngineError};
 use crate::kernel::link::LinkError;
-use crate::store::state::{SessionRecord, Stage, State};
+use crate::store::state::{Lasting, SessionRecord, Stage, State};
 use crate::store::{Archive, NotebookKernel};
 use crate::task;
 
@@ -162,16 +162,16 @@ pub(super) fn spawn(birth: Birth) -> Session {
     let (stage, tenant) = (birth.record.stage, Arc::clone(&birth.record.tenant));
     let (phase, effects) = match stage {
         Stage::Starting if is_new => lifecycle::begin(),
-        // Nobody has heard of it.
-        Stage::Starting if birth.record.is_awaited && birth.record.cells == 1 => {
-            lifecycle::go_on_ending(EndReason::StartFailed)
-        }
+        Stage::Starting if birth.record.lasting != Lasting::Always => lifecycle::go_on_ending(EndReason::StartFailed),
+        Stage::Live if birth.record.lasting == Lasting::Never => lifecycle::go_on_ending(EndReason::Drained),
         Stage::Starting => lifecycle::go_on(false),
         Stage::Live => lifecycle::go_on(true),
         Stage::Ending(reason) | Stage::Ended(reason, _) => lifecycle::go_on_ending(reason),
     };
     let mut actor = Actor::new(birth, commands, wishes);
     actor.phase = phase;
+    // Before anybody hears of it, so that whoever waits for the database then waits for this.
+    actor.save();
     actor.publish();
     let session = Session {
         id,
@@ -277,7 +277,7 @@ impl Actor {
             let busy_until = context.busy_until.map(instant);
             let context = match is_left {
                 true => Context::adopt(making, context, busy_until, now),
-                false => Context::new(making),
+                false => Context::again(making, &context),
             };
             actor.contexts.insert(context.id, context);
         }
@@ -318,7 +318,7 @@ impl Actor {
                 biased;
                 Some(wish) = self.wishes.recv() => match wish {
                     Wish::End(reason) => self.step(Event::EndRequested(reason)),
-                    Wish::Leave => leaves = true,
+                    Wish::Leave => leaves = self.may_leave(),
                 },
                 Some(DoneIn { cell, done }) = self.work.next() => {
                     // What a link or a look says of an earlier cell says nothing of this one.
@@ -340,6 +340,17 @@ impl Actor {
             self.keeping.end_notebook();
         }
         self.refuse_the_rest();
+    }
+
+    /// Whether nobody wants it to end instead.
+    fn may_leave(&mut self) -> bool {
+        match self.wishes.try_recv() {
+            Ok(Wish::End(reason)) => {
+                self.step(Event::EndRequested(reason));
+                false
+            }
+            _ => true,
+        }
     }
 
     /// What runs or waits is lost with this process; the session goes on with the next one.
@@ -660,10 +671,7 @@ impl Actor {
             Phase::Aborting(_) | Phase::Ending(_) | Phase::Ended(_) => Instant::now() + FAR,
         };
         let contexts = self.contexts.values().filter_map(Context::next_deadline);
-        let others = contexts
-            .chain(self.wiring.next_deadline())
-            .chain(self.leaving.retry_at())
-            .chain(self.gone.iter().map(|gone| gone.until));
+        let others = contexts.chain(self.wiring.next_deadline()).chain(self.gone.iter().map(|gone| gone.until));
         others.min().unwrap_or(own).min(own)
     }
 
@@ -739,6 +747,7 @@ impl Actor {
             let _ = reply.send(view.ok_or(Refused::NoSuchContext));
         }
         if context == self.default_context {
+            self.leaving.is_ready();
             self.step(Event::KernelReady);
         }
         let is_up = |id: &ContextId| self.contexts.get(id).is_none_or(Context::is_up);

@@ -81,7 +81,7 @@ async fn nobody_waits_for_ever() {
 }
 
 #[tokio::test]
-async fn a_large_one_is_not_overtaken_and_one_larger_than_all_gets_its_place_alone() {
+async fn a_large_one_is_not_overtaken_and_one_larger_than_all_is_refused() {
     let capacity = capacity(10, 100, 10);
     let small = Waits::new(&capacity, "a", 60).place();
     let mut large = Waits::new(&capacity, "b", 80);
@@ -91,7 +91,22 @@ async fn a_large_one_is_not_overtaken_and_one_larger_than_all_gets_its_place_alo
     let held = (large.place(), next.place());
     assert!(held.0.is_some() && held.1.is_some());
     drop(held);
-    assert!(Waits::new(&capacity, "a", 1000).place().is_some());
+    let errors = capacity.can_ever_hold(need(101)).unwrap_err();
+    assert_eq!(errors.len(), 1);
+    assert!(errors[0].pointer == "/resources/memory_mb" && capacity.can_ever_hold(need(100)).is_ok());
+}
+
+#[tokio::test]
+async fn whoever_stops_waiting_lets_those_behind_pass_and_keeps_no_turn() {
+    let capacity = capacity(10, 100, 10);
+    let held = Waits::new(&capacity, "a", 50).place();
+    let mut large = Waits::new(&capacity, "a", 80);
+    let mut another = Waits::new(&capacity, "a", 80);
+    let mut small = Waits::new(&capacity, "b", 10);
+    assert!(large.place().is_none() && another.place().is_none() && small.place().is_none());
+    drop(large);
+    assert!(small.place().is_some());
+    drop(held);
 }
 
 proptest! {

@@ -9,7 +9,7 @@ use jiff::Timestamp;
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 use serde_json::value::RawValue;
 
-use super::{ContextRecord, SessionRecord, Stage};
+use super::{ContextRecord, Lasting, SessionRecord, Stage};
 use crate::domain::lifecycle::EndReason;
 use crate::domain::output::JsonText;
 use crate::domain::spec::{
@@ -24,7 +24,7 @@ pub(super) fn write(record: &SessionRecord) -> serde_json::Result<String> {
         tenant: record.tenant.to_string(),
         spec: SpecForm(SessionSpec::clone(&record.spec)),
         stage: record.stage.into(),
-        is_awaited: record.is_awaited,
+        lasting: record.lasting,
         secret: secret.0.iter().map(|b| format!("{b:02x}")).collect(),
         created_at: record.created_at,
         expires_at: record.expires_at,
@@ -47,7 +47,7 @@ pub(super) fn read(id: &str, revision: u64, body: &str) -> serde_json::Result<Se
         tenant: Arc::from(form.tenant),
         spec: Arc::new(form.spec.0),
         stage: form.stage.into(),
-        is_awaited: form.is_awaited,
+        lasting: form.lasting,
         secret: secret(&form.secret)?,
         created_at: form.created_at,
         expires_at: form.expires_at,
@@ -75,7 +75,8 @@ struct Form {
     tenant: String,
     spec: SpecForm,
     stage: StageForm,
-    is_awaited: bool,
+    #[serde(with = "LastingForm")]
+    lasting: Lasting,
     secret: String,
     #[serde(with = "moment")]
     created_at: Timestamp,
@@ -187,6 +188,14 @@ impl From<StageForm> for Stage {
             StageForm::Ended { reason, at } => Self::Ended(reason, at),
         }
     }
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(remote = "Lasting", rename_all = "snake_case")]
+enum LastingForm {
+    Always,
+    OnceReady,
+    Never,
 }
 
 #[derive(Serialize, Deserialize)]

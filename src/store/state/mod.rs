@@ -3,8 +3,9 @@
 //!
 //! Durability is against the end of the process, not of the machine's power (WAL, `synchronous=NORMAL`).
 
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use cellblock_wire::marker::LinkSecret;
@@ -35,10 +36,10 @@ const MIGRATIONS: [&str; 1] = ["CREATE TABLE sessions (
     CREATE INDEX sessions_ended ON sessions (ended_at) WHERE ended_at IS NOT NULL;"];
 /// Longest wait for another process that has the database open.
 const PATIENCE: Duration = Duration::from_secs(5);
-/// Most that is committed at once.
-const BATCH: usize = 256;
-/// Changes that may wait.
-const QUEUE: usize = 4096;
+/// Who may wait for a commit.
+const QUEUE: usize = 1024;
+/// What could not be committed is tried again after this long.
+const RETRY: Duration = Duration::from_millis(500);
 
 /// Why there is no database to work with. Nothing was changed.
 #[derive(Debug, thiserror::Error)]
@@ -85,8 +86,8 @@ pub struct SessionRecord {
     pub spec: Arc<SessionSpec>,
     /// Where it is in its life.
     pub stage: Stage,
-    /// Whoever asked for it waits for its start, and is not there any more when the process ends meanwhile.
-    pub is_awaited: bool,
+    /// Whether it outlives the process.
+    pub lasting: Lasting,
     /// What opens the link to its guest.
     pub secret: LinkSecret,
     /// When it was created.
@@ -162,6 +163,17 @@ impl ContextRecord {
     }
 }
 
+/// Whether a session outlives the process.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Lasting {
+    /// It does: somebody has heard of it.
+    Always,
+    /// Once it is ready: until then, whoever asked for it waits for that, and is not there any more afterwards.
+    OnceReady,
+    /// It does not: it is for one caller, who waits for its end.
+    Never,
+}
+
 /// Where a session is in its life, as far as the next process needs to know.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Stage {
@@ -175,17 +187,49 @@ pub enum Stage {
     Ended(EndReason, Timestamp),
 }
 
-/// The database. Clones are the same; the last one to go ends the thread.
+/// The database. Clones are the same; the last one to go ends the thread, once what it was told is committed.
 #[derive(Debug, Clone)]
 pub struct State {
+    waiting: Waiting,
     commands: mpsc::Sender<Command>,
+}
+
+/// What is to be committed: of each session the newest record only, so that many changes of one are one. It stays until it is committed.
+#[derive(Debug, Clone, Default)]
+struct Waiting(Arc<Mutex<Changes>>);
+
+#[derive(Debug, Default)]
+struct Changes {
+    records: HashMap<SessionId, SessionRecord>,
+    forget_before: Option<Timestamp>,
 }
 
 #[derive(Debug)]
 enum Command {
-    Put(Box<SessionRecord>),
-    ForgetEnded { before: Timestamp },
+    /// Something waits.
+    Commit,
+    /// Something waits, and somebody for it.
     Settle(oneshot::Sender<bool>),
+}
+
+impl Waiting {
+    fn changes(&self) -> MutexGuard<'_, Changes> {
+        // Every change is a single call, so a panic leaves nothing half done.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Changes {
+    fn add(&mut self, record: SessionRecord) {
+        let is_newer = self.records.get(&record.id).is_none_or(|known| known.revision < record.revision);
+        if is_newer {
+            self.records.insert(record.id, record);
+        }
+    }
+
+    fn is_empty(&self) -> bool {
+        self.records.is_empty() && self.forget_before.is_none()
+    }
 }
 
 impl State {
@@ -197,28 +241,34 @@ impl State {
         let connection = open(&path_in(folder))?;
         let records = read_all(&connection)?;
         let (commands, received) = mpsc::channel(QUEUE);
-        std::thread::Builder::new()
-            .name("state".to_owned())
-            .spawn(move || Writer { connection, failed: false }.run(received))
-            .map_err(|_| StateError::Unwritten)?;
-        Ok((Self { commands }, records))
+        let waiting = Waiting::default();
+        let writer = Writer { connection, waiting: waiting.clone() };
+        let thread = std::thread::Builder::new().name("state".to_owned());
+        thread.spawn(move || writer.run(received)).map_err(|_| StateError::Unwritten)?;
+        Ok((Self { waiting, commands }, records))
     }
 
-    /// Has a session's record committed soon. Never waits; false when too much waits, and then it is to be tried again.
-    #[must_use]
-    pub fn put(&self, record: SessionRecord) -> bool {
-        self.commands.try_send(Command::Put(Box::new(record))).is_ok()
+    /// Has a session's record committed soon. Never waits.
+    pub fn put(&self, record: SessionRecord) {
+        self.waiting.changes().add(record);
+        self.wake();
     }
 
-    /// Forgets sessions that ended before a moment. What finds no room is made good by the next call.
+    /// Forgets sessions that ended before a moment. Never waits.
     pub fn forget_ended(&self, before: Timestamp) {
-        let _ = self.commands.try_send(Command::ForgetEnded { before });
+        self.waiting.changes().forget_before = Some(before);
+        self.wake();
+    }
+
+    /// A full queue has somebody in it who will have everything committed.
+    fn wake(&self) {
+        let _ = self.commands.try_send(Command::Commit);
     }
 
     /// Waits until all that was put before is committed.
     ///
     /// # Errors
-    /// When it could not be.
+    /// When it could not be; it is tried again, but nobody should rely on it.
     pub async fn settle(&self) -> Result<(), StateError> {
         let (reply, settled) = oneshot::channel();
         self.commands.send(Command::Settle(reply)).await.map_err(|_| StateError::Unwritten)?;
@@ -313,60 +363,69 @@ fn read_all(connection: &Connection) -> Result<Vec<SessionRecord>, StateError> {
 
 struct Writer {
     connection: Connection,
-    /// Something could not be committed since it was last said.
-    failed: bool,
+    waiting: Waiting,
 }
 
 impl Writer {
-    /// Commits what is asked for until nobody can ask any more: all that waits at once.
+    /// Commits what waits until nobody can ask any more; what could not be committed stays, and is tried again.
     fn run(mut self, mut commands: mpsc::Receiver<Command>) {
-        let mut batch = Vec::new();
-        while let Some(first) = commands.blocking_recv() {
-            batch.push(first);
-            while batch.len() < BATCH
-                && let Ok(next) = commands.try_recv()
-            {
-                batch.push(next);
+        let mut asking = Vec::new();
+        loop {
+            let first = if self.waiting.changes().is_empty() {
+                commands.blocking_recv()
+            } else {
+                match commands.try_recv() {
+                    Ok(first) => Some(first),
+                    Err(mpsc::error::TryRecvError::Empty) => Some(Command::Commit),
+                    Err(mpsc::error::TryRecvError::Disconnected) => None,
+                }
+            };
+            let is_over = first.is_none();
+            let others = std::iter::from_fn(|| commands.try_recv().ok()).take(QUEUE);
+            asking.extend(first.into_iter().chain(others).filter_map(|command| match command {
+                Command::Settle(reply) => Some(reply),
+                Command::Commit => None,
+            }));
+            let committed = self.commit();
+            if let Err(error) = &committed {
+                tracing::error!(%error, "the database can't be written; it is tried again");
             }
-            let mut waiting = Vec::new();
-            if let Err(error) = self.commit(batch.drain(..), &mut waiting) {
-                tracing::error!(%error, "the database can't be written");
-                self.failed = true;
-            }
-            let is_fine = !std::mem::take(&mut self.failed);
-            for reply in waiting {
+            for reply in asking.drain(..) {
                 // Whoever waited may have left.
-                let _ = reply.send(is_fine);
+                let _ = reply.send(committed.is_ok());
+            }
+            if is_over {
+                return;
+            }
+            if committed.is_err() {
+                std::thread::sleep(RETRY);
             }
         }
     }
 
-    fn commit(
-        &mut self,
-        batch: impl Iterator<Item = Command>,
-        waiting: &mut Vec<oneshot::Sender<bool>>,
-    ) -> rusqlite::Result<()> {
-        let mut changes = Vec::new();
-        for command in batch {
-            match command {
-                Command::Settle(reply) => waiting.push(reply),
-                change => changes.push(change),
-            }
-        }
+    /// Commits everything that waits, or puts it back.
+    fn commit(&mut self) -> rusqlite::Result<()> {
+        let changes = std::mem::take(&mut *self.waiting.changes());
         if changes.is_empty() {
             return Ok(());
         }
+        let committed = self.write(&changes);
+        if committed.is_err() {
+            let mut waiting = self.waiting.changes();
+            changes.records.into_values().for_each(|record| waiting.add(record));
+            waiting.forget_before = waiting.forget_before.or(changes.forget_before);
+        }
+        committed
+    }
+
+    fn write(&mut self, changes: &Changes) -> rusqlite::Result<()> {
         let transaction = self.connection.transaction()?;
-        for change in changes {
-            match change {
-                Command::Put(record) => put(&transaction, &record)?,
-                Command::ForgetEnded { before } => {
-                    transaction
-                        .prepare_cached("DELETE FROM sessions WHERE ended_at < ?1")?
-                        .execute([before.as_millisecond()])?;
-                }
-                Command::Settle(_) => {}
-            }
+        for record in changes.records.values() {
+            put(&transaction, record)?;
+        }
+        if let Some(before) = changes.forget_before {
+            let mut forget = transaction.prepare_cached("DELETE FROM sessions WHERE ended_at < ?1")?;
+            forget.execute([before.as_millisecond()])?;
         }
         transaction.commit()
     }

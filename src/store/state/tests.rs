@@ -58,7 +58,7 @@ fn record(n: u128) -> SessionRecord {
         tenant: Arc::from("one"),
         spec: Arc::new(spec),
         stage: Stage::Live,
-        is_awaited: true,
+        lasting: Lasting::OnceReady,
         secret: LinkSecret([0xa5; 16]),
         created_at: moment(1),
         expires_at: moment(2),
@@ -87,7 +87,7 @@ async fn records_are_there_again_in_their_newest_form() {
     let newest = SessionRecord { revision: 3, cells: 9, ..record(1) };
     let found = after(folder.path(), |state| {
         for record in [record(1), newest.clone(), SessionRecord { revision: 2, ..record(1) }, record(2)] {
-            assert!(state.put(record));
+            state.put(record);
         }
     });
     assert_eq!(found.await, [newest, record(2)]);
@@ -99,7 +99,7 @@ async fn every_stage_is_kept_and_what_has_ended_is_forgotten_in_time() {
     let at = Timestamp::from_second(100).unwrap();
     let stages = [Stage::Starting, Stage::Ending(EndReason::KernelDied), Stage::Ended(EndReason::Idle, at)];
     let all: Vec<_> = stages.iter().zip(1..).map(|(stage, n)| SessionRecord { stage: *stage, ..record(n) }).collect();
-    let found = after(folder.path(), |state| all.iter().for_each(|record| assert!(state.put(record.clone())))).await;
+    let found = after(folder.path(), |state| all.iter().for_each(|record| state.put(record.clone()))).await;
     assert_eq!(found, all);
     let found = after(folder.path(), |state| state.forget_ended(at)).await;
     assert_eq!(found.len(), 3, "nothing ended before that");
@@ -133,11 +133,26 @@ fn a_newer_a_foreign_and_a_damaged_database_are_left_as_they_are() {
 async fn a_copy_is_made_while_a_server_works_and_opens_like_the_original() {
     let (folder, other) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     let (state, _) = State::open(folder.path()).unwrap();
-    assert!(state.put(record(1)));
+    state.put(record(1));
     state.settle().await.unwrap();
     backup(folder.path(), &path_in(other.path())).unwrap();
     assert_eq!(State::open(other.path()).unwrap().1, [record(1)]);
     assert!(backup(folder.path(), &path_in(other.path())).is_err(), "nothing is overwritten");
+}
+
+#[tokio::test]
+async fn what_can_not_be_committed_is_told_and_stays_until_it_can() {
+    let folder = tempfile::tempdir().unwrap();
+    let (state, _) = State::open(folder.path()).unwrap();
+    let other = Connection::open(path_in(folder.path())).unwrap();
+    other.execute_batch("BEGIN IMMEDIATE").unwrap();
+    state.put(record(1));
+    assert!(state.settle().await.is_err(), "another has it");
+    state.put(SessionRecord { revision: 2, ..record(1) });
+    other.execute_batch("ROLLBACK").unwrap();
+    while state.settle().await.is_err() {}
+    drop(state);
+    assert_eq!(State::open(folder.path()).unwrap().1, [SessionRecord { revision: 2, ..record(1) }]);
 }
 
 #[test]
