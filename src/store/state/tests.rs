@@ -111,7 +111,8 @@ async fn every_stage_is_kept_and_what_has_ended_is_forgotten_in_time() {
 fn a_newer_a_foreign_and_a_damaged_database_are_left_as_they_are() {
     let folder = tempfile::tempdir().unwrap();
     let path = path_in(folder.path());
-    drop(State::open(folder.path()).unwrap());
+    // Not with the thread that writes, which closes the file only after it was told to.
+    drop(open(&path).unwrap());
     let alter = |sql: &str| Connection::open(&path).unwrap().execute_batch(sql).unwrap();
     let refused = || State::open(folder.path()).map(|_| ()).unwrap_err().to_string();
     alter("PRAGMA user_version = 99");
