@@ -18,7 +18,7 @@ use crate::service::keys::{self, KeyRing, Principal, Scope};
 use crate::session::capacity::Ceilings;
 use crate::session::registry::{AfterDrain, Limits, Registry};
 use crate::session::{Settings, reconcile};
-use crate::store::state::{self, SessionRecord, State, StateError};
+use crate::store::state::{self, Left, State, StateError};
 use crate::store::{Archive, ArchiveLimits};
 use crate::task;
 
@@ -148,12 +148,12 @@ impl Plane {
         let (settings, limits) = (settings(config), limits(config));
         // One process works with a data folder; whoever shares an instance keeps nothing.
         let archive = if owns_instance { Some(archive(config)?) } else { None };
-        let (state, records) =
-            if owns_instance { open_state(config).map(|(s, r)| (Some(s), r))? } else { (None, vec![]) };
+        let (state, left) =
+            if owns_instance { open_state(config).map(|(s, l)| (Some(s), l))? } else { (None, Left::default()) };
         let instance = config.engine.instance.clone();
         let registry = Arc::new(Registry::new(Arc::clone(&engine), archive.clone(), state, instance, settings, limits));
         let stop = CancellationToken::new();
-        registry.take_over(records);
+        registry.take_over(left);
         if owns_instance {
             reconcile::round(engine.as_ref(), &registry).await.map_err(|e| engine_error(config, e))?;
             task::spawn("reconcile", reconcile::run(Arc::clone(&engine), Arc::clone(&registry), stop.clone()));
@@ -297,7 +297,7 @@ fn archive(config: &Config) -> Result<Archive, StartError> {
     Archive::open(folder, limits).map_err(|source| StartError::Archive { path: folder.clone(), source })
 }
 
-fn open_state(config: &Config) -> Result<(State, Vec<SessionRecord>), StartError> {
+fn open_state(config: &Config) -> Result<(State, Left), StartError> {
     let folder = &config.server.data_dir;
     State::open(folder).map_err(|source| StartError::State { path: state::path_in(folder), source })
 }

@@ -56,7 +56,7 @@ async fn what_lives_goes_on_after_a_kill() {
     deleted.delete().await;
     let removed = first.create(json!({"template": "small"})).await;
     let working = first.create(json!({"template": "small"})).await;
-    working.background_until_output("import time\nprint('on', flush=True)\ntime.sleep(3)\nz = 9").await;
+    let at_work = working.background_until_output("import time\nprint('on', flush=True)\ntime.sleep(3)\nz = 9").await;
     let dying = first.create(json!({"template": "small"})).await;
     let before = cell.look().await;
 
@@ -88,6 +88,7 @@ async fn what_lives_goes_on_after_a_kill() {
     assert_eq!(second.send(gone(&removed)).await.problem(410, "session-ended")["end_reason"], "lost");
     // What ran goes on in its kernel, and what comes after it waits for it.
     assert_eq!(again(&second, &working).value("z").await, "9");
+    assert_eq!(second.ended(&at_work).await["status"], "ok");
     let restarted = second.post(&cell.path("/restart"), &Value::Null).await;
     assert_eq!(restarted.status, 200, "{}", restarted.text);
     assert_eq!(cell.value("prepared").await, "1");
@@ -109,6 +110,127 @@ async fn what_lives_goes_on_after_a_kill() {
     third.finish().await.unwrap();
 }
 
+const ONE_A_SECOND: &str = "import time
+for n in range(6):
+    print(n, flush=True)
+    open('lines', 'a').write(f'{n} ')
+    time.sleep(1)
+x = open('lines').read()
+x";
+
+/// All of an execution's events, each by its number.
+async fn whole_log(server: &Arc<Server>, execution: &str) -> Vec<server::Seen> {
+    let events = server.follow(execution, 0).await.rest().await;
+    let numbers: Vec<u64> = events.iter().map(|event| event.seq).collect();
+    assert_eq!(numbers, (1..=events.len() as u64).collect::<Vec<_>>(), "{events:?}");
+    assert_eq!(events.last().unwrap().kind, "execution.completed");
+    events
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_runs_and_what_waits_goes_on_after_a_kill_and_nothing_runs_twice() {
+    let (first, pid) = Server::spawn(SETTINGS).await;
+    let cell = first.create(json!({"template": "small"})).await;
+    let running = cell.background_until_output(ONE_A_SECOND).await;
+    let mut follower = first.follow(&running, 0).await;
+    let mut seen = vec![];
+    while server::joined(&seen, "stdout") != "0\n1\n" {
+        seen.push(follower.next().await.expect("an event"));
+    }
+    let waiting = cell.background("x + 'and once more'").await;
+    let asking = first.create(json!({"template": "small"})).await;
+    let request = json!({"code": "print(input('name? '), input('age? '))", "stdin": "interactive", "background": true});
+    let asking_id = text(&first.post(&asking.path("/executions"), &request).await.json["id"]);
+    first.follow(&asking_id, 0).await.until("input.requested").await;
+    first.kill(pid).await;
+
+    let (second, pid) = first.spawn_again().await;
+    // From where the reader was.
+    let last = seen.last().unwrap().seq;
+    let rest = second.follow(&running, last).await.rest().await;
+    assert_eq!(rest[0].seq, last + 1);
+    assert_eq!(server::joined(&rest, "stdout"), "2\n3\n4\n5\n");
+    let log = whole_log(&second, &running).await;
+    assert_eq!(server::joined(&log, "stdout"), "0\n1\n2\n3\n4\n5\n");
+    let ran = second.execution(&running).await;
+    assert_eq!(ran["status"], "ok", "{ran}");
+    assert_eq!(ran["results"][0]["data"]["text/plain"], "'0 1 2 3 4 5 '", "once");
+    let waited = second.ended(&waiting).await;
+    assert_eq!(waited["results"][0]["data"]["text/plain"], "'0 1 2 3 4 5 and once more'", "{waited}");
+    // What was asked can be answered still.
+    let answer = async |server: &Arc<Server>, line: &str| {
+        let path = format!("/v1/executions/{asking_id}/input");
+        let answered = server.post(&path, &json!({"text": line})).await;
+        assert_eq!(answered.status, 200, "{}", answered.text);
+    };
+    answer(&second, "Ada").await;
+    let mut follower = second.follow(&asking_id, 0).await;
+    let mut asked = 0;
+    while asked < 2 {
+        asked += usize::from(follower.next().await.expect("an event").kind == "input.requested");
+    }
+    second.kill(pid).await;
+
+    // What has ended is there too, with its events, and so is what is asked.
+    let (third, _) = second.spawn_again().await;
+    assert_eq!(third.execution(&running).await, ran);
+    assert_eq!(whole_log(&third, &running).await.len(), log.len());
+    answer(&third, "36").await;
+    assert_eq!(third.ended(&asking_id).await["stdout"], "Ada 36\n");
+    third.finish().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_ends_while_no_server_is_there_is_told_by_the_next() {
+    let (first, pid) = Server::spawn(SETTINGS).await;
+    let cell = first.create(json!({"template": "small"})).await;
+    let code = "import time\nprint('a', flush=True)\ntime.sleep(1)\nprint('b')\n1 / 0";
+    let failing = cell.background_until_output(code).await;
+    let late = first.create(json!({"template": "small"})).await;
+    let request = json!({"code": "print('a', flush=True)\nimport time\ntime.sleep(60)", "timeout_seconds": 1.5, "background": true});
+    let late = text(&first.post(&late.path("/executions"), &request).await.json["id"]);
+    first.follow(&late, 0).await.until("stdout").await;
+    let run = json!({"template": "small", "code": "import time\ntime.sleep(2)\n6 * 7", "background": true});
+    let run = text(&first.post("/v1/runs", &run).await.json["id"]);
+    first.kill(pid).await;
+    tokio::time::sleep(Duration::from_secs(3)).await;
+
+    let (second, _) = first.spawn_again().await;
+    let failed = second.ended(&failing).await;
+    assert_eq!((&failed["status"], &failed["error"]["name"]), (&json!("error"), &json!("ZeroDivisionError")));
+    assert_eq!(failed["stdout"], "a\nb\n");
+    let late = second.ended(&late).await;
+    assert_eq!((&late["status"], &late["stop"]["step"]), (&json!("timeout"), &json!("interrupt")), "{late}");
+    // A run goes on too, and its container goes with it.
+    let ran = second.ended(&run).await;
+    assert_eq!(ran["results"][0]["data"]["text/plain"], "42", "{ran}");
+    let of_run = Cell { server: Arc::clone(&second), id: text(&ran["session_id"]), view: Value::Null };
+    of_run.wait("ended").await;
+    second.finish().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_caller_who_waits_while_the_server_stops_is_told_where_to_go_on() {
+    let settings = format!("{SETTINGS}\n[server]\ndrain_timeout = \"1s\"\n[drain]\ncontainers = \"keep\"");
+    let first = Server::start(&settings).await;
+    let cell = first.create(json!({"template": "small"})).await;
+    let request = first.request(Method::POST, &cell.path("/executions")).json(&json!({"code": ONE_A_SECOND}));
+    let stopping = async {
+        tokio::time::sleep(Duration::from_millis(1500)).await;
+        first.start_again_keeping().await
+    };
+    let (told, second) = tokio::join!(request.send(), stopping);
+    let told = told.expect("an answer");
+    assert_eq!(told.status(), 202);
+    let location = text(&json!(told.headers()["location"].to_str().unwrap()));
+    let told: Value = told.json().await.expect("an execution");
+    assert_eq!((told["status"].clone(), location), (json!("running"), format!("/v1/executions/{}", text(&told["id"]))));
+    let ran = second.ended(&text(&told["id"])).await;
+    assert_eq!((&ran["status"], &ran["stdout"]), (&json!("ok"), &json!("0\n1\n2\n3\n4\n5\n")));
+    again(&second, &cell).delete().await;
+    second.finish().await.unwrap();
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_server_that_is_told_to_leaves_sessions_for_the_next() {
     let first = Server::start(&format!("{SETTINGS}\n[drain]\ncontainers = \"keep\"")).await;
@@ -120,11 +242,16 @@ async fn a_server_that_is_told_to_leaves_sessions_for_the_next() {
     second.finish().await.unwrap();
 }
 
+/// A word that a session was told to note, and the execution that was accepted for it, if that was heard.
+type Note = (String, Option<String>);
+
 /// What callers were told, and so must find.
 #[derive(Default)]
 struct Told {
     /// The word in each live session's memory.
     words: Mutex<BTreeMap<String, String>>,
+    /// What each live session was told to note.
+    notes: Mutex<BTreeMap<String, Vec<Note>>>,
     deleted: Mutex<Vec<String>>,
     over: AtomicBool,
 }
@@ -168,6 +295,14 @@ async fn caller(server: Arc<Server>, told: Arc<Told>, seed: u64) {
                 told.deleted.lock().unwrap().push(id.clone());
                 let _ = ask(Method::DELETE, &format!("/v1/sessions/{id}"), json!({})).await;
             }
+        } else if chance.percent(40) {
+            let id = chance.one_of(&mine).clone();
+            let note = format!("n{}", chance.below(1 << 30));
+            let code = format!("import time\ntime.sleep({})\n_ = open('notes', 'a').write('{note} ')", chance.below(3));
+            let path = format!("/v1/sessions/{id}/executions");
+            let accepted = ask(Method::POST, &path, json!({"code": code, "background": true})).await;
+            let execution = accepted.filter(|(status, _)| *status == 202).map(|(_, view)| text(&view["id"]));
+            told.notes.lock().unwrap().entry(id).or_default().push((note, execution));
         } else {
             let id = chance.one_of(&mine).clone();
             let Some(word) = told.words.lock().unwrap().get(&id).cloned() else { continue };
@@ -178,6 +313,20 @@ async fn caller(server: Arc<Server>, told: Arc<Told>, seed: u64) {
                 assert_eq!(ran["stdout"], format!("{word}\n"), "{id}");
             }
         }
+    }
+}
+
+/// What was accepted has run once, and what was not heard of once at most.
+async fn noted_once(cell: &Cell, notes: Vec<Note>) {
+    let noted = cell.value("__import__('os').path.exists('notes') and open('notes').read()").await;
+    for (note, execution) in notes {
+        let times = noted.matches(&note).count();
+        let Some(execution) = execution else {
+            assert!(times <= 1, "{note}, of which nothing was heard, ran {times} times");
+            continue;
+        };
+        let ended = cell.server.ended(&execution).await;
+        assert_eq!((&ended["status"], times), (&json!("ok"), 1), "{execution}: {ended}");
     }
 }
 
@@ -206,6 +355,8 @@ async fn kills(seed: u64, count: usize) {
     for (id, word) in &words {
         let cell = Cell { server: Arc::clone(&server), id: id.clone(), view: Value::Null };
         assert_eq!(cell.value("word").await, format!("'{word}'"), "{id}");
+        let notes = told.notes.lock().unwrap().remove(id).unwrap_or_default();
+        noted_once(&cell, notes).await;
     }
     // Those whose creation or end was not answered may be there or not; then they are whole.
     let listed = server.get("/v1/sessions?limit=100").await.json["sessions"].clone();

@@ -109,7 +109,7 @@ pub fn go_on(was_ready: bool) -> (Phase, Vec<Effect>) {
 /// What a session goes on with that an earlier process was ending.
 #[must_use]
 pub fn go_on_ending(reason: EndReason) -> (Phase, Vec<Effect>) {
-    (Phase::Ending(reason), vec![Effect::RemoveCell])
+    end(reason)
 }
 
 /// What follows from an event. An event that has no meaning in a phase changes nothing.

@@ -60,7 +60,7 @@ pub struct BlobRef {
 }
 
 /// How far an execution is, or how it ended.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Status {
     /// It waits for its turn.
     Queued,

@@ -563,11 +563,7 @@ impl Service {
                 false => service.execute(&who, session.id, request).await,
             };
             let execution = accepted.inspect_err(|_| session.end(EndReason::Deleted))?;
-            let running = Arc::clone(&execution);
-            task::spawn("run", async move {
-                running.ended().await;
-                session.end(EndReason::Deleted);
-            });
+            session.end_after(Arc::clone(&execution));
             Ok(execution)
         });
         accepted.await.unwrap_or(Err(Error::GuestUnreachable))
@@ -626,6 +622,7 @@ impl Service {
         let accepted = carry_on("execute", async move {
             let execution = session.execute(context, request).await?;
             registry.keep(&execution);
+            registry.settle().await;
             Ok(execution)
         });
         accepted.await.unwrap_or(Err(Error::GuestUnreachable))

@@ -17,6 +17,8 @@
 //! what can be traced is killed first, and if that does not do, everything is, and the answer names the contexts that lost their kernels too.
 //! A kernel that ends by itself takes the second step at once. Whether it was memory is told by the cgroup's count of killed processes, kept for
 //! the whole cell, so that what ended one context's process is never taken for the end of another's.
+//!
+//! What runs or waits goes on with the next process: its request is sent again, which the guest refuses where it was sent before.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::hash::Hash;
@@ -38,7 +40,7 @@ use crate::domain::lifecycle::EndReason;
 use crate::domain::output::{ExecutionEvent, JsonText, RestartCause, Status, StopStep, Truncated};
 use crate::domain::spec::{OnKernelDeath, OutputLimits};
 use crate::kernel::protocol::{self, Iopub, Request};
-use crate::store::state::ContextRecord;
+use crate::store::state::{ContextRecord, RunningRecord};
 
 /// A `kernel_info_request` is repeated after this long without an iopub message: kernels of the older protocol lose the first.
 const NUDGE_AFTER: Duration = Duration::from_millis(250);
@@ -54,6 +56,8 @@ const MAX_QUESTIONS: usize = 32;
 const MAX_QUESTION_BYTES: usize = 8 * 1024 * 1024;
 /// A kernel that would not take an execution is gone, which an event tells within this time, or is replaced.
 const GONE_IS_TOLD: Duration = Duration::from_secs(2);
+/// What a guest has kept while nobody heard it has come within this time of the link.
+const CATCH_UP: Duration = Duration::from_secs(5);
 
 /// Something for the session's task to do, in order.
 #[derive(Debug, Clone)]
@@ -62,7 +66,7 @@ pub(super) enum Action {
     Start { kernel: String, kernelspec: Option<String>, cwd: Option<String> },
     /// End a kernel with all its processes.
     Delete { kernel: String },
-    /// Pass a message on.
+    /// Pass a message on; one that runs code, which has a cap, only once that is committed.
     Send { kernel: String, head: Outbound, parts: Vec<Bytes> },
     /// Signal a kernel's process group.
     Signal { kernel: String, signal: &'static str },
@@ -119,7 +123,7 @@ pub(super) struct Making {
 #[derive(Debug)]
 enum State {
     Booting(Booting),
-    /// An earlier process has left the kernel, and whatever it was doing; it is asked something, which it answers when it is done.
+    /// An earlier process has left the kernel, and nothing of a caller's runs; it is asked something, which it answers when it is free.
     Adopting(Adopting),
     Idle,
     Running(Running),
@@ -146,10 +150,6 @@ struct Booting {
 struct Adopting {
     probe: String,
     until: Instant,
-    /// Something of a caller's ran.
-    was_busy: bool,
-    /// What ran has been interrupted, since its time was over.
-    interrupted: bool,
 }
 
 #[derive(Debug)]
@@ -274,10 +274,8 @@ impl Context {
         context
     }
 
-    /// One that an earlier process has left. What its kernel was doing has the time that it was given; then it is interrupted, and then the kernel is
-    /// replaced.
-    pub(super) fn adopt(making: Making, record: ContextRecord, busy_until: Option<Instant>, now: Instant) -> Self {
-        let (until, was_busy) = (busy_until.unwrap_or(now + making.pace.boot), busy_until.is_some());
+    /// One that an earlier process has left, with its kernel.
+    pub(super) fn adopt(making: Making, record: ContextRecord, now: Instant) -> Self {
         let mut context = Self::new(making);
         context.created_at = record.created_at;
         (context.kernelspec, context.display_name) = (record.kernelspec, record.display_name);
@@ -289,22 +287,95 @@ impl Context {
         // The kernel takes no id twice, and knows those of the earlier process.
         context.messages = Timestamp::now().as_millisecond().unsigned_abs();
         if record.is_ready {
-            let probe = context.ask_what_it_is();
-            context.state = State::Adopting(Adopting { probe, until, was_busy, interrupted: false });
+            let (probe, until) = (context.ask_what_it_is(), now + context.making.pace.boot);
+            context.state = State::Adopting(Adopting { probe, until });
         } else {
             context.replace_kernel(Status::Cancelled, RestartCause::Requested, String::new(), now);
         }
         context
     }
 
+    /// Takes over an execution that an earlier process has left, in the order in which they were accepted. `until` is its time limit, if it had begun.
+    pub(super) fn take_over(
+        &mut self,
+        execution: Arc<Execution>,
+        kept: Option<RunningRecord>,
+        until: Option<Instant>,
+        now: Instant,
+    ) {
+        let Some(until) = until else {
+            self.queue.push_back(Waiting { since: now, execution });
+            return;
+        };
+        let kept = kept.unwrap_or_default();
+        let mut running = Running::restore(execution, until, &kept, now);
+        match (&mut self.state, kept.replacing) {
+            (State::Adopting(_), _) => {
+                // It is asked after the code instead, or before.
+                self.actions.clear();
+                let (request, cap) = self.request_of(&running.execution);
+                self.send(Channel::Shell, request, Some(cap));
+                let verdict = kept.verdict.map(|(status, _)| status);
+                let is_stopped =
+                    verdict.is_some_and(|status| running.stop(status, self.making.pace.interrupt_grace, now));
+                self.state = State::Running(running);
+                if is_stopped {
+                    self.send_interrupt();
+                }
+            }
+            (State::Replacing(replacing), Some((status, cause, words))) => {
+                *replacing = Replacing { running: Some(running), status, cause, words, since: now };
+            }
+            // Its kernel is gone, and has not begun with it or has not been heard to end.
+            _ => running.execution.finish(End::with(Status::Lost, "its kernel was lost while the server was away")),
+        }
+    }
+
+    /// The guest is heard again. What it tells of the time before is on its way.
+    pub(super) fn is_linked(&mut self, now: Instant) {
+        if let State::Running(running) = &mut self.state {
+            running.hold_until(now + CATCH_UP);
+        }
+    }
+
+    /// Forgets what runs and what waits, which the next process goes on with.
+    pub(super) fn leave(&mut self) {
+        let state = std::mem::replace(&mut self.state, State::Dead);
+        if let State::Running(running) | State::Replacing(Replacing { running: Some(running), .. }) = state {
+            running.execution.leave();
+        }
+        self.queue.drain(..).for_each(|waiting| waiting.execution.leave());
+    }
+
+    /// What runs for a caller, and what of it the next process could not hear again; a mark that is different when that is.
+    pub(super) fn running_record(&self, wall: fn(Instant) -> Timestamp) -> Option<(ExecutionId, RunningRecord)> {
+        let (running, replacing) = match &self.state {
+            State::Running(running) => (running, None),
+            State::Replacing(Replacing { running: Some(running), status, cause, words, .. }) => {
+                (running, Some((*status, cause.clone(), words.clone())))
+            }
+            _ => return None,
+        };
+        let record = RunningRecord { replacing, ..running.record(wall) };
+        (!running.is_setup).then_some((running.execution.id, record))
+    }
+
+    /// What is different when [`Context::running_record`] is.
+    pub(super) fn running_mark(&self) -> impl Hash + use<> {
+        match &self.state {
+            State::Running(running) => Some((running.mark(), false)),
+            State::Replacing(Replacing { running: Some(running), .. }) => Some((running.mark(), true)),
+            _ => None,
+        }
+    }
+
     /// What it leaves for the next process.
-    pub(super) fn record(&self, wall: fn(Instant) -> Timestamp) -> ContextRecord {
+    pub(super) fn record(&self) -> ContextRecord {
         ContextRecord {
             id: self.id,
             created_at: self.created_at,
             born: self.born,
             is_ready: self.is_up(),
-            busy_until: self.busy_until().map(wall),
             asked_kernelspec: self.making.kernelspec.clone(),
             cwd: self.making.cwd.clone(),
             kernelspec: self.kernelspec.clone(),
@@ -318,16 +389,7 @@ impl Context {
 
     /// What is different when [`Context::record`] is, but for what is known before a kernel is up.
     pub(super) fn mark(&self) -> impl Hash + use<> {
-        (self.id, self.born, self.is_up(), self.busy_until(), self.oom_seen, self.oom_told)
-    }
-
-    /// Until when a caller's code may run, if any does.
-    fn busy_until(&self) -> Option<Instant> {
-        match &self.state {
-            State::Running(running) if !running.is_setup => Some(running.limit()),
-            State::Adopting(adopting) if adopting.was_busy => Some(adopting.until),
-            _ => None,
-        }
+        (self.id, self.born, self.is_up(), self.oom_seen, self.oom_told)
     }
 
     /// What is to be done, and what the session should know; both are handed out once.
@@ -349,8 +411,12 @@ impl Context {
         let runs = match &self.state {
             State::Running(running) => !running.is_setup,
             State::Replacing(Replacing { running, .. }) => running.as_ref().is_some_and(|r| !r.is_setup),
-            State::Adopting(adopting) => adopting.was_busy,
-            State::Booting(_) | State::Idle | State::Settling(_) | State::Doubtful(_) | State::Dead => false,
+            State::Adopting(_)
+            | State::Booting(_)
+            | State::Idle
+            | State::Settling(_)
+            | State::Doubtful(_)
+            | State::Dead => false,
         };
         runs || !self.queue.is_empty()
     }
@@ -436,7 +502,6 @@ impl Context {
     pub(super) fn interrupt(&mut self, now: Instant) {
         match &mut self.state {
             State::Running(running) => running.interrupt(now),
-            State::Adopting(_) => {}
             _ => return,
         }
         self.send_interrupt();
@@ -622,7 +687,8 @@ impl Context {
             }
             ActKind::Send(id) => {
                 let State::Running(running) = &mut self.state else { return };
-                if running.msg_id != *id {
+                // It was sent before, by an earlier process.
+                if running.msg_id != *id || refusal.code == "exists" {
                     return;
                 }
                 if is_gone && !running.is_setup {
@@ -714,12 +780,8 @@ impl Context {
                 let cause = RestartCause::Died { status: None, signal: None };
                 self.replace_kernel(Status::KernelDied, cause, String::new(), now);
             }
-            State::Adopting(adopting) if now >= adopting.until && adopting.interrupted => {
-                self.replace_kernel(Status::Cancelled, RestartCause::Timeout, String::new(), now);
-            }
             State::Adopting(adopting) if now >= adopting.until => {
-                (adopting.interrupted, adopting.until) = (true, now + self.making.pace.interrupt_grace);
-                self.send_interrupt();
+                self.replace_kernel(Status::Cancelled, RestartCause::Timeout, String::new(), now);
             }
             _ => {}
         }
@@ -844,7 +906,8 @@ impl Context {
     }
 
     fn send_line(&mut self, line: &str, asked: Bytes) {
-        let msg_id = self.next_id("line");
+        let State::Running(running) = &self.state else { return };
+        let msg_id = running.line_id();
         let content = protocol::input_content(line);
         let reply = protocol::reply_to(&msg_id, &self.client, "input_reply", &content, asked);
         self.send(Channel::Stdin, reply, None);
@@ -886,11 +949,11 @@ impl Context {
         }
     }
 
-    fn on_reply(&mut self, parent_id: &str, content: &[u8], now: Instant) {
+    fn on_reply(&mut self, parent_id: &str, content: &Bytes, now: Instant) {
         let Some(running) = self.running(parent_id) else { return };
         match protocol::read_execute_reply(content) {
             Ok(reply) => {
-                running.has_replied(reply, now);
+                running.has_replied(reply, content.clone(), now);
                 self.complete_if_done(now);
             }
             Err(error) => tracing::debug!(%error, "a kernel's reply was dropped"),
@@ -988,7 +1051,8 @@ impl Context {
         self.run(execution, false, now);
     }
 
-    fn run(&mut self, execution: Arc<Execution>, is_setup: bool, now: Instant) {
+    /// The message that has an execution run, and what that may put out.
+    fn request_of(&self, execution: &Execution) -> (Request, OutputCap) {
         let asked = &execution.request;
         let msg_id = execution.id.to_string();
         let request = match &asked.comm {
@@ -1011,7 +1075,12 @@ impl Context {
             messages: asked.output.messages,
             messages_per_second: asked.output.messages_per_second,
         };
-        let deadline = now + asked.timeout;
+        (request, cap)
+    }
+
+    fn run(&mut self, execution: Arc<Execution>, is_setup: bool, now: Instant) {
+        let (request, cap) = self.request_of(&execution);
+        let deadline = now + execution.request.timeout;
         execution.start();
         if let Some(cause) = self.replaced.take_if(|_| !is_setup) {
             execution.output_surely(ExecutionEvent::KernelRestarted { cause });

@@ -3,20 +3,22 @@
 //! Only the task of its session writes; readers follow by sequence number and wait on a version, never on a timer. It holds at
 //! most what its limits allow, whatever the guest says.
 
-use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use jiff::Timestamp;
 use tokio::sync::watch;
 
+use super::instant;
 use super::keeping::Keeping;
+pub use crate::domain::execution::{ExecutionRequest, OnTimeout, Stdin};
 use crate::domain::ids::{ContextId, ExecutionId, SessionId};
 use crate::domain::output::{
-    Comm, Effects, ExecutionEvent, Fold, JsonText, MimeBundle, NamedValues, Outcome, Report, RestartCause, RichOutput,
-    Status, Stop, TextStream, Truncated,
+    Effects, ExecutionEvent, Fold, JsonText, MimeBundle, MimePart, NamedValues, Outcome, Report, RestartCause,
+    RichOutput, Status, Stop, TextStream, Truncated,
 };
-use crate::domain::spec::OutputLimits;
+pub use crate::store::state::Logged;
+use crate::store::state::{Birth, ExecutionChange, ExecutionRecord, Progress, RunningRecord};
 
 /// What a guest may exceed the limits by before the control plane leaves output out: tails, marks and messages under way.
 const SLACK_BYTES: u64 = 512 * 1024;
@@ -25,70 +27,6 @@ const SLACK_EVENTS: u64 = 256;
 /// Bytes that an event takes beside its texts, and one content of a bundle.
 const EVENT_BYTES: u64 = 256;
 const PART_BYTES: u64 = 1024;
-
-/// What is to be run, with every limit decided.
-#[derive(Debug, Clone)]
-pub struct ExecutionRequest {
-    /// The code.
-    pub code: String,
-    /// It is interrupted after this long.
-    pub timeout: Duration,
-    /// Nothing is shown and nothing is counted.
-    pub silent: bool,
-    /// It takes part in the kernel's count.
-    pub store_history: bool,
-    /// What it may put out.
-    pub output: OutputLimits,
-    /// What it gets when it asks for a line.
-    pub stdin: Stdin,
-    /// Expressions that are evaluated after it, by name.
-    pub user_expressions: BTreeMap<String, String>,
-    /// What happens at its time limit first.
-    pub on_timeout: OnTimeout,
-    /// A message of a comm instead of code: the kernel works on it like on code, and it ends when the kernel has.
-    pub comm: Option<Comm>,
-}
-
-impl ExecutionRequest {
-    /// Bytes of what is to be run, about.
-    #[must_use]
-    pub fn len(&self) -> usize {
-        let lines = match &self.stdin {
-            Stdin::Lines(lines) => lines.iter().map(String::len).sum(),
-            Stdin::Deny | Stdin::Interactive => 0,
-        };
-        let expressions = self.user_expressions.iter().map(|(name, code)| name.len() + code.len()).sum::<usize>();
-        self.code.len() + lines + expressions + self.comm.as_ref().map_or(0, Comm::len)
-    }
-
-    /// Whether there is nothing to be run.
-    #[must_use]
-    pub fn is_empty(&self) -> bool {
-        self.len() == 0
-    }
-}
-
-/// What code gets that asks for a line.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub enum Stdin {
-    /// An exception, at once.
-    #[default]
-    Deny,
-    /// These lines in order, and then the end of its input.
-    Lines(Vec<String>),
-    /// What a caller answers, within the time limit.
-    Interactive,
-}
-
-/// What happens at the time limit first.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub enum OnTimeout {
-    /// It is interrupted, so that variables may survive.
-    #[default]
-    Interrupt,
-    /// Its kernel is replaced.
-    Restart,
-}
 
 /// Where an execution belongs.
 #[derive(Debug, Clone)]
@@ -103,17 +41,6 @@ pub struct Place {
     pub keeping: Keeping,
 }
 
-/// An event with its place in the order.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Logged {
-    /// Rises by one from 1.
-    pub seq: u64,
-    /// When the control plane had it.
-    pub at: Timestamp,
-    /// What happened.
-    pub event: ExecutionEvent,
-}
-
 /// An execution.
 #[derive(Debug)]
 pub struct Execution {
@@ -122,7 +49,7 @@ pub struct Execution {
     /// Where it belongs.
     pub place: Place,
     /// What is to be run.
-    pub request: ExecutionRequest,
+    pub request: Arc<ExecutionRequest>,
     /// When it was accepted.
     pub created_at: Timestamp,
     record: Mutex<Record>,
@@ -138,6 +65,10 @@ struct Record {
     started: Option<Instant>,
     finished: Option<Instant>,
     started_at: Option<Timestamp>,
+    finished_at: Option<Timestamp>,
+    /// This process leaves it to the next one.
+    is_left: bool,
+    saved: Saved,
     /// Bytes that were put out, with those that stand beside the record.
     bytes: u64,
     /// Bytes that the record takes.
@@ -145,6 +76,14 @@ struct Record {
     blobs: u32,
     /// It waits for a line.
     asks: bool,
+}
+
+/// What of a record the database has been told.
+#[derive(Debug, Clone, Copy, Default)]
+struct Saved {
+    birth: bool,
+    progress: bool,
+    events: usize,
 }
 
 /// How an execution ended.
@@ -172,28 +111,96 @@ impl Execution {
     /// A new one, waiting behind `position` others.
     #[must_use]
     pub fn new(id: ExecutionId, place: Place, request: ExecutionRequest, position: usize) -> Self {
-        let execution = Self {
-            id,
-            place,
-            request,
-            created_at: Timestamp::now(),
-            record: Mutex::new(Record {
-                events: Vec::new(),
-                status: Status::Queued,
-                report: Report::default(),
-                accepted: Instant::now(),
-                started: None,
-                finished: None,
-                started_at: None,
-                bytes: 0,
-                held: 0,
-                blobs: 0,
-                asks: false,
-            }),
-            version: watch::Sender::new(0),
+        let record = Record {
+            events: Vec::new(),
+            status: Status::Queued,
+            report: Report::default(),
+            accepted: Instant::now(),
+            started: None,
+            finished: None,
+            started_at: None,
+            finished_at: None,
+            is_left: false,
+            saved: Saved::default(),
+            bytes: 0,
+            held: 0,
+            blobs: 0,
+            asks: false,
         };
+        let (record, request) = (Mutex::new(record), Arc::new(request));
+        let execution =
+            Self { id, place, request, created_at: Timestamp::now(), record, version: watch::Sender::new(0) };
         execution.log(execution.record(), ExecutionEvent::Queued { position });
         execution
+    }
+
+    /// One that an earlier process has left.
+    pub(super) fn restore(kept: ExecutionRecord, running: Option<&RunningRecord>, keeping: Keeping) -> Self {
+        let ExecutionRecord { id, session, birth, progress, running: _, events } = kept;
+        let Progress { status, started_at, finished_at, report } = progress;
+        let blobs = events.iter().flat_map(|logged| blob_numbers(&logged.event)).max().unwrap_or_default();
+        let record = Record {
+            status,
+            accepted: instant(birth.created_at),
+            started: started_at.map(instant),
+            finished: finished_at.map(instant),
+            started_at,
+            finished_at,
+            is_left: false,
+            saved: Saved { birth: true, progress: true, events: events.len() },
+            bytes: events.iter().map(|logged| size_of_event(&logged.event)).sum(),
+            held: events.iter().map(|logged| footprint(&logged.event)).sum::<u64>() + footprint_of_report(&report),
+            blobs,
+            asks: running.is_some_and(|running| running.asked.is_some()),
+            report,
+            events,
+        };
+        let version = watch::Sender::new(record.events.len() as u64);
+        let place = Place { session, context: birth.context, language: birth.language, keeping };
+        let (request, created_at) = (birth.request, birth.created_at);
+        Self { id, place, request, created_at, record: Mutex::new(record), version }
+    }
+
+    /// What the database has not been told, if there is anything.
+    pub(super) fn take_change(&self) -> Option<ExecutionChange> {
+        let mut record = self.record();
+        let saved = record.saved;
+        if saved.progress && saved.events == record.events.len() {
+            return None;
+        }
+        record.saved = Saved { birth: true, progress: true, events: record.events.len() };
+        let birth = || Birth {
+            context: self.place.context,
+            language: self.place.language.clone(),
+            created_at: self.created_at,
+            request: Arc::clone(&self.request),
+        };
+        let progress = || Progress {
+            status: record.status,
+            started_at: record.started_at,
+            finished_at: record.finished_at,
+            report: record.report.clone(),
+        };
+        Some(ExecutionChange {
+            id: self.id,
+            birth: (!saved.birth).then(birth),
+            progress: (!saved.progress).then(progress),
+            running: None,
+            events: record.events[saved.events..].to_vec(),
+        })
+    }
+
+    /// This process tells nothing more of it.
+    pub(super) fn leave(&self) {
+        self.record().is_left = true;
+        self.version.send_modify(|_| {});
+    }
+
+    /// Whether this process will tell more of it.
+    #[must_use]
+    pub fn is_followed(&self) -> bool {
+        let record = self.record();
+        !record.status.is_final() && !record.is_left
     }
 
     /// How far it is.
@@ -234,10 +241,10 @@ impl Execution {
         self.version.subscribe()
     }
 
-    /// Waits until it has ended. Level-triggered.
+    /// Waits until it has ended, or goes on with the next process. Level-triggered.
     pub async fn ended(&self) {
         let mut version = self.subscribe();
-        while !self.status().is_final() {
+        while self.is_followed() {
             // The sender lives in `self`, so this can't fail.
             let _ = version.changed().await;
         }
@@ -278,21 +285,22 @@ impl Execution {
             return;
         }
         record.status = Status::Running;
+        record.saved.progress = false;
         record.started = Some(Instant::now());
         record.started_at = Some(Timestamp::now());
         self.log(record, ExecutionEvent::Started);
     }
 
     pub(super) fn count(&self, execution_count: u64) {
-        self.record().report.execution_count = Some(execution_count);
+        let mut record = self.record();
+        record.saved.progress &= record.report.execution_count == Some(execution_count);
+        record.report.execution_count = Some(execution_count);
     }
 
     pub(super) fn effects(&self, effects: Effects) {
-        let files = effects.files.iter().map(|file| file.path.len()).sum::<usize>() as u64;
-        let processes = effects.processes.iter().map(|process| process.command.len()).sum::<usize>() as u64;
-        let entries = (effects.files.len() + effects.processes.len()) as u64;
         let mut record = self.record();
-        record.held += files + processes + entries * EVENT_BYTES;
+        record.held += footprint_of_effects(&effects);
+        record.saved.progress = false;
         record.report.effects = effects;
     }
 
@@ -308,6 +316,7 @@ impl Execution {
         let user_expressions = values.into_iter().filter(|(name, value)| is_asked(name) && fits(value)).collect();
         let payloads: Vec<_> = payloads.into_iter().filter(|payload| fits(payload)).collect();
         let mut record = self.record();
+        record.saved.progress = false;
         record.held += (usize::try_from(self.request.output.result_bytes).unwrap_or(usize::MAX) - left) as u64;
         record.report.user_expressions = user_expressions;
         record.report.payloads = payloads;
@@ -315,7 +324,9 @@ impl Execution {
 
     /// Its kernel has ended, and no other comes.
     pub(super) fn kernel_has_ended(&self, cause: RestartCause) {
-        self.record().report.kernel_end = Some(cause);
+        let mut record = self.record();
+        record.saved.progress = false;
+        record.report.kernel_end = Some(cause);
     }
 
     /// It waits for a line, or does so no more.
@@ -382,6 +393,8 @@ impl Execution {
             return;
         }
         record.finished = Some(Instant::now());
+        record.finished_at = Some(Timestamp::now());
+        record.saved.progress = false;
         record.status = end.status;
         record.asks = false;
         record.report.detail = end.detail;
@@ -413,6 +426,7 @@ impl Execution {
         {
             *omitted_bytes = omitted_bytes.saturating_add(size);
             *total_bytes = total_bytes.saturating_add(size);
+            record.saved.events = record.saved.events.min(record.events.len() - 1);
             return;
         }
         if record.events.len() as u64 >= self.request.output.messages + 2 * SLACK_EVENTS {
@@ -434,6 +448,29 @@ fn footprint(event: &ExecutionEvent) -> u64 {
         _ => 0,
     };
     size_of_event(event) + EVENT_BYTES + parts as u64 * PART_BYTES
+}
+
+fn footprint_of_effects(effects: &Effects) -> u64 {
+    let files = effects.files.iter().map(|file| file.path.len()).sum::<usize>() as u64;
+    let processes = effects.processes.iter().map(|process| process.command.len()).sum::<usize>() as u64;
+    let entries = (effects.files.len() + effects.processes.len()) as u64;
+    files + processes + entries * EVENT_BYTES
+}
+
+fn footprint_of_report(report: &Report) -> u64 {
+    let values = report.user_expressions.values().chain(&report.payloads);
+    footprint_of_effects(&report.effects) + values.map(|value| value.0.len() as u64).sum::<u64>()
+}
+
+fn blob_numbers(event: &ExecutionEvent) -> impl Iterator<Item = u32> {
+    let data = match event {
+        ExecutionEvent::Result(RichOutput { data, .. }) | ExecutionEvent::ResultUpdate { data, .. } => Some(data),
+        _ => None,
+    };
+    data.into_iter().flat_map(|data| data.values()).filter_map(|part| match part {
+        MimePart::Blob(blob) => Some(blob.number),
+        MimePart::Inline(_) => None,
+    })
 }
 
 fn what_is_left_out(event: &ExecutionEvent) -> Option<Truncated> {
@@ -472,27 +509,21 @@ impl Place {
 }
 
 #[cfg(test)]
-impl ExecutionRequest {
-    /// Nothing.
-    pub(crate) fn for_tests(output: OutputLimits) -> Self {
-        Self {
-            code: String::new(),
-            timeout: Duration::from_secs(1),
-            silent: false,
-            store_history: true,
-            output,
-            stdin: Stdin::Deny,
-            user_expressions: BTreeMap::new(),
-            on_timeout: OnTimeout::Interrupt,
-            comm: None,
-        }
+impl Execution {
+    /// As the next process finds it.
+    pub(super) fn left(&self) -> ExecutionRecord {
+        self.record().saved = Saved::default();
+        let ExecutionChange { id, birth, progress, events, .. } = self.take_change().expect("nothing was saved");
+        let (birth, progress) = (birth.expect("the first time"), progress.expect("the first time"));
+        ExecutionRecord { id, session: self.place.session, birth, progress, running: None, events }
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::domain::output::{ErrorInfo, MimePart, ResultKind};
+    use crate::domain::output::{ErrorInfo, ResultKind};
+    use crate::domain::spec::OutputLimits;
     use uuid::Uuid;
 
     const LIMITS: OutputLimits = OutputLimits {

@@ -4,7 +4,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
 use tokio::sync::{mpsc, oneshot, watch};
@@ -40,6 +40,16 @@ const COMMAND_QUEUE: usize = 256;
 #[must_use]
 pub fn fresh<T: From<Uuid>>() -> T {
     Uuid::now_v7().into()
+}
+
+/// A moment of the wall's clock on the process's.
+fn instant(at: Timestamp) -> Instant {
+    let (now, wall) = (Instant::now(), Timestamp::now());
+    match Duration::try_from(at.duration_since(wall)) {
+        Ok(ahead) => now + ahead,
+        // A process does not know moments from before its machine's start.
+        Err(_) => now.checked_sub(wall.duration_since(at).unsigned_abs()).unwrap_or(now),
+    }
 }
 
 /// Times and bounds that all sessions keep to.
@@ -302,6 +312,18 @@ impl Session {
     pub fn end(&self, reason: EndReason) {
         // A full channel means that it was told already; a closed one that it has ended.
         let _ = self.wishes.try_send(Wish::End(reason));
+    }
+
+    /// Has it end when an execution has.
+    pub fn end_after(&self, execution: Arc<Execution>) {
+        let session = self.clone();
+        task::spawn("run", async move {
+            execution.ended().await;
+            // One that goes on with the next process needs its session.
+            if execution.status().is_final() {
+                session.end(EndReason::Deleted);
+            }
+        });
     }
 
     /// Has its task end and its container stay, for the next process. What runs is lost; answers once that is done.

@@ -13,14 +13,14 @@ use uuid::Uuid;
 use super::actor::{self, Birth};
 use super::capacity::{Capacity, Ceilings, Full, Need, Place};
 use super::execution::Execution;
-use super::keeping::Growth;
+use super::keeping::{Growth, Keeping};
 use super::{Session, Settings, fresh};
 use crate::domain::ids::{ExecutionId, SessionId};
 use crate::domain::lifecycle::{EndReason, Phase};
 use crate::domain::spec::{FieldError, SessionSpec};
 use crate::engine::{CellName, Engine};
 use crate::store::Archive;
-use crate::store::state::{ContextRecord, Lasting, SessionRecord, Stage, State};
+use crate::store::state::{ContextRecord, ExecutionRecord, Lasting, Left, RunningRecord, SessionRecord, Stage, State};
 
 /// How much is kept.
 #[derive(Debug, Clone, Copy)]
@@ -58,6 +58,9 @@ pub enum CreateRefused {
     /// The control plane is stopping.
     Draining,
 }
+
+/// Executions that have not ended, each with what is known of it while it runs.
+type Unfinished = Vec<(Arc<Execution>, Option<RunningRecord>)>;
 
 /// Kept executions are looked through after this many new ones, or when this part of what they may hold has come.
 const PRUNE_EVERY: usize = 64;
@@ -151,24 +154,36 @@ impl Registry {
 
     fn birth(&self, record: SessionRecord, is_new: bool, place: Place) -> Birth {
         Birth {
+            keeping: self.keeping(&record),
             record,
             is_new,
             instance: self.instance.clone(),
             settings: self.settings,
             engine: Arc::clone(&self.engine),
-            archive: self.archive.clone(),
-            growth: self.growth.clone(),
             state: self.state.clone(),
             place,
+            executions: Vec::new(),
+            heard: 0,
         }
     }
 
-    /// Takes over the sessions of an earlier process: those that live go on, and those that have ended can be asked about for what is left of
-    /// their time.
-    pub fn take_over(&self, records: Vec<SessionRecord>) {
+    fn keeping(&self, record: &SessionRecord) -> Keeping {
+        let tenant = Arc::clone(&record.tenant);
+        Keeping::new(self.archive.clone(), tenant, record.id, self.settings.inline).growing(self.growth.clone())
+    }
+
+    /// Takes over what an earlier process has left: sessions that live go on, with what runs and waits in them; what has ended can be asked about
+    /// for what is left of its time.
+    pub fn take_over(&self, left: Left) {
         let now = Timestamp::now();
-        for record in records {
+        let Left { sessions, executions, heard } = left;
+        let mut of_sessions: HashMap<SessionId, Vec<ExecutionRecord>> = HashMap::new();
+        for execution in executions {
+            of_sessions.entry(execution.session).or_default().push(execution);
+        }
+        for record in sessions {
             let id = record.id;
+            let (kept, unfinished) = self.restore(&record, of_sessions.remove(&id).unwrap_or_default());
             let session = match record.stage {
                 Stage::Ended(reason, at) => {
                     let age = Duration::try_from(now.duration_since(at)).unwrap_or_default();
@@ -181,11 +196,39 @@ impl Registry {
                 }
                 _ => {
                     let place = self.capacity.place_of_a_session(Need::from(&record.spec.resources));
-                    actor::spawn(self.birth(record, false, place))
+                    let heard = heard.get(&id).filter(|(cell, _)| *cell == record.cells).map_or(0, |(_, seq)| *seq);
+                    let is_run = record.lasting == Lasting::Never;
+                    let of_run = unfinished.first().map(|(execution, _)| Arc::clone(execution)).filter(|_| is_run);
+                    let birth = Birth { executions: unfinished, heard, ..self.birth(record, false, place) };
+                    let session = actor::spawn(birth);
+                    if let Some(execution) = of_run {
+                        session.end_after(execution);
+                    }
+                    session
                 }
             };
-            self.inner().sessions.insert(id, session);
+            let mut inner = self.inner();
+            inner.sessions.insert(id, session);
+            for execution in kept {
+                inner.order.push_back(execution.id);
+                inner.executions.insert(execution.id, execution);
+            }
         }
+    }
+
+    /// The executions that a session has left, and those among them that have not ended.
+    fn restore(&self, record: &SessionRecord, left: Vec<ExecutionRecord>) -> (Vec<Arc<Execution>>, Unfinished) {
+        let keeping = self.keeping(record);
+        let (mut kept, mut unfinished) = (Vec::new(), Vec::new());
+        for mut execution in left {
+            let running = execution.running.take();
+            let execution = Arc::new(Execution::restore(execution, running.as_ref(), keeping.clone()));
+            kept.push(Arc::clone(&execution));
+            if !execution.status().is_final() {
+                unfinished.push((execution, running));
+            }
+        }
+        (kept, unfinished)
     }
 
     /// Waits until what was told of sessions before is committed, so that it is there after the end of the process.
@@ -245,7 +288,9 @@ impl Registry {
         // It looks at all that is kept; the reconciler's timer does it as well.
         let has_grown = self.growth.take_above(self.limits.execution_bytes / PRUNE_PART);
         if has_grown || inner.order.len().is_multiple_of(PRUNE_EVERY) {
-            inner.prune_executions(&self.limits, Instant::now());
+            let forgotten = inner.prune_executions(&self.limits, Instant::now());
+            drop(inner);
+            self.forget(&forgotten);
         }
     }
 
@@ -270,7 +315,15 @@ impl Registry {
         }
         let mut inner = self.inner();
         inner.prune_sessions(&self.limits, now);
-        inner.prune_executions(&self.limits, now);
+        let forgotten = inner.prune_executions(&self.limits, now);
+        drop(inner);
+        self.forget(&forgotten);
+    }
+
+    fn forget(&self, executions: &[ExecutionId]) {
+        if let Some(state) = &self.state {
+            state.forget_executions(executions);
+        }
     }
 
     /// Takes nothing new, gives what runs a grace, and ends every session, or leaves them to the next process; waits until all are gone, or left, or
@@ -372,8 +425,9 @@ impl Inner {
         }
     }
 
-    /// The oldest go first: those finished too long ago, and as many more as it takes to hold the bound on bytes.
-    fn prune_executions(&mut self, limits: &Limits, now: Instant) {
+    /// The oldest go first: those finished too long ago, and as many more as it takes to hold the bound on bytes. Says which.
+    fn prune_executions(&mut self, limits: &Limits, now: Instant) -> Vec<ExecutionId> {
+        let mut forgotten = Vec::new();
         let finished = || self.executions.values().filter(|e| e.status().is_final());
         let mut bytes: u64 = finished().map(|e| e.weight()).sum();
         let mut count = finished().count();
@@ -390,8 +444,10 @@ impl Inner {
                 bytes -= execution.weight().min(bytes);
                 count -= 1;
                 executions.remove(id);
+                forgotten.push(*id);
             }
             keep
         });
+        forgotten
     }
 }

@@ -1,15 +1,19 @@
 //! The execution that runs in a context: what is known of it, what it waits for, and how it is stopped. It says what is due; the context does it.
 
 use std::collections::VecDeque;
+use std::hash::Hash;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 
+use jiff::Timestamp;
+
 use super::execution::{End, Execution, Stdin};
 use crate::domain::ids::ContextId;
 use crate::domain::output::{ErrorInfo, ExecutionEvent, RestartCause, Status, Stop, StopStep};
 use crate::kernel::protocol::{self, InputRequest};
+use crate::store::state::RunningRecord;
 
 /// An interrupt by message is followed by a signal after this long.
 const SIGNAL_AFTER: Duration = Duration::from_secs(1);
@@ -30,6 +34,8 @@ pub(super) struct Running {
     /// Code that prepares the kernel, and belongs to no caller.
     pub(super) is_setup: bool,
     reply: Option<protocol::ExecuteReply>,
+    /// The same as it came.
+    reply_text: Option<Bytes>,
     /// When something was last heard of it, once it has replied: output that was under way may take its time.
     replied_at: Option<Instant>,
     idle: bool,
@@ -47,6 +53,7 @@ pub(super) struct Running {
     /// A process of the cell was ended for want of memory while it ran.
     pub(super) memory_hit: bool,
     lines: VecDeque<String>,
+    lines_given: usize,
     /// How often it was told that there are no more.
     ends_told: u32,
     /// Header of the request for input that waits for a caller.
@@ -99,6 +106,7 @@ impl Running {
             execution,
             is_setup,
             reply: None,
+            reply_text: None,
             replied_at: None,
             idle: false,
             deadline,
@@ -110,14 +118,55 @@ impl Running {
             error_told: false,
             memory_hit: false,
             lines,
+            lines_given: 0,
             ends_told: 0,
             asked: None,
         }
     }
 
-    /// When its time is over.
-    pub(super) fn limit(&self) -> Instant {
-        self.deadline
+    /// One that an earlier process has left. What it had heard is known; whether the kernel was told, and got to its end meanwhile, is not.
+    pub(super) fn restore(execution: Arc<Execution>, deadline: Instant, kept: &RunningRecord, now: Instant) -> Self {
+        let mut running = Self::new(execution, deadline, false);
+        let reply = kept.reply.as_ref().and_then(|text| protocol::read_execute_reply(text.as_bytes()).ok());
+        if let Some(reply) = reply {
+            (running.reply, running.replied_at) = (Some(reply), Some(now));
+            running.reply_text = kept.reply.clone().map(Bytes::from);
+        }
+        running.idle = kept.is_idle;
+        (running.error_told, running.memory_hit) = (kept.error_told, kept.memory_hit);
+        running.lines.drain(..kept.lines_given.min(running.lines.len()));
+        running.lines_given = kept.lines_given;
+        running.ends_told = kept.ends_told;
+        running.asked = kept.asked.clone().map(Bytes::from);
+        running.probe_at = Some(now + PROBE_AFTER);
+        running
+    }
+
+    /// What the next process could not hear again.
+    pub(super) fn record(&self, wall: fn(Instant) -> Timestamp) -> RunningRecord {
+        let text = |bytes: &Bytes| String::from_utf8_lossy(bytes).into_owned();
+        RunningRecord {
+            reply: self.reply_text.as_ref().map(text),
+            is_idle: self.idle,
+            lines_given: self.lines_given,
+            ends_told: self.ends_told,
+            asked: self.asked.as_ref().map(text),
+            error_told: self.error_told,
+            memory_hit: self.memory_hit,
+            verdict: self.verdict().map(|(status, since)| (status, wall(since))),
+            replacing: None,
+        }
+    }
+
+    /// What is different when [`Running::record`] is.
+    pub(super) fn mark(&self) -> impl Hash + use<> {
+        let told = (self.reply_text.is_some(), self.idle, self.error_told, self.memory_hit);
+        (told, self.lines_given, self.ends_told, self.asked.clone(), self.verdict().map(|(status, _)| status))
+    }
+
+    /// What the kernel has said while nobody listened has come by now, or comes at once: so long it is not stopped for its time.
+    pub(super) fn hold_until(&mut self, at: Instant) {
+        self.deadline = self.deadline.max(at);
     }
 
     pub(super) fn next_deadline(&self) -> Instant {
@@ -204,11 +253,11 @@ impl Running {
         self.probe_at = Some(now + PROBE_AFTER);
     }
 
-    pub(super) fn has_replied(&mut self, reply: protocol::ExecuteReply, now: Instant) {
+    pub(super) fn has_replied(&mut self, reply: protocol::ExecuteReply, text: Bytes, now: Instant) {
         if let Some(count) = reply.execution_count {
             self.execution.count(count);
         }
-        self.reply = Some(reply);
+        (self.reply, self.reply_text) = (Some(reply), Some(text));
         self.replied_at = Some(now);
     }
 
@@ -248,6 +297,7 @@ impl Running {
             return Input::Ask;
         }
         if let Some(line) = self.lines.pop_front() {
+            self.lines_given += 1;
             return Input::Line(line);
         }
         // Each answer is a message that waits for its turn, and a kernel may ask without end.
@@ -258,7 +308,14 @@ impl Running {
     /// A caller answers; the header of the request it answers, if there is one.
     pub(super) fn take_asked(&mut self) -> Option<Bytes> {
         self.execution.set_asking(false);
-        self.asked.take()
+        let asked = self.asked.take();
+        self.lines_given += usize::from(asked.is_some());
+        asked
+    }
+
+    /// The id of the message that answers the last request for input: the guest passes none on twice, whichever process sends it.
+    pub(super) fn line_id(&self) -> String {
+        format!("{}-line{}", self.msg_id, self.lines_given + self.ends_told as usize)
     }
 
     /// Why it is being stopped, and since when.

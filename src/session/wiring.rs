@@ -63,7 +63,7 @@ impl Act {
 pub(super) struct Starting {
     pub(super) transport: Transport,
     pub(super) connect_timeout: Duration,
-    /// Where the kernel's name is to be found afterwards.
+    /// Where kernels' names, code and events are to be found afterwards.
     pub(super) state: Option<State>,
 }
 
@@ -83,12 +83,13 @@ pub(super) struct Wiring {
 }
 
 impl Wiring {
-    pub(super) fn new(starting: Starting) -> Self {
+    /// Events of the cell's guest up to number `heard` have been taken note of before.
+    pub(super) fn new(starting: Starting, heard: u64) -> Self {
         Self {
             starting,
             link: None,
             events: None,
-            last_seq: 0,
+            last_seq: heard,
             acked: 0,
             unacked_bytes: 0,
             acking: false,
@@ -98,10 +99,11 @@ impl Wiring {
         }
     }
 
-    /// What was planned before is done now.
-    pub(super) fn connect(&mut self, link: Link, events: Events) {
+    /// What was planned before is done now. Events up to number `heard` have been taken note of before.
+    pub(super) fn connect(&mut self, link: Link, events: Events, heard: u64) {
         let pending = std::mem::take(&mut self.pending);
-        *self = Self { link: Some(link), events: Some(events), pending, ..Self::new(self.starting.clone()) };
+        let fresh = Self::new(self.starting.clone(), heard);
+        *self = Self { link: Some(link), events: Some(events), pending, ..fresh };
     }
 
     pub(super) fn cut(&mut self) {
@@ -179,8 +181,14 @@ impl Wiring {
         }
         let link = self.link.clone()?;
         (self.acking, self.acked, self.unacked_bytes, self.ack_due) = (true, self.last_seq, 0, None);
-        let seq = self.last_seq;
+        let (seq, state) = (self.last_seq, self.starting.state.clone());
         Some(Box::pin(async move {
+            // The guest forgets what it is told of here: what could not be committed it is told with the next.
+            if let Some(state) = state
+                && state.settle().await.is_err()
+            {
+                return;
+            }
             // A link that fails here fails for its event stream too, which tells.
             let _ = link.ack(seq).await;
         }))
@@ -215,7 +223,15 @@ async fn perform(link: Link, action: Action, starting: Starting) -> Result<Acted
             link.start_kernel(&start).await.map(Acted::Started)
         }
         Action::Delete { kernel } => link.delete_kernel(&kernel).await.map(Acted::Deleted),
-        Action::Send { kernel, head, parts } => link.send_message(&kernel, &head, &parts).await.map(|()| Acted::Sent),
+        Action::Send { kernel, head, parts } => {
+            // What runs code is known to the next process first, which could run it again otherwise, or not know of it.
+            if let (Some(state), Some(_)) = (&starting.state, head.cap)
+                && let Err(error) = state.settle().await
+            {
+                tracing::error!(execution = head.msg_id, %error, "an execution could not be kept");
+            }
+            link.send_message(&kernel, &head, &parts).await.map(|()| Acted::Sent)
+        }
         Action::Signal { kernel, signal } => link.signal(&kernel, signal).await.map(|()| Acted::Sent),
     }
 }
@@ -227,7 +243,7 @@ mod tests {
     #[test]
     fn the_end_of_a_kernel_overtakes_all_and_drops_what_was_for_it() {
         let starting = Starting { transport: Transport::Ipc, connect_timeout: Duration::ZERO, state: None };
-        let mut wiring = Wiring::new(starting);
+        let mut wiring = Wiring::new(starting, 0);
         let signal = |kernel: &str| Action::Signal { kernel: kernel.to_owned(), signal: "SIGINT" };
         let delete = |kernel: &str| Action::Delete { kernel: kernel.to_owned() };
         wiring.plan(vec![signal("a"), signal("b"), signal("a"), delete("a"), signal("b")]);

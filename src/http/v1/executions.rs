@@ -498,7 +498,7 @@ pub(super) fn truncated(what: Truncated) -> &'static str {
 /// happen. 200 whenever the code ran, however it ended.
 #[utoipa::path(post, path = "/v1/sessions/{id}/executions", operation_id = "create_execution", tag = "executions",
     params(("id" = String, Path)), request_body = CreateExecution,
-    responses((status = 200, body = ExecutionView), (status = 202, body = ExecutionView, description = "In the background"),
+    responses((status = 200, body = ExecutionView), (status = 202, body = ExecutionView, description = "In the background, or because the server stops and the next one goes on with it"),
         (status = "4XX", body = Problem), (status = "5XX", body = Problem)))]
 pub async fn create_execution(
     State(app): State<App>,
@@ -536,7 +536,11 @@ pub(super) async fn answer(
     }
     execution.ended().await;
     drop(guard);
-    Answer(ExecutionView::of(&execution)).into_response()
+    match execution.status().is_final() {
+        true => Answer(ExecutionView::of(&execution)).into_response(),
+        // It goes on with the next server.
+        false => accepted(&execution),
+    }
 }
 
 /// Takes an execution back when its caller hangs up, if that was asked for.

@@ -109,7 +109,7 @@ fn events(
             follow.version.mark_unchanged();
             follow.ready = follow.execution.events_after(follow.seq).into();
             if follow.ready.is_empty() {
-                if follow.execution.status().is_final() {
+                if !follow.execution.is_followed() {
                     return None;
                 }
                 follow.version.changed().await.ok()?;

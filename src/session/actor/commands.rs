@@ -87,6 +87,7 @@ impl Actor {
         let context = context.unwrap_or(self.default_context);
         let context = self.contexts.get_mut(&context).ok_or(Refused::NoSuchContext)?;
         let execution = context.enqueue(request, now).map_err(|_| Refused::QueueFull)?;
+        self.leaving.follow(&execution);
         self.last_active = now;
         Ok(execution)
     }

@@ -4,9 +4,11 @@ use std::collections::BTreeMap;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::Arc;
 
-use super::{Actor, wall};
+use super::super::execution::Execution;
+use super::{Actor, Context, wall};
+use crate::domain::ids::ContextId;
 use crate::domain::lifecycle::Phase;
-use crate::store::state::{Lasting, SessionRecord, Stage, State};
+use crate::store::state::{ExecutionChange, Lasting, RunningRecord, SessionRecord, Stage, State, Turn};
 
 /// A session's way to the database.
 pub(super) struct Leaving {
@@ -16,12 +18,34 @@ pub(super) struct Leaving {
     revision: u64,
     /// What the last record was told by.
     saved: Option<u64>,
+    /// How far the guest of which cell was heard, as the database was told.
+    heard: (u32, u64),
+    /// Executions whose end it was not told.
+    executions: Vec<Arc<Execution>>,
+    /// What the last record of what runs in a context was told by.
+    running: BTreeMap<ContextId, u64>,
 }
 
 impl Leaving {
-    pub(super) fn new(state: Option<State>, record: &SessionRecord) -> Self {
-        let SessionRecord { lasting, revision, .. } = *record;
-        Self { state, tenant: Arc::clone(&record.tenant), lasting, revision, saved: None }
+    pub(super) fn new(state: Option<State>, record: &SessionRecord, heard: u64) -> Self {
+        let SessionRecord { lasting, revision, cells, .. } = *record;
+        Self {
+            state,
+            tenant: Arc::clone(&record.tenant),
+            lasting,
+            revision,
+            saved: None,
+            heard: (cells, heard),
+            executions: Vec::new(),
+            running: BTreeMap::new(),
+        }
+    }
+
+    /// Has the database told what becomes of an execution.
+    pub(super) fn follow(&mut self, execution: &Arc<Execution>) {
+        if self.state.is_some() {
+            self.executions.push(Arc::clone(execution));
+        }
     }
 
     /// It is ready, and whoever waited for that will tell.
@@ -33,16 +57,49 @@ impl Leaving {
 }
 
 impl Actor {
-    /// Has what the session leaves committed, if it is different.
+    /// Has what the session and its executions leave committed, as far as it is different.
     pub(super) fn save(&mut self) {
         let Some(state) = self.leaving.state.clone() else { return };
         let mark = self.mark();
-        if self.leaving.saved == Some(mark) {
-            return;
+        let is_different = self.leaving.saved != Some(mark);
+        if is_different {
+            self.leaving.revision += 1;
+            self.leaving.saved = Some(mark);
         }
-        self.leaving.revision += 1;
-        self.leaving.saved = Some(mark);
-        state.put(self.record());
+        let record = is_different.then(|| self.record());
+        let heard = (self.cells, self.wiring.last_seq());
+        let executions = self.changes();
+        if record.is_some() || heard != self.leaving.heard || !executions.is_empty() {
+            self.leaving.heard = heard;
+            state.put(Turn { session: self.cell.session, record, heard, executions });
+        }
+    }
+
+    /// What has changed of executions since the database was told.
+    fn changes(&mut self) -> Vec<ExecutionChange> {
+        let mut changes: Vec<_> = self.leaving.executions.iter().filter_map(|e| e.take_change()).collect();
+        self.leaving.executions.retain(|execution| !execution.status().is_final());
+        for context in self.contexts.values() {
+            let mut hasher = DefaultHasher::new();
+            context.running_mark().hash(&mut hasher);
+            let mark = hasher.finish();
+            if self.leaving.running.insert(context.id, mark) == Some(mark) {
+                continue;
+            }
+            let Some((id, running)) = context.running_record(wall) else { continue };
+            match changes.iter_mut().find(|change| change.id == id) {
+                Some(change) => change.running = Some(running),
+                None if running == RunningRecord::default() => {}
+                None => changes.push(ExecutionChange {
+                    id,
+                    birth: None,
+                    progress: None,
+                    running: Some(running),
+                    events: Vec::new(),
+                }),
+            }
+        }
+        changes
     }
 
     fn mark(&self) -> u64 {
@@ -92,7 +149,7 @@ impl Actor {
             env: if is_over { BTreeMap::new() } else { self.env.clone() },
             cells: self.cells,
             default_context: self.default_context,
-            contexts: self.contexts.values().map(|context| context.record(wall)).collect(),
+            contexts: self.contexts.values().map(Context::record).collect(),
         }
     }
 }

@@ -20,11 +20,12 @@ use tokio::sync::{mpsc, oneshot, watch};
 use super::boot::{self, Booted};
 use super::capacity;
 use super::context::{Context, Making, Notice, Pace};
-use super::execution::Place;
-use super::keeping::{Growth, Keeping};
+use super::execution::{End, Execution, Place};
+use super::keeping::Keeping;
 use super::wiring::{Act, ActKind, Acted, Starting, Wiring};
 use super::{
     Attributes, COMMAND_QUEUE, Command, ContextView, Refused, Session, Settings, Snapshot, StartFailure, StartFault,
+    instant,
 };
 use crate::domain::ids::ContextId;
 use crate::domain::lifecycle::{self, Effect, EndReason, Event, Phase};
@@ -32,8 +33,8 @@ use crate::domain::output::{JsonText, RestartCause, Status, StopStep};
 use crate::domain::spec::{KernelTransport, OnGuestLost, SessionSpec};
 use crate::engine::{ByteStream, CellName, CellSpec, CellState, Engine, EngineError};
 use crate::kernel::link::LinkError;
-use crate::store::state::{Lasting, SessionRecord, Stage, State};
-use crate::store::{Archive, NotebookKernel};
+use crate::store::NotebookKernel;
+use crate::store::state::{Lasting, RunningRecord, SessionRecord, Stage, State};
 use crate::task;
 
 mod commands;
@@ -86,10 +87,13 @@ pub(super) struct Birth {
     pub(super) instance: String,
     pub(super) settings: Settings,
     pub(super) engine: Arc<dyn Engine>,
-    pub(super) archive: Option<Archive>,
-    pub(super) growth: Growth,
+    pub(super) keeping: Keeping,
     pub(super) state: Option<State>,
     pub(super) place: capacity::Place,
+    /// What an earlier process has left running or waiting, in the order in which it was accepted.
+    pub(super) executions: Vec<(Arc<Execution>, Option<RunningRecord>)>,
+    /// The last event that an earlier process has heard of the present cell's guest.
+    pub(super) heard: u64,
 }
 
 /// What somebody wants of a session's task, before anything else.
@@ -163,7 +167,9 @@ pub(super) fn spawn(birth: Birth) -> Session {
     let (phase, effects) = match stage {
         Stage::Starting if is_new => lifecycle::begin(),
         Stage::Starting if birth.record.lasting != Lasting::Always => lifecycle::go_on_ending(EndReason::StartFailed),
-        Stage::Live if birth.record.lasting == Lasting::Never => lifecycle::go_on_ending(EndReason::Drained),
+        Stage::Live if birth.record.lasting == Lasting::Never && birth.executions.is_empty() => {
+            lifecycle::go_on_ending(EndReason::Drained)
+        }
         Stage::Starting => lifecycle::go_on(false),
         Stage::Live => lifecycle::go_on(true),
         Stage::Ending(reason) | Stage::Ended(reason, _) => lifecycle::go_on_ending(reason),
@@ -220,9 +226,9 @@ pub(super) fn ended(record: SessionRecord, reason: EndReason) -> Session {
 
 impl Actor {
     fn new(birth: Birth, commands: mpsc::Receiver<Command>, wishes: mpsc::Receiver<Wish>) -> Self {
-        let Birth { record, is_new, instance, settings, engine, archive, growth, state, place } = birth;
+        let Birth { record, is_new, instance, settings, engine, keeping, state, place, executions, heard } = birth;
         let now = Instant::now();
-        let leaving = Leaving::new(state.clone(), &record);
+        let leaving = Leaving::new(state.clone(), &record, heard);
         let (id, spec) = (record.id, record.spec);
         let attributes = Arc::new(Attributes { labels: record.labels, idle: record.idle });
         let snapshot = watch::Sender::new(first_snapshot(&spec, &attributes));
@@ -243,7 +249,7 @@ impl Actor {
             },
             instance,
             cells: record.cells,
-            keeping: Keeping::new(archive, Arc::clone(&record.tenant), id, settings.inline).growing(growth),
+            keeping,
             settings,
             engine,
             secret: record.secret,
@@ -251,7 +257,7 @@ impl Actor {
             contexts: BTreeMap::new(),
             default_context: record.default_context,
             creating: BTreeMap::new(),
-            wiring: Wiring::new(starting),
+            wiring: Wiring::new(starting, heard),
             gone: Vec::new(),
             work: FuturesUnordered::new(),
             retry_after: RETRY_FIRST,
@@ -274,14 +280,26 @@ impl Actor {
         let is_left = !is_new && record.stage == Stage::Live;
         for context in record.contexts {
             let making = actor.making(context.id, context.asked_kernelspec.clone(), context.cwd.clone());
-            let busy_until = context.busy_until.map(instant);
             let context = match is_left {
-                true => Context::adopt(making, context, busy_until, now),
+                true => Context::adopt(making, context, now),
                 false => Context::again(making, &context),
             };
             actor.contexts.insert(context.id, context);
         }
+        for (execution, kept) in executions {
+            actor.go_on(execution, kept, now);
+        }
         actor
+    }
+
+    /// Goes on with an execution that an earlier process has left.
+    fn go_on(&mut self, execution: Arc<Execution>, kept: Option<RunningRecord>, now: Instant) {
+        self.leaving.follow(&execution);
+        let until = execution.started_at().map(|at| instant(at) + execution.request.timeout);
+        match self.contexts.get_mut(&execution.place.context) {
+            Some(context) => context.take_over(execution, kept, until, now),
+            None => execution.finish(End::with(Status::Cancelled, "its context was deleted")),
+        }
     }
 
     fn making(&self, id: ContextId, kernelspec: Option<String>, cwd: Option<String>) -> Making {
@@ -353,9 +371,9 @@ impl Actor {
         }
     }
 
-    /// What runs or waits is lost with this process; the session goes on with the next one.
+    /// The session goes on with the next process, and so does what runs or waits.
     fn leave(&mut self) {
-        self.contexts.values_mut().for_each(|c| c.settle(Status::Lost, StopStep::End, "the server stopped"));
+        self.contexts.values_mut().for_each(Context::leave);
         self.wiring.cut();
         self.refuse_waiting(&Refused::NotReady);
     }
@@ -491,7 +509,9 @@ impl Actor {
     fn on_done(&mut self, done: Done) {
         match done {
             Done::Adopted(Ok(booted)) if self.phase == Phase::Ready => {
-                self.wiring.connect(booted.link, booted.events);
+                self.wiring.connect(booted.link, booted.events, self.wiring.last_seq());
+                let now = Instant::now();
+                self.contexts.values_mut().for_each(|context| context.is_linked(now));
                 self.open_notebook();
             }
             Done::Adopted(Ok(_)) => {}
@@ -560,7 +580,7 @@ impl Actor {
     }
 
     fn start_kernels(&mut self, booted: Booted) {
-        self.wiring.connect(booted.link, booted.events);
+        self.wiring.connect(booted.link, booted.events, 0);
         let now = Instant::now();
         // Less than the session's own time, so that a kernel's last words, or a setup's, are heard.
         let left = (self.starting_since + self.settings.start_timeout).saturating_duration_since(now).mul_f64(0.9);
@@ -670,7 +690,9 @@ impl Actor {
             Phase::Ready => self.idle_deadline().unwrap_or(self.expires).min(self.expires),
             Phase::Aborting(_) | Phase::Ending(_) | Phase::Ended(_) => Instant::now() + FAR,
         };
-        let contexts = self.contexts.values().filter_map(Context::next_deadline);
+        // What is not heard is not judged: taking it over has a time limit of its own.
+        let is_heard = self.phase != Phase::Ready || self.wiring.link().is_some();
+        let contexts = self.contexts.values().filter(|_| is_heard).filter_map(Context::next_deadline);
         let others = contexts.chain(self.wiring.next_deadline()).chain(self.gone.iter().map(|gone| gone.until));
         others.min().unwrap_or(own).min(own)
     }
@@ -699,6 +721,7 @@ impl Actor {
             Phase::Ready if self.idle_deadline().is_some_and(|at| now >= at) => {
                 self.step(Event::EndRequested(EndReason::Idle));
             }
+            Phase::Ready if self.wiring.link().is_none() => {}
             _ => self.contexts.values_mut().for_each(|c| c.on_time(now)),
         }
     }
@@ -846,16 +869,6 @@ pub(super) async fn look_at(engine: &dyn Engine, name: &CellName, otherwise: Ver
             Verdict::Unreachable(_) => Verdict::Unreachable("the container engine could not be reached"),
             otherwise => otherwise,
         },
-    }
-}
-
-/// A moment of the wall's clock on the process's.
-fn instant(at: Timestamp) -> Instant {
-    let (now, wall) = (Instant::now(), Timestamp::now());
-    match Duration::try_from(at.duration_since(wall)) {
-        Ok(ahead) => now + ahead,
-        // A process does not know moments from before its machine's start.
-        Err(_) => now.checked_sub(wall.duration_since(at).unsigned_abs()).unwrap_or(now),
     }
 }
 

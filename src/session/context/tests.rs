@@ -36,6 +36,8 @@ enum Step {
         gone: bool,
     },
     Wait(u64),
+    /// Another process takes over.
+    NextProcess,
 }
 
 fn steps() -> impl Strategy<Value = Vec<Step>> {
@@ -53,8 +55,23 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
         3 => Just(Step::Deleted),
         1 => any::<bool>().prop_map(|gone| Step::Refused { gone }),
         2 => (0..4000u64).prop_map(Step::Wait),
+        2 => Just(Step::NextProcess),
     ];
     proptest::collection::vec(step, 0..80)
+}
+
+fn making() -> Making {
+    Making {
+        place: Place { keeping: Keeping::nothing(), ..Place::for_tests() },
+        pace: PACE,
+        max_queue: 4,
+        kernelspec: None,
+        cwd: None,
+        setup: Arc::from(["setup".to_owned()]),
+        setup_output: LIMITS,
+        on_kernel_death: OnKernelDeath::Restart,
+        is_default: true,
+    }
 }
 
 /// A context with a guest that does what it is told, and what has been told so far.
@@ -77,7 +94,7 @@ impl World {
         })
     }
 
-    /// One whose context is of an earlier process, with a kernel that runs code.
+    /// One whose context is of an earlier process, with a kernel that has nothing to do.
     fn adopted() -> Self {
         Self::with(|making, now| {
             let record = ContextRecord {
@@ -85,25 +102,27 @@ impl World {
                 is_ready: true,
                 ..ContextRecord::new(making.place.context, Timestamp::now(), None)
             };
-            Context::adopt(making, record, Some(now + Duration::from_secs(2)), now)
+            Context::adopt(making, record, now)
         })
     }
 
+    /// What the context leaves is all that the next one knows.
+    fn next_process(&mut self) {
+        let (record, running) = (self.context.record(), self.context.running_record(|_| Timestamp::now()));
+        self.context.leave();
+        self.context = Context::adopt(making(), record, self.now);
+        for execution in self.executions.iter_mut().filter(|e| !e.status().is_final()) {
+            let kept = running.as_ref().filter(|(id, _)| *id == execution.id).map(|(_, kept)| kept.clone());
+            *execution = Arc::new(Execution::restore(execution.left(), kept.as_ref(), Keeping::nothing()));
+            let until = (execution.status() == Status::Running).then(|| self.now + execution.request.timeout);
+            self.context.take_over(Arc::clone(execution), kept, until, self.now);
+        }
+        self.context.is_linked(self.now);
+    }
+
     fn with(make: impl FnOnce(Making, Instant) -> Context) -> Self {
-        let place = Place { keeping: Keeping::nothing(), ..Place::for_tests() };
-        let making = Making {
-            place,
-            pace: PACE,
-            max_queue: 4,
-            kernelspec: None,
-            cwd: None,
-            setup: Arc::from(["setup".to_owned()]),
-            setup_output: LIMITS,
-            on_kernel_death: OnKernelDeath::Restart,
-            is_default: true,
-        };
         let now = Instant::now();
-        let context = make(making, now);
+        let context = make(making(), now);
         let (executions, sent, deletes) = (Vec::new(), Vec::new(), Vec::new());
         Self { context, now, executions, sent, deletes, started: BTreeSet::new(), failed: false }
     }
@@ -191,6 +210,7 @@ impl World {
                 self.now += Duration::from_millis(milliseconds);
                 self.context.on_time(self.now);
             }
+            Step::NextProcess => self.next_process(),
         }
         self.take();
     }
@@ -291,25 +311,48 @@ fn code_that_a_dead_kernel_did_not_take_runs_in_the_next() {
 }
 
 #[test]
-fn what_a_kernel_was_left_with_has_its_time_and_then_the_ladder() {
-    let mut world = World::adopted();
-    world.take();
+fn what_runs_goes_on_with_the_next_process_and_what_waits_comes_after_it() {
+    let mut world = ready();
     world.step(Step::Execute { seconds: 1, restarts: false });
-    assert!(world.context.is_busy() && world.executions[0].status() == Status::Queued);
-    world.step(Step::Wait(1900));
-    assert_eq!(world.sent.len(), 1, "it has its time");
-    world.step(Step::Wait(200));
+    world.step(Step::Execute { seconds: 1, restarts: false });
+    let ids: Vec<String> = world.executions.iter().map(|e| e.id.to_string()).collect();
+    world.message(Channel::Iopub, "stream", &ids[0], r#"{"name":"stdout","text":"before"}"#);
+    world.message(Channel::Shell, "execute_reply", &ids[0], r#"{"status":"ok","execution_count":5}"#);
+    world.step(Step::NextProcess);
+    // It is sent again, and the guest has it already.
+    let (kernel, head) = world.sent.last().cloned().unwrap();
+    assert_eq!(head.msg_id, ids[0]);
+    let act = Act { kernel, kind: ActKind::Send(head.msg_id) };
+    let refusal = Refusal { code: "exists".to_owned(), message: String::new() };
+    world.context.on_refusal(&act, &refusal, world.now);
+    world.message(Channel::Iopub, "stream", &ids[0], r#"{"name":"stdout","text":" and after"}"#);
+    world.message(Channel::Iopub, "status", &ids[0], r#"{"execution_state":"idle"}"#);
+    let outcome = world.executions[0].outcome();
+    assert_eq!((outcome.status, outcome.execution_count), (Status::Ok, Some(5)));
+    assert_eq!(outcome.stdout, "before and after");
+    let seqs: Vec<u64> = world.executions[0].events_after(0).iter().map(|logged| logged.seq).collect();
+    assert_eq!(seqs, (1..=5).collect::<Vec<_>>());
+    world.take();
+    assert_eq!(world.sent.last().unwrap().1.msg_id, ids[1]);
+    assert_eq!(world.executions[1].status(), Status::Running);
+}
+
+#[test]
+fn what_was_being_stopped_is_stopped_by_the_next_process() {
+    let mut world = ready();
+    world.step(Step::Execute { seconds: 1, restarts: false });
+    world.step(Step::Wait(1000));
+    assert!(world.sent.last().unwrap().1.msg_id.contains("-int"));
+    world.step(Step::NextProcess);
     assert!(world.sent.last().unwrap().1.msg_id.contains("-int"));
     world.step(Step::Wait(1100));
+    world.step(Step::Wait(0));
     assert_eq!(world.deletes.len(), 1);
-
-    let mut world = World::adopted();
-    world.take();
-    world.step(Step::Execute { seconds: 1, restarts: false });
-    let first = world.sent.last().unwrap().1.msg_id.clone();
-    world.answer(&first, true);
-    world.take();
-    assert_eq!(world.executions[0].status(), Status::Running);
+    // The kernel is being replaced, and that is not forgotten either.
+    world.step(Step::NextProcess);
+    world.delete();
+    let outcome = world.executions[0].outcome();
+    assert_eq!((outcome.status, outcome.restarted), (Status::Timeout, Some(RestartCause::Timeout)));
 }
 
 #[test]

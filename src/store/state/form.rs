@@ -9,6 +9,7 @@ use jiff::Timestamp;
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 use serde_json::value::RawValue;
 
+use super::execution_form::parsed;
 use super::{ContextRecord, Lasting, SessionRecord, Stage};
 use crate::domain::lifecycle::EndReason;
 use crate::domain::output::JsonText;
@@ -61,10 +62,6 @@ pub(super) fn read(id: &str, revision: u64, body: &str) -> serde_json::Result<Se
     })
 }
 
-fn parsed<T: std::str::FromStr<Err: std::fmt::Display>>(text: &str) -> serde_json::Result<T> {
-    text.parse().map_err(de::Error::custom)
-}
-
 fn secret(hex: &str) -> serde_json::Result<LinkSecret> {
     let number = u128::from_str_radix(hex, 16).map_err(de::Error::custom)?;
     Ok(LinkSecret(number.to_be_bytes()))
@@ -99,7 +96,6 @@ struct ContextForm {
     created_at: Timestamp,
     born: u32,
     is_ready: bool,
-    busy_until: Option<String>,
     asked_kernelspec: Option<String>,
     cwd: Option<String>,
     kernelspec: String,
@@ -118,7 +114,6 @@ impl From<&ContextRecord> for ContextForm {
             created_at: record.created_at,
             born: record.born,
             is_ready: record.is_ready,
-            busy_until: record.busy_until.map(moment::text),
             asked_kernelspec: record.asked_kernelspec,
             cwd: record.cwd,
             kernelspec: record.kernelspec,
@@ -141,7 +136,6 @@ impl TryFrom<ContextForm> for ContextRecord {
             created_at: form.created_at,
             born: form.born,
             is_ready: form.is_ready,
-            busy_until: form.busy_until.as_deref().map(parsed).transpose()?,
             asked_kernelspec: form.asked_kernelspec,
             cwd: form.cwd,
             kernelspec: form.kernelspec,
@@ -274,7 +268,7 @@ struct TimeoutsForm {
 
 #[derive(Serialize, Deserialize)]
 #[serde(remote = "OutputLimits")]
-struct OutputForm {
+pub(super) struct OutputForm {
     text_bytes: u64,
     result_bytes: u64,
     total_bytes: u64,

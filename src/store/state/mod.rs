@@ -1,9 +1,10 @@
-//! What sessions leave for the next process: one row each in an SQLite database, behind one thread that commits. It knows nothing of engines,
+//! What sessions and their executions leave for the next process, in an SQLite database behind one thread that commits. It knows nothing of engines,
 //! and never says what should become of a session.
 //!
 //! Durability is against the end of the process, not of the machine's power (WAL, `synchronous=NORMAL`).
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -13,27 +14,33 @@ use jiff::Timestamp;
 use rusqlite::{Connection, params};
 use tokio::sync::{mpsc, oneshot};
 
-use crate::domain::ids::{ContextId, SessionId};
+use crate::domain::ids::{ContextId, ExecutionId, SessionId};
 use crate::domain::lifecycle::EndReason;
 use crate::domain::output::JsonText;
 use crate::domain::spec::SessionSpec;
 
+mod execution_form;
+mod executions;
 mod form;
 #[cfg(test)]
 mod tests;
+
+use executions::Pending;
+pub use executions::{Birth, ExecutionChange, ExecutionRecord, Logged, Progress, RunningRecord};
 
 /// The database's name in the data folder.
 const FILE: &str = "state.db";
 /// Marks the file as ours, in its header (`PRAGMA application_id`): "cell".
 const APPLICATION_ID: i32 = 0x6365_6c6c;
 /// How the tables are made: each step brings the database from the version of its place to the next.
-const MIGRATIONS: [&str; 1] = ["CREATE TABLE sessions (
+const MIGRATIONS: [&str; 2] = [SESSIONS, executions::TABLES];
+const SESSIONS: &str = "CREATE TABLE sessions (
         id TEXT PRIMARY KEY,
         revision INTEGER NOT NULL,
         ended_at INTEGER,
         body TEXT NOT NULL
     ) STRICT, WITHOUT ROWID;
-    CREATE INDEX sessions_ended ON sessions (ended_at) WHERE ended_at IS NOT NULL;"];
+    CREATE INDEX sessions_ended ON sessions (ended_at) WHERE ended_at IS NOT NULL;";
 /// Longest wait for another process that has the database open.
 const PATIENCE: Duration = Duration::from_secs(5);
 /// Who may wait for a commit.
@@ -121,8 +128,6 @@ pub struct ContextRecord {
     pub born: u32,
     /// Whether that one was up and prepared.
     pub is_ready: bool,
-    /// Until when a caller's code might run, if any did.
-    pub busy_until: Option<Timestamp>,
     /// The kernelspec that was asked for.
     pub asked_kernelspec: Option<String>,
     /// The working folder that was asked for.
@@ -150,7 +155,6 @@ impl ContextRecord {
             created_at,
             born: 0,
             is_ready: false,
-            busy_until: None,
             asked_kernelspec,
             cwd: None,
             kernelspec: String::new(),
@@ -194,6 +198,30 @@ pub struct State {
     commands: mpsc::Sender<Command>,
 }
 
+/// What one turn of a session's task has brought. It is committed whole.
+#[derive(Debug)]
+pub struct Turn {
+    /// The session.
+    pub session: SessionId,
+    /// What it leaves, if that has changed.
+    pub record: Option<SessionRecord>,
+    /// Which of its cells it hears, and the number of the last event of its guest that is in here or in an earlier turn.
+    pub heard: (u32, u64),
+    /// What has changed of its executions.
+    pub executions: Vec<ExecutionChange>,
+}
+
+/// What an earlier process has left.
+#[derive(Debug, Default, PartialEq)]
+pub struct Left {
+    /// Sessions in the order of their creation.
+    pub sessions: Vec<SessionRecord>,
+    /// Executions in the order in which they were accepted.
+    pub executions: Vec<ExecutionRecord>,
+    /// Which cell each session has heard last, and how far.
+    pub heard: HashMap<SessionId, (u32, u64)>,
+}
+
 /// What is to be committed: of each session the newest record only, so that many changes of one are one. It stays until it is committed.
 #[derive(Debug, Clone, Default)]
 struct Waiting(Arc<Mutex<Changes>>);
@@ -201,6 +229,9 @@ struct Waiting(Arc<Mutex<Changes>>);
 #[derive(Debug, Default)]
 struct Changes {
     records: HashMap<SessionId, SessionRecord>,
+    heard: HashMap<SessionId, (u32, u64)>,
+    executions: HashMap<ExecutionId, Pending>,
+    forget_executions: Vec<ExecutionId>,
     forget_before: Option<Timestamp>,
 }
 
@@ -227,8 +258,40 @@ impl Changes {
         }
     }
 
+    fn add_turn(&mut self, turn: Turn) {
+        let Turn { session, record, heard, executions } = turn;
+        if let Some(record) = record {
+            self.add(record);
+        }
+        self.heard.insert(session, heard);
+        for change in executions {
+            self.executions.entry(change.id).or_insert_with(|| Pending::new(session)).add(change);
+        }
+    }
+
     fn is_empty(&self) -> bool {
-        self.records.is_empty() && self.forget_before.is_none()
+        self.records.is_empty()
+            && self.heard.is_empty()
+            && self.executions.is_empty()
+            && self.forget_executions.is_empty()
+            && self.forget_before.is_none()
+    }
+
+    /// What could not be committed goes before what came meanwhile.
+    fn put_back(&mut self, earlier: Self) {
+        earlier.records.into_values().for_each(|record| self.add(record));
+        for (session, heard) in earlier.heard {
+            self.heard.entry(session).or_insert(heard);
+        }
+        let forgotten = std::mem::replace(&mut self.forget_executions, earlier.forget_executions);
+        self.forget_executions.extend(forgotten);
+        for (id, pending) in earlier.executions {
+            match self.executions.entry(id) {
+                Entry::Occupied(mut later) => later.get_mut().put_back(pending),
+                Entry::Vacant(free) => drop(free.insert(pending)),
+            }
+        }
+        self.forget_before = self.forget_before.or(earlier.forget_before);
     }
 }
 
@@ -237,20 +300,42 @@ impl State {
     ///
     /// # Errors
     /// See [`StateError`]; with one, nothing was changed.
-    pub fn open(folder: &Path) -> Result<(Self, Vec<SessionRecord>), StateError> {
+    pub fn open(folder: &Path) -> Result<(Self, Left), StateError> {
         let connection = open(&path_in(folder))?;
-        let records = read_all(&connection)?;
+        let left = Left {
+            sessions: read_all(&connection)?,
+            executions: executions::read_all(&connection)?,
+            heard: executions::read_heard(&connection)?,
+        };
         let (commands, received) = mpsc::channel(QUEUE);
         let waiting = Waiting::default();
         let writer = Writer { connection, waiting: waiting.clone() };
         let thread = std::thread::Builder::new().name("state".to_owned());
         thread.spawn(move || writer.run(received)).map_err(|_| StateError::Unwritten)?;
-        Ok((Self { waiting, commands }, records))
+        Ok((Self { waiting, commands }, left))
     }
 
-    /// Has a session's record committed soon. Never waits.
-    pub fn put(&self, record: SessionRecord) {
-        self.waiting.changes().add(record);
+    /// Has what a turn has brought committed soon; output, of which the guest has a copy until it is told otherwise, with what comes after it. Never
+    /// waits.
+    pub fn put(&self, turn: Turn) {
+        let is_urgent = turn.record.is_some() || turn.executions.iter().any(|change| change.progress.is_some());
+        self.waiting.changes().add_turn(turn);
+        if is_urgent {
+            self.wake();
+        }
+    }
+
+    /// Forgets executions. Never waits.
+    pub fn forget_executions(&self, ids: &[ExecutionId]) {
+        if ids.is_empty() {
+            return;
+        }
+        let mut changes = self.waiting.changes();
+        for id in ids {
+            changes.executions.remove(id);
+        }
+        changes.forget_executions.extend(ids);
+        drop(changes);
         self.wake();
     }
 
@@ -315,6 +400,7 @@ fn open(path: &Path) -> Result<Connection, StateError> {
     connection.pragma_update(None, "synchronous", "NORMAL")?;
     // What is forgotten is not to stand in the file: environments hold secrets.
     connection.pragma_update(None, "secure_delete", "ON")?;
+    connection.pragma_update(None, "foreign_keys", "ON")?;
     let migration = connection.transaction()?;
     for step in &MIGRATIONS[version..] {
         migration.execute_batch(step)?;
@@ -411,9 +497,7 @@ impl Writer {
         }
         let committed = self.write(&changes);
         if committed.is_err() {
-            let mut waiting = self.waiting.changes();
-            changes.records.into_values().for_each(|record| waiting.add(record));
-            waiting.forget_before = waiting.forget_before.or(changes.forget_before);
+            self.waiting.changes().put_back(changes);
         }
         committed
     }
@@ -422,6 +506,15 @@ impl Writer {
         let transaction = self.connection.transaction()?;
         for record in changes.records.values() {
             put(&transaction, record)?;
+        }
+        for (session, heard) in &changes.heard {
+            executions::write_heard(*session, *heard, &transaction)?;
+        }
+        for (id, pending) in &changes.executions {
+            pending.write(*id, &transaction)?;
+        }
+        for id in &changes.forget_executions {
+            transaction.prepare_cached("DELETE FROM executions WHERE id = ?1")?.execute([id.to_string()])?;
         }
         if let Some(before) = changes.forget_before {
             let mut forget = transaction.prepare_cached("DELETE FROM sessions WHERE ended_at < ?1")?;

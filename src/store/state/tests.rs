@@ -1,6 +1,11 @@
 use std::collections::BTreeMap;
 
 use super::*;
+use crate::domain::execution::{ExecutionRequest, OnTimeout, Stdin};
+use crate::domain::output::{
+    BlobRef, Change, Comm, CommKind, Effects, ErrorInfo, ExecutionEvent, FileChange, MimeBundle, MimePart, Process,
+    Report, RestartCause, ResultKind, RichOutput, Status, Stop, StopStep, TextStream, Truncated,
+};
 use crate::domain::spec::{
     KernelTransport, NetworkMode, OnGuestLost, OnKernelDeath, OutputLimits, Resources, Timeouts,
 };
@@ -42,7 +47,6 @@ fn record(n: u128) -> SessionRecord {
     let context = ContextRecord {
         born: 3,
         is_ready: true,
-        busy_until: Some(moment(9)),
         cwd: Some("/workspace/x".to_owned()),
         kernelspec: "python3".to_owned(),
         display_name: "Python 3".to_owned(),
@@ -72,13 +76,216 @@ fn record(n: u128) -> SessionRecord {
     }
 }
 
+fn turn(record: SessionRecord) -> Turn {
+    Turn { session: record.id, heard: (record.cells, 0), record: Some(record), executions: Vec::new() }
+}
+
 /// Opens it, does something, and gives what is there afterwards.
-async fn after(folder: &Path, change: impl FnOnce(&State)) -> Vec<SessionRecord> {
+async fn left_after(folder: &Path, change: impl FnOnce(&State)) -> Left {
     let (state, _) = State::open(folder).unwrap();
     change(&state);
     state.settle().await.unwrap();
     drop(state);
     State::open(folder).unwrap().1
+}
+
+/// The same of sessions alone.
+async fn after(folder: &Path, change: impl FnOnce(&State)) -> Vec<SessionRecord> {
+    left_after(folder, change).await.sessions
+}
+
+fn logged(seq: u64, event: ExecutionEvent) -> Arc<Logged> {
+    Arc::new(Logged { seq, at: Timestamp::from_microsecond(1_000_000 + seq as i64).unwrap(), event })
+}
+
+/// One of each kind, with what is awkward to write.
+fn every_event() -> Vec<ExecutionEvent> {
+    let json = |text: &str| JsonText(text.to_owned());
+    let blob = BlobRef { number: 3, bytes: 7, sha256: "00".to_owned() };
+    let data = MimeBundle::from([
+        ("text/plain".to_owned(), MimePart::Inline(json("\"\\ud800 \""))),
+        ("application/json".to_owned(), MimePart::Inline(JsonText("9".repeat(400)))),
+        ("image/png".to_owned(), MimePart::Blob(blob)),
+    ]);
+    let rich = RichOutput {
+        kind: ResultKind::DisplayData,
+        data: data.clone(),
+        metadata: json("{}"),
+        display_id: Some("d".to_owned()),
+    };
+    let error =
+        ErrorInfo { name: "E".to_owned(), value: "\u{0}\u{1b}[31m".to_owned(), traceback: vec!["t".to_owned()] };
+    let cause = RestartCause::Died { status: None, signal: Some(9) };
+    let comm = Comm {
+        kind: CommKind::Message,
+        content: json("[1]"),
+        metadata: json("{}"),
+        buffers: vec![vec![0, 255], Vec::new()],
+    };
+    vec![
+        ExecutionEvent::Queued { position: 2 },
+        ExecutionEvent::Started,
+        ExecutionEvent::Text { stream: TextStream::Stderr, text: "a\r\n\u{0}é".to_owned() },
+        ExecutionEvent::Result(rich),
+        ExecutionEvent::ResultUpdate { display_id: "d".to_owned(), data, metadata: json("{\"a\": 1e400}") },
+        ExecutionEvent::OutputClear { wait: true },
+        ExecutionEvent::InputRequested { prompt: "?".to_owned(), password: true },
+        ExecutionEvent::Error(error),
+        ExecutionEvent::OutputTruncated { what: Truncated::Results, omitted_bytes: u64::MAX, total_bytes: 1 },
+        ExecutionEvent::KernelRestarted { cause },
+        ExecutionEvent::Comm(comm),
+        ExecutionEvent::Completed,
+    ]
+}
+
+fn change(id: ExecutionId) -> ExecutionChange {
+    ExecutionChange { id, birth: None, progress: None, running: None, events: Vec::new() }
+}
+
+fn birth(output: OutputLimits) -> Birth {
+    let request = ExecutionRequest {
+        code: "1 + 1\u{0}".to_owned(),
+        timeout: Duration::from_millis(1500),
+        stdin: Stdin::Lines(vec!["a".to_owned()]),
+        user_expressions: BTreeMap::from([("x".to_owned(), "y".to_owned())]),
+        on_timeout: OnTimeout::Restart,
+        ..ExecutionRequest::for_tests(output)
+    };
+    let created_at = Timestamp::from_second(5).unwrap();
+    Birth {
+        context: uuid::Uuid::from_u128(101).into(),
+        language: "python".to_owned(),
+        created_at,
+        request: Arc::new(request),
+    }
+}
+
+fn progress(status: Status) -> Progress {
+    let process = Process { pid: 7, command: "sleep".to_owned() };
+    let file =
+        FileChange { path: "a/é".to_owned(), change: Change::Deleted, bytes: None, sha256: Some("ab".to_owned()) };
+    let effects = Effects { files: vec![file], processes: vec![process], pids_hit: true, ..Effects::default() };
+    let stop = Stop {
+        step: StopStep::Replace,
+        took: Duration::from_micros(7),
+        also_ended: vec![uuid::Uuid::from_u128(9).into()],
+    };
+    let report = Report {
+        execution_count: Some(4),
+        kernel_end: Some(RestartCause::Swept),
+        stop: Some(stop),
+        detail: Some("why".to_owned()),
+        effects,
+        user_expressions: BTreeMap::from([("x".to_owned(), JsonText("[1e999]".to_owned()))]),
+        payloads: vec![JsonText("{}".to_owned())],
+    };
+    let started_at = Some(Timestamp::from_second(6).unwrap());
+    Progress { status, started_at, finished_at: None, report }
+}
+
+#[tokio::test]
+async fn executions_come_back_as_they_were_with_their_events_and_how_far_was_heard() {
+    let folder = tempfile::tempdir().unwrap();
+    let session = record(1);
+    let id: ExecutionId = uuid::Uuid::from_u128(7).into();
+    let (birth, queued, running) = (birth(session.spec.output), progress(Status::Queued), progress(Status::Running));
+    let kept = RunningRecord {
+        reply: Some("{\"status\": \"ok\"}".to_owned()),
+        is_idle: true,
+        lines_given: 2,
+        ends_told: 1,
+        asked: Some("{}".to_owned()),
+        error_told: true,
+        memory_hit: true,
+        verdict: Some((Status::Timeout, Timestamp::from_second(8).unwrap())),
+        replacing: Some((Status::Oom, RestartCause::Oom, "memory".to_owned())),
+    };
+    let events: Vec<_> = every_event().into_iter().zip(1..).map(|(event, seq)| logged(seq, event)).collect();
+    let put = |state: &State, heard: u64, executions: Vec<ExecutionChange>| {
+        state.put(Turn { session: session.id, record: None, heard: (2, heard), executions });
+    };
+    let first = left_after(folder.path(), |state| {
+        state.put(turn(session.clone()));
+        let of = ExecutionChange { birth: Some(birth.clone()), progress: Some(queued), ..change(id) };
+        put(state, 3, vec![ExecutionChange { events: events[..2].to_vec(), ..of }]);
+        put(state, 4, vec![ExecutionChange { progress: Some(running.clone()), ..change(id) }]);
+        let rest = events[2..].to_vec();
+        put(state, 9, vec![ExecutionChange { running: Some(kept.clone()), events: rest, ..change(id) }]);
+    })
+    .await;
+    let expected = ExecutionRecord {
+        id,
+        session: session.id,
+        birth,
+        progress: running,
+        running: Some(kept),
+        events: events.clone(),
+    };
+    assert_eq!(first.executions, [expected]);
+    assert_eq!(first.heard, HashMap::from([(session.id, (2, 9))]));
+
+    // A mark that was changed afterwards takes the place of what it was, and what has ended does not run.
+    let mark = ExecutionEvent::OutputTruncated { what: Truncated::Stdout, omitted_bytes: 5, total_bytes: 5 };
+    let ended = progress(Status::Ok);
+    let second = left_after(folder.path(), |state| {
+        let events = vec![logged(9, mark.clone())];
+        put(state, 10, vec![ExecutionChange { progress: Some(ended.clone()), events, ..change(id) }]);
+    });
+    let [found] = <[_; 1]>::try_from(second.await.executions).unwrap();
+    assert_eq!((&found.progress, &found.running, &found.events[8].event), (&ended, &None, &mark));
+    assert_eq!(found.events.len(), events.len());
+
+    let third = left_after(folder.path(), |state| state.forget_executions(&[id]));
+    assert_eq!(third.await.executions, []);
+    let connection = Connection::open(path_in(folder.path())).unwrap();
+    let events: i64 = connection.query_row("SELECT count(*) FROM events", [], |row| row.get(0)).unwrap();
+    assert_eq!(events, 0, "events go with their execution");
+}
+
+#[tokio::test]
+async fn what_could_not_be_committed_of_an_execution_goes_before_what_came_later() {
+    let folder = tempfile::tempdir().unwrap();
+    let (session, id) = (record(1), ExecutionId::from(uuid::Uuid::from_u128(7)));
+    let (state, _) = State::open(folder.path()).unwrap();
+    let other = Connection::open(path_in(folder.path())).unwrap();
+    other.execute_batch("BEGIN IMMEDIATE").unwrap();
+    let put = |heard, change| {
+        state.put(Turn { session: session.id, record: None, heard: (2, heard), executions: vec![change] });
+    };
+    let born = ExecutionChange {
+        birth: Some(birth(session.spec.output)),
+        progress: Some(progress(Status::Running)),
+        events: vec![logged(1, ExecutionEvent::Started)],
+        ..change(id)
+    };
+    state.put(turn(session.clone()));
+    put(1, born);
+    assert!(state.settle().await.is_err(), "another has it");
+    let events = vec![logged(2, ExecutionEvent::Completed)];
+    put(2, ExecutionChange { progress: Some(progress(Status::Ok)), events, ..change(id) });
+    other.execute_batch("ROLLBACK").unwrap();
+    while state.settle().await.is_err() {}
+    drop(state);
+    let left = State::open(folder.path()).unwrap().1;
+    assert_eq!(left.heard[&session.id], (2, 2));
+    assert_eq!(left.executions[0].progress.status, Status::Ok);
+    let events: Vec<_> = left.executions[0].events.iter().map(|logged| &logged.event).collect();
+    assert_eq!(events, [&ExecutionEvent::Started, &ExecutionEvent::Completed]);
+}
+
+#[test]
+fn a_database_of_the_first_version_is_brought_up() {
+    let folder = tempfile::tempdir().unwrap();
+    let connection = Connection::open(path_in(folder.path())).unwrap();
+    connection.execute_batch(SESSIONS).unwrap();
+    connection.pragma_update(None, "application_id", APPLICATION_ID).unwrap();
+    connection.pragma_update(None, "user_version", 1).unwrap();
+    let body = form::write(&record(1)).unwrap();
+    connection
+        .execute("INSERT INTO sessions VALUES (?1, 1, NULL, ?2)", params![record(1).id.to_string(), body])
+        .unwrap();
+    drop(connection);
+    assert_eq!(State::open(folder.path()).unwrap().1.sessions, [record(1)]);
 }
 
 #[tokio::test]
@@ -87,7 +294,7 @@ async fn records_are_there_again_in_their_newest_form() {
     let newest = SessionRecord { revision: 3, cells: 9, ..record(1) };
     let found = after(folder.path(), |state| {
         for record in [record(1), newest.clone(), SessionRecord { revision: 2, ..record(1) }, record(2)] {
-            state.put(record);
+            state.put(turn(record));
         }
     });
     assert_eq!(found.await, [newest, record(2)]);
@@ -99,7 +306,7 @@ async fn every_stage_is_kept_and_what_has_ended_is_forgotten_in_time() {
     let at = Timestamp::from_second(100).unwrap();
     let stages = [Stage::Starting, Stage::Ending(EndReason::KernelDied), Stage::Ended(EndReason::Idle, at)];
     let all: Vec<_> = stages.iter().zip(1..).map(|(stage, n)| SessionRecord { stage: *stage, ..record(n) }).collect();
-    let found = after(folder.path(), |state| all.iter().for_each(|record| state.put(record.clone()))).await;
+    let found = after(folder.path(), |state| all.iter().for_each(|record| state.put(turn(record.clone())))).await;
     assert_eq!(found, all);
     let found = after(folder.path(), |state| state.forget_ended(at)).await;
     assert_eq!(found.len(), 3, "nothing ended before that");
@@ -117,7 +324,7 @@ fn a_newer_a_foreign_and_a_damaged_database_are_left_as_they_are() {
     let refused = || State::open(folder.path()).map(|_| ()).unwrap_err().to_string();
     alter("PRAGMA user_version = 99");
     assert!(refused().contains("version 99"), "{}", refused());
-    alter("PRAGMA user_version = 1; PRAGMA application_id = 7");
+    alter("PRAGMA user_version = 2; PRAGMA application_id = 7");
     assert!(refused().contains("another program"));
     alter(&format!(
         "PRAGMA application_id = {APPLICATION_ID}; INSERT INTO sessions VALUES ('{}', 1, NULL, '{{}}')",
@@ -134,10 +341,10 @@ fn a_newer_a_foreign_and_a_damaged_database_are_left_as_they_are() {
 async fn a_copy_is_made_while_a_server_works_and_opens_like_the_original() {
     let (folder, other) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     let (state, _) = State::open(folder.path()).unwrap();
-    state.put(record(1));
+    state.put(turn(record(1)));
     state.settle().await.unwrap();
     backup(folder.path(), &path_in(other.path())).unwrap();
-    assert_eq!(State::open(other.path()).unwrap().1, [record(1)]);
+    assert_eq!(State::open(other.path()).unwrap().1.sessions, [record(1)]);
     assert!(backup(folder.path(), &path_in(other.path())).is_err(), "nothing is overwritten");
 }
 
@@ -147,13 +354,13 @@ async fn what_can_not_be_committed_is_told_and_stays_until_it_can() {
     let (state, _) = State::open(folder.path()).unwrap();
     let other = Connection::open(path_in(folder.path())).unwrap();
     other.execute_batch("BEGIN IMMEDIATE").unwrap();
-    state.put(record(1));
+    state.put(turn(record(1)));
     assert!(state.settle().await.is_err(), "another has it");
-    state.put(SessionRecord { revision: 2, ..record(1) });
+    state.put(turn(SessionRecord { revision: 2, ..record(1) }));
     other.execute_batch("ROLLBACK").unwrap();
     while state.settle().await.is_err() {}
     drop(state);
-    assert_eq!(State::open(folder.path()).unwrap().1, [SessionRecord { revision: 2, ..record(1) }]);
+    assert_eq!(State::open(folder.path()).unwrap().1.sessions, [SessionRecord { revision: 2, ..record(1) }]);
 }
 
 #[test]
