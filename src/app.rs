@@ -10,12 +10,14 @@ use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
 use crate::config::{Config, DrainContainers, PullPolicy};
+use crate::domain::spec::{self, SessionRequest, Template};
 use crate::engine::docker::{DockerEngine, DockerSettings, GuestFile};
 use crate::engine::{Engine, EngineError, Pull};
 use crate::http::{self, App};
 use crate::service::Service;
 use crate::service::keys::{self, KeyRing, Principal, Scope};
 use crate::session::capacity::Ceilings;
+use crate::session::pool::{self, Plan, Pool};
 use crate::session::registry::{AfterDrain, Limits, Registry};
 use crate::session::{Settings, reconcile};
 use crate::store::state::{self, Left, State, StateError};
@@ -151,12 +153,15 @@ impl Plane {
         let (state, left) =
             if owns_instance { open_state(config).map(|(s, l)| (Some(s), l))? } else { (None, Left::default()) };
         let instance = config.engine.instance.clone();
-        let registry = Arc::new(Registry::new(Arc::clone(&engine), archive.clone(), state, instance, settings, limits));
+        let pool = Pool::new(if owns_instance { pool_plans(config) } else { Vec::new() });
+        let registry =
+            Arc::new(Registry::new(Arc::clone(&engine), archive.clone(), state, instance, settings, limits, pool));
         let stop = CancellationToken::new();
         registry.take_over(left);
         if owns_instance {
             reconcile::round(engine.as_ref(), &registry).await.map_err(|e| engine_error(config, e))?;
             task::spawn("reconcile", reconcile::run(Arc::clone(&engine), Arc::clone(&registry), stop.clone()));
+            task::spawn("pools", pool::run(Arc::clone(&engine), Arc::clone(&registry), stop.clone()));
         } else {
             reconcile::remove_ended(engine.as_ref()).await.map_err(|e| engine_error(config, e))?;
         }
@@ -312,6 +317,16 @@ fn settings(config: &Config) -> Settings {
         contexts: config.limits.contexts as usize,
         inline: usize::try_from(config.executions.inline).unwrap_or(usize::MAX),
     }
+}
+
+/// What is kept ready: of each template with a pool what a caller gets who asks for nothing.
+fn pool_plans(config: &Config) -> Vec<Plan> {
+    let templates = config.templates.values().filter(|template| template.pool.max > 0);
+    let plan = |template: &Template| {
+        let spec = spec::resolve(template, &SessionRequest::default()).ok()?;
+        Some(Plan { spec, image: template.image.clone(), size: template.pool })
+    };
+    templates.filter_map(plan).collect()
 }
 
 fn limits(config: &Config) -> Limits {

@@ -95,11 +95,11 @@ async fn run_in(plane: &Plane, who: &Principal, args: &RunArgs, json: bool, code
         env: args.env.iter().cloned().collect(),
         ..SessionRequest::default()
     };
-    let creating = plane.service.create_session(who, &request, true);
+    let creating = plane.service.create_session(who, &request, true, None);
     let (Created::New(session) | Created::Reused(session)) = while_waiting("starting a container", creating).await?;
     let timeout_seconds = args.timeout.map(|t| t.as_secs_f64());
     let request = ExecuteRequest { code, timeout_seconds, ..ExecuteRequest::default() };
-    let execution = plane.service.execute(who, session.id, request).await?;
+    let execution = plane.service.execute(who, session.id, request, None).await?;
     let mut renderer = Renderer::to_terminal(json, Images::new(args.out.clone()));
     follow(&execution, |event| renderer.event(&event)).await?;
     if let Some(folder) = &args.out {

@@ -21,9 +21,10 @@ use cellblock::service::keys::{Principal, Scope};
 use cellblock::service::{Error, ExecuteRequest, Service};
 use cellblock::session::capacity::Ceilings;
 use cellblock::session::execution::{Execution, OnTimeout};
+use cellblock::session::pool::Pool;
 use cellblock::session::reconcile;
 use cellblock::session::registry::{AfterDrain, Created, Limits, Registry};
-use cellblock::session::{Refused, Session, Settings, StartFault};
+use cellblock::session::{Refused, Session, Settings, StartFault, fresh};
 use engine_fake::{FakeEngine, Faults, IMAGE};
 use tokio_util::sync::CancellationToken;
 
@@ -70,7 +71,8 @@ impl Bench {
             execution_bytes: MIB,
         };
         let shared: Arc<dyn Engine> = engine.clone();
-        let registry = Arc::new(Registry::new(Arc::clone(&shared), None, None, INSTANCE.to_owned(), settings, limits));
+        let (instance, pool) = (INSTANCE.to_owned(), Pool::new(Vec::new()));
+        let registry = Arc::new(Registry::new(Arc::clone(&shared), None, None, instance, settings, limits, pool));
         let templates = BTreeMap::from([("t".to_owned(), template)]);
         let service = Service::new(Arc::clone(&registry), shared, templates, "t".to_owned(), Pull::Never, None);
         let service = Arc::new(service);
@@ -80,7 +82,7 @@ impl Bench {
 
     async fn create(&self) -> Result<Session, Error> {
         let request = SessionRequest::default();
-        match bounded(self.service.create_session(&self.who, &request, true)).await? {
+        match bounded(self.service.create_session(&self.who, &request, true, None)).await? {
             Created::New(session) | Created::Reused(session) => Ok(session),
         }
     }
@@ -91,7 +93,7 @@ impl Bench {
             timeout_seconds: Some(timeout_seconds),
             ..ExecuteRequest::default()
         };
-        self.service.execute(&self.who, session.id, request).await
+        self.service.execute(&self.who, session.id, request, None).await
     }
 
     async fn run(&self, session: &Session, code: &str, timeout_seconds: f64) -> Arc<Execution> {
@@ -138,6 +140,7 @@ fn template() -> Template {
         setup: String::new(),
         on_kernel_death: OnKernelDeath::Restart,
         on_guest_lost: OnGuestLost::End,
+        pool: cellblock::domain::spec::PoolSize::default(),
     }
 }
 
@@ -216,7 +219,7 @@ async fn a_failed_start_says_why_and_leaves_no_cell() {
 async fn a_session_that_ends_while_the_engine_is_asked_waits_for_the_answer() {
     let bench = Bench::new();
     bench.engine.faults(|f| f.ensure_takes = Duration::from_millis(400));
-    let created = bench.service.create_session(&bench.who, &SessionRequest::default(), false).await.unwrap();
+    let created = bench.service.create_session(&bench.who, &SessionRequest::default(), false, None).await.unwrap();
     let Created::New(session) = created else { panic!("not new") };
     session.end(EndReason::Deleted);
     bounded(session.wait_for(|s| matches!(s.phase, Phase::Aborting(EndReason::Deleted)))).await;
@@ -239,7 +242,7 @@ async fn a_caller_that_goes_away_changes_nothing() {
     let bench = Bench::new();
     bench.engine.faults(|f| f.ensure_takes = Duration::from_millis(300));
     let request = SessionRequest { name: Some("kept".to_owned()), ..SessionRequest::default() };
-    let creating = bench.service.create_session(&bench.who, &request, true);
+    let creating = bench.service.create_session(&bench.who, &request, true, None);
     assert!(tokio::time::timeout(Duration::from_millis(50), creating).await.is_err(), "it was too quick to be left");
     let [session] =
         bench.service.list_sessions(&bench.who, &cellblock::service::Filter::default(), None).try_into().unwrap();
@@ -305,7 +308,7 @@ async fn what_is_asked_has_a_bound_in_bytes() {
     assert_eq!(fields[0].pointer, "/code");
     let values = (0..9).map(|n| (format!("V{n}"), "x".repeat(32 * 1024)));
     let request = SessionRequest { env: values.collect(), ..SessionRequest::default() };
-    let refused = bench.service.create_session(&bench.who, &request, true).await.unwrap_err();
+    let refused = bench.service.create_session(&bench.who, &request, true, None).await.unwrap_err();
     assert!(matches!(&refused, Error::SpecRejected(fields) if fields[0].pointer == "/env"), "{refused:?}");
 }
 
@@ -314,7 +317,7 @@ async fn the_environment_is_not_kept_with_a_session() {
     let bench = Bench::new();
     let env = BTreeMap::from([("SECRET".to_owned(), "x".to_owned())]);
     let request = SessionRequest { env, ..SessionRequest::default() };
-    let created = bench.service.create_session(&bench.who, &request, true).await.unwrap();
+    let created = bench.service.create_session(&bench.who, &request, true, None).await.unwrap();
     let (Created::New(session) | Created::Reused(session)) = created;
     assert!(session.spec.env.is_empty());
 }
@@ -372,17 +375,18 @@ async fn idle_and_lifetime_end_a_session_but_work_is_not_idle() {
 async fn names_are_unique_among_a_tenants_live_sessions() {
     let bench = Bench::new();
     let named = |reuse| SessionRequest { name: Some("chat".to_owned()), reuse, ..SessionRequest::default() };
-    let Created::New(first) = bench.service.create_session(&bench.who, &named(false), true).await.unwrap() else {
+    let Created::New(first) = bench.service.create_session(&bench.who, &named(false), true, None).await.unwrap() else {
         panic!()
     };
-    let refused = bench.service.create_session(&bench.who, &named(false), true).await.unwrap_err();
+    let refused = bench.service.create_session(&bench.who, &named(false), true, None).await.unwrap_err();
     assert_eq!(refused, Error::NameInUse(first.id));
-    let Created::Reused(same) = bench.service.create_session(&bench.who, &named(true), true).await.unwrap() else {
+    let Created::Reused(same) = bench.service.create_session(&bench.who, &named(true), true, None).await.unwrap()
+    else {
         panic!()
     };
     assert_eq!(same.id, first.id);
     let other = Principal { tenant: Arc::from("two"), ..bench.who.clone() };
-    let Created::New(theirs) = bench.service.create_session(&other, &named(true), true).await.unwrap() else {
+    let Created::New(theirs) = bench.service.create_session(&other, &named(true), true, None).await.unwrap() else {
         panic!()
     };
     assert_ne!(theirs.id, first.id);
@@ -534,7 +538,7 @@ async fn the_time_limit_can_go_straight_to_the_kernel() {
         on_timeout: OnTimeout::Restart,
         ..ExecuteRequest::default()
     };
-    let execution = bench.service.execute(&bench.who, session.id, request).await.unwrap();
+    let execution = bench.service.execute(&bench.who, session.id, request, None).await.unwrap();
     bounded(execution.ended()).await;
     let outcome = execution.outcome();
     assert_eq!((outcome.status, outcome.restarted), (Status::Timeout, Some(RestartCause::Timeout)));
@@ -549,7 +553,7 @@ async fn setup_code_runs_before_a_session_is_ready_and_its_failure_is_that_of_th
     assert_eq!(bench.run(&session, "hello", 5.0).await.outcome().execution_count, Some(2));
     let setup = |code: &str| SessionRequest { setup: Some(code.to_owned()), ..SessionRequest::default() };
     for code in ["raise", "die", "hang"] {
-        let failed = bounded(bench.service.create_session(&bench.who, &setup(code), true)).await.unwrap_err();
+        let failed = bounded(bench.service.create_session(&bench.who, &setup(code), true, None)).await.unwrap_err();
         let Error::StartFailed(failure) = failed else { panic!("{code}: {failed:?}") };
         assert_eq!(failure.fault, StartFault::SetupFailed, "{code}: {failure:?}");
     }
@@ -560,11 +564,11 @@ async fn setup_code_runs_before_a_session_is_ready_and_its_failure_is_that_of_th
 async fn contexts_have_kernels_and_queues_of_their_own() {
     let bench = Bench::new();
     let session = bench.create().await.unwrap();
-    let second = bounded(session.create_context(None, None)).await.unwrap();
-    assert_eq!(session.create_context(None, None).await, Err(Refused::TooManyContexts(2)));
+    let second = bounded(session.create_context(fresh(), None, None)).await.unwrap();
+    assert_eq!(session.create_context(fresh(), None, None).await, Err(Refused::TooManyContexts(2)));
     let hanging = bench.start(&session, "hang", 10.0).await.unwrap();
     let request = ExecuteRequest { code: "hello".to_owned(), context: Some(second.id), ..ExecuteRequest::default() };
-    let beside = bench.service.execute(&bench.who, session.id, request).await.unwrap();
+    let beside = bench.service.execute(&bench.who, session.id, request, None).await.unwrap();
     bounded(beside.ended()).await;
     assert_eq!((beside.status(), hanging.status()), (Status::Ok, Status::Running));
     assert_eq!(session.delete_context(session.default_context).await, Err(Refused::DefaultContext));

@@ -598,9 +598,10 @@ async fn a_deleted_notebook_is_gone(server: Arc<Server>) {
     let marker = format!("marker{}", cell.id);
     cell.value(&format!("'{marker}'")).await;
     assert_eq!(cells(&notebook(&cell).await).len(), 1);
-    assert!(is_on_disk(server.data(), &marker), "the control: it is there to be found");
+    let folder = server.data().join("notebooks");
+    assert!(is_on_disk(&folder, &marker), "the control: it is there to be found");
     assert!((200..300).contains(&server.delete(&cell.path("/notebook")).await.status));
-    assert!(!is_on_disk(server.data(), &marker));
+    assert!(!is_on_disk(&folder, &marker));
     server.delete(&cell.path("/notebook")).await.problem(404, "not-found");
     asked(&cell).await.problem(404, "not-found");
     // The session lives, and what comes next is another notebook.

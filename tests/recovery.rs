@@ -181,6 +181,56 @@ async fn what_runs_and_what_waits_goes_on_after_a_kill_and_nothing_runs_twice() 
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_asked_twice_with_a_key_is_made_once() {
+    let (first, pid) = Server::spawn(SETTINGS).await;
+    let ask = async |server: &Arc<Server>, path: &str, key: &str, body: Value| {
+        server.send(server.request(Method::POST, path).header("idempotency-key", key).json(&body)).await
+    };
+    let small = json!({"template": "small"});
+    // Two at once: one is told to come again, or gets what the other made.
+    let (one, two) = tokio::join!(
+        ask(&first, "/v1/sessions", "create", small.clone()),
+        ask(&first, "/v1/sessions", "create", small.clone())
+    );
+    let (made, other) = if one.status == 201 { (one, two) } else { (two, one) };
+    other.problem(409, "idempotency-in-flight");
+    let again = ask(&first, "/v1/sessions", "create", small.clone()).await;
+    assert_eq!((again.status, &again.json["id"]), (201, &made.json["id"]));
+    let other = json!({"template": "small", "labels": {"a": "b"}});
+    ask(&first, "/v1/sessions", "create", other).await.problem(422, "idempotency-mismatch");
+    let executions = format!("/v1/sessions/{}/executions", text(&made.json["id"]));
+    ask(&first, &executions, "create", json!({"code": "1"})).await.problem(422, "idempotency-mismatch");
+    let bad = first.request(Method::POST, "/v1/sessions").header("idempotency-key", "").json(&small);
+    assert_eq!(first.send(bad).await.pointers(), ["Idempotency-Key"]);
+
+    let count = json!({"code": "n = globals().get('n', 0) + 1\nn"});
+    let ran = ask(&first, &executions, "count", count.clone()).await.json;
+    assert_eq!(ask(&first, &executions, "count", count.clone()).await.json, ran);
+    // What failed may be tried again.
+    let path = "/v1/sessions";
+    let failing = json!({"template": "small", "setup": "1 / 0"});
+    ask(&first, path, "fail", failing.clone()).await.problem(422, "setup-failed");
+    assert_eq!(ask(&first, path, "fail", small.clone()).await.status, 201);
+    let contexts = format!("/v1/sessions/{}/contexts", text(&made.json["id"]));
+    let context = ask(&first, &contexts, "context", json!({})).await;
+    let run = json!({"template": "small", "code": "import time\ntime.sleep(1)\n6 * 7", "background": true});
+    let running = ask(&first, "/v1/runs", "run", run.clone()).await;
+    assert_eq!((context.status, running.status), (201, 202));
+    first.kill(pid).await;
+
+    let (second, _) = first.spawn_again().await;
+    let again = ask(&second, "/v1/sessions", "create", small).await;
+    assert_eq!((again.status, &again.json["id"]), (201, &made.json["id"]));
+    assert_eq!(ask(&second, &executions, "count", count).await.json["results"], ran["results"]);
+    let cell = Cell { server: Arc::clone(&second), id: text(&made.json["id"]), view: Value::Null };
+    assert_eq!(cell.value("n").await, "1");
+    assert_eq!(ask(&second, &contexts, "context", json!({})).await.json["id"], context.json["id"]);
+    assert_eq!(ask(&second, "/v1/runs", "run", run).await.json["id"], running.json["id"]);
+    assert_eq!(second.ended(&text(&running.json["id"])).await["status"], "ok");
+    second.finish().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_ends_while_no_server_is_there_is_told_by_the_next() {
     let (first, pid) = Server::spawn(SETTINGS).await;
     let cell = first.create(json!({"template": "small"})).await;
@@ -268,10 +318,19 @@ async fn caller(server: Arc<Server>, told: Arc<Told>, seed: u64) {
     while !told.over.load(Ordering::Relaxed) {
         let mine: Vec<String> = told.words.lock().unwrap().keys().cloned().collect();
         if mine.len() < 4 || chance.percent(25) {
-            let made = ask(Method::POST, "/v1/sessions", json!({"template": "small"})).await;
-            let Some((201, made)) = made else {
-                tokio::time::sleep(Duration::from_millis(20)).await;
-                continue;
+            // Said again with its key, it makes no second one.
+            let key = format!("{seed}-{}", chance.below(1 << 30));
+            let made = loop {
+                let request = server.request(Method::POST, "/v1/sessions").header("idempotency-key", &key);
+                let request = request.json(&json!({"template": "small"})).timeout(Duration::from_secs(30));
+                match request.send().await {
+                    Ok(reply) if reply.status() == 201 => {
+                        let Ok(made) = reply.json::<Value>().await else { continue };
+                        break made;
+                    }
+                    _ if told.over.load(Ordering::Relaxed) => return,
+                    _ => tokio::time::sleep(Duration::from_millis(20)).await,
+                }
             };
             let (id, word) = (text(&made["id"]), format!("w{}", chance.below(1 << 30)));
             let path = format!("/v1/sessions/{id}/executions");

@@ -226,6 +226,7 @@ pub(super) struct TemplateSection {
     pub setup: String,
     pub on_kernel_death: OnKernelDeath,
     pub on_guest_lost: OnGuestLost,
+    pub pool: Pool,
     pub default: Bounds,
     pub maximum: Bounds,
     pub output: Output,
@@ -256,6 +257,14 @@ pub(super) enum OnKernelDeath {
 pub(super) enum OnGuestLost {
     End,
     Replace,
+}
+
+/// Sessions that are made before anybody asks.
+#[derive(Debug, Clone, Copy, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Pool {
+    pub min: u32,
+    pub max: u32,
 }
 
 /// Resources and times, once as defaults and once as ceilings.
@@ -343,6 +352,7 @@ impl TemplateSection {
                 OnGuestLost::End => spec::OnGuestLost::End,
                 OnGuestLost::Replace => spec::OnGuestLost::Replace,
             },
+            pool: spec::PoolSize { min: self.pool.min, max: self.pool.max },
             network: match self.network {
                 Network::None => NetworkMode::None,
             },

@@ -62,6 +62,8 @@ pub enum Event {
     BootFailed,
     /// Somebody wants it to end, or a deadline passed.
     EndRequested(EndReason),
+    /// It was made before anybody asked for it, and somebody has: their own preparations are still to be made.
+    Claimed,
     /// The cell is gone or can't be reached any more.
     CellLost(EndReason),
     /// The cell's guest does not answer, and the session is to go on in a new cell.
@@ -130,6 +132,7 @@ pub fn step(phase: Phase, event: Event) -> (Phase, Vec<Effect>) {
         (In::Connecting, On::BootFailed) => end(EndReason::StartFailed),
         (In::Connecting | In::Ready, On::EndRequested(reason) | On::CellLost(reason)) => end(reason),
 
+        (In::Ready, On::Claimed) => (In::Connecting, vec![]),
         (In::Ready, On::GuestLost) => (In::Replacing, vec![Do::SettleRunning, Do::RemoveCell]),
         (In::Replacing, On::RemovalSeen) => (In::Provisioning, vec![Do::EnsureCell]),
         (In::Replacing, On::RemovalFailed) => (In::Replacing, vec![Do::ScheduleRetry]),
@@ -170,6 +173,7 @@ mod tests {
             Just(Event::KernelReady),
             Just(Event::BootFailed),
             Just(Event::GuestLost),
+            Just(Event::Claimed),
             reason.clone().prop_map(Event::EndRequested),
             reason.prop_map(Event::CellLost),
             Just(Event::RemovalSeen),

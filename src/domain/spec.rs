@@ -107,6 +107,15 @@ pub enum OnGuestLost {
     Replace,
 }
 
+/// How many sessions of a template are made before anybody asks for them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct PoolSize {
+    /// At least.
+    pub min: u32,
+    /// At most, when many were asked for lately; with 0 there is no pool.
+    pub max: u32,
+}
+
 /// An image and its limits, as an operator writes it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Template {
@@ -142,6 +151,8 @@ pub struct Template {
     pub on_kernel_death: OnKernelDeath,
     /// What happens when a guest does not answer.
     pub on_guest_lost: OnGuestLost,
+    /// Sessions that are made before anybody asks for them.
+    pub pool: PoolSize,
 }
 
 /// What a caller asks for; everything is optional.

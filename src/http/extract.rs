@@ -16,14 +16,19 @@ use serde::de::value::MapAccessDeserializer;
 use serde::de::{DeserializeOwned, Deserializer, MapAccess, Visitor};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
+use sha2::{Digest, Sha256};
 
 use super::problem::{self, Problem};
 use super::{App, Bounds};
 use crate::domain::spec::{FieldError, escape_pointer};
 use crate::service::keys::Principal;
+use crate::session::once::Once;
 
 /// Most mistakes told at once.
 const MAX_MISTAKES: usize = 32;
+
+/// Longest key that a caller gives a request.
+const MAX_KEY: usize = 255;
 
 /// Longest time in which what will not be read is taken all the same.
 const DISCARDING: Duration = Duration::from_secs(1);
@@ -45,6 +50,42 @@ impl<T: DeserializeOwned> FromRequest<App> for Body<T> {
             Problem::new(problem::INVALID_REQUEST, "fields of the body are not understood").with_fields(mistakes)
         })
     }
+}
+
+/// A JSON body of a request that may come twice, and the caller's key for it (`Idempotency-Key`), if there is one.
+#[derive(Debug)]
+pub struct Keyed<T>(pub T, pub Option<Once>);
+
+impl<T: DeserializeOwned> FromRequest<App> for Keyed<T> {
+    type Rejection = Problem;
+
+    async fn from_request(request: Request, app: &App) -> Result<Self, Problem> {
+        let (head, body) = request.into_parts();
+        let Some(key) = idempotency_key(&head)? else {
+            let Body(body) = Body::from_request(Request::from_parts(head, body), app).await?;
+            return Ok(Self(body, None));
+        };
+        let bytes = read(body, app.bounds).await?;
+        let mut hasher = Sha256::new();
+        for part in [head.method.as_str().as_bytes(), head.uri.to_string().as_bytes(), &bytes] {
+            hasher.update((part.len() as u64).to_be_bytes());
+            hasher.update(part);
+        }
+        let fingerprint = hasher.finalize().iter().map(|b| format!("{b:02x}")).collect();
+        let Body(body) = Body::from_request(Request::from_parts(head, bytes.into()), app).await?;
+        Ok(Self(body, Some(Once { key, fingerprint })))
+    }
+}
+
+fn idempotency_key(head: &Parts) -> Result<Option<String>, Problem> {
+    let mut given = head.headers.get_all("idempotency-key").iter();
+    let Some(key) = given.next() else { return Ok(None) };
+    let key = key.to_str().ok().filter(|key| (1..=MAX_KEY).contains(&key.len()) && given.next().is_none());
+    key.map(|key| Some(key.to_owned())).ok_or_else(|| {
+        let allowed = format!("allowed is one, of 1 to {MAX_KEY} visible characters of ASCII");
+        Problem::new(problem::INVALID_REQUEST, "a header is not understood")
+            .with_fields(vec![FieldError::new("Idempotency-Key", allowed)])
+    })
 }
 
 /// Reads a body within its bounds. One that declares too much is refused before it is read.

@@ -13,6 +13,7 @@ use crate::domain::lifecycle::EndReason;
 use crate::domain::spec::FieldError;
 use crate::service::{self, Error};
 use crate::session::StartFault;
+use crate::session::once::NotOnce;
 
 /// A refusal (4xx) or a failure of ours (5xx).
 #[derive(Debug, Clone, Serialize, ToSchema)]
@@ -92,6 +93,9 @@ codes! {
     SPEC_REJECTED "spec-rejected" UNPROCESSABLE_ENTITY "The request asks for what is not allowed" false;
     SETUP_FAILED "setup-failed" UNPROCESSABLE_ENTITY "The setup code failed" false;
     IMAGE_REJECTED "image-rejected" UNPROCESSABLE_ENTITY "The template's image can't be used" false;
+    IDEMPOTENCY_IN_FLIGHT "idempotency-in-flight" CONFLICT "The first request with this key is not answered yet" true;
+    IDEMPOTENCY_MISMATCH "idempotency-mismatch" UNPROCESSABLE_ENTITY "Another request had this key" false;
+    QUOTA_EXCEEDED "quota-exceeded" TOO_MANY_REQUESTS "The tenant has as much as it may" true;
     QUEUE_FULL "queue-full" TOO_MANY_REQUESTS "Too many executions are waiting" true;
     INTERNAL "internal" INTERNAL_SERVER_ERROR "The server failed" true;
     GUEST_UNREACHABLE "guest-unreachable" BAD_GATEWAY "The session's container did not answer" true;
@@ -116,7 +120,8 @@ impl Problem {
             code: code.code,
             request_id: String::new(),
             retryable: code.retryable,
-            retry_after_seconds: (code.retryable && code.status.is_server_error() || code.code == "queue-full")
+            retry_after_seconds: (code.retryable
+                && (code.status.is_server_error() || code.status == StatusCode::TOO_MANY_REQUESTS))
                 .then_some(1),
             end_reason: None,
             errors: Vec::new(),
@@ -171,6 +176,9 @@ impl From<Error> for Problem {
             }
             Error::QueueFull => Self::new(QUEUE_FULL, format!("{detail}; try again when some have ended")),
             Error::StateConflict(_) | Error::KernelBusy(_) => Self::new(STATE_CONFLICT, detail),
+            Error::NotOnce(NotOnce::InFlight) => Self::new(IDEMPOTENCY_IN_FLIGHT, detail),
+            Error::NotOnce(NotOnce::Mismatch) => Self::new(IDEMPOTENCY_MISMATCH, detail),
+            Error::NotOnce(NotOnce::TooMany) => Self::new(QUOTA_EXCEEDED, detail),
             Error::NotebooksBusy => Self::new(AT_CAPACITY, format!("{detail}; try again in a moment")),
             Error::AtCapacity { retry_after } => Self {
                 retry_after_seconds: Some(retry_after.as_secs_f64().ceil() as u64),

@@ -106,7 +106,7 @@ impl Link {
             .map_err(|_| LinkError::Unreachable(format!("no echo of the reset marker within {RESET_TIMEOUT:?}")))?
             .map_err(|e| LinkError::Unreachable(e.to_string()))?;
         let link = Self::connect(stream).await?;
-        let hello = link.call("begin", Method::POST, "/init", json_body(init)).await?;
+        let hello = link.set_up(init).await?;
         Ok((link, hello))
     }
 
@@ -136,6 +136,14 @@ impl Link {
             closing.send_replace(true);
         });
         Ok(Self { sender, closed })
+    }
+
+    /// Says again how the cell is set up: the environment counts for what is started from now on.
+    ///
+    /// # Errors
+    /// See [`LinkError`].
+    pub async fn set_up(&self, init: &Init) -> Result<Hello, LinkError> {
+        self.call("set up its environment", Method::POST, "/init", json_body(init)).await
     }
 
     /// Waits until the connection is gone.

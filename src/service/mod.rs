@@ -21,8 +21,10 @@ use crate::engine::{Engine, EngineError, ImageInfo, Pull};
 use crate::kernel::link::LinkError;
 use crate::session::capacity::Full;
 use crate::session::execution::{Execution, ExecutionRequest, OnTimeout, Stdin};
+use crate::session::once::{Begun, MAX_KEYS, Made, NotOnce, Once, Reservation};
+use crate::session::pool::PoolView;
 use crate::session::registry::{CreateRefused, Created, Registry};
-use crate::session::{ContextView, Patch, Refused, Session, StartFailure, StartFault};
+use crate::session::{ContextView, Patch, Refused, Session, StartFailure, StartFault, fresh};
 pub use crate::store::BlobBody;
 use crate::store::state::Lasting;
 use crate::store::{Archive, Blob};
@@ -80,6 +82,9 @@ pub enum Error {
     /// The state of the thing does not allow it now.
     #[error("{0}")]
     StateConflict(String),
+    /// The request's key does not allow it.
+    #[error("{}", not_once(*.0))]
+    NotOnce(NotOnce),
     /// Too much is on its way to others.
     #[error("too many notebooks are being fetched")]
     NotebooksBusy,
@@ -129,6 +134,17 @@ impl From<Refused> for Error {
                 Self::StateConflict(format!("{refused}; it goes with its session, and can be restarted"))
             }
             Refused::NothingAsked => Self::StateConflict("the execution does not ask for input now".to_owned()),
+        }
+    }
+}
+
+impl From<CreateRefused> for Error {
+    fn from(refused: CreateRefused) -> Self {
+        match refused {
+            CreateRefused::Full(Full { retry_after }) => Self::AtCapacity { retry_after },
+            CreateRefused::TooLarge(errors) => Self::SpecRejected(errors),
+            CreateRefused::NameInUse(id) => Self::NameInUse(id),
+            CreateRefused::Draining => Self::Draining,
         }
     }
 }
@@ -250,22 +266,64 @@ impl Service {
         who: &Principal,
         request: &SessionRequest,
         wait: bool,
+        once: Option<Reservation>,
     ) -> Result<Created, Error> {
-        self.create(who, request, if wait { Lasting::OnceReady } else { Lasting::Always }).await
+        // Whoever has a key for it comes back for it.
+        let lasting = if wait && once.is_none() { Lasting::OnceReady } else { Lasting::Always };
+        let created = self.create(who, request, wait, lasting, once.as_ref()).await?;
+        self.keep(once).await;
+        Ok(created)
     }
 
-    async fn create(&self, who: &Principal, request: &SessionRequest, lasting: Lasting) -> Result<Created, Error> {
+    /// The session that the first create with a key has made; with `wait` once it is ready.
+    ///
+    /// # Errors
+    /// See [`Error`].
+    pub async fn made_session(&self, who: &Principal, made: Made, wait: bool) -> Result<Session, Error> {
+        let Made::Session(id) = made else { return Err(Error::NotFound("session")) };
+        let session = self.session(who, id)?;
+        if wait {
+            self.wait_until_started(&session).await?;
+        }
+        Ok(session)
+    }
+
+    /// Begins a request that its caller has given a key.
+    ///
+    /// # Errors
+    /// When it can't be taken because of the key.
+    pub fn begin(&self, who: &Principal, once: Once) -> Result<Begun, Error> {
+        who.require_sessions()?;
+        self.registry.requests().begin(&who.tenant, once).map_err(Error::NotOnce)
+    }
+
+    /// What was made is to be found under its key from now on.
+    async fn keep(&self, once: Option<Reservation>) {
+        if let Some(once) = once {
+            once.keep();
+            self.registry.settle().await;
+        }
+    }
+
+    async fn create(
+        &self,
+        who: &Principal,
+        request: &SessionRequest,
+        wait: bool,
+        lasting: Lasting,
+        once: Option<&Reservation>,
+    ) -> Result<Created, Error> {
         who.require_sessions()?;
         let (template, mut spec) = self.specify(request)?;
-        spec.image = self.resolve_image(template).await?.id;
-        let created = self.registry.create(&who.tenant, spec, request.reuse, lasting).await;
-        let created = created.map_err(|refused| match refused {
-            CreateRefused::Full(Full { retry_after }) => Error::AtCapacity { retry_after },
-            CreateRefused::TooLarge(errors) => Error::SpecRejected(errors),
-            CreateRefused::NameInUse(id) => Error::NameInUse(id),
-            CreateRefused::Draining => Error::Draining,
-        })?;
-        if lasting != Lasting::Always {
+        // What is there already needs nothing of the engine.
+        let created = match self.registry.find(&who.tenant, &spec, request.reuse, lasting, once).await? {
+            Some(created) => created,
+            None => {
+                spec.image = self.resolve_image(template).await?.id;
+                self.registry.create(&who.tenant, spec, request.reuse, lasting, once).await?
+            }
+        };
+        if wait {
             let (Created::New(session) | Created::Reused(session)) = &created;
             self.wait_until_started(session).await?;
         }
@@ -439,6 +497,7 @@ impl Service {
         id: SessionId,
         kernelspec: Option<String>,
         cwd: Option<String>,
+        once: Option<Reservation>,
     ) -> Result<ContextView, Error> {
         who.require_sessions()?;
         let session = self.session(who, id)?;
@@ -462,7 +521,13 @@ impl Service {
                 return Err(Error::SpecRejected(vec![FieldError::new("/kernelspec", message)]));
             }
         }
-        Ok(session.create_context(kernelspec, cwd).await?)
+        let context = fresh();
+        if let Some(once) = &once {
+            once.will_be(Made::Context(id, context));
+        }
+        let created = session.create_context(context, kernelspec, cwd).await?;
+        self.keep(once).await;
+        Ok(created)
     }
 
     /// Ends a context that is not the default one.
@@ -550,17 +615,18 @@ impl Service {
         session: SessionRequest,
         request: ExecuteRequest,
         abandoned: CancellationToken,
+        once: Option<Reservation>,
     ) -> Result<Arc<Execution>, Error> {
         // Before anything starts: the session's specification is what the request is held against.
         let spec = self.specify(&session)?.1;
         resolve_execution(&spec, request.clone())?;
         let (service, who) = (Arc::clone(self), who.clone());
         let accepted = carry_on("run", async move {
-            let created = service.create(&who, &session, Lasting::Never).await?;
+            let created = service.create(&who, &session, true, Lasting::Never, None).await?;
             let (Created::New(session) | Created::Reused(session)) = created;
             let accepted = match abandoned.is_cancelled() {
                 true => Err(Error::SessionEnded(EndReason::Deleted)),
-                false => service.execute(&who, session.id, request).await,
+                false => service.execute(&who, session.id, request, once).await,
             };
             let execution = accepted.inspect_err(|_| session.end(EndReason::Deleted))?;
             session.end_after(Arc::clone(&execution));
@@ -610,6 +676,7 @@ impl Service {
         who: &Principal,
         id: SessionId,
         request: ExecuteRequest,
+        once: Option<Reservation>,
     ) -> Result<Arc<Execution>, Error> {
         who.require_sessions()?;
         let session = self.session(who, id)?;
@@ -620,8 +687,15 @@ impl Service {
         let registry = Arc::clone(&self.registry);
         // What was accepted is kept even if its caller leaves at this moment.
         let accepted = carry_on("execute", async move {
-            let execution = session.execute(context, request).await?;
+            let id = fresh();
+            if let Some(once) = &once {
+                once.will_be(Made::Execution(id));
+            }
+            let execution = session.execute(id, context, request).await?;
             registry.keep(&execution);
+            if let Some(once) = once {
+                once.keep();
+            }
             registry.settle().await;
             Ok(execution)
         });
@@ -686,6 +760,12 @@ impl Service {
             TemplateView { template: template.clone(), image }
         });
         futures_util::future::join_all(looks).await
+    }
+
+    /// The pools of sessions that are made before anybody asks.
+    #[must_use]
+    pub fn pools(&self) -> Vec<PoolView> {
+        self.registry.pool().views()
     }
 
     /// The template that is used when none is named.
@@ -828,6 +908,14 @@ fn check_input(request: &ExecuteRequest, errors: &mut Vec<FieldError>) {
             );
             errors.push(FieldError::new(pointer, message));
         }
+    }
+}
+
+fn not_once(why: NotOnce) -> String {
+    match why {
+        NotOnce::InFlight => "the first request with this Idempotency-Key is still being answered".to_owned(),
+        NotOnce::Mismatch => "another request had this Idempotency-Key; take a new key for each request".to_owned(),
+        NotOnce::TooMany => format!("{MAX_KEYS} keys were given to requests within a day, which is all that may be"),
     }
 }
 

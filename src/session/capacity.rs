@@ -8,7 +8,7 @@ use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use tokio::sync::oneshot;
+use tokio::sync::{Notify, oneshot};
 
 use crate::domain::spec::{FieldError, MIB, Resources};
 
@@ -58,7 +58,7 @@ pub struct Full {
 
 /// The machine's places. Clones are the same.
 #[derive(Debug, Clone)]
-pub struct Capacity(Arc<Mutex<Book>>);
+pub struct Capacity(Arc<Mutex<Book>>, Arc<Notify>);
 
 /// Somebody in the line. Whoever stops waiting lets those behind pass.
 struct Waits<'a> {
@@ -93,6 +93,7 @@ impl Drop for Place {
     fn drop(&mut self) {
         self.capacity.book().give_back(self.need, Instant::now());
         self.capacity.serve();
+        self.capacity.1.notify_one();
     }
 }
 
@@ -117,14 +118,48 @@ impl Capacity {
     /// Nothing is taken.
     #[must_use]
     pub fn new(ceilings: Ceilings) -> Self {
-        Self(Arc::new(Mutex::new(Book {
+        let book = Book {
             ceilings,
             sessions: 0,
             taken: Need::default(),
             lines: HashMap::new(),
             turns: VecDeque::new(),
             ends: VecDeque::new(),
-        })))
+        };
+        Self(Arc::new(Mutex::new(book)), Arc::default())
+    }
+
+    /// A place now, if nobody waits for one.
+    #[must_use]
+    pub fn spare_place(&self, need: Need) -> Option<Place> {
+        let mut book = self.book();
+        book.leave_out_the_gone();
+        let is_free = book.turns.is_empty() && book.fits(need);
+        is_free.then(|| {
+            book.take(need);
+            Place { capacity: self.clone(), need }
+        })
+    }
+
+    /// Whether a session would have to wait for a place.
+    #[must_use]
+    pub fn is_short(&self, need: Need) -> bool {
+        let mut book = self.book();
+        book.leave_out_the_gone();
+        !(book.turns.is_empty() && book.fits(need))
+    }
+
+    /// How many wait for a place.
+    #[must_use]
+    pub fn waiting(&self) -> usize {
+        let mut book = self.book();
+        book.leave_out_the_gone();
+        book.waiting()
+    }
+
+    /// Waits until a place was given back.
+    pub async fn place_is_free(&self) {
+        self.1.notified().await;
     }
 
     /// A place, now or when it is this tenant's turn. Whoever stops waiting leaves the line.

@@ -26,7 +26,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use cellblock_wire::link::{Channel, CutStream, Event, KernelDeleted, Outbound, OutputCap, Refusal};
+use cellblock_wire::link::{Channel, CutStream, Event, Init, KernelDeleted, Outbound, OutputCap, Refusal};
 use jiff::Timestamp;
 use serde_json::{Value, json};
 use tokio::sync::oneshot;
@@ -68,6 +68,8 @@ pub(super) enum Action {
     Delete { kernel: String },
     /// Pass a message on; one that runs code, which has a cap, only once that is committed.
     Send { kernel: String, head: Outbound, parts: Vec<Bytes> },
+    /// Say again how the cell is set up.
+    SetUp(Init),
     /// Signal a kernel's process group.
     Signal { kernel: String, signal: &'static str },
 }
@@ -118,6 +120,8 @@ pub(super) struct Making {
     pub on_kernel_death: OnKernelDeath,
     /// Its first setup code stands in the notebook.
     pub is_default: bool,
+    /// Its session belongs to nobody yet.
+    pub is_unclaimed: bool,
 }
 
 #[derive(Debug)]
@@ -189,8 +193,10 @@ pub(super) struct Context {
     oom_told: u64,
     messages: u64,
     state: State,
-    /// Setup code that this kernel has yet to run.
-    to_prepare: VecDeque<String>,
+    /// Code that this kernel has yet to run before it is ready.
+    to_prepare: VecDeque<Preparation>,
+    /// What has prepared it, as long as nobody has claimed its session.
+    prepared: Vec<Arc<Execution>>,
     prepare_until: Instant,
     queue: VecDeque<Waiting>,
     questions: BTreeMap<String, Question>,
@@ -200,6 +206,15 @@ pub(super) struct Context {
     interrupt: Option<String>,
     actions: Vec<Action>,
     notices: Vec<Notice>,
+}
+
+/// Code that prepares a kernel.
+#[derive(Debug)]
+enum Preparation {
+    /// As template or caller have it.
+    Setup(String),
+    /// Ours, which nobody sees.
+    Own(String),
 }
 
 /// An execution that waits for its turn.
@@ -257,6 +272,7 @@ impl Context {
             messages: 0,
             state: State::Dead,
             to_prepare: VecDeque::new(),
+            prepared: Vec::new(),
             prepare_until: Instant::now(),
             queue: VecDeque::new(),
             questions: BTreeMap::new(),
@@ -369,6 +385,30 @@ impl Context {
         }
     }
 
+    /// Its session is claimed: what has prepared the kernel stands in the notebook now, the environment is changed, and what more the making has of
+    /// setup code is run. Then the kernel is ready again. False when it is not free.
+    pub(super) fn claim(
+        &mut self,
+        making: Making,
+        env: &BTreeMap<String, String>,
+        within: Duration,
+        now: Instant,
+    ) -> bool {
+        if !matches!(self.state, State::Idle) || !making.setup.starts_with(&self.making.setup) {
+            return false;
+        }
+        let done = self.making.setup.len();
+        let language = std::mem::take(&mut self.making.place.language);
+        self.making = Making { place: Place { language, ..making.place }, ..making };
+        self.prepared.drain(..).for_each(|execution| execution.note_in(&self.making.place.keeping));
+        let env = (!env.is_empty()).then(|| Preparation::Own(python_environment(env)));
+        let setup = self.making.setup[done..].iter().cloned().map(Preparation::Setup);
+        self.to_prepare = env.into_iter().chain(setup).collect();
+        self.prepare_until = now + within;
+        self.prepare(now);
+        true
+    }
+
     /// What it leaves for the next process.
     pub(super) fn record(&self) -> ContextRecord {
         ContextRecord {
@@ -472,7 +512,7 @@ impl Context {
         self.kernel = format!("{}n{}", self.id, self.born);
         let deadline = now + within;
         self.prepare_until = deadline;
-        self.to_prepare = self.making.setup.iter().cloned().collect();
+        self.to_prepare = self.making.setup.iter().cloned().map(Preparation::Setup).collect();
         self.state =
             State::Booting(Booting { connected: false, replied: false, iopub: false, nudge_at: deadline, deadline });
         let Making { kernelspec, cwd, .. } = self.making.clone();
@@ -487,12 +527,17 @@ impl Context {
     }
 
     /// Takes an execution into the queue.
-    pub(super) fn enqueue(&mut self, request: ExecutionRequest, now: Instant) -> Result<Arc<Execution>, QueueFull> {
+    pub(super) fn enqueue(
+        &mut self,
+        id: ExecutionId,
+        request: ExecutionRequest,
+        now: Instant,
+    ) -> Result<Arc<Execution>, QueueFull> {
         let bytes: usize = self.queue.iter().map(|w| w.execution.request.len()).sum();
         if self.queue.len() >= self.making.max_queue || bytes + request.len() > MAX_QUEUED_BYTES {
             return Err(QueueFull);
         }
-        let execution = Arc::new(Execution::new(fresh(), self.making.place.clone(), request, self.position()));
+        let execution = Arc::new(Execution::new(id, self.making.place.clone(), request, self.position()));
         self.queue.push_back(Waiting { since: now, execution: Arc::clone(&execution) });
         self.advance(now);
         Ok(execution)
@@ -680,7 +725,7 @@ impl Context {
         let is_gone = refusal.code == "not-found";
         match &act.kind {
             // What becomes of the kernel is told by an event, or seen at a deadline.
-            ActKind::Signal | ActKind::Delete => {}
+            ActKind::Signal | ActKind::Delete | ActKind::SetUp => {}
             ActKind::Send(id) if self.questions.remove(id).is_some() => {}
             ActKind::Send(id) if matches!(&self.state, State::Adopting(adopting) if adopting.probe == *id) => {
                 self.on_death(&refusal.message, "", RestartCause::Died { status: None, signal: None }, now);
@@ -982,15 +1027,19 @@ impl Context {
 
     /// Runs the next setup code; after the last one the kernel is ready.
     fn prepare(&mut self, now: Instant) {
-        let Some(code) = self.to_prepare.pop_front() else {
-            self.notices.push(Notice::Ready);
-            self.advance(now);
-            return;
+        let (code, is_own) = match self.to_prepare.pop_front() {
+            Some(Preparation::Setup(code)) => (code, false),
+            Some(Preparation::Own(code)) => (code, true),
+            None => {
+                self.notices.push(Notice::Ready);
+                self.advance(now);
+                return;
+            }
         };
         let request = ExecutionRequest {
             code,
             timeout: self.prepare_until.saturating_duration_since(now),
-            silent: false,
+            silent: is_own,
             store_history: false,
             output: self.making.setup_output,
             stdin: Stdin::Deny,
@@ -1004,6 +1053,9 @@ impl Context {
             place.keeping = place.keeping.without_notebook();
         }
         let execution = Arc::new(Execution::new(fresh(), place, request, 0));
+        if self.making.is_unclaimed {
+            self.prepared.push(Arc::clone(&execution));
+        }
         self.run(execution, true, now);
     }
 
@@ -1161,6 +1213,13 @@ impl Context {
         self.state = State::Replacing(Replacing { running, status, cause, words, since });
         self.actions.push(Action::Delete { kernel: self.kernel.clone() });
     }
+}
+
+/// Code that sets variables of a Python's environment and leaves no name behind.
+fn python_environment(env: &BTreeMap<String, String>) -> String {
+    // A JSON string of nothing but texts is a Python literal, too.
+    let json = json!(env).to_string();
+    format!("__import__('os').environ.update(__import__('json').loads({}))", json!(json))
 }
 
 fn truncated(stream: CutStream) -> Truncated {

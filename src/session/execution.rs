@@ -190,6 +190,12 @@ impl Execution {
         })
     }
 
+    /// Puts it into a notebook that was not there when it ended.
+    pub(super) fn note_in(&self, keeping: &Keeping) {
+        let record = self.record();
+        keeping.add_cell(self, &record.events, record.status, &record.report, record.started_at);
+    }
+
     /// This process tells nothing more of it.
     pub(super) fn leave(&self) {
         self.record().is_left = true;

@@ -15,6 +15,7 @@ use crate::domain::lifecycle::{EndReason, Phase};
 use crate::domain::output::JsonText;
 use crate::domain::spec::SessionSpec;
 use crate::kernel::link::Link;
+use crate::store::state::Lasting;
 use crate::task;
 
 mod actor;
@@ -24,6 +25,8 @@ mod context;
 mod effects;
 pub mod execution;
 pub mod keeping;
+pub mod once;
+pub mod pool;
 pub mod reconcile;
 pub mod registry;
 mod running;
@@ -32,6 +35,7 @@ mod wiring;
 use actor::Wish;
 pub use context::ContextState;
 use execution::{Execution, ExecutionRequest};
+use keeping::Keeping;
 
 /// Commands that may wait for a session's task; more are refused.
 const COMMAND_QUEUE: usize = 256;
@@ -202,6 +206,7 @@ pub enum Refused {
 
 enum Command {
     Execute {
+        id: ExecutionId,
         context: Option<ContextId>,
         request: ExecutionRequest,
         reply: oneshot::Sender<Result<Arc<Execution>, Refused>>,
@@ -227,6 +232,7 @@ enum Command {
         reply: oneshot::Sender<Result<Vec<ContextView>, Refused>>,
     },
     CreateContext {
+        id: ContextId,
         kernelspec: Option<String>,
         cwd: Option<String>,
         reply: oneshot::Sender<Result<ContextView, Refused>>,
@@ -249,10 +255,24 @@ enum Command {
     KeepAlive {
         reply: oneshot::Sender<Result<(), Refused>>,
     },
+    Claim {
+        claim: Box<Claim>,
+        reply: oneshot::Sender<Result<(), Refused>>,
+    },
     Link {
         reply: oneshot::Sender<Result<Link, Refused>>,
     },
     LookAtCell,
+}
+
+/// Whose a session becomes that was made before anybody asked for it, and what it is from now on.
+struct Claim {
+    tenant: Arc<str>,
+    spec: Arc<SessionSpec>,
+    env: BTreeMap<String, String>,
+    lasting: Lasting,
+    keeping: Keeping,
+    created_at: Timestamp,
 }
 
 /// A handle on a session.
@@ -268,6 +288,8 @@ pub struct Session {
     pub default_context: ContextId,
     /// When it was created.
     pub created_at: Timestamp,
+    /// It was there before it was asked for.
+    pub is_warm: bool,
     commands: mpsc::Sender<Command>,
     wishes: mpsc::Sender<Wish>,
     snapshot: watch::Receiver<Snapshot>,
@@ -339,10 +361,11 @@ impl Session {
     /// See [`Refused`].
     pub async fn execute(
         &self,
+        id: ExecutionId,
         context: Option<ContextId>,
         request: ExecutionRequest,
     ) -> Result<Arc<Execution>, Refused> {
-        self.ask(|reply| Command::Execute { context, request, reply }).await
+        self.ask(|reply| Command::Execute { id, context, request, reply }).await
     }
 
     /// Takes an execution back.
@@ -402,10 +425,11 @@ impl Session {
     /// See [`Refused`].
     pub async fn create_context(
         &self,
+        id: ContextId,
         kernelspec: Option<String>,
         cwd: Option<String>,
     ) -> Result<ContextView, Refused> {
-        self.ask(|reply| Command::CreateContext { kernelspec, cwd, reply }).await
+        self.ask(|reply| Command::CreateContext { id, kernelspec, cwd, reply }).await
     }
 
     /// Ends a context and what runs in it.
@@ -446,6 +470,11 @@ impl Session {
     /// See [`Refused`].
     pub async fn keep_alive(&self) -> Result<(), Refused> {
         self.ask(|reply| Command::KeepAlive { reply }).await
+    }
+
+    /// Makes it somebody's.
+    async fn claim(&self, claim: Claim) -> Result<(), Refused> {
+        self.ask(|reply| Command::Claim { claim: Box::new(claim), reply }).await
     }
 
     /// The link to its guest, for bulk work that doesn't concern its kernels.

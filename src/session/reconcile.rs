@@ -36,7 +36,7 @@ pub async fn run(engine: Arc<dyn Engine>, registry: Arc<Registry>, stop: Cancell
 
 fn on_event(registry: &Registry, event: &EngineEvent) {
     let gone = matches!(event.kind, EngineEventKind::Exited | EngineEventKind::Removed);
-    let owner = registry.live().into_iter().find(|s| event.name.as_str().contains(&s.id.to_string()));
+    let owner = registry.all().into_iter().find(|s| event.name.as_str().contains(&s.id.to_string()));
     if let (true, Some(session)) = (gone, owner) {
         session.look_at_cell();
     }
@@ -58,7 +58,7 @@ pub async fn round(engine: &dyn Engine, registry: &Registry) -> Result<usize, En
             Err(error) => tracing::warn!(cell = %cell.name, %error, "a cell without a session could not be removed"),
         }
     }
-    for session in registry.live() {
+    for session in registry.all() {
         let has_cell = cells.iter().any(|cell| cell.session == Some(session.id));
         if session.phase() == Phase::Ready && !has_cell {
             session.look_at_cell();

@@ -14,13 +14,17 @@ use super::actor::{self, Birth};
 use super::capacity::{Capacity, Ceilings, Full, Need, Place};
 use super::execution::Execution;
 use super::keeping::{Growth, Keeping};
-use super::{Session, Settings, fresh};
+use super::once::{Requests, Reservation};
+use super::pool::Pool;
+use super::{Claim, Session, Settings, fresh};
 use crate::domain::ids::{ExecutionId, SessionId};
 use crate::domain::lifecycle::{EndReason, Phase};
 use crate::domain::spec::{FieldError, SessionSpec};
 use crate::engine::{CellName, Engine};
 use crate::store::Archive;
-use crate::store::state::{ContextRecord, ExecutionRecord, Lasting, Left, RunningRecord, SessionRecord, Stage, State};
+use crate::store::state::{
+    ContextRecord, ExecutionRecord, Lasting, Left, Made, RunningRecord, SessionRecord, Stage, State,
+};
 
 /// How much is kept.
 #[derive(Debug, Clone, Copy)]
@@ -59,6 +63,9 @@ pub enum CreateRefused {
     Draining,
 }
 
+/// The tenant of sessions that nobody has asked for yet. No key is of it.
+const NOBODY: &str = "";
+
 /// Executions that have not ended, each with what is known of it while it runs.
 type Unfinished = Vec<(Arc<Execution>, Option<RunningRecord>)>;
 
@@ -87,6 +94,8 @@ pub struct Registry {
     limits: Limits,
     growth: Growth,
     capacity: Capacity,
+    pool: Pool,
+    requests: Requests,
     inner: Mutex<Inner>,
 }
 
@@ -115,13 +124,35 @@ impl Registry {
         instance: String,
         settings: Settings,
         limits: Limits,
+        pool: Pool,
     ) -> Self {
         let (growth, capacity) = (Growth::default(), Capacity::new(limits.ceilings));
-        Self { engine, archive, state, instance, settings, limits, growth, capacity, inner: Mutex::default() }
+        let (requests, inner) = (Requests::new(state.clone()), Mutex::default());
+        Self { engine, archive, state, instance, settings, limits, growth, capacity, pool, requests, inner }
     }
 
-    /// Creates a session, or finds the tenant's live one of that name if it may be `reuse`d. Waits for a place, for as long as a create may. `lasting` says
-    /// whether it outlives the process.
+    /// Finds a session that is there already: the tenant's live one of that name if it may be `reuse`d, or one that was made before it was asked for. The
+    /// image of what is asked for need not be known. `lasting` says whether it outlives the process.
+    ///
+    /// # Errors
+    /// See [`CreateRefused`].
+    pub async fn find(
+        &self,
+        tenant: &Arc<str>,
+        spec: &SessionSpec,
+        reuse: bool,
+        lasting: Lasting,
+        once: Option<&Reservation>,
+    ) -> Result<Option<Created>, CreateRefused> {
+        let found = self.inner().named(tenant, spec, reuse)?;
+        if let Some(found) = found {
+            will_be(once, found.id);
+            return Ok(Some(Created::Reused(found)));
+        }
+        self.claim(tenant, spec, reuse, lasting, once).await
+    }
+
+    /// Creates a session, or finds the tenant's live one of that name if it may be `reuse`d. Waits for a place, for as long as a create may.
     ///
     /// # Errors
     /// See [`CreateRefused`].
@@ -131,30 +162,100 @@ impl Registry {
         spec: SessionSpec,
         reuse: bool,
         lasting: Lasting,
+        once: Option<&Reservation>,
     ) -> Result<Created, CreateRefused> {
-        if let Some(found) = self.inner().named(tenant, &spec, reuse)? {
-            return Ok(Created::Reused(found));
+        let need = Need::from(&spec.resources);
+        self.capacity.can_ever_hold(need).map_err(CreateRefused::TooLarge)?;
+        if self.capacity.is_short(need) {
+            self.pool.give_up(1);
         }
-        self.capacity.can_ever_hold(Need::from(&spec.resources)).map_err(CreateRefused::TooLarge)?;
         let place = self.capacity.place(tenant, Need::from(&spec.resources)).await.map_err(CreateRefused::Full)?;
         let mut inner = self.inner();
         // Another may have come first.
         if let Some(found) = inner.named(tenant, &spec, reuse)? {
+            will_be(once, found.id);
             return Ok(Created::Reused(found));
         }
         let birth = self.birth(first_record(tenant, spec, lasting), true, place);
-        let live = inner.sessions.values().filter(|s| !matches!(s.phase(), Phase::Ended(_))).count();
-        if inner.sessions.len() >= live + MAX_ENDED {
-            inner.forget_oldest_ended();
-        }
+        will_be(once, birth.record.id);
+        inner.make_room_for_ended();
         let session = actor::spawn(birth);
         inner.sessions.insert(session.id, session.clone());
         Ok(Created::New(session))
     }
 
+    /// A session that was made before it was asked for, if there is one that is what is asked for.
+    async fn claim(
+        &self,
+        tenant: &Arc<str>,
+        spec: &SessionSpec,
+        reuse: bool,
+        lasting: Lasting,
+        once: Option<&Reservation>,
+    ) -> Result<Option<Created>, CreateRefused> {
+        while let Some(made) = self.pool.take(spec) {
+            let mut own = SessionSpec { image: made.spec.image.clone(), ..spec.clone() };
+            // What others can see of a session holds no environment.
+            let env = std::mem::take(&mut own.env);
+            let (spec, created_at) = (Arc::new(own), Timestamp::now());
+            let session =
+                Session { tenant: Arc::clone(tenant), spec: Arc::clone(&spec), created_at, is_warm: true, ..made };
+            {
+                let mut inner = self.inner();
+                // Another may have come first.
+                let named = inner.named(tenant, &spec, reuse);
+                if !matches!(named, Ok(None)) {
+                    session.end(EndReason::Drained);
+                    return named.map(|found| found.inspect(|found| will_be(once, found.id)).map(Created::Reused));
+                }
+                will_be(once, session.id);
+                inner.make_room_for_ended();
+                inner.sessions.insert(session.id, session.clone());
+            }
+            let keeping = self.keeping(tenant, session.id);
+            let claim = Claim { tenant: Arc::clone(tenant), spec, env, lasting, keeping, created_at };
+            match session.claim(claim).await {
+                Ok(()) => return Ok(Some(Created::New(session))),
+                Err(refused) => {
+                    tracing::info!(session = %session.id, %refused, "a session of a pool could not be claimed");
+                    session.end(EndReason::Drained);
+                    self.inner().sessions.remove(&session.id);
+                }
+            }
+        }
+        Ok(None)
+    }
+
+    /// Begins a session that nobody has asked for, if there is a place that nobody waits for.
+    pub(super) fn make_ahead(&self, spec: SessionSpec) -> Option<Session> {
+        if self.inner().draining {
+            return None;
+        }
+        let place = self.capacity.spare_place(Need::from(&spec.resources))?;
+        let record = first_record(&Arc::from(NOBODY), spec, Lasting::Never);
+        let keeping = Keeping::new(None, Arc::from(NOBODY), record.id, usize::MAX);
+        Some(actor::spawn(Birth { is_unclaimed: true, keeping, ..self.birth(record, true, place) }))
+    }
+
+    /// The sessions that nobody has asked for yet.
+    #[must_use]
+    pub fn pool(&self) -> &Pool {
+        &self.pool
+    }
+
+    /// Creates that wait for a place.
+    pub(super) fn waiting_creates(&self) -> usize {
+        self.capacity.waiting()
+    }
+
+    /// Waits until a session's place was given back.
+    pub(super) async fn place_is_free(&self) {
+        self.capacity.place_is_free().await;
+    }
+
     fn birth(&self, record: SessionRecord, is_new: bool, place: Place) -> Birth {
         Birth {
-            keeping: self.keeping(&record),
+            keeping: self.keeping(&record.tenant, record.id),
             record,
             is_new,
             instance: self.instance.clone(),
@@ -164,19 +265,20 @@ impl Registry {
             place,
             executions: Vec::new(),
             heard: 0,
+            is_unclaimed: false,
         }
     }
 
-    fn keeping(&self, record: &SessionRecord) -> Keeping {
-        let tenant = Arc::clone(&record.tenant);
-        Keeping::new(self.archive.clone(), tenant, record.id, self.settings.inline).growing(self.growth.clone())
+    fn keeping(&self, tenant: &Arc<str>, id: SessionId) -> Keeping {
+        let archive = self.archive.clone();
+        Keeping::new(archive, Arc::clone(tenant), id, self.settings.inline).growing(self.growth.clone())
     }
 
     /// Takes over what an earlier process has left: sessions that live go on, with what runs and waits in them; what has ended can be asked about
     /// for what is left of its time.
     pub fn take_over(&self, left: Left) {
         let now = Timestamp::now();
-        let Left { sessions, executions, heard } = left;
+        let Left { sessions, executions, heard, keys } = left;
         let mut of_sessions: HashMap<SessionId, Vec<ExecutionRecord>> = HashMap::new();
         for execution in executions {
             of_sessions.entry(execution.session).or_default().push(execution);
@@ -214,11 +316,27 @@ impl Registry {
                 inner.executions.insert(execution.id, execution);
             }
         }
+        let inner = self.inner();
+        self.requests.take_over(keys, |record| match record.made {
+            Made::Session(id) => {
+                let is_own = |session: &Session| session.tenant == record.tenant && !session.is_over();
+                inner.sessions.get(&id).is_some_and(is_own)
+            }
+            Made::Execution(id) => inner.executions.contains_key(&id),
+            // Whoever waited for it is gone, and so may it be.
+            Made::Context(..) => false,
+        });
+    }
+
+    /// Requests that may come twice.
+    #[must_use]
+    pub fn requests(&self) -> &Requests {
+        &self.requests
     }
 
     /// The executions that a session has left, and those among them that have not ended.
     fn restore(&self, record: &SessionRecord, left: Vec<ExecutionRecord>) -> (Vec<Arc<Execution>>, Unfinished) {
-        let keeping = self.keeping(record);
+        let keeping = self.keeping(&record.tenant, record.id);
         let (mut kept, mut unfinished) = (Vec::new(), Vec::new());
         for mut execution in left {
             let running = execution.running.take();
@@ -256,7 +374,8 @@ impl Registry {
     /// A session, whoever's it is.
     #[must_use]
     pub fn any_session(&self, id: SessionId) -> Option<Session> {
-        self.inner().sessions.get(&id).cloned()
+        let found = self.inner().sessions.get(&id).cloned();
+        found.or_else(|| self.pool.session(id))
     }
 
     /// A tenant's sessions in the order of their creation, after one of them.
@@ -278,6 +397,14 @@ impl Registry {
     #[must_use]
     pub fn live(&self) -> Vec<Session> {
         self.inner().sessions.values().filter(|s| !matches!(s.phase(), Phase::Ended(_))).cloned().collect()
+    }
+
+    /// The same with those that nobody has asked for yet.
+    #[must_use]
+    pub fn all(&self) -> Vec<Session> {
+        let mut all = self.live();
+        all.extend(self.pool.sessions());
+        all
     }
 
     /// Keeps an execution, so that it can be asked about.
@@ -313,6 +440,7 @@ impl Registry {
             let retention = self.limits.session_retention;
             state.forget_ended(Timestamp::now().saturating_sub(retention).unwrap_or(Timestamp::MIN));
         }
+        self.requests.prune(Timestamp::now());
         let mut inner = self.inner();
         inner.prune_sessions(&self.limits, now);
         let forgotten = inner.prune_executions(&self.limits, now);
@@ -330,7 +458,8 @@ impl Registry {
     /// the time is over. Returns how many containers are there that should be gone.
     pub async fn drain(&self, grace: Duration, within: Duration, after: AfterDrain) -> usize {
         self.inner().draining = true;
-        let live = self.live();
+        let (live, unclaimed) = (self.live(), self.pool.sessions());
+        unclaimed.iter().for_each(|session| session.end(EndReason::Drained));
         let quiet = async {
             for session in &live {
                 session.wait_for(|s| !s.busy).await;
@@ -341,6 +470,9 @@ impl Registry {
             live.iter().for_each(|s| s.end(EndReason::Drained));
         }
         let gone = async {
+            for session in &unclaimed {
+                session.wait_for(|s| matches!(s.phase, Phase::Ended(_))).await;
+            }
             for session in &live {
                 match after {
                     AfterDrain::Remove => drop(session.wait_for(|s| matches!(s.phase, Phase::Ended(_))).await),
@@ -365,6 +497,12 @@ impl Registry {
     }
 }
 
+fn will_be(once: Option<&Reservation>, id: SessionId) {
+    if let Some(once) = once {
+        once.will_be(Made::Session(id));
+    }
+}
+
 /// What there is of a session that nobody has begun to make.
 fn first_record(tenant: &Arc<str>, mut spec: SessionSpec, lasting: Lasting) -> SessionRecord {
     let now = Timestamp::now();
@@ -377,6 +515,7 @@ fn first_record(tenant: &Arc<str>, mut spec: SessionSpec, lasting: Lasting) -> S
         tenant: Arc::clone(tenant),
         stage: Stage::Starting,
         lasting,
+        is_warm: false,
         secret: LinkSecret(Uuid::new_v4().into_bytes()),
         created_at: now,
         expires_at: now.saturating_add(spec.timeouts.lifetime).unwrap_or(Timestamp::MAX),
@@ -403,6 +542,13 @@ impl Inner {
             Some(session) if reuse => Ok(Some(session.clone())),
             Some(session) => Err(CreateRefused::NameInUse(session.id)),
             None => Ok(None),
+        }
+    }
+
+    fn make_room_for_ended(&mut self) {
+        let live = self.sessions.values().filter(|s| !matches!(s.phase(), Phase::Ended(_))).count();
+        if self.sessions.len() >= live + MAX_ENDED {
+            self.forget_oldest_ended();
         }
     }
 

@@ -31,7 +31,7 @@ pub(super) enum Acted {
 /// An action that was carried out, or not.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Act {
-    /// The kernel that it was about.
+    /// The kernel that it was about, if it was about one.
     pub(super) kernel: String,
     pub(super) kind: ActKind,
 }
@@ -44,6 +44,7 @@ pub(super) enum ActKind {
     /// With the message's id.
     Send(String),
     Signal,
+    SetUp,
 }
 
 impl Act {
@@ -53,6 +54,7 @@ impl Act {
             Action::Delete { kernel } => (kernel, ActKind::Delete),
             Action::Send { kernel, head, .. } => (kernel, ActKind::Send(head.msg_id.clone())),
             Action::Signal { kernel, .. } => (kernel, ActKind::Signal),
+            Action::SetUp(_) => return Self { kernel: String::new(), kind: ActKind::SetUp },
         };
         Self { kernel: kernel.clone(), kind }
     }
@@ -232,6 +234,7 @@ async fn perform(link: Link, action: Action, starting: Starting) -> Result<Acted
             }
             link.send_message(&kernel, &head, &parts).await.map(|()| Acted::Sent)
         }
+        Action::SetUp(init) => link.set_up(&init).await.map(|_| Acted::Sent),
         Action::Signal { kernel, signal } => link.signal(&kernel, signal).await.map(|()| Acted::Sent),
     }
 }

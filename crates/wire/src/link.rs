@@ -37,14 +37,14 @@ pub const WORKDIR: &str = "/workspace";
 /// Where the guest keeps the kernels' sockets and connection files: a room of its own, which no file of the code's fills.
 pub const STATE_DIR: &str = "/run/cellblock";
 
-/// The first request on every connection; says who speaks, and (once per life) how the cell is set up.
+/// The first request on every connection; says who speaks, and how the cell is set up. May come again.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Init {
     /// The control plane's [`GENERATION`](crate::GENERATION).
     pub generation: u32,
     /// The guest exits after hearing nothing for this long.
     pub orphan_timeout_seconds: u64,
-    /// Set for every process the guest starts. Secrets may be among them: they never stand in the container's own settings.
+    /// Set for every process that the guest starts from now on. Secrets may be among them: they never stand in the container's own settings.
     #[serde(default)]
     pub env: BTreeMap<String, String>,
 }

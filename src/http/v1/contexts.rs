@@ -10,14 +10,15 @@ use serde_json::value::RawValue;
 use utoipa::ToSchema;
 
 use super::executions::{self, ExecutionView, OnDisconnect, raw};
-use super::sessions::{SessionView, time};
+use super::sessions::{First, SessionView, begin, time};
 use crate::domain::ids::{ContextId, SessionId};
 use crate::domain::output::{Comm, CommKind, JsonText};
 use crate::domain::spec::FieldError;
 use crate::http::App;
-use crate::http::extract::{Answer, Body, Caller, Id, Ids};
+use crate::http::extract::{Answer, Body, Caller, Id, Ids, Keyed};
 use crate::http::problem::{self, Problem};
-use crate::service::{ExecuteRequest, Question};
+use crate::service::{Error, ExecuteRequest, Question};
+use crate::session::once::Made;
 use crate::session::{self, ContextState};
 
 /// What a context is to be; everything is optional.
@@ -91,15 +92,23 @@ pub async fn list_contexts(
 /// Another kernel in the same container, with variables and a queue of its own; the session's limits hold for all of them together.
 /// Answers once it is ready.
 #[utoipa::path(post, path = "/v1/sessions/{id}/contexts", operation_id = "create_context", tag = "contexts",
-    params(("id" = String, Path)), request_body(content = CreateContext, description = "Everything is optional; an empty body works"),
+    params(("id" = String, Path), ("Idempotency-Key" = Option<String>, Header, description = "With it the request can be sent again within a day and makes nothing twice")),
+    request_body(content = CreateContext, description = "Everything is optional; an empty body works"),
     responses((status = 201, body = ContextView), (status = "4XX", body = Problem), (status = "5XX", body = Problem)))]
 pub async fn create_context(
     State(app): State<App>,
     Caller(who): Caller,
     Id(id): Id<SessionId>,
-    Body(body): Body<CreateContext>,
+    Keyed(body, key): Keyed<CreateContext>,
 ) -> Result<Response, Problem> {
-    let context = app.service.create_context(&who, id, body.kernelspec, body.cwd).await?;
+    let context = match begin(&app, &who, key)? {
+        First::New(once) => app.service.create_context(&who, id, body.kernelspec, body.cwd, once).await?,
+        First::Made(made) => {
+            let contexts = app.service.contexts(&who, id).await?;
+            let is_made = |context: &session::ContextView| made == Made::Context(id, context.id);
+            contexts.into_iter().find(is_made).ok_or(Error::NotFound("context"))?
+        }
+    };
     let location = format!("/v1/sessions/{id}/contexts/{}", context.id);
     Ok((StatusCode::CREATED, [(header::LOCATION, location)], Answer(ContextView::from(context))).into_response())
 }
@@ -305,6 +314,6 @@ pub async fn send_comm(
         comm: Some(Comm { kind, content: text(body.content), metadata: text(body.metadata), buffers }),
         ..ExecuteRequest::default()
     };
-    let execution = app.service.execute(&who, id, request).await?;
+    let execution = app.service.execute(&who, id, request, None).await?;
     Ok(executions::answer(app, who, execution, OnDisconnect::Continue, &headers).await)
 }

@@ -12,6 +12,7 @@ use serde_json::value::RawValue;
 use tokio_util::io::ReaderStream;
 use utoipa::ToSchema;
 
+use super::sessions::{First, begin};
 use super::stream::{self, Format};
 use crate::domain::ids::{ContextId, ExecutionId, SessionId};
 use crate::domain::output::{
@@ -20,11 +21,12 @@ use crate::domain::output::{
 };
 use crate::domain::spec::{FieldError, MIB};
 use crate::http::App;
-use crate::http::extract::{Answer, Body, Caller, Id, Ids, Params};
+use crate::http::extract::{Answer, Body, Caller, Id, Ids, Keyed, Params};
 use crate::http::problem::{self, Problem};
 use crate::service::keys::Principal;
 use crate::service::{BlobBody, Error, ExecuteRequest};
 use crate::session::execution::{Execution, OnTimeout, Stdin};
+use crate::session::once::Made;
 
 /// What is to be run.
 #[derive(Debug, Deserialize, ToSchema)]
@@ -497,7 +499,8 @@ pub(super) fn truncated(what: Truncated) -> &'static str {
 /// Answers with the finished execution; with `Accept: text/event-stream` or `application/x-ndjson`, with its events as they
 /// happen. 200 whenever the code ran, however it ended.
 #[utoipa::path(post, path = "/v1/sessions/{id}/executions", operation_id = "create_execution", tag = "executions",
-    params(("id" = String, Path)), request_body = CreateExecution,
+    params(("id" = String, Path), ("Idempotency-Key" = Option<String>, Header, description = "With it the request can be sent again within a day and makes nothing twice")),
+    request_body = CreateExecution,
     responses((status = 200, body = ExecutionView), (status = 202, body = ExecutionView, description = "In the background, or because the server stops and the next one goes on with it"),
         (status = "4XX", body = Problem), (status = "5XX", body = Problem)))]
 pub async fn create_execution(
@@ -505,15 +508,26 @@ pub async fn create_execution(
     Caller(who): Caller,
     Id(id): Id<SessionId>,
     headers: HeaderMap,
-    Body(body): Body<CreateExecution>,
+    Keyed(body, key): Keyed<CreateExecution>,
 ) -> Result<Response, Problem> {
     let (background, on_disconnect) = (body.background, body.on_disconnect);
     let request = execute_request(body)?;
-    let execution = app.service.execute(&who, id, request).await?;
+    let execution = match begin(&app, &who, key)? {
+        First::New(once) => app.service.execute(&who, id, request, once).await?,
+        First::Made(made) => made_before(&app, &who, made)?,
+    };
     if background {
         return Ok(accepted(&execution));
     }
     Ok(answer(app, who, execution, on_disconnect, &headers).await)
+}
+
+/// What the first request with a key has made.
+pub(super) fn made_before(app: &App, who: &Principal, made: Made) -> Result<Arc<Execution>, Problem> {
+    match made {
+        Made::Execution(id) => Ok(app.service.execution(who, id)?),
+        Made::Session(_) | Made::Context(..) => Err(Error::NotFound("execution").into()),
+    }
 }
 
 /// The answer about an execution that goes on in the background.

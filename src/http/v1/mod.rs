@@ -10,6 +10,7 @@ use super::docs::Head;
 pub mod contexts;
 pub mod executions;
 pub mod notebooks;
+pub mod pools;
 pub mod runs;
 pub mod sessions;
 pub mod stream;
@@ -41,4 +42,5 @@ pub fn routes() -> OpenApiRouter<App> {
         .routes(routes!(contexts::send_comm))
         .routes(routes!(notebooks::get_notebook, notebooks::delete_notebook))
         .routes(routes!(templates::list_templates))
+        .routes(routes!(pools::list_pools))
 }

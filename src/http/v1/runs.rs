@@ -10,10 +10,10 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 use utoipa::ToSchema;
 
 use super::executions::{self, CreateExecution, ExecutionView, OnDisconnect, OnTimeoutName, StdinRequest, StdinSchema};
-use super::sessions::{CreateSession, NetworkRequest, ResourceRequest, TimeoutRequest};
+use super::sessions::{CreateSession, First, NetworkRequest, ResourceRequest, TimeoutRequest, begin};
 use crate::domain::spec::SessionRequest;
 use crate::http::App;
-use crate::http::extract::{Body, Caller, object};
+use crate::http::extract::{Caller, Keyed, object};
 use crate::http::problem::Problem;
 
 /// What is to be run, and in what.
@@ -103,14 +103,15 @@ impl CreateRun {
 /// Run code in a container of its own
 ///
 /// From code to result in one call; the container is thrown away. Answers as running code in a session does.
-#[utoipa::path(post, path = "/v1/runs", operation_id = "create_run", tag = "executions", request_body = CreateRun,
+#[utoipa::path(post, path = "/v1/runs", operation_id = "create_run", tag = "executions",
+    params(("Idempotency-Key" = Option<String>, Header, description = "With it the request can be sent again within a day and makes nothing twice")), request_body = CreateRun,
     responses((status = 200, body = ExecutionView), (status = 202, body = ExecutionView, description = "In the background"),
         (status = "4XX", body = Problem), (status = "5XX", body = Problem)))]
 pub async fn create_run(
     State(app): State<App>,
     Caller(who): Caller,
     headers: HeaderMap,
-    Body(body): Body<CreateRun>,
+    Keyed(body, key): Keyed<CreateRun>,
 ) -> Result<Response, Problem> {
     let (session, execution) = body.split();
     let (background, on_disconnect) = (execution.background, execution.on_disconnect);
@@ -118,7 +119,10 @@ pub async fn create_run(
     let abandoned = CancellationToken::new();
     // Dropped with this handler when the caller hangs up while the session starts.
     let guard = (on_disconnect == OnDisconnect::Interrupt).then(|| abandoned.clone().drop_guard());
-    let execution = app.service.run(&who, SessionRequest::from(session), request, abandoned).await?;
+    let execution = match begin(&app, &who, key)? {
+        First::New(once) => app.service.run(&who, SessionRequest::from(session), request, abandoned, once).await?,
+        First::Made(made) => executions::made_before(&app, &who, made)?,
+    };
     let _ = guard.map(DropGuard::disarm);
     if background {
         return Ok(executions::accepted(&execution));

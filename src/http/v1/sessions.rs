@@ -14,9 +14,11 @@ use crate::domain::ids::SessionId;
 use crate::domain::lifecycle::Phase;
 use crate::domain::spec::{FieldError, MIB, NetworkMode, SessionRequest};
 use crate::http::App;
-use crate::http::extract::{Answer, Body, Caller, Id, Params, object};
+use crate::http::extract::{Answer, Body, Caller, Id, Keyed, Params, object};
 use crate::http::problem::{self, Problem, end_reason};
+use crate::service::keys::Principal;
 use crate::service::{Filter, MAX_WAIT, SessionPatch};
+use crate::session::once::{Begun, Made, Once, Reservation};
 use crate::session::registry::Created;
 use crate::session::{Session, Snapshot};
 
@@ -231,7 +233,7 @@ impl SessionView {
             state: state(&snapshot),
             template: spec.template.clone(),
             name: spec.name.clone(),
-            source: "cold",
+            source: if session.is_warm { "warm" } else { "cold" },
             created_at: time(session.created_at),
             last_active_at: time(snapshot.last_active),
             expires_at: time(snapshot.expires_at),
@@ -283,7 +285,8 @@ pub(super) fn time(at: Timestamp) -> String {
 ///
 /// Answers once it is ready; with `?wait=false` at once, `starting`.
 #[utoipa::path(post, path = "/v1/sessions", operation_id = "create_session", tag = "sessions",
-    params(("wait" = Option<bool>, Query, description = "Answer only once it is ready; yes when absent")),
+    params(("wait" = Option<bool>, Query, description = "Answer only once it is ready; yes when absent"),
+        ("Idempotency-Key" = Option<String>, Header, description = "With it the request can be sent again within a day and makes nothing twice")),
     request_body(content = CreateSession, description = "Everything is optional; an empty body works"),
     responses((status = 201, body = SessionView), (status = 200, body = SessionView, description = "The live session of that name"),
         (status = "4XX", body = Problem), (status = "5XX", body = Problem)))]
@@ -291,15 +294,42 @@ pub async fn create_session(
     State(app): State<App>,
     Caller(who): Caller,
     params: Params,
-    Body(body): Body<CreateSession>,
+    Keyed(body, key): Keyed<CreateSession>,
 ) -> Result<Response, Problem> {
     let wait = params.only(&["wait"])?.parse::<bool>("wait", "true or false")?.unwrap_or(true);
-    let (status, session) = match app.service.create_session(&who, &body.into(), wait).await? {
+    let once = match begin(&app, &who, key)? {
+        First::New(once) => once,
+        First::Made(made) => {
+            return Ok(created(StatusCode::CREATED, &app.service.made_session(&who, made, wait).await?));
+        }
+    };
+    let (status, session) = match app.service.create_session(&who, &body.into(), wait, once).await? {
         Created::New(session) => (StatusCode::CREATED, session),
         Created::Reused(session) => (StatusCode::OK, session),
     };
+    Ok(created(status, &session))
+}
+
+fn created(status: StatusCode, session: &Session) -> Response {
     let location = format!("/v1/sessions/{}", session.id);
-    Ok((status, [(header::LOCATION, location)], Answer(SessionView::of(&session))).into_response())
+    (status, [(header::LOCATION, location)], Answer(SessionView::of(session))).into_response()
+}
+
+/// Whether a request is the first with its key.
+pub(super) enum First {
+    /// It is, or has none.
+    New(Option<Reservation>),
+    /// It is not; this is what the first has made.
+    Made(Made),
+}
+
+/// Begins a request that may come twice.
+pub(super) fn begin(app: &App, who: &Principal, key: Option<Once>) -> Result<First, Problem> {
+    let Some(key) = key else { return Ok(First::New(None)) };
+    Ok(match app.service.begin(who, key)? {
+        Begun::First(reservation) => First::New(Some(reservation)),
+        Begun::Again(made) => First::Made(made),
+    })
 }
 
 /// List your sessions

@@ -1,22 +1,26 @@
 //! What callers ask of a session's task, and its answers.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Instant;
 
+use cellblock_wire::GENERATION;
+use cellblock_wire::link::Init;
 use jiff::Timestamp;
 use tokio::sync::oneshot;
 
+use super::super::context::Action;
 use super::super::execution::{Execution, ExecutionRequest};
-use super::super::{Command, ContextView, Patch, Refused, fresh};
+use super::super::{Attributes, Claim, Command, ContextView, Patch, Refused};
 use super::{Actor, Context, Restart, Verdict, instant};
 use crate::domain::ids::{ContextId, ExecutionId};
-use crate::domain::lifecycle::Phase;
+use crate::domain::lifecycle::{Event, Phase};
 
 impl Actor {
     pub(super) fn on_command(&mut self, command: Command) {
         match command {
-            Command::Execute { context, request, reply } => {
-                let answer = self.execute(context, request);
+            Command::Execute { id, context, request, reply } => {
+                let answer = self.execute(id, context, request);
                 self.answer(reply, answer);
             }
             Command::Cancel { execution } => {
@@ -40,7 +44,7 @@ impl Actor {
                 let answer = self.not_over().map(|()| views());
                 self.answer(reply, answer);
             }
-            Command::CreateContext { kernelspec, cwd, reply } => self.create_context(kernelspec, cwd, reply),
+            Command::CreateContext { id, kernelspec, cwd, reply } => self.create_context(id, kernelspec, cwd, reply),
             Command::DeleteContext { context, reply } => {
                 let answer = self.delete_context(context);
                 self.answer(reply, answer);
@@ -59,6 +63,10 @@ impl Actor {
             }
             Command::KeepAlive { reply } => {
                 let answer = self.not_over().map(|()| self.last_active = Instant::now());
+                self.answer(reply, answer);
+            }
+            Command::Claim { claim, reply } => {
+                let answer = self.claim(*claim);
                 self.answer(reply, answer);
             }
             Command::Link { reply } => {
@@ -82,14 +90,53 @@ impl Actor {
         let _ = reply.send(answer);
     }
 
-    fn execute(&mut self, context: Option<ContextId>, request: ExecutionRequest) -> Result<Arc<Execution>, Refused> {
+    fn execute(
+        &mut self,
+        id: ExecutionId,
+        context: Option<ContextId>,
+        request: ExecutionRequest,
+    ) -> Result<Arc<Execution>, Refused> {
         let now = self.live()?;
         let context = context.unwrap_or(self.default_context);
         let context = self.contexts.get_mut(&context).ok_or(Refused::NoSuchContext)?;
-        let execution = context.enqueue(request, now).map_err(|_| Refused::QueueFull)?;
+        let execution = context.enqueue(id, request, now).map_err(|_| Refused::QueueFull)?;
         self.leaving.follow(&execution);
         self.last_active = now;
         Ok(execution)
+    }
+
+    /// Becomes somebody's.
+    fn claim(&mut self, claim: Claim) -> Result<(), Refused> {
+        let now = self.live()?;
+        if !self.is_unclaimed {
+            return Err(Refused::NotReady);
+        }
+        let Claim { tenant, spec, env, lasting, keeping, created_at } = claim;
+        let changed: BTreeMap<_, _> =
+            env.iter().filter(|(name, value)| self.env.get(*name) != Some(value)).map(own).collect();
+        self.is_unclaimed = false;
+        (self.spec, self.keeping) = (spec, keeping);
+        let (id, kernelspec) = (self.default_context, self.spec.kernelspec.clone());
+        let making = self.making(id, kernelspec, None);
+        let within = self.settings.start_timeout.mul_f64(0.9);
+        // Before the code that has prepared the kernel stands in it.
+        self.open_notebook();
+        if !self.contexts.get_mut(&id).is_some_and(|context| context.claim(making, &changed, within, now)) {
+            return Err(Refused::NotReady);
+        }
+        if !changed.is_empty() {
+            let orphan_timeout_seconds = self.settings.orphan_timeout.as_secs();
+            let init = Init { generation: GENERATION, orphan_timeout_seconds, env: env.clone() };
+            self.wiring.plan(vec![Action::SetUp(init)]);
+        }
+        self.env = env;
+        self.attributes = Arc::new(Attributes { labels: self.spec.labels.clone(), idle: self.spec.timeouts.idle });
+        (self.created_at, self.starting_since, self.last_active) = (created_at, now, now);
+        self.expires = now + self.spec.timeouts.lifetime;
+        self.leaving.claim(tenant, lasting);
+        self.step(Event::Claimed);
+        self.take_from_contexts();
+        Ok(())
     }
 
     fn give_input(&mut self, execution: ExecutionId, line: &str) -> Result<(), Refused> {
@@ -111,6 +158,7 @@ impl Actor {
 
     fn create_context(
         &mut self,
+        id: ContextId,
         kernelspec: Option<String>,
         cwd: Option<String>,
         reply: oneshot::Sender<Result<ContextView, Refused>>,
@@ -120,7 +168,6 @@ impl Actor {
             Ok(_) => return self.answer(reply, Err(Refused::TooManyContexts(self.settings.contexts))),
             Err(refused) => return self.answer(reply, Err(refused)),
         };
-        let id: ContextId = fresh();
         self.last_active = now;
         let kernelspec = kernelspec.or_else(|| self.spec.kernelspec.clone());
         let mut context = Context::new(self.making(id, kernelspec, cwd));
@@ -165,4 +212,8 @@ impl Actor {
         }
         Ok(())
     }
+}
+
+fn own((name, value): (&String, &String)) -> (String, String) {
+    (name.clone(), value.clone())
 }

@@ -15,6 +15,7 @@ pub(super) struct Leaving {
     pub(super) state: Option<State>,
     tenant: Arc<str>,
     lasting: Lasting,
+    pub(super) is_warm: bool,
     revision: u64,
     /// What the last record was told by.
     saved: Option<u64>,
@@ -33,12 +34,19 @@ impl Leaving {
             state,
             tenant: Arc::clone(&record.tenant),
             lasting,
+            is_warm: record.is_warm,
             revision,
             saved: None,
             heard: (cells, heard),
             executions: Vec::new(),
             running: BTreeMap::new(),
         }
+    }
+
+    /// It is somebody's now.
+    pub(super) fn claim(&mut self, tenant: Arc<str>, lasting: Lasting) {
+        (self.tenant, self.lasting, self.is_warm) = (tenant, lasting, true);
+        self.saved = None;
     }
 
     /// Has the database told what becomes of an execution.
@@ -139,6 +147,7 @@ impl Actor {
             spec: Arc::clone(&self.spec),
             stage: self.stage(),
             lasting: self.leaving.lasting,
+            is_warm: self.leaving.is_warm,
             secret: self.secret,
             created_at: self.created_at,
             expires_at: wall(self.expires),

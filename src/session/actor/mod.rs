@@ -94,6 +94,8 @@ pub(super) struct Birth {
     pub(super) executions: Vec<(Arc<Execution>, Option<RunningRecord>)>,
     /// The last event that an earlier process has heard of the present cell's guest.
     pub(super) heard: u64,
+    /// It is made before anybody has asked for it.
+    pub(super) is_unclaimed: bool,
 }
 
 /// What somebody wants of a session's task, before anything else.
@@ -129,6 +131,8 @@ struct Actor {
     settings: Settings,
     engine: Arc<dyn Engine>,
     secret: LinkSecret,
+    /// Nobody has asked for it yet.
+    is_unclaimed: bool,
     phase: Phase,
     keeping: Keeping,
     contexts: BTreeMap<ContextId, Context>,
@@ -185,6 +189,7 @@ pub(super) fn spawn(birth: Birth) -> Session {
         spec: Arc::clone(&actor.spec),
         default_context: actor.default_context,
         created_at: actor.created_at,
+        is_warm: actor.leaving.is_warm,
         commands: commands_in,
         wishes: wishes_in,
         snapshot: actor.snapshot.subscribe(),
@@ -218,6 +223,7 @@ pub(super) fn ended(record: SessionRecord, reason: EndReason) -> Session {
         spec: record.spec,
         default_context: record.default_context,
         created_at: record.created_at,
+        is_warm: record.is_warm,
         commands,
         wishes,
         snapshot: watch::Sender::new(snapshot).subscribe(),
@@ -226,7 +232,19 @@ pub(super) fn ended(record: SessionRecord, reason: EndReason) -> Session {
 
 impl Actor {
     fn new(birth: Birth, commands: mpsc::Receiver<Command>, wishes: mpsc::Receiver<Wish>) -> Self {
-        let Birth { record, is_new, instance, settings, engine, keeping, state, place, executions, heard } = birth;
+        let Birth {
+            record,
+            is_new,
+            instance,
+            settings,
+            engine,
+            keeping,
+            state,
+            place,
+            executions,
+            heard,
+            is_unclaimed,
+        } = birth;
         let now = Instant::now();
         let leaving = Leaving::new(state.clone(), &record, heard);
         let (id, spec) = (record.id, record.spec);
@@ -253,6 +271,7 @@ impl Actor {
             settings,
             engine,
             secret: record.secret,
+            is_unclaimed,
             phase: Phase::Provisioning,
             contexts: BTreeMap::new(),
             default_context: record.default_context,
@@ -323,6 +342,7 @@ impl Actor {
             setup_output: self.spec.output,
             on_kernel_death: self.spec.on_kernel_death,
             is_default: id == self.default_context,
+            is_unclaimed: self.is_unclaimed,
         }
     }
 
@@ -698,7 +718,7 @@ impl Actor {
     }
 
     fn idle_deadline(&self) -> Option<Instant> {
-        (!self.is_busy()).then(|| self.last_active + self.attributes.idle)
+        (!self.is_busy() && !self.is_unclaimed).then(|| self.last_active + self.attributes.idle)
     }
 
     fn is_busy(&self) -> bool {
@@ -742,7 +762,7 @@ impl Actor {
 
     fn on_notice(&mut self, context: ContextId, notice: Notice) {
         match notice {
-            Notice::Answers if context == self.default_context => self.open_notebook(),
+            Notice::Answers if context == self.default_context && !self.is_unclaimed => self.open_notebook(),
             Notice::Answers => {}
             Notice::Ready => self.on_ready(context),
             Notice::BootFailed(detail) => {

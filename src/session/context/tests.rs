@@ -71,6 +71,7 @@ fn making() -> Making {
         setup_output: LIMITS,
         on_kernel_death: OnKernelDeath::Restart,
         is_default: true,
+        is_unclaimed: false,
     }
 }
 
@@ -134,7 +135,7 @@ impl World {
                 Action::Start { kernel, .. } => assert!(self.started.insert(kernel), "a kernel's name is used once"),
                 Action::Delete { kernel } => self.deletes.push(kernel),
                 Action::Send { kernel, head, .. } => self.sent.push((kernel, head)),
-                Action::Signal { .. } => {}
+                Action::Signal { .. } | Action::SetUp(_) => {}
             }
         }
         self.failed |= notices.iter().any(|n| matches!(n, Notice::BootFailed(_) | Notice::SetupFailed(_)));
@@ -171,7 +172,7 @@ impl World {
                     on_timeout: if restarts { OnTimeout::Restart } else { OnTimeout::Interrupt },
                     ..ExecutionRequest::for_tests(LIMITS)
                 };
-                self.executions.extend(self.context.enqueue(request, self.now).ok());
+                self.executions.extend(self.context.enqueue(fresh(), request, self.now).ok());
             }
             Step::Cancel(back) => {
                 let id = self.executions.iter().rev().nth(back).map(|e| e.id);

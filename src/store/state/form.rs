@@ -26,6 +26,7 @@ pub(super) fn write(record: &SessionRecord) -> serde_json::Result<String> {
         spec: SpecForm(SessionSpec::clone(&record.spec)),
         stage: record.stage.into(),
         lasting: record.lasting,
+        is_warm: record.is_warm,
         secret: secret.0.iter().map(|b| format!("{b:02x}")).collect(),
         created_at: record.created_at,
         expires_at: record.expires_at,
@@ -49,6 +50,7 @@ pub(super) fn read(id: &str, revision: u64, body: &str) -> serde_json::Result<Se
         spec: Arc::new(form.spec.0),
         stage: form.stage.into(),
         lasting: form.lasting,
+        is_warm: form.is_warm,
         secret: secret(&form.secret)?,
         created_at: form.created_at,
         expires_at: form.expires_at,
@@ -74,6 +76,8 @@ struct Form {
     stage: StageForm,
     #[serde(with = "LastingForm")]
     lasting: Lasting,
+    #[serde(default)]
+    is_warm: bool,
     secret: String,
     #[serde(with = "moment")]
     created_at: Timestamp,

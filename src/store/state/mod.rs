@@ -22,18 +22,20 @@ use crate::domain::spec::SessionSpec;
 mod execution_form;
 mod executions;
 mod form;
+mod keys;
 #[cfg(test)]
 mod tests;
 
 use executions::Pending;
 pub use executions::{Birth, ExecutionChange, ExecutionRecord, Logged, Progress, RunningRecord};
+pub use keys::{KeyRecord, Made};
 
 /// The database's name in the data folder.
 const FILE: &str = "state.db";
 /// Marks the file as ours, in its header (`PRAGMA application_id`): "cell".
 const APPLICATION_ID: i32 = 0x6365_6c6c;
 /// How the tables are made: each step brings the database from the version of its place to the next.
-const MIGRATIONS: [&str; 2] = [SESSIONS, executions::TABLES];
+const MIGRATIONS: [&str; 3] = [SESSIONS, executions::TABLES, keys::TABLE];
 const SESSIONS: &str = "CREATE TABLE sessions (
         id TEXT PRIMARY KEY,
         revision INTEGER NOT NULL,
@@ -95,6 +97,8 @@ pub struct SessionRecord {
     pub stage: Stage,
     /// Whether it outlives the process.
     pub lasting: Lasting,
+    /// It was there before it was asked for.
+    pub is_warm: bool,
     /// What opens the link to its guest.
     pub secret: LinkSecret,
     /// When it was created.
@@ -220,6 +224,8 @@ pub struct Left {
     pub executions: Vec<ExecutionRecord>,
     /// Which cell each session has heard last, and how far.
     pub heard: HashMap<SessionId, (u32, u64)>,
+    /// Keys of requests.
+    pub keys: Vec<KeyRecord>,
 }
 
 /// What is to be committed: of each session the newest record only, so that many changes of one are one. It stays until it is committed.
@@ -232,6 +238,9 @@ struct Changes {
     heard: HashMap<SessionId, (u32, u64)>,
     executions: HashMap<ExecutionId, Pending>,
     forget_executions: Vec<ExecutionId>,
+    /// Of each key of a tenant what it is for now, or that it is free.
+    keys: HashMap<(Arc<str>, String), Option<KeyRecord>>,
+    forget_keys_before: Option<Timestamp>,
     forget_before: Option<Timestamp>,
 }
 
@@ -274,6 +283,8 @@ impl Changes {
             && self.heard.is_empty()
             && self.executions.is_empty()
             && self.forget_executions.is_empty()
+            && self.keys.is_empty()
+            && self.forget_keys_before.is_none()
             && self.forget_before.is_none()
     }
 
@@ -291,6 +302,10 @@ impl Changes {
                 Entry::Vacant(free) => drop(free.insert(pending)),
             }
         }
+        for (key, record) in earlier.keys {
+            self.keys.entry(key).or_insert(record);
+        }
+        self.forget_keys_before = self.forget_keys_before.or(earlier.forget_keys_before);
         self.forget_before = self.forget_before.or(earlier.forget_before);
     }
 }
@@ -306,6 +321,7 @@ impl State {
             sessions: read_all(&connection)?,
             executions: executions::read_all(&connection)?,
             heard: executions::read_heard(&connection)?,
+            keys: keys::read_all(&connection)?,
         };
         let (commands, received) = mpsc::channel(QUEUE);
         let waiting = Waiting::default();
@@ -336,6 +352,24 @@ impl State {
         }
         changes.forget_executions.extend(ids);
         drop(changes);
+        self.wake();
+    }
+
+    /// Keeps a key, not later than what is put after it. Never waits.
+    pub fn put_key(&self, record: KeyRecord) {
+        self.waiting.changes().keys.insert((Arc::clone(&record.tenant), record.key.clone()), Some(record));
+        self.wake();
+    }
+
+    /// Frees a key. Never waits.
+    pub fn forget_key(&self, tenant: Arc<str>, key: String) {
+        self.waiting.changes().keys.insert((tenant, key), None);
+        self.wake();
+    }
+
+    /// Frees keys from before a moment. Never waits.
+    pub fn forget_keys(&self, before: Timestamp) {
+        self.waiting.changes().forget_keys_before = Some(before);
         self.wake();
     }
 
@@ -512,6 +546,15 @@ impl Writer {
         }
         for (id, pending) in &changes.executions {
             pending.write(*id, &transaction)?;
+        }
+        for ((tenant, key), record) in &changes.keys {
+            match record {
+                Some(record) => keys::write(record, &transaction)?,
+                None => keys::forget(tenant, key, &transaction)?,
+            }
+        }
+        if let Some(before) = changes.forget_keys_before {
+            keys::forget_before(before, &transaction)?;
         }
         for id in &changes.forget_executions {
             transaction.prepare_cached("DELETE FROM executions WHERE id = ?1")?.execute([id.to_string()])?;

@@ -63,6 +63,7 @@ fn record(n: u128) -> SessionRecord {
         spec: Arc::new(spec),
         stage: Stage::Live,
         lasting: Lasting::OnceReady,
+        is_warm: true,
         secret: LinkSecret([0xa5; 16]),
         created_at: moment(1),
         expires_at: moment(2),
@@ -273,6 +274,31 @@ async fn what_could_not_be_committed_of_an_execution_goes_before_what_came_later
     assert_eq!(events, [&ExecutionEvent::Started, &ExecutionEvent::Completed]);
 }
 
+#[tokio::test]
+async fn keys_are_kept_until_they_are_forgotten() {
+    let folder = tempfile::tempdir().unwrap();
+    let id = |n| uuid::Uuid::from_u128(n);
+    let mades = [Made::Session(id(1).into()), Made::Execution(id(2).into()), Made::Context(id(1).into(), id(3).into())];
+    let key = |n: usize, is_answered| KeyRecord {
+        tenant: Arc::from("one"),
+        key: format!("k{n}"),
+        fingerprint: "f".to_owned(),
+        made: mades[n],
+        at: Timestamp::from_second(n as i64 + 1).unwrap(),
+        is_answered,
+    };
+    let kept = left_after(folder.path(), |state| {
+        for n in 0..3 {
+            state.put_key(key(n, false));
+        }
+        state.put_key(key(0, true));
+        state.forget_key(Arc::from("one"), "k1".to_owned());
+    });
+    assert_eq!(kept.await.keys, [key(0, true), key(2, false)]);
+    let kept = left_after(folder.path(), |state| state.forget_keys(Timestamp::from_second(2).unwrap()));
+    assert_eq!(kept.await.keys, [key(2, false)]);
+}
+
 #[test]
 fn a_database_of_the_first_version_is_brought_up() {
     let folder = tempfile::tempdir().unwrap();
@@ -324,7 +350,7 @@ fn a_newer_a_foreign_and_a_damaged_database_are_left_as_they_are() {
     let refused = || State::open(folder.path()).map(|_| ()).unwrap_err().to_string();
     alter("PRAGMA user_version = 99");
     assert!(refused().contains("version 99"), "{}", refused());
-    alter("PRAGMA user_version = 2; PRAGMA application_id = 7");
+    alter(&format!("PRAGMA user_version = {}; PRAGMA application_id = 7", MIGRATIONS.len()));
     assert!(refused().contains("another program"));
     alter(&format!(
         "PRAGMA application_id = {APPLICATION_ID}; INSERT INTO sessions VALUES ('{}', 1, NULL, '{{}}')",

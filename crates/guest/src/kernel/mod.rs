@@ -56,7 +56,7 @@ struct Handle {
 struct Table {
     kernels: HashMap<String, Handle>,
     used: HashSet<String>,
-    env: Option<BTreeMap<String, String>>,
+    env: BTreeMap<String, String>,
 }
 
 /// The kernels. Cheap to clone.
@@ -98,9 +98,9 @@ impl Kernels {
         self.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Sets the environment of all kernels, the first time only.
+    /// Sets the environment of all kernels that are started from now on.
     pub fn set_env(&self, env: BTreeMap<String, String>) {
-        self.lock().env.get_or_insert(env);
+        self.lock().env = env;
     }
 
     /// What the image offers.
@@ -125,7 +125,7 @@ impl Kernels {
         let Some(spec) = find_specs().into_iter().find(|spec| wanted.is_none_or(|name| spec.name == name)) else {
             return Err(Refused::no_kernelspec(wanted));
         };
-        let init_env = self.lock().env.clone().unwrap_or_default();
+        let init_env = self.lock().env.clone();
         let launch = Launch {
             kernel: name,
             spec: &spec,

@@ -1,0 +1,54 @@
+//! Pools over HTTP: how many sessions are ready before anybody asks for them.
+
+use axum::extract::State;
+use serde::Serialize;
+use utoipa::ToSchema;
+
+use crate::http::App;
+use crate::http::extract::{Answer, Caller};
+use crate::http::problem::Problem;
+use crate::session::pool;
+
+/// All pools.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct Pools {
+    /// One for each template that has one.
+    pools: Vec<PoolView>,
+}
+
+/// A pool.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct PoolView {
+    /// Its template.
+    template: String,
+    /// At least so many are kept ready.
+    min: u32,
+    /// At most so many, when many were asked for lately.
+    max: u32,
+    /// How many there should be now.
+    target: usize,
+    /// Those that can be claimed.
+    ready: usize,
+    /// Those that start.
+    starting: usize,
+    /// Creates that got one, since the server started.
+    hits: u64,
+    /// Creates that could have, and found none.
+    misses: u64,
+}
+
+impl From<pool::PoolView> for PoolView {
+    fn from(view: pool::PoolView) -> Self {
+        let pool::PoolView { template, size, target, ready, starting, hits, misses } = view;
+        Self { template, min: size.min, max: size.max, target, ready, starting, hits, misses }
+    }
+}
+
+/// List pools
+///
+/// Sessions that are made before anybody asks for them: a create that asks for a template's own resources gets one at once (`source`: `warm`).
+#[utoipa::path(get, path = "/v1/pools", operation_id = "list_pools", tag = "templates",
+    responses((status = 200, body = Pools), (status = "4XX", body = Problem)))]
+pub async fn list_pools(State(app): State<App>, Caller(_): Caller) -> Answer<Pools> {
+    Answer(Pools { pools: app.service.pools().into_iter().map(PoolView::from).collect() })
+}
