@@ -335,6 +335,7 @@ fn limits(config: &Config) -> Limits {
             sessions: config.limits.sessions as usize,
             cpu_millis: Some((config.limits.cpu * 1000.0) as u64).filter(|millis| *millis > 0),
             memory_bytes: Some(config.limits.memory).filter(|bytes| *bytes > 0),
+            starts: config.limits.concurrent_starts as usize,
             waiting: config.limits.queued_creates as usize,
             patience: config.limits.create_wait,
         },

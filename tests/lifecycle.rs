@@ -62,6 +62,7 @@ impl Bench {
                 sessions: 5,
                 cpu_millis: None,
                 memory_bytes: None,
+                starts: 4,
                 waiting: 2,
                 patience: Duration::from_millis(300),
             },

@@ -65,7 +65,7 @@ impl Figures {
     pub fn to_json(&self) -> Value {
         let row = |row: &Row| {
             json!({"name": row.name, "unit": row.unit, "n": row.count(), "median": row.quantile(0.5),
-                "p10": row.quantile(0.1), "p90": row.quantile(0.9), "values": row.values})
+                "p10": row.quantile(0.1), "p90": row.quantile(0.9), "p99": row.quantile(0.99), "values": row.values})
         };
         let ratio = |ratio: &Ratio| {
             let met = ratio.target.map(|_| !ratio.is_missed());

@@ -20,6 +20,11 @@ const WARM_UP: usize = 30;
 const BOOTS: usize = 20;
 const CROWD: usize = 10;
 const CROWDS: usize = 5;
+const CLAIMS: usize = 200;
+const SETTLE: Duration = Duration::from_millis(50);
+const IN_A_ROW: usize = 50;
+/// What the server has for [`pool`].
+pub const POOL: &str = "default_template = \"python\"\n[templates.python.pool]\nmin = 10\nmax = 10\n";
 const STREAMS: usize = 5;
 const STREAM_BYTES: usize = 256 << 20;
 
@@ -230,6 +235,44 @@ pub async fn crowd(engine: &Engine, server: &Server, figures: &mut Figures) -> R
     figures.compare("ten at once", "ten sessions at once, until all are ready", theirs, None);
     figures.add("memory: a guest (VmRSS of PID 1, at rest)", MIB, guests);
     figures.add("memory: the control plane with ten sessions (VmRSS)", MIB, planes);
+    Ok(())
+}
+
+/// From a create to the answer where a session is ready, on a machine that does nothing else; and a pool that more is asked of than it holds.
+pub async fn pool(server: &Server, figures: &mut Figures) -> Result<()> {
+    say("a pool of ten");
+    let (mut claims, mut refills) = (Vec::new(), Vec::new());
+    for _ in 0..CLAIMS {
+        server.pool_is_full().await?;
+        // What is made for the pool has just ended; its last traces settle.
+        tokio::time::sleep(SETTLE).await;
+        let asked = Instant::now();
+        let id = server.create().await?;
+        let elapsed = asked.elapsed();
+        if !server.is_warm(&id).await? {
+            return Err("a full pool gave nothing".into());
+        }
+        claims.push(ms(elapsed));
+        server.delete(&id).await?;
+    }
+    let (mut row, mut warm) = (Vec::new(), 0.0);
+    server.pool_is_full().await?;
+    let mut made = Vec::new();
+    for _ in 0..IN_A_ROW {
+        let asked = Instant::now();
+        let id = server.create().await?;
+        row.push(ms(asked.elapsed()));
+        warm += f64::from(u8::from(server.is_warm(&id).await?));
+        made.push(id);
+    }
+    let emptied = Instant::now();
+    try_join_all(made.iter().map(|id| server.delete(id))).await?;
+    server.pool_is_full().await?;
+    refills.push(emptied.elapsed().as_secs_f64());
+    figures.add("warm create: POST /v1/sessions until ready", MS, claims);
+    figures.add("fifty creates in a row, a pool of ten: each", MS, row);
+    figures.add("of these warm", "of 50", vec![warm]);
+    figures.add("until the pool is full again", "s", refills);
     Ok(())
 }
 

@@ -48,7 +48,7 @@ pub fn tell(machine: &Machine, figures: &Figures) -> Result<()> {
     let load_after = load();
     println!("\n{}, {} cores; Linux {}; Docker {}", machine.cpu, machine.cores, machine.kernel, machine.engine);
     println!("load average before {}, after {load_after}\n", machine.load_before);
-    println!("{:<58} {:>4} {:>9} {:>9} {:>9}", "", "n", "median", "p10", "p90");
+    println!("{:<58} {:>4} {:>9} {:>9} {:>9} {:>9}", "", "n", "median", "p10", "p90", "p99");
     figures.rows.iter().for_each(print_row);
     println!();
     figures.ratios.iter().for_each(print_ratio);
@@ -58,8 +58,8 @@ pub fn tell(machine: &Machine, figures: &Figures) -> Result<()> {
 }
 
 fn print_row(row: &Row) {
-    let [median, p10, p90] = [0.5, 0.1, 0.9].map(|at| row.quantile(at));
-    println!("{:<58} {:>4} {median:>9.2} {p10:>9.2} {p90:>9.2} {}", row.name, row.count(), row.unit);
+    let [median, p10, p90, p99] = [0.5, 0.1, 0.9, 0.99].map(|at| row.quantile(at));
+    println!("{:<58} {:>4} {median:>9.2} {p10:>9.2} {p90:>9.2} {p99:>9.2} {}", row.name, row.count(), row.unit);
 }
 
 fn print_ratio(ratio: &Ratio) {

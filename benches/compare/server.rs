@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-use crate::{INSTANCE, Result, TEMPLATE};
+use crate::{Result, TEMPLATE};
 
 const START: Duration = Duration::from_secs(30);
 
@@ -23,14 +23,14 @@ pub struct Server {
 }
 
 impl Server {
-    /// Starts it with its default configuration, whatever stands in this machine's, and waits until it is ready.
-    pub async fn start() -> Result<Self> {
+    /// Starts it with its default configuration but for some settings, whatever stands in this machine's, and waits until it is ready.
+    pub async fn start(instance: &str, settings: &str) -> Result<Self> {
         let folder = tempfile::tempdir()?;
-        let config = folder.path().join("empty.toml");
-        fs::write(&config, "")?;
+        let config = folder.path().join("bench.toml");
+        fs::write(&config, settings)?;
         let port = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()?.port();
         let process = Command::new(env!("CARGO_BIN_EXE_cellblock"))
-            .args(["serve", "--set", &format!("engine.instance={INSTANCE}"), "--set", "log.level=warn"])
+            .args(["serve", "--set", &format!("engine.instance={instance}"), "--set", "log.level=warn"])
             .args(["--listen", &format!("127.0.0.1:{port}")])
             .arg("--data-dir")
             .arg(folder.path())
@@ -81,6 +81,28 @@ impl Server {
         match (&session["id"], session["state"].as_str()) {
             (Value::String(id), Some("ready")) => Ok(id.clone()),
             _ => Err(format!("a session is not ready: {session}").into()),
+        }
+    }
+
+    /// Whether the create of a session found it ready.
+    pub async fn is_warm(&self, session: &str) -> Result<bool> {
+        let view = self.send(self.http.get(format!("{}/v1/sessions/{session}", self.url))).await?;
+        Ok(view["source"] == "warm")
+    }
+
+    /// Waits until the pool of the template is as full as it is to be; how many are in it.
+    pub async fn pool_is_full(&self) -> Result<u64> {
+        let deadline = Instant::now() + START;
+        loop {
+            let pools = self.send(self.http.get(format!("{}/v1/pools", self.url))).await?;
+            let pool = &pools["pools"][0];
+            if let (Some(ready), true) = (pool["ready"].as_u64(), pool["ready"] == pool["target"]) {
+                return Ok(ready);
+            }
+            if Instant::now() > deadline {
+                return Err(format!("the pool does not fill: {pools}").into());
+            }
+            tokio::time::sleep(Duration::from_millis(5)).await;
         }
     }
 

@@ -30,6 +30,8 @@ pub struct Ceilings {
     pub cpu_millis: Option<u64>,
     /// What all of them may use of memory; nothing: no ceiling.
     pub memory_bytes: Option<u64>,
+    /// Sessions that start at the same time.
+    pub starts: usize,
     /// Creates that may wait.
     pub waiting: usize,
     /// They wait for so long.
@@ -87,10 +89,23 @@ impl Drop for Waits<'_> {
 pub struct Place {
     capacity: Capacity,
     need: Need,
+    is_starting: bool,
+}
+
+impl Place {
+    /// Its session has started, or will not: another may.
+    pub fn has_started(&mut self) {
+        if std::mem::take(&mut self.is_starting) {
+            self.capacity.book().starting -= 1;
+            self.capacity.serve();
+            self.capacity.1.notify_one();
+        }
+    }
 }
 
 impl Drop for Place {
     fn drop(&mut self) {
+        self.has_started();
         self.capacity.book().give_back(self.need, Instant::now());
         self.capacity.serve();
         self.capacity.1.notify_one();
@@ -102,6 +117,7 @@ struct Book {
     ceilings: Ceilings,
     sessions: usize,
     taken: Need,
+    starting: usize,
     lines: HashMap<Arc<str>, VecDeque<Waiter>>,
     /// Tenants with somebody in their line, the next one first.
     turns: VecDeque<Arc<str>>,
@@ -122,6 +138,7 @@ impl Capacity {
             ceilings,
             sessions: 0,
             taken: Need::default(),
+            starting: 0,
             lines: HashMap::new(),
             turns: VecDeque::new(),
             ends: VecDeque::new(),
@@ -137,24 +154,37 @@ impl Capacity {
         let is_free = book.turns.is_empty() && book.fits(need);
         is_free.then(|| {
             book.take(need);
-            Place { capacity: self.clone(), need }
+            book.starting += 1;
+            Place { capacity: self.clone(), need, is_starting: true }
         })
     }
 
-    /// Whether a session would have to wait for a place.
+    /// How many sessions would have to end for all who wait, and one more, to have a place, if they are all like that one.
     #[must_use]
-    pub fn is_short(&self, need: Need) -> bool {
+    pub fn short_of(&self, need: Need) -> usize {
         let mut book = self.book();
         book.leave_out_the_gone();
-        !(book.turns.is_empty() && book.fits(need))
+        let wanted = (book.waiting() + 1) as u64;
+        let Ceilings { sessions, cpu_millis, memory_bytes, .. } = book.ceilings;
+        let short = |taken: u64, each: u64, most: Option<u64>| {
+            let over = most.map_or(0, |most| taken.saturating_add(wanted.saturating_mul(each)).saturating_sub(most));
+            over.div_ceil(each.max(1))
+        };
+        let counts = [
+            short(book.sessions as u64, 1, Some(sessions as u64)),
+            short(book.taken.cpu_millis, need.cpu_millis, cpu_millis),
+            short(book.taken.memory_bytes, need.memory_bytes, memory_bytes),
+        ];
+        usize::try_from(counts.into_iter().max().unwrap_or_default()).unwrap_or(usize::MAX)
     }
 
-    /// How many wait for a place.
+    /// What the one that is next waits for, if anybody does.
     #[must_use]
-    pub fn waiting(&self) -> usize {
+    pub fn awaited(&self) -> Option<Need> {
         let mut book = self.book();
         book.leave_out_the_gone();
-        book.waiting()
+        let tenant = book.turns.front()?;
+        book.lines.get(tenant)?.front().map(|waiter| waiter.need)
     }
 
     /// Waits until a place was given back.
@@ -208,7 +238,7 @@ impl Capacity {
     #[must_use]
     pub fn place_of_a_session(&self, need: Need) -> Place {
         self.book().take(need);
-        Place { capacity: self.clone(), need }
+        Place { capacity: self.clone(), need, is_starting: false }
     }
 
     /// Gives places to those whose turn it is, as far as there are any.
@@ -216,7 +246,7 @@ impl Capacity {
         loop {
             let Some(Waiter { need, turn }) = self.book().next() else { return };
             // Who has just stopped waiting gives it back.
-            drop(turn.send(Place { capacity: self.clone(), need }));
+            drop(turn.send(Place { capacity: self.clone(), need, is_starting: true }));
         }
     }
 
@@ -228,10 +258,11 @@ impl Capacity {
 
 impl Book {
     fn fits(&self, need: Need) -> bool {
-        let Ceilings { sessions, cpu_millis, memory_bytes, .. } = self.ceilings;
+        let Ceilings { sessions, cpu_millis, memory_bytes, starts, .. } = self.ceilings;
         let within =
             |taken: u64, more: u64, most: Option<u64>| most.is_none_or(|most| taken.saturating_add(more) <= most);
         self.sessions < sessions
+            && self.starting < starts
             && within(self.taken.cpu_millis, need.cpu_millis, cpu_millis)
             && within(self.taken.memory_bytes, need.memory_bytes, memory_bytes)
     }
@@ -293,6 +324,7 @@ impl Book {
             self.turns.push_back(tenant);
         }
         self.take(need);
+        self.starting += 1;
         Some(waiter)
     }
 

@@ -321,7 +321,7 @@ async fn fill(engine: &dyn Engine, registry: &Arc<Registry>) {
         }
     }
     // One that came to be while somebody began to wait.
-    pool.give_up(registry.waiting_creates());
+    pool.give_up(registry.short_of());
     let Some((at, plan)) = pool.plan() else { return };
     for starting in registry.live() {
         // Real work first; each start ends within its own time limit.

@@ -166,9 +166,7 @@ impl Registry {
     ) -> Result<Created, CreateRefused> {
         let need = Need::from(&spec.resources);
         self.capacity.can_ever_hold(need).map_err(CreateRefused::TooLarge)?;
-        if self.capacity.is_short(need) {
-            self.pool.give_up(1);
-        }
+        self.pool.give_up(self.capacity.short_of(need));
         let place = self.capacity.place(tenant, Need::from(&spec.resources)).await.map_err(CreateRefused::Full)?;
         let mut inner = self.inner();
         // Another may have come first.
@@ -243,9 +241,9 @@ impl Registry {
         &self.pool
     }
 
-    /// Creates that wait for a place.
-    pub(super) fn waiting_creates(&self) -> usize {
-        self.capacity.waiting()
+    /// How many sessions of pools those who wait for a place need the places of.
+    pub(super) fn short_of(&self) -> usize {
+        self.capacity.awaited().map_or(0, |need| self.capacity.short_of(need).saturating_sub(1))
     }
 
     /// Waits until a session's place was given back.

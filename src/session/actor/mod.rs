@@ -146,7 +146,7 @@ struct Actor {
     retry_after: Duration,
     leaving: Leaving,
     /// Its share of the machine, given back with the task: its cell has been seen to be gone by then, or is the next process's.
-    _place: capacity::Place,
+    place: capacity::Place,
     created_at: Timestamp,
     /// Since when the present cell is being started.
     starting_since: Instant,
@@ -281,7 +281,7 @@ impl Actor {
             work: FuturesUnordered::new(),
             retry_after: RETRY_FIRST,
             leaving,
-            _place: place,
+            place,
             created_at: record.created_at,
             starting_since: now,
             last_active: instant(record.last_active),
@@ -485,6 +485,7 @@ impl Actor {
     }
 
     fn remove_cell(&mut self) {
+        self.place.has_started();
         self.wiring.cut();
         self.gone.clear();
         let (engine, name) = (Arc::clone(&self.engine), self.cell.name.clone());
@@ -790,6 +791,7 @@ impl Actor {
             let _ = reply.send(view.ok_or(Refused::NoSuchContext));
         }
         if context == self.default_context {
+            self.place.has_started();
             self.leaving.is_ready();
             self.step(Event::KernelReady);
         }

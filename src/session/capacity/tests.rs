@@ -8,7 +8,8 @@ use super::*;
 
 fn capacity(sessions: usize, memory_bytes: u64, waiting: usize) -> Capacity {
     let patience = Duration::from_secs(3600);
-    Capacity::new(Ceilings { sessions, cpu_millis: None, memory_bytes: Some(memory_bytes), waiting, patience })
+    let (cpu_millis, memory_bytes) = (None, Some(memory_bytes));
+    Capacity::new(Ceilings { sessions, cpu_millis, memory_bytes, starts: usize::MAX, waiting, patience })
 }
 
 fn need(memory_bytes: u64) -> Need {
@@ -57,6 +58,31 @@ async fn a_thousand_creates_of_one_delay_another_by_one_start() {
 }
 
 #[tokio::test]
+async fn so_many_start_at_once_and_the_next_when_one_has() {
+    let ceilings = Ceilings {
+        sessions: 10,
+        cpu_millis: None,
+        memory_bytes: None,
+        starts: 2,
+        waiting: 10,
+        patience: Duration::from_secs(3600),
+    };
+    let capacity = Capacity::new(ceilings);
+    let mut waits: Vec<Waits> = (0..4).map(|_| Waits::new(&capacity, "one", 1)).collect();
+    let mut places: Vec<Option<Place>> = waits.iter_mut().map(Waits::place).collect();
+    assert_eq!(places.iter().map(Option::is_some).collect::<Vec<_>>(), [true, true, false, false]);
+    assert!(capacity.spare_place(need(1)).is_none(), "somebody waits");
+    assert_eq!(capacity.short_of(need(1)), 0, "there is room, and only a start is waited for");
+    let mut first = places[0].take().expect("a place");
+    first.has_started();
+    first.has_started();
+    let third = waits[2].place().expect("the next");
+    assert!(waits[3].place().is_none(), "one has started, whoever says so twice");
+    drop((third, first));
+    assert!(waits[3].place().is_some());
+}
+
+#[tokio::test]
 async fn what_is_full_says_when_to_come_again_and_who_left_takes_no_place() {
     let capacity = capacity(1, u64::MAX, 1);
     let held = Waits::new(&capacity, "a", 1).place();
@@ -73,8 +99,14 @@ async fn what_is_full_says_when_to_come_again_and_who_left_takes_no_place() {
 
 #[tokio::test]
 async fn nobody_waits_for_ever() {
-    let ceilings =
-        Ceilings { sessions: 0, cpu_millis: None, memory_bytes: None, waiting: 1, patience: Duration::from_millis(30) };
+    let ceilings = Ceilings {
+        sessions: 0,
+        cpu_millis: None,
+        memory_bytes: None,
+        starts: 1,
+        waiting: 1,
+        patience: Duration::from_millis(30),
+    };
     let capacity = Capacity::new(ceilings);
     assert!(capacity.place(&tenant("a"), need(1)).await.is_err());
     assert_eq!(capacity.book().sessions, 0);
