@@ -226,6 +226,7 @@ pub(super) struct TemplateSection {
     pub setup: String,
     pub on_kernel_death: OnKernelDeath,
     pub on_guest_lost: OnGuestLost,
+    pub on_idle: OnIdle,
     pub default: Bounds,
     pub maximum: Bounds,
     pub output: Output,
@@ -258,6 +259,13 @@ pub(super) enum OnGuestLost {
     Replace,
 }
 
+#[derive(Debug, Clone, Copy, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(super) enum OnIdle {
+    Delete,
+    Pause,
+}
+
 /// Resources and times, once as defaults and once as ceilings.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -277,6 +285,8 @@ pub(super) struct Bounds {
     pub lifetime: Duration,
     #[serde(deserialize_with = "duration")]
     pub execution: Duration,
+    #[serde(deserialize_with = "duration")]
+    pub paused: Duration,
 }
 
 impl Bounds {
@@ -293,7 +303,7 @@ impl Bounds {
     }
 
     fn timeouts(&self) -> Timeouts {
-        Timeouts { idle: self.idle, lifetime: self.lifetime, execution: self.execution }
+        Timeouts { idle: self.idle, lifetime: self.lifetime, execution: self.execution, paused: self.paused }
     }
 }
 
@@ -342,6 +352,10 @@ impl TemplateSection {
             on_guest_lost: match self.on_guest_lost {
                 OnGuestLost::End => spec::OnGuestLost::End,
                 OnGuestLost::Replace => spec::OnGuestLost::Replace,
+            },
+            on_idle: match self.on_idle {
+                OnIdle::Delete => spec::OnIdle::Delete,
+                OnIdle::Pause => spec::OnIdle::Pause,
             },
             network: match self.network {
                 Network::None => NetworkMode::None,

@@ -104,9 +104,24 @@ impl Wiring {
         *self = Self { link: Some(link), events: Some(events), pending, ..Self::new(self.starting.clone()) };
     }
 
+    /// Goes on over a new link with what was under way: the guest tells again what it was not told to forget, which was noted before.
+    pub(super) fn reconnect(&mut self, link: Link, events: Events) {
+        let last_seq = self.last_seq;
+        self.connect(link, events);
+        self.last_seq = last_seq;
+    }
+
     pub(super) fn cut(&mut self) {
-        (self.link, self.events) = (None, None);
+        if let Some(link) = self.link.take() {
+            link.cut();
+        }
+        self.events = None;
         self.pending.clear();
+    }
+
+    /// Whether nothing is on its way to the guest, and could be.
+    pub(super) fn is_quiet(&self) -> bool {
+        self.link.is_some() && !self.acting && self.pending.is_empty()
     }
 
     pub(super) fn link(&self) -> Option<&Link> {

@@ -13,7 +13,7 @@ use super::{ContextRecord, Lasting, SessionRecord, Stage};
 use crate::domain::lifecycle::EndReason;
 use crate::domain::output::JsonText;
 use crate::domain::spec::{
-    KernelTransport, NetworkMode, OnGuestLost, OnKernelDeath, OutputLimits, Resources, SessionSpec, Timeouts,
+    KernelTransport, NetworkMode, OnGuestLost, OnIdle, OnKernelDeath, OutputLimits, Resources, SessionSpec, Timeouts,
 };
 use crate::store::moment;
 
@@ -24,6 +24,10 @@ pub(super) fn write(record: &SessionRecord) -> serde_json::Result<String> {
         tenant: record.tenant.to_string(),
         spec: SpecForm(SessionSpec::clone(&record.spec)),
         stage: record.stage.into(),
+        paused_since: match record.stage {
+            Stage::Paused(since) => Some(moment::text(since)),
+            _ => None,
+        },
         lasting: record.lasting,
         secret: secret.0.iter().map(|b| format!("{b:02x}")).collect(),
         created_at: record.created_at,
@@ -41,12 +45,16 @@ pub(super) fn write(record: &SessionRecord) -> serde_json::Result<String> {
 /// Reads a record.
 pub(super) fn read(id: &str, revision: u64, body: &str) -> serde_json::Result<SessionRecord> {
     let form: Form = serde_json::from_str(body)?;
+    let paused_since = form.paused_since.as_deref().map(parsed).transpose()?;
     Ok(SessionRecord {
         id: parsed(id)?,
         revision,
         tenant: Arc::from(form.tenant),
         spec: Arc::new(form.spec.0),
-        stage: form.stage.into(),
+        stage: match (form.stage.into(), paused_since) {
+            (Stage::Live, Some(since)) => Stage::Paused(since),
+            (stage, _) => stage,
+        },
         lasting: form.lasting,
         secret: secret(&form.secret)?,
         created_at: form.created_at,
@@ -75,6 +83,9 @@ struct Form {
     tenant: String,
     spec: SpecForm,
     stage: StageForm,
+    /// Of one that lives and is paused.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    paused_since: Option<String>,
     #[serde(with = "LastingForm")]
     lasting: Lasting,
     secret: String,
@@ -172,7 +183,7 @@ impl From<Stage> for StageForm {
     fn from(stage: Stage) -> Self {
         match stage {
             Stage::Starting => Self::Starting,
-            Stage::Live => Self::Live,
+            Stage::Live | Stage::Paused(_) => Self::Live,
             Stage::Ending(reason) => Self::Ending(reason),
             Stage::Ended(reason, at) => Self::Ended { reason, at },
         }
@@ -243,6 +254,8 @@ struct Spec {
     on_kernel_death: OnKernelDeath,
     #[serde(with = "GuestLostForm")]
     on_guest_lost: OnGuestLost,
+    #[serde(with = "IdleForm", default)]
+    on_idle: OnIdle,
 }
 
 fn write_texts<S: Serializer>(texts: &Arc<[String]>, to: S) -> Result<S::Ok, S::Error> {
@@ -270,6 +283,13 @@ struct TimeoutsForm {
     idle: Duration,
     lifetime: Duration,
     execution: Duration,
+    #[serde(default = "paused_by_default")]
+    paused: Duration,
+}
+
+/// What `paused` is in a record of a server that did not know it.
+fn paused_by_default() -> Duration {
+    Duration::from_secs(3600)
 }
 
 #[derive(Serialize, Deserialize)]
@@ -307,4 +327,11 @@ enum KernelDeathForm {
 enum GuestLostForm {
     End,
     Replace,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(remote = "OnIdle", rename_all = "snake_case")]
+enum IdleForm {
+    Delete,
+    Pause,
 }
