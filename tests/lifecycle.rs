@@ -635,12 +635,14 @@ impl Bench {
         assert_eq!((session.phase(), self.state_of(session)), (Phase::Paused, Some(CellState::Paused)));
     }
 
-    /// Has the reconciler look after everything until the token is cancelled.
-    fn reconciled(&self) -> CancellationToken {
-        let stop = CancellationToken::new();
+    /// Has the reconciler look after everything while something is done.
+    async fn reconciled<T>(&self, work: impl Future<Output = T>) -> T {
         let engine: Arc<dyn Engine> = self.engine.clone();
-        cellblock::task::spawn("reconcile", reconcile::run(engine, Arc::clone(&self.registry), stop.clone()));
-        stop
+        let reconciling = reconcile::run(engine, Arc::clone(&self.registry), CancellationToken::new());
+        tokio::select! {
+            () = reconciling => unreachable!("nobody stops it"),
+            done = work => done,
+        }
     }
 }
 
@@ -813,28 +815,54 @@ async fn idleness_ends_a_session_or_pauses_it_and_ends_it_later() {
 async fn what_others_pause_is_resumed_and_what_they_resume_is_ready() {
     let bench = Bench::new();
     let session = bench.create().await.unwrap();
-    let stop = bench.reconciled();
+    bench
+        .reconciled(async {
+            let running = bench.start(&session, "hang", 10.0).await.unwrap();
+            bounded(async {
+                bench.engine.freeze(&cell_of(&session)).await;
+                while bench.state_of(&session) != Some(CellState::Running) {
+                    tokio::time::sleep(Duration::from_millis(20)).await;
+                }
+            })
+            .await;
+            assert_eq!(running.status(), Status::Running);
+            bench.service.cancel(&bench.who, running.id).unwrap();
+            bounded(running.ended()).await;
+            assert_eq!(running.status(), Status::Cancelled, "its link is the same");
+            assert_eq!(bench.engine.links(), 1);
+
+            bench.pause(&session).await;
+            bench.engine.resume(&cell_of(&session)).await.unwrap();
+            bounded(session.wait_for(|s| s.phase == Phase::Ready)).await;
+            assert_eq!(bench.run(&session, "hello", 5.0).await.status(), Status::Ok);
+        })
+        .await;
+}
+
+#[tokio::test]
+async fn a_link_that_is_lost_while_others_pause_is_opened_again() {
+    let bench = Bench::new();
+    let session = bench.create().await.unwrap();
     let running = bench.start(&session, "hang", 10.0).await.unwrap();
+    bench.engine.freeze(&cell_of(&session)).await;
+    let links = bench.engine.links();
+    bench.engine.cut_links(&cell_of(&session));
     bounded(async {
-        bench.engine.freeze(&cell_of(&session)).await;
-        while bench.state_of(&session) != Some(CellState::Running) {
+        while bench.engine.links() == links {
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
     })
     .await;
-    assert_eq!(running.status(), Status::Running);
     bench.service.cancel(&bench.who, running.id).unwrap();
     bounded(running.ended()).await;
-    assert_eq!(running.status(), Status::Cancelled, "its link is the same");
-    assert_eq!(bench.engine.links(), 1);
+    assert_eq!(running.status(), Status::Cancelled);
+    bounded(session.wait_for(|s| s.phase == Phase::Ready && !s.busy)).await;
+}
 
-    bench.pause(&session).await;
-    bench.engine.resume(&cell_of(&session)).await.unwrap();
-    bounded(session.wait_for(|s| s.phase == Phase::Ready)).await;
-    assert_eq!(bench.run(&session, "hello", 5.0).await.status(), Status::Ok);
-    stop.cancel();
-
-    // What no event has told is seen by the next round.
+#[tokio::test]
+async fn what_no_event_has_told_is_seen_by_the_next_round() {
+    let bench = Bench::new();
+    let session = bench.create().await.unwrap();
     bench.engine.freeze(&cell_of(&session)).await;
     reconcile::round(bench.engine.as_ref(), &bench.registry).await.unwrap();
     assert_eq!(bench.run(&session, "hello", 5.0).await.status(), Status::Ok);

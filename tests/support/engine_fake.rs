@@ -101,6 +101,13 @@ impl FakeEngine {
         self.pause(name).await.unwrap();
     }
 
+    /// Breaks off every link to a cell, whose guest lives on.
+    pub fn cut_links(&self, name: &CellName) {
+        if let Some(cell) = self.cells.lock().unwrap().get(name) {
+            cell.guest.cut.send_modify(|cut| *cut += 1);
+        }
+    }
+
     /// What a cell does, if it is there.
     pub fn state(&self, name: &CellName) -> Option<CellState> {
         self.cells.lock().unwrap().get(name).map(|cell| cell.state)
@@ -165,9 +172,10 @@ impl FakeEngine {
         let (ours, theirs) = tokio::io::duplex(256 * 1024);
         let (guest, faults) = (Arc::clone(&cell.guest), self.faults.lock().unwrap().clone());
         cellblock::task::spawn("guest", async move {
-            let stop = guest.stop.clone();
+            let (stop, mut cut) = (guest.stop.clone(), guest.cut.subscribe());
             tokio::select! {
                 () = stop.cancelled() => {}
+                Ok(()) = cut.changed() => {}
                 () = serve(guest, theirs, faults) => {}
             }
         });
@@ -278,6 +286,8 @@ struct Guest {
     state: Mutex<GuestState>,
     newest: watch::Sender<u64>,
     frozen: watch::Sender<bool>,
+    /// Changes when all links are to break off.
+    cut: watch::Sender<u32>,
     stop: CancellationToken,
 }
 
@@ -304,6 +314,7 @@ impl Default for Guest {
             state: Mutex::default(),
             newest: watch::Sender::new(0),
             frozen: watch::Sender::new(false),
+            cut: watch::Sender::new(0),
             stop: CancellationToken::new(),
         }
     }

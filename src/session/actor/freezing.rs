@@ -29,6 +29,8 @@ pub(super) struct Freezing {
     pub(super) since: Instant,
     /// Until when kernels may come to rest, where a pause is wanted.
     rest_until: Option<Instant>,
+    /// It is being thawed after others have frozen it, which must not undo a pause that is wanted.
+    pub(super) thawing: bool,
     /// Who waits for it to be paused.
     pausers: Vec<oneshot::Sender<Result<(), Refused>>>,
     /// What was asked meanwhile and needs the cell.
@@ -37,7 +39,7 @@ pub(super) struct Freezing {
 
 impl Freezing {
     pub(super) fn new(since: Instant) -> Self {
-        Self { since, rest_until: None, pausers: Vec::new(), held: VecDeque::new() }
+        Self { since, rest_until: None, thawing: false, pausers: Vec::new(), held: VecDeque::new() }
     }
 
     /// Keeps a command until the session is ready again, or over.
@@ -137,7 +139,8 @@ impl Actor {
     }
 
     fn is_at_rest(&self) -> bool {
-        self.wiring.is_quiet() && self.gone.is_empty() && self.contexts.values().all(Context::is_quiet)
+        let is_quiet = self.wiring.is_quiet() && self.gone.is_empty() && !self.freezing.thawing;
+        is_quiet && self.contexts.values().all(Context::is_quiet)
     }
 
     pub(super) fn pause_cell(&mut self) {
@@ -192,7 +195,7 @@ impl Actor {
             words,
         );
         self.start(async move {
-            // What can't be committed is paused again by the next process, or taken over as it is: both lose nothing that was told.
+            // Then the next process pauses it again, which is better than no answer now.
             if let Err(error) = committed(state).await {
                 tracing::warn!(%error, "a session is resumed that the next server would take for paused");
             }
@@ -223,9 +226,11 @@ impl Actor {
                 self.freezing.answer(&Err(Refused::NotPaused));
                 self.step(Event::CellFrozen);
             }
+            Phase::Ready | Phase::Connecting if self.freezing.thawing => {}
             Phase::Ready | Phase::Connecting => {
                 tracing::warn!(cell = %self.cell.name, "a container was paused from outside; it is resumed");
                 let (engine, name) = (Arc::clone(&self.engine), self.cell.name.clone());
+                self.freezing.thawing = true;
                 self.start(async move {
                     if let Err(error) = engine.resume(&name).await {
                         tracing::warn!(cell = %name, %error, "it could not be resumed; it will be tried again");

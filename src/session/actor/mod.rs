@@ -64,7 +64,8 @@ enum Done {
     Resumed(Result<Booted, Verdict>),
     Thawed,
     RetryDue,
-    Diagnosed(Verdict),
+    /// With the phase in which the look began.
+    Diagnosed(Phase, Verdict),
 }
 
 /// The completion of something, and the number of the cell that it was about.
@@ -342,7 +343,7 @@ impl Actor {
                 },
                 Some(DoneIn { cell, done }) = self.work.next() => {
                     // What a link or a look says of an earlier cell says nothing of this one.
-                    if cell == self.cells || matches!(done, Done::Removed(_) | Done::RetryDue) {
+                    if cell == self.cells || matches!(done, Done::Removed(_) | Done::RetryDue | Done::Thawed) {
                         self.on_done(done);
                     }
                 }
@@ -559,9 +560,11 @@ impl Actor {
             }
             Done::Paused(outcome) => self.on_paused(outcome),
             Done::Resumed(outcome) => self.on_resumed(outcome),
-            Done::Thawed => {}
+            Done::Thawed => self.freezing.thawing = false,
             Done::RetryDue => self.step(Event::RetryDue),
-            Done::Diagnosed(verdict) => self.on_verdict(verdict),
+            // It was the session's own doing since.
+            Done::Diagnosed(began, Verdict::Frozen | Verdict::Thawed) if began != self.phase => {}
+            Done::Diagnosed(_, verdict) => self.on_verdict(verdict),
         }
     }
 
@@ -686,8 +689,8 @@ impl Actor {
 
     /// Looks at the cell. `otherwise` is the verdict when it seems to run.
     fn diagnose(&self, otherwise: Verdict) {
-        let (engine, name) = (Arc::clone(&self.engine), self.cell.name.clone());
-        self.start(async move { Done::Diagnosed(look_at(engine.as_ref(), &name, otherwise).await) });
+        let (engine, name, began) = (Arc::clone(&self.engine), self.cell.name.clone(), self.phase);
+        self.start(async move { Done::Diagnosed(began, look_at(engine.as_ref(), &name, otherwise).await) });
     }
 
     fn not_over(&self) -> Result<(), Refused> {
