@@ -96,7 +96,9 @@ async fn a_pause_that_is_longer_than_a_links_patience_breaks_nothing(server: Arc
     assert_eq!(cell.look().await["state"], "paused");
     let began = Instant::now();
     assert_eq!(cell.value("x").await, "1");
-    assert!(began.elapsed() < Duration::from_secs(5), "{:?}", began.elapsed());
+    let took = began.elapsed();
+    println!("resumed and answered in {took:?}");
+    assert!(took < Duration::from_secs(5), "{took:?}");
 }
 
 async fn what_runs_is_not_paused(server: Arc<Server>) {
