@@ -290,7 +290,7 @@ async fn a_deleted_session_leaves_no_container(server: Arc<Server>) {
     cell.delete().await;
     let late = server.post(&cell.path("/executions"), &json!({"code": "1"})).await;
     assert_eq!(late.problem(410, "session-ended")["end_reason"], "deleted");
-    for action in ["/interrupt", "/restart", "/keepalive"] {
+    for action in ["/interrupt", "/restart", "/keepalive", "/pause", "/resume"] {
         server.post(&cell.path(action), &Value::Null).await.problem(410, "session-ended");
     }
 }

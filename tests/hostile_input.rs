@@ -115,7 +115,7 @@ async fn every_wrong_field_is_named(server: Arc<Server>) {
     let body = json!({
         "privileged": true, "binds": ["/:/host"], "image": "../../x@sha256:0", "runtime": "x", "__proto__": {}, "a/b~c": 1,
         "resources": {"memory_mb": "big", "gpus": 8, "cpu": null},
-        "timeouts": {"idle_seconds": [], "lifetime_seconds": "NaN"},
+        "timeouts": {"idle_seconds": [], "lifetime_seconds": "NaN"}, "on_idle": "sleep",
         "network": {"mode": "host"}, "env": {"A": 1}, "if_exists": "steal", "name": 7
     });
     let reply = server.post("/v1/sessions", &body).await;
@@ -131,6 +131,7 @@ async fn every_wrong_field_is_named(server: Arc<Server>) {
             "/image",
             "/name",
             "/network/mode",
+            "/on_idle",
             "/privileged",
             "/resources/gpus",
             "/resources/memory_mb",
@@ -166,6 +167,7 @@ async fn wrong_values_are_named_with_what_is_allowed(server: Arc<Server>) {
         (json!({"resources": {"pids": 513}}), "/resources/pids", "512"),
         (json!({"resources": {"pids": 1}}), "/resources/pids", "512"),
         (json!({"timeouts": {"idle_seconds": 14401}}), "/timeouts/idle_seconds", "14400"),
+        (json!({"timeouts": {"paused_seconds": 86401}}), "/timeouts/paused_seconds", "86400"),
         (json!({"timeouts": {"lifetime_seconds": 86400.5}}), "/timeouts/lifetime_seconds", "86400"),
         (json!({"timeouts": {"execution_seconds": 3601}}), "/timeouts/execution_seconds", "3600"),
         (json!({"timeouts": {"execution_seconds": 0}}), "/timeouts/execution_seconds", "3600"),
@@ -363,6 +365,8 @@ async fn a_key_without_the_scope_is_forbidden(server: Arc<Server>) {
         (Method::POST, cell.path("/keepalive")),
         (Method::POST, cell.path("/interrupt")),
         (Method::POST, cell.path("/restart")),
+        (Method::POST, cell.path("/pause")),
+        (Method::POST, cell.path("/resume")),
         (Method::POST, cell.path("/executions")),
         (Method::POST, format!("/v1/executions/{execution}/cancel")),
     ];
@@ -391,6 +395,8 @@ async fn what_is_another_tenants_is_not_there(server: Arc<Server>) {
         (Method::POST, "/v1/sessions/ID/keepalive".into(), Value::Null),
         (Method::POST, "/v1/sessions/ID/interrupt".into(), Value::Null),
         (Method::POST, "/v1/sessions/ID/restart".into(), Value::Null),
+        (Method::POST, "/v1/sessions/ID/pause".into(), Value::Null),
+        (Method::POST, "/v1/sessions/ID/resume".into(), Value::Null),
         (Method::POST, "/v1/sessions/ID/executions".into(), json!({"code": "secret"})),
         (Method::GET, "/v1/executions/EXE".into(), Value::Null),
         (Method::GET, "/v1/executions/EXE/events".into(), Value::Null),

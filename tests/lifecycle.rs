@@ -14,9 +14,9 @@ use std::time::Duration;
 use cellblock::domain::lifecycle::{EndReason, Phase};
 use cellblock::domain::output::{RestartCause, Status, StopStep};
 use cellblock::domain::spec::{
-    MIB, NetworkMode, OnGuestLost, OnKernelDeath, OutputLimits, Resources, SessionRequest, Template, Timeouts,
+    MIB, NetworkMode, OnGuestLost, OnIdle, OnKernelDeath, OutputLimits, Resources, SessionRequest, Template, Timeouts,
 };
-use cellblock::engine::{CellName, Engine, Pull};
+use cellblock::engine::{CellName, CellState, Engine, Pull};
 use cellblock::service::keys::{Principal, Scope};
 use cellblock::service::{Error, ExecuteRequest, Service};
 use cellblock::session::capacity::Ceilings;
@@ -25,6 +25,7 @@ use cellblock::session::pool::Pool;
 use cellblock::session::reconcile;
 use cellblock::session::registry::{AfterDrain, Created, Limits, Registry};
 use cellblock::session::{Refused, Session, Settings, StartFault, fresh};
+use cellblock::store::state::State;
 use engine_fake::{FakeEngine, Faults, IMAGE};
 use tokio_util::sync::CancellationToken;
 
@@ -45,7 +46,10 @@ impl Bench {
     }
 
     fn with(change: impl FnOnce(&mut Settings, &mut Template)) -> Self {
-        let engine = Arc::new(FakeEngine::new(INSTANCE));
+        Self::on(Arc::new(FakeEngine::new(INSTANCE)), None, change)
+    }
+
+    fn on(engine: Arc<FakeEngine>, state: Option<State>, change: impl FnOnce(&mut Settings, &mut Template)) -> Self {
         let mut settings = Settings {
             start_timeout: Duration::from_secs(5),
             interrupt_grace: Duration::from_millis(200),
@@ -73,7 +77,7 @@ impl Bench {
         };
         let shared: Arc<dyn Engine> = engine.clone();
         let (instance, pool) = (INSTANCE.to_owned(), Pool::new(Vec::new()));
-        let registry = Arc::new(Registry::new(Arc::clone(&shared), None, None, instance, settings, limits, pool));
+        let registry = Arc::new(Registry::new(Arc::clone(&shared), None, state, instance, settings, limits, pool));
         let templates = BTreeMap::from([("t".to_owned(), template)]);
         let service = Service::new(Arc::clone(&registry), shared, templates, "t".to_owned(), Pull::Never, None);
         let service = Arc::new(service);
@@ -117,7 +121,7 @@ fn template() -> Template {
         pids: 64,
         open_files: 1024,
     };
-    let timeouts = Timeouts { idle: NEVER, lifetime: NEVER, execution: NEVER };
+    let timeouts = Timeouts { idle: NEVER, lifetime: NEVER, execution: NEVER, paused: NEVER };
     Template {
         name: "t".to_owned(),
         description: String::new(),
@@ -142,6 +146,7 @@ fn template() -> Template {
         on_kernel_death: OnKernelDeath::Restart,
         on_guest_lost: OnGuestLost::End,
         pool: cellblock::domain::spec::PoolSize::default(),
+        on_idle: OnIdle::Delete,
     }
 }
 
@@ -619,4 +624,310 @@ async fn finished_executions_go_by_their_number_and_by_what_they_hold() {
     }
     bench.run(&session, "print x", 5.0).await;
     assert!(!kept(&bench)[199], "what came before the long ones is gone");
+}
+
+fn cell_of(session: &Session) -> CellName {
+    CellName::new(INSTANCE, session.id, 1)
+}
+
+impl Bench {
+    fn state_of(&self, session: &Session) -> Option<CellState> {
+        self.engine.state(&cell_of(session))
+    }
+
+    async fn pause(&self, session: &Session) {
+        bounded(self.service.pause(&self.who, session.id)).await.unwrap();
+        assert_eq!((session.phase(), self.state_of(session)), (Phase::Paused, Some(CellState::Paused)));
+    }
+
+    /// Has the reconciler look after everything while something is done.
+    async fn reconciled<T>(&self, work: impl Future<Output = T>) -> T {
+        let engine: Arc<dyn Engine> = self.engine.clone();
+        let reconciling = reconcile::run(engine, Arc::clone(&self.registry), CancellationToken::new());
+        tokio::select! {
+            () = reconciling => unreachable!("nobody stops it"),
+            done = work => done,
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_paused_session_answers_looks_and_is_resumed_by_work() {
+    let bench = Bench::new();
+    let session = bench.create().await.unwrap();
+    bench.run(&session, "hello", 5.0).await;
+    bench.pause(&session).await;
+    bench.pause(&session).await;
+    session.contexts().await.unwrap();
+    bounded(bench.service.keep_alive(&bench.who, session.id)).await.unwrap();
+    bounded(session.patch(cellblock::session::Patch::default())).await.unwrap();
+    assert_eq!(session.phase(), Phase::Paused, "none of these needs its cell");
+    let execution = bench.run(&session, "hello", 5.0).await;
+    assert_eq!((execution.status(), execution.outcome().execution_count), (Status::Ok, Some(2)));
+    assert_eq!((session.phase(), bench.engine.kernels_started()), (Phase::Ready, 1), "the kernel is the same");
+    assert_eq!(execution.outcome().restarted, None);
+    for _ in 0..2 {
+        bounded(bench.service.resume(&bench.who, session.id)).await.unwrap();
+    }
+    assert_eq!(bench.engine.links(), 2, "a link for the start, and one for the resume");
+}
+
+#[tokio::test]
+async fn whatever_needs_the_cell_resumes_it_first() {
+    let bench = Bench::new();
+    let session = bench.create().await.unwrap();
+    bench.pause(&session).await;
+    bounded(session.interrupt(None)).await.unwrap();
+    bench.pause(&session).await;
+    bounded(session.restart(None)).await.unwrap();
+    bench.pause(&session).await;
+    let context = bounded(session.create_context(fresh(), None, None)).await.unwrap();
+    bench.pause(&session).await;
+    bounded(session.delete_context(context.id)).await.unwrap();
+    bench.pause(&session).await;
+    bounded(session.link()).await.unwrap();
+    bench.pause(&session).await;
+    let answer = bounded(session.ask_kernel(None, "kernel_info_request", serde_json::json!({}))).await.unwrap();
+    assert!(bounded(answer).await.unwrap().0.contains("fake"));
+    bench.pause(&session).await;
+    bounded(bench.service.resume(&bench.who, session.id)).await.unwrap();
+    assert_eq!((session.phase(), bench.state_of(&session)), (Phase::Ready, Some(CellState::Running)));
+}
+
+#[tokio::test]
+async fn what_is_asked_while_it_is_being_paused_is_done_in_order() {
+    let bench = Bench::new();
+    let session = bench.create().await.unwrap();
+    for _ in 0..20 {
+        let asked = async {
+            tokio::join!(
+                bench.service.pause(&bench.who, session.id),
+                bench.start(&session, "print 1", 5.0),
+                bench.service.resume(&bench.who, session.id),
+                bench.start(&session, "print 2", 5.0),
+                bench.service.pause(&bench.who, session.id),
+            )
+        };
+        let (_, first, resumed, second, _) = bounded(asked).await;
+        resumed.unwrap();
+        for execution in [first.unwrap(), second.unwrap()] {
+            bounded(execution.ended()).await;
+            assert_eq!(execution.status(), Status::Ok);
+        }
+    }
+}
+
+#[tokio::test]
+async fn work_is_not_paused() {
+    let bench = Bench::new();
+    let session = bench.create().await.unwrap();
+    let running = bench.start(&session, "hang", 10.0).await.unwrap();
+    let refused = bounded(bench.service.pause(&bench.who, session.id)).await.unwrap_err();
+    assert!(matches!(&refused, Error::StateConflict(words) if words.contains("cancelled")), "{refused:?}");
+    assert_eq!((session.phase(), running.status()), (Phase::Ready, Status::Running));
+    bench.service.cancel(&bench.who, running.id).unwrap();
+    bounded(running.ended()).await;
+    // After an interrupt the kernel is asked something, which is waited for.
+    bench.pause(&session).await;
+}
+
+#[tokio::test]
+async fn a_pause_that_fails_leaves_a_session_that_works() {
+    let bench = Bench::new();
+    let session = bench.create().await.unwrap();
+    bench.engine.faults(|f| (f.pauses_fail, f.resumes_fail) = (1, 1));
+    let refused = bounded(bench.service.pause(&bench.who, session.id)).await.unwrap_err();
+    assert_eq!(refused, Error::EngineUnavailable);
+    assert_eq!(bench.run(&session, "hello", 5.0).await.status(), Status::Ok);
+    assert_eq!((session.phase(), bench.state_of(&session)), (Phase::Ready, Some(CellState::Running)));
+    bench.pause(&session).await;
+}
+
+#[tokio::test]
+async fn a_session_that_can_not_be_resumed_is_lost_or_gets_a_new_cell() {
+    for replace in [false, true] {
+        let bench = Bench::with(|settings, template| {
+            settings.start_timeout = Duration::from_secs(2);
+            template.on_guest_lost = if replace { OnGuestLost::Replace } else { OnGuestLost::End };
+        });
+        let session = bench.create().await.unwrap();
+        bench.pause(&session).await;
+        bench.engine.faults(|f| f.resumes_fail = u32::MAX);
+        let refused = bounded(bench.start(&session, "hello", 5.0)).await.unwrap_err();
+        if replace {
+            assert_eq!(refused, Error::NotReady);
+            bounded(session.wait_for(|s| s.phase == Phase::Ready)).await;
+            assert_eq!(bench.run(&session, "hello", 5.0).await.outcome().restarted, Some(RestartCause::GuestLost));
+        } else {
+            assert_eq!(refused, Error::SessionEnded(EndReason::Lost));
+            assert_eq!(end_of(&session).await, EndReason::Lost);
+            assert_eq!(bench.cells().await, 0);
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_paused_session_ends_when_it_is_told_to_or_is_old() {
+    let bench = Bench::with(|_, template| template.default_timeouts.lifetime = Duration::from_millis(600));
+    let (deleted, old, removed) =
+        (bench.create().await.unwrap(), bench.create().await.unwrap(), bench.create().await.unwrap());
+    for session in [&deleted, &old, &removed] {
+        bench.pause(session).await;
+    }
+    bounded(bench.service.delete_session(&bench.who, deleted.id)).await.unwrap();
+    assert_eq!(end_of(&deleted).await, EndReason::Deleted);
+    bench.engine.remove(&cell_of(&removed)).await.unwrap();
+    removed.look_at_cell();
+    assert_eq!(end_of(&removed).await, EndReason::Lost);
+    assert_eq!(end_of(&old).await, EndReason::Lifetime);
+    assert_eq!(bench.cells().await, 0);
+    let pausing = bench.create().await.unwrap();
+    let (paused, ()) = bounded(async {
+        tokio::join!(bench.service.pause(&bench.who, pausing.id), async { pausing.end(EndReason::Deleted) })
+    })
+    .await;
+    assert!(matches!(paused, Ok(_) | Err(Error::SessionEnded(EndReason::Deleted))), "{paused:?}");
+    assert_eq!(end_of(&pausing).await, EndReason::Deleted);
+    assert_eq!(bench.cells().await, 0);
+}
+
+#[tokio::test]
+async fn idleness_ends_a_session_or_pauses_it_and_ends_it_later() {
+    let (idle, paused) = (Duration::from_millis(300), Duration::from_millis(700));
+    let bench = Bench::with(|_, template| {
+        (template.default_timeouts.idle, template.default_timeouts.paused) = (idle, paused);
+    });
+    let request = SessionRequest { on_idle: Some(OnIdle::Pause), ..SessionRequest::default() };
+    let created = bounded(bench.service.create_session(&bench.who, &request, true, None)).await.unwrap();
+    let (Created::New(session) | Created::Reused(session)) = created;
+    bounded(session.wait_for(|s| s.phase == Phase::Paused)).await;
+    assert_eq!(bench.run(&session, "hello", 5.0).await.status(), Status::Ok);
+    bounded(session.wait_for(|s| s.phase == Phase::Paused)).await;
+    let began = std::time::Instant::now();
+    assert_eq!(end_of(&session).await, EndReason::Idle);
+    assert!(began.elapsed() >= Duration::from_millis(500), "{:?}", began.elapsed());
+
+    // One that a caller has paused is not idle, whatever the policy: it has the time of a paused one.
+    let session = bench.create().await.unwrap();
+    bench.pause(&session).await;
+    let began = std::time::Instant::now();
+    assert_eq!(end_of(&session).await, EndReason::Idle);
+    assert!(began.elapsed() >= Duration::from_millis(600), "{:?}", began.elapsed());
+    assert_eq!(bench.cells().await, 0);
+}
+
+#[tokio::test]
+async fn what_others_pause_is_resumed_and_what_they_resume_is_ready() {
+    let bench = Bench::new();
+    let session = bench.create().await.unwrap();
+    bench
+        .reconciled(async {
+            let running = bench.start(&session, "hang", 10.0).await.unwrap();
+            bounded(async {
+                bench.engine.freeze(&cell_of(&session)).await;
+                while bench.state_of(&session) != Some(CellState::Running) {
+                    tokio::time::sleep(Duration::from_millis(20)).await;
+                }
+            })
+            .await;
+            assert_eq!(running.status(), Status::Running);
+            bench.service.cancel(&bench.who, running.id).unwrap();
+            bounded(running.ended()).await;
+            assert_eq!(running.status(), Status::Cancelled, "its link is the same");
+            assert_eq!(bench.engine.links(), 1);
+
+            bench.pause(&session).await;
+            bench.engine.resume(&cell_of(&session)).await.unwrap();
+            bounded(session.wait_for(|s| s.phase == Phase::Ready)).await;
+            assert_eq!(bench.run(&session, "hello", 5.0).await.status(), Status::Ok);
+        })
+        .await;
+}
+
+#[tokio::test]
+async fn a_link_that_is_lost_while_others_pause_is_opened_again() {
+    let bench = Bench::new();
+    let session = bench.create().await.unwrap();
+    let running = bench.start(&session, "hang", 10.0).await.unwrap();
+    bench.engine.freeze(&cell_of(&session)).await;
+    let links = bench.engine.links();
+    bench.engine.cut_links(&cell_of(&session));
+    bounded(async {
+        while bench.engine.links() == links {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    })
+    .await;
+    bench.service.cancel(&bench.who, running.id).unwrap();
+    bounded(running.ended()).await;
+    assert_eq!(running.status(), Status::Cancelled);
+    bounded(session.wait_for(|s| s.phase == Phase::Ready && !s.busy)).await;
+}
+
+#[tokio::test]
+async fn what_no_event_has_told_is_seen_by_the_next_round() {
+    let bench = Bench::new();
+    let session = bench.create().await.unwrap();
+    bench.engine.freeze(&cell_of(&session)).await;
+    reconcile::round(bench.engine.as_ref(), &bench.registry).await.unwrap();
+    assert_eq!(bench.run(&session, "hello", 5.0).await.status(), Status::Ok);
+    bench.pause(&session).await;
+    bench.engine.resume(&cell_of(&session)).await.unwrap();
+    reconcile::round(bench.engine.as_ref(), &bench.registry).await.unwrap();
+    bounded(session.wait_for(|s| s.phase == Phase::Ready)).await;
+}
+
+/// Leaves a session to the next process, paused or not, does something in between, and gives it as that one has it.
+async fn taken_over(paused: bool, between: impl AsyncFnOnce(&FakeEngine, &CellName)) -> (Bench, Session) {
+    let folder = tempfile::tempdir().unwrap();
+    let (state, _) = State::open(folder.path()).unwrap();
+    let first = Bench::on(Arc::new(FakeEngine::new(INSTANCE)), Some(state), |_, _| {});
+    let session = first.create().await.unwrap();
+    assert_eq!(first.run(&session, "hello", 5.0).await.outcome().execution_count, Some(1));
+    if paused {
+        first.pause(&session).await;
+    }
+    bounded(first.registry.drain(Duration::ZERO, NEVER, AfterDrain::Keep)).await;
+    between(&first.engine, &cell_of(&session)).await;
+    let (state, records) = State::open(folder.path()).unwrap();
+    assert_eq!(records.sessions.len(), 1);
+    let second = Bench::on(Arc::clone(&first.engine), Some(state), |_, _| {});
+    second.registry.take_over(records);
+    let session = second.registry.any_session(session.id).unwrap();
+    (second, session)
+}
+
+async fn goes_on(bench: &Bench, session: &Session) {
+    let execution = bench.run(session, "hello", 5.0).await;
+    assert_eq!((execution.status(), execution.outcome().execution_count), (Status::Ok, Some(2)));
+    assert_eq!((session.phase(), bench.engine.kernels_started()), (Phase::Ready, 1), "the kernel is the same");
+}
+
+#[tokio::test]
+async fn the_next_process_has_it_paused_without_a_link() {
+    let (bench, session) = taken_over(true, async |_, _| {}).await;
+    bounded(session.wait_for(|s| s.phase == Phase::Paused)).await;
+    assert_eq!((bench.state_of(&session), bench.engine.links()), (Some(CellState::Paused), 1));
+    goes_on(&bench, &session).await;
+    assert_eq!(bench.engine.links(), 2);
+}
+
+#[tokio::test]
+async fn the_next_process_makes_the_world_what_the_record_says() {
+    // The process ended between the record and the freezing.
+    let (bench, session) = taken_over(true, async |engine, cell| engine.resume(cell).await.unwrap()).await;
+    bounded(session.wait_for(|s| s.phase == Phase::Paused)).await;
+    assert_eq!(bench.state_of(&session), Some(CellState::Paused));
+    goes_on(&bench, &session).await;
+    // It ended between the record and the thaw.
+    let (bench, session) = taken_over(false, async |engine, cell| engine.freeze(cell).await).await;
+    goes_on(&bench, &session).await;
+    assert_eq!(bench.state_of(&session), Some(CellState::Running));
+    // What could not be thawed at once is tried again.
+    let (bench, session) = taken_over(true, async |engine, _| engine.faults(|f| f.resumes_fail = 1)).await;
+    goes_on(&bench, &session).await;
+    // Its cell is gone.
+    let (bench, session) = taken_over(true, async |engine, cell| engine.remove(cell).await.unwrap()).await;
+    assert_eq!(end_of(&session).await, EndReason::Lost);
+    assert_eq!(bench.cells().await, 0);
 }

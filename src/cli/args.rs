@@ -45,6 +45,10 @@ pub enum Command {
     Exec(ExecArgs),
     /// End sessions.
     Rm(RmArgs),
+    /// Freeze sessions in which nothing runs; what is asked of them next resumes them.
+    Pause(SessionsArgs),
+    /// Resume paused sessions.
+    Resume(SessionsArgs),
     /// List templates with their images.
     Images(ServerArgs),
     /// Run code once, in a container that is thrown away; needs Docker but no server.
@@ -178,6 +182,17 @@ pub struct RmArgs {
     /// With --all: only sessions with this label; may be repeated.
     #[arg(long = "label", value_name = "KEY=VALUE", value_parser = pair, requires = "all", conflicts_with = "sessions")]
     pub labels: Vec<(String, String)>,
+    /// The server.
+    #[command(flatten)]
+    pub server: ServerArgs,
+}
+
+/// Some sessions.
+#[derive(Debug, Clone, Args)]
+pub struct SessionsArgs {
+    /// Ids or names.
+    #[arg(value_name = "SESSION", required = true)]
+    pub sessions: Vec<String>,
     /// The server.
     #[command(flatten)]
     pub server: ServerArgs,
@@ -379,6 +394,8 @@ mod tests {
     fn contradictions_are_refused() {
         for line in [
             "cellblock rm",
+            "cellblock pause",
+            "cellblock resume",
             "cellblock rm chat --all",
             "cellblock rm chat --label a=b",
             "cellblock rm --label a=b",

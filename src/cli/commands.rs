@@ -6,7 +6,7 @@ use jiff::Timestamp;
 use reqwest::{Method, Response};
 use serde_json::{Value, json};
 
-use super::args::{ExecArgs, Place, PsArgs, RmArgs, ServerArgs};
+use super::args::{ExecArgs, Place, PsArgs, RmArgs, ServerArgs, SessionsArgs};
 use super::client::Client;
 use super::images::Images;
 use super::problem::Failure;
@@ -50,10 +50,39 @@ fn session_row(session: &Value, now: Timestamp) -> Vec<String> {
 pub async fn rm(args: &RmArgs, json: bool, environment: &Environment) -> Result<u8, Failure> {
     let client = Client::connect(&args.server, environment)?;
     let named = if args.all { live_sessions(&client, args).await? } else { args.sessions.clone() };
-    let (mut removed, mut code) = (Vec::new(), OK);
-    for name in &named {
-        match remove(&client, name).await {
-            Ok(id) if json => removed.push(id),
+    each(&named, json.then_some("removed"), async |name| remove(&client, name).await).await
+}
+
+/// `pause`: freezes sessions, all that can be.
+///
+/// # Errors
+/// The server doesn't answer.
+pub async fn pause(args: &SessionsArgs, json: bool, environment: &Environment) -> Result<u8, Failure> {
+    let client = Client::connect(&args.server, environment)?;
+    let act = async |name: &str| post(&client, name, "pause", "pausing").await;
+    each(&args.sessions, json.then_some("paused"), act).await
+}
+
+/// `resume`: resumes sessions, all that can be.
+///
+/// # Errors
+/// The server doesn't answer.
+pub async fn resume(args: &SessionsArgs, json: bool, environment: &Environment) -> Result<u8, Failure> {
+    let client = Client::connect(&args.server, environment)?;
+    let act = async |name: &str| post(&client, name, "resume", "resuming").await;
+    each(&args.sessions, json.then_some("resumed"), act).await
+}
+
+/// Does something to each session and prints the ids of those it was done to: one a line, or as JSON under a name. The others go to stderr.
+async fn each(
+    named: &[String],
+    json: Option<&str>,
+    act: impl AsyncFn(&str) -> Result<String, Failure>,
+) -> Result<u8, Failure> {
+    let (mut done, mut code) = (Vec::new(), OK);
+    for name in named {
+        match act(name).await {
+            Ok(id) if json.is_some() => done.push(id),
             Ok(id) => {
                 print(&format!("{}\n", escape_line(&id)))?;
             }
@@ -64,10 +93,17 @@ pub async fn rm(args: &RmArgs, json: bool, environment: &Environment) -> Result<
             Err(failure) => return Err(failure),
         }
     }
-    if json {
-        print_json(&json!({ "removed": removed }))?;
+    if let Some(word) = json {
+        print_json(&json!({ word: done }))?;
     }
     Ok(code)
+}
+
+async fn post(client: &Client, name: &str, action: &str, doing: &str) -> Result<String, Failure> {
+    let id = client.find_session(name).await?;
+    let request = client.request(Method::POST, &["v1", "sessions", &id, action]);
+    while_waiting(&format!("{doing} {}", escape_line(name)), client.send_json(request)).await?;
+    Ok(id)
 }
 
 async fn live_sessions(client: &Client, args: &RmArgs) -> Result<Vec<String>, Failure> {

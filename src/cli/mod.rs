@@ -17,7 +17,9 @@ use std::io::Write as _;
 use clap::CommandFactory as _;
 use serde_json::json;
 
-pub use args::{Cli, CodeSource, Command, ConfigArgs, ExecArgs, Place, PsArgs, RmArgs, RunArgs, ServeArgs, ServerArgs};
+pub use args::{
+    Cli, CodeSource, Command, ConfigArgs, ExecArgs, Place, PsArgs, RmArgs, RunArgs, ServeArgs, ServerArgs, SessionsArgs,
+};
 pub use client::Client;
 pub use images::{Blob, Images};
 pub use problem::{Failure, Problem, ProblemField};
@@ -34,6 +36,8 @@ pub async fn perform(cli: &Cli, environment: &Environment) -> Option<u8> {
         Command::Ps(args) => commands::ps(args, cli.json, environment).await,
         Command::Exec(args) => commands::exec(args, cli.json, environment).await,
         Command::Rm(args) => commands::rm(args, cli.json, environment).await,
+        Command::Pause(args) => commands::pause(args, cli.json, environment).await,
+        Command::Resume(args) => commands::resume(args, cli.json, environment).await,
         Command::Images(args) => commands::images(args, cli.json, environment).await,
         Command::Health(args) => commands::health(args, cli.json, environment).await,
         Command::CheckConfig(args) => check_config(args, cli.json, environment),

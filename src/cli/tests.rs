@@ -84,6 +84,9 @@ async fn start() -> Server {
         .route(&format!("/v1/sessions/{}", id(7)), delete(gone))
         .route("/v1/sessions/{id}", delete(|| async { StatusCode::NO_CONTENT }))
         .route("/v1/sessions/{id}/executions", post(execute))
+        .route("/v1/sessions/{id}/pause", post(|| async { axum::Json(json!({"state": "paused"})) }))
+        .route(&format!("/v1/sessions/{}/resume", id(7)), post(gone))
+        .route("/v1/sessions/{id}/resume", post(|| async { axum::Json(json!({"state": "ready"})) }))
         .route("/v1/executions/exe1/blobs/3", get(|| async { "bytes" }))
         .route("/v1/templates", get(|| async { axum::Json(json!({"items": [{"name": "data"}]})) }))
         .route("/readyz", get(|| async { "ready" }))
@@ -160,6 +163,15 @@ async fn rm_goes_on_after_a_failure() {
     let server = start().await;
     assert_eq!(server.run(&["rm", &id(7), "nobody", &id(1)]).await, FAILED);
     assert_eq!(server.seen().last().unwrap(), &format!("DELETE /v1/sessions/{}", id(1)));
+}
+
+#[tokio::test]
+async fn sessions_are_paused_and_resumed_by_name_or_id() {
+    let server = start().await;
+    assert_eq!(server.run(&["pause", "three"]).await, OK);
+    assert_eq!(server.seen().last().unwrap(), &format!("POST /v1/sessions/{}/pause", id(3)));
+    assert_eq!(server.run(&["resume", &id(7), &id(1)]).await, FAILED);
+    assert_eq!(server.seen().last().unwrap(), &format!("POST /v1/sessions/{}/resume", id(1)));
 }
 
 #[tokio::test]

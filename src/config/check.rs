@@ -249,7 +249,12 @@ impl Checker<'_> {
         self.require((64..=1_048_576).contains(&bounds.open_files), &[&key("open_files")], || {
             format!("{} is not within 64 to 1048576", bounds.open_files)
         });
-        for (field, time) in [("idle", bounds.idle), ("lifetime", bounds.lifetime), ("execution", bounds.execution)] {
+        for (field, time) in [
+            ("idle", bounds.idle),
+            ("lifetime", bounds.lifetime),
+            ("execution", bounds.execution),
+            ("paused", bounds.paused),
+        ] {
             self.positive(time, &key(field));
         }
     }
@@ -277,6 +282,7 @@ impl Checker<'_> {
                 seconds(default.execution),
                 seconds(maximum.execution),
             ),
+            ("paused", default.paused <= maximum.paused, seconds(default.paused), seconds(maximum.paused)),
         ] {
             let (low, high) =
                 (format!("templates.{name}.default.{field}"), format!("templates.{name}.maximum.{field}"));

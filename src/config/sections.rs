@@ -227,6 +227,7 @@ pub(super) struct TemplateSection {
     pub on_kernel_death: OnKernelDeath,
     pub on_guest_lost: OnGuestLost,
     pub pool: Pool,
+    pub on_idle: OnIdle,
     pub default: Bounds,
     pub maximum: Bounds,
     pub output: Output,
@@ -267,6 +268,13 @@ pub(super) struct Pool {
     pub max: u32,
 }
 
+#[derive(Debug, Clone, Copy, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(super) enum OnIdle {
+    Delete,
+    Pause,
+}
+
 /// Resources and times, once as defaults and once as ceilings.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -286,6 +294,8 @@ pub(super) struct Bounds {
     pub lifetime: Duration,
     #[serde(deserialize_with = "duration")]
     pub execution: Duration,
+    #[serde(deserialize_with = "duration")]
+    pub paused: Duration,
 }
 
 impl Bounds {
@@ -302,7 +312,7 @@ impl Bounds {
     }
 
     fn timeouts(&self) -> Timeouts {
-        Timeouts { idle: self.idle, lifetime: self.lifetime, execution: self.execution }
+        Timeouts { idle: self.idle, lifetime: self.lifetime, execution: self.execution, paused: self.paused }
     }
 }
 
@@ -353,6 +363,10 @@ impl TemplateSection {
                 OnGuestLost::Replace => spec::OnGuestLost::Replace,
             },
             pool: spec::PoolSize { min: self.pool.min, max: self.pool.max },
+            on_idle: match self.on_idle {
+                OnIdle::Delete => spec::OnIdle::Delete,
+                OnIdle::Pause => spec::OnIdle::Pause,
+            },
             network: match self.network {
                 Network::None => NetworkMode::None,
             },

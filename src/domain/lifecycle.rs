@@ -2,8 +2,10 @@
 //!
 //! ```text
 //! Provisioning ──▶ Connecting ──▶ Ready ──▶ Replacing ──▶ Provisioning, with a new cell
-//!      │                │           │           │
-//!   Aborting            └─────┬─────┴───────────┘
+//!      │                │          │  ▲          │
+//!      │                │          │  └─ Resuming ◀── Paused ◀─┐
+//!      │                │          └──▶ Pausing ───────────────┘     a pause that fails is undone by Resuming
+//!   Aborting            └─────── all of these ───┘
 //!      └──────────▶ Ending(reason) ──▶ Ended(reason), once the engine has *seen* the cell gone
 //! ```
 //!
@@ -18,6 +20,12 @@ pub enum Phase {
     Connecting,
     /// Code can run.
     Ready,
+    /// Nothing runs in it, its link is cut, and its cell is being frozen.
+    Pausing,
+    /// Its cell is frozen.
+    Paused,
+    /// Its cell is being thawed and linked again.
+    Resuming,
     /// Its cell is being removed, and a new one will take its place.
     Replacing,
     /// It is to end, but the engine has not answered yet: absence would prove nothing.
@@ -60,6 +68,18 @@ pub enum Event {
     KernelReady,
     /// The guest, the attestation or the first kernel failed.
     BootFailed,
+    /// Somebody wants it paused, or nothing was asked of it for its idle time; nothing runs in it.
+    PauseRequested,
+    /// The cell is frozen.
+    CellPaused,
+    /// The cell could not be frozen. It may be all the same.
+    PauseFailed,
+    /// Something is asked of it that needs its cell, or its cell was thawed by others.
+    ResumeRequested,
+    /// The cell's link is gone because it was frozen by others.
+    CellFrozen,
+    /// The cell runs, and its guest answers.
+    CellResumed,
     /// Somebody wants it to end, or a deadline passed.
     EndRequested(EndReason),
     /// It was made before anybody asked for it, and somebody has: their own preparations are still to be made.
@@ -83,6 +103,10 @@ pub enum Effect {
     EnsureCell,
     /// Open the link to the cell that an earlier process has left.
     AdoptCell,
+    /// Freeze the cell.
+    PauseCell,
+    /// Thaw the cell, and open the link to it.
+    ResumeCell,
     /// Open the link, attest, start the first kernel.
     BootGuest,
     /// End every execution with what is known, and answer whoever waits.
@@ -108,6 +132,12 @@ pub fn go_on(was_ready: bool) -> (Phase, Vec<Effect>) {
     if was_ready { (Phase::Ready, vec![Effect::AdoptCell]) } else { (Phase::Replacing, vec![Effect::RemoveCell]) }
 }
 
+/// What a session goes on with that an earlier process has paused, or was about to: nothing ran in it.
+#[must_use]
+pub fn go_on_paused() -> (Phase, Vec<Effect>) {
+    (Phase::Pausing, vec![Effect::PauseCell])
+}
+
 /// What a session goes on with that an earlier process was ending.
 #[must_use]
 pub fn go_on_ending(reason: EndReason) -> (Phase, Vec<Effect>) {
@@ -130,10 +160,20 @@ pub fn step(phase: Phase, event: Event) -> (Phase, Vec<Effect>) {
 
         (In::Connecting, On::KernelReady) => (In::Ready, vec![]),
         (In::Connecting, On::BootFailed) => end(EndReason::StartFailed),
-        (In::Connecting | In::Ready, On::EndRequested(reason) | On::CellLost(reason)) => end(reason),
+        (
+            In::Connecting | In::Ready | In::Pausing | In::Paused | In::Resuming,
+            On::EndRequested(reason) | On::CellLost(reason),
+        ) => end(reason),
 
         (In::Ready, On::Claimed) => (In::Connecting, vec![]),
-        (In::Ready, On::GuestLost) => (In::Replacing, vec![Do::SettleRunning, Do::RemoveCell]),
+        (In::Ready, On::PauseRequested) => (In::Pausing, vec![Do::PauseCell]),
+        (In::Pausing, On::CellPaused) => (In::Paused, vec![]),
+        (In::Pausing, On::PauseFailed) | (In::Paused, On::ResumeRequested) | (In::Ready, On::CellFrozen) => {
+            (In::Resuming, vec![Do::ResumeCell])
+        }
+        (In::Resuming, On::CellResumed) => (In::Ready, vec![]),
+
+        (In::Ready | In::Resuming, On::GuestLost) => (In::Replacing, vec![Do::SettleRunning, Do::RemoveCell]),
         (In::Replacing, On::RemovalSeen) => (In::Provisioning, vec![Do::EnsureCell]),
         (In::Replacing, On::RemovalFailed) => (In::Replacing, vec![Do::ScheduleRetry]),
         (In::Replacing, On::RetryDue) => (In::Replacing, vec![Do::RemoveCell]),
@@ -174,6 +214,12 @@ mod tests {
             Just(Event::BootFailed),
             Just(Event::GuestLost),
             Just(Event::Claimed),
+            Just(Event::PauseRequested),
+            Just(Event::CellPaused),
+            Just(Event::PauseFailed),
+            Just(Event::ResumeRequested),
+            Just(Event::CellFrozen),
+            Just(Event::CellResumed),
             reason.clone().prop_map(Event::EndRequested),
             reason.prop_map(Event::CellLost),
             Just(Event::RemovalSeen),
@@ -188,6 +234,8 @@ mod tests {
         ensure_open: bool,
         removal_open: bool,
         retry_open: bool,
+        pause_open: bool,
+        resume_open: bool,
         may_exist: bool,
     }
 
@@ -198,6 +246,8 @@ mod tests {
                     Effect::EnsureCell => (self.ensure_open, self.may_exist) = (true, true),
                     Effect::RemoveCell => self.removal_open = true,
                     Effect::ScheduleRetry => self.retry_open = true,
+                    Effect::PauseCell => self.pause_open = true,
+                    Effect::ResumeCell => self.resume_open = true,
                     _ => {}
                 }
             }
@@ -209,6 +259,8 @@ mod tests {
                 Event::CellEnsured | Event::EnsureFailed => self.ensure_open,
                 Event::RemovalSeen | Event::RemovalFailed => self.removal_open,
                 Event::RetryDue => self.retry_open,
+                Event::CellPaused | Event::PauseFailed => self.pause_open,
+                Event::CellResumed => self.resume_open,
                 _ => true,
             }
         }
@@ -228,6 +280,8 @@ mod tests {
                     Event::RemovalSeen => (world.removal_open, world.may_exist) = (false, world.ensure_open),
                     Event::RemovalFailed => world.removal_open = false,
                     Event::RetryDue => world.retry_open = false,
+                    Event::CellPaused | Event::PauseFailed => world.pause_open = false,
+                    Event::CellResumed => world.resume_open = false,
                     _ => {}
                 }
                 let (next, effects) = step(phase, event);
@@ -242,6 +296,16 @@ mod tests {
                 first_reason = reason;
                 if matches!(next, Phase::Ending(_) | Phase::Replacing) {
                     prop_assert!(world.removal_open || world.retry_open, "a removal is under way, or will be");
+                }
+                if next == Phase::Pausing {
+                    prop_assert!(world.pause_open, "the engine is asked to freeze it");
+                }
+                if next == Phase::Resuming {
+                    prop_assert!(world.resume_open, "the engine is asked to thaw it");
+                }
+                if matches!(next, Phase::Pausing | Phase::Paused) {
+                    let came_from = matches!(phase, Phase::Ready | Phase::Pausing | Phase::Paused);
+                    prop_assert!(came_from, "only what was ready is paused");
                 }
                 if matches!(next, Phase::Ended(_)) {
                     prop_assert!(!world.may_exist, "ended while a cell may exist");
@@ -273,6 +337,29 @@ mod tests {
         let (ending, effects) = step(phase, Event::EndRequested(EndReason::Deleted));
         assert_eq!((ending, effects), (Phase::Ending(EndReason::Deleted), vec![Effect::SettleExecutions]));
         assert_eq!(step(ending, Event::RemovalSeen).0, Phase::Ended(EndReason::Deleted));
+    }
+
+    #[test]
+    fn a_pause_that_fails_is_undone_and_a_resume_that_fails_is_a_lost_guest() {
+        let (phase, effects) = step(Phase::Ready, Event::PauseRequested);
+        assert_eq!((phase, effects), (Phase::Pausing, vec![Effect::PauseCell]));
+        assert_eq!(step(phase, Event::CellPaused), (Phase::Paused, vec![]));
+        let (resuming, effects) = step(phase, Event::PauseFailed);
+        assert_eq!((resuming, effects), (Phase::Resuming, vec![Effect::ResumeCell]));
+        assert_eq!(step(resuming, Event::CellResumed), (Phase::Ready, vec![]));
+        assert_eq!(step(resuming, Event::GuestLost).0, Phase::Replacing);
+        assert_eq!(step(resuming, Event::CellLost(EndReason::Lost)).0, Phase::Ending(EndReason::Lost));
+    }
+
+    #[test]
+    fn a_paused_session_is_resumed_and_ended_but_not_paused_again() {
+        assert_eq!(step(Phase::Paused, Event::ResumeRequested), (Phase::Resuming, vec![Effect::ResumeCell]));
+        assert_eq!(step(Phase::Paused, Event::PauseRequested), (Phase::Paused, vec![]));
+        for phase in [Phase::Pausing, Phase::Paused, Phase::Resuming] {
+            let ended = step(phase, Event::EndRequested(EndReason::Deleted));
+            let removal = vec![Effect::SettleExecutions, Effect::RemoveCell];
+            assert_eq!(ended, (Phase::Ending(EndReason::Deleted), removal), "{phase:?}");
+        }
     }
 
     #[test]

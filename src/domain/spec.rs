@@ -46,12 +46,24 @@ pub struct Resources {
 /// How long things may take.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Timeouts {
-    /// A session without a running execution ends after this long.
+    /// A session without a running execution ends after this long, or is paused.
     pub idle: Duration,
     /// A session ends at this age, whatever it does.
     pub lifetime: Duration,
     /// An execution is interrupted after this long.
     pub execution: Duration,
+    /// A paused session ends after this long if nothing is asked of it.
+    pub paused: Duration,
+}
+
+/// What becomes of a session that was idle for its time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum OnIdle {
+    /// It ends.
+    #[default]
+    Delete,
+    /// It is paused, and ends when it was paused for its time.
+    Pause,
 }
 
 /// What a session may reach outside its container.
@@ -153,6 +165,8 @@ pub struct Template {
     pub on_guest_lost: OnGuestLost,
     /// Sessions that are made before anybody asks for them.
     pub pool: PoolSize,
+    /// What happens to a session that is idle, if its caller does not say.
+    pub on_idle: OnIdle,
 }
 
 /// What a caller asks for; everything is optional.
@@ -184,6 +198,10 @@ pub struct SessionRequest {
     pub lifetime_seconds: Option<f64>,
     /// Seconds.
     pub execution_seconds: Option<f64>,
+    /// Seconds.
+    pub paused_seconds: Option<f64>,
+    /// What happens when it is idle.
+    pub on_idle: Option<OnIdle>,
 }
 
 /// A specification that holds every rule.
@@ -225,6 +243,8 @@ pub struct SessionSpec {
     pub on_kernel_death: OnKernelDeath,
     /// What happens when its guest does not answer.
     pub on_guest_lost: OnGuestLost,
+    /// What happens when it is idle.
+    pub on_idle: OnIdle,
 }
 
 /// Longest setup code, in bytes.
@@ -279,6 +299,7 @@ pub fn resolve(template: &Template, request: &SessionRequest) -> Result<SessionS
         setup: [&template.setup].into_iter().chain(&request.setup).filter(|s| !s.trim().is_empty()).cloned().collect(),
         on_kernel_death: template.on_kernel_death,
         on_guest_lost: template.on_guest_lost,
+        on_idle: request.on_idle.unwrap_or(template.on_idle),
     })
 }
 
@@ -350,6 +371,7 @@ fn resolve_timeouts(template: &Template, request: &SessionRequest, errors: &mut 
         idle: resolve("idle_seconds", request.idle_seconds, default.idle, max.idle),
         lifetime: resolve("lifetime_seconds", request.lifetime_seconds, default.lifetime, max.lifetime),
         execution: resolve("execution_seconds", request.execution_seconds, default.execution, max.execution),
+        paused: resolve("paused_seconds", request.paused_seconds, default.paused, max.paused),
     }
 }
 

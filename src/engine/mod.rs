@@ -230,7 +230,7 @@ pub trait Engine: Send + Sync + 'static {
     /// When this fails the cell may or may not exist: [`Engine::remove`] it.
     async fn ensure(&self, cell: &CellSpec) -> Result<ByteStream, EngineError>;
 
-    /// Opens the stream of a running cell. There must be no other open stream to it.
+    /// Opens the stream of a running cell; one that is frozen is a [`EngineError::Conflict`]. There must be no other open stream to it.
     async fn link(&self, name: &CellName) -> Result<ByteStream, EngineError>;
 
     /// Compares the running cell, as the engine shows it and as the guest reports it, with its specification.
@@ -238,6 +238,14 @@ pub trait Engine: Send + Sync + 'static {
     /// # Errors
     /// [`EngineError::Unverified`] with every difference.
     async fn attest(&self, cell: &CellSpec, report: &Report) -> Result<(), EngineError>;
+
+    /// Freezes a running cell: its processes get no CPU and keep their memory. One that is frozen is left alone. There is no link to a frozen cell.
+    ///
+    /// When this fails the cell may be frozen or not: [`Engine::resume`] it.
+    async fn pause(&self, name: &CellName) -> Result<(), EngineError>;
+
+    /// Thaws a frozen cell. One that runs is left alone.
+    async fn resume(&self, name: &CellName) -> Result<(), EngineError>;
 
     /// Removes a cell, whatever it does. Success means that its absence was seen.
     async fn remove(&self, name: &CellName) -> Result<(), EngineError>;

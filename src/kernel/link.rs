@@ -1,7 +1,7 @@
 //! The link: HTTP/2 over a cell's byte stream, with the guest as the server.
 //!
-//! A [`Link`] is a cheap handle; the connection itself is a task that ends, and closes the stream, once the last handle is gone
-//! or the peer is dead. It makes no decisions: it carries requests, bounded in size and time.
+//! A [`Link`] is a cheap handle; the connection itself is a task that ends, and closes the stream, once the last handle is gone,
+//! the peer is dead, or somebody cuts it. It makes no decisions: it carries requests, bounded in size and time.
 
 use std::io;
 use std::pin::Pin;
@@ -24,6 +24,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
 use tokio::sync::watch;
+use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 
 use crate::task;
 
@@ -89,6 +90,7 @@ pub enum LinkError {
 pub struct Link {
     sender: SendRequest<Full<Bytes>>,
     closed: watch::Receiver<bool>,
+    cut: CancellationToken,
 }
 
 impl Link {
@@ -114,6 +116,9 @@ impl Link {
     where
         S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
     {
+        let (closing, closed) = watch::channel(false);
+        let cut = CancellationToken::new();
+        let stream = Severable { stream, cut: Box::pin(cut.clone().cancelled_owned()), _closing: Closing(closing) };
         let (sender, connection) = hyper::client::conn::http2::Builder::new(task::Executor)
             .timer(TokioTimer::new())
             .initial_stream_window_size(STREAM_WINDOW)
@@ -128,14 +133,12 @@ impl Link {
             .handshake(TokioIo::new(stream))
             .await
             .map_err(|source| LinkError::Broken { attempt: "open a connection".to_owned(), source })?;
-        let (closing, closed) = watch::channel(false);
         task::spawn("link", async move {
             if let Err(error) = connection.await {
                 tracing::debug!(%error, "a link broke");
             }
-            closing.send_replace(true);
         });
-        Ok(Self { sender, closed })
+        Ok(Self { sender, closed, cut })
     }
 
     /// Says again how the cell is set up: the environment counts for what is started from now on.
@@ -146,9 +149,14 @@ impl Link {
         self.call("set up its environment", Method::POST, "/init", json_body(init)).await
     }
 
-    /// Waits until the connection is gone.
+    /// Breaks the connection off, whatever is on its way and whoever else holds a handle: while the stream is open, the engine opens no other.
+    pub fn cut(&self) {
+        self.cut.cancel();
+    }
+
+    /// Waits until the connection is gone and its stream closed.
     pub async fn closed(&self) {
-        // An error means that the task is gone, and so is the connection.
+        // An error means that the stream is gone too.
         let _ = self.closed.clone().wait_for(|closed| *closed).await;
     }
 
@@ -403,6 +411,55 @@ async fn reset<S: AsyncRead + AsyncWrite + Unpin>(mut stream: S, marker: Marker)
         if discarded > MAX_DISCARDED {
             return Err(io::Error::other("it sends without end, and no echo of the reset marker"));
         }
+    }
+}
+
+/// A stream that breaks off when its link is cut, and tells when it is closed.
+struct Severable<S> {
+    stream: S,
+    cut: Pin<Box<WaitForCancellationFutureOwned>>,
+    /// Dropped after the stream.
+    _closing: Closing,
+}
+
+/// Says that a stream is closed.
+struct Closing(watch::Sender<bool>);
+
+impl Drop for Closing {
+    fn drop(&mut self) {
+        self.0.send_replace(true);
+    }
+}
+
+impl<S> Severable<S> {
+    fn check(&mut self, cx: &mut Context<'_>) -> io::Result<()> {
+        match self.cut.as_mut().poll(cx) {
+            Poll::Ready(()) => Err(io::Error::new(io::ErrorKind::ConnectionAborted, "the link was cut")),
+            Poll::Pending => Ok(()),
+        }
+    }
+}
+
+impl<S: AsyncRead + Unpin> AsyncRead for Severable<S> {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        self.check(cx)?;
+        Pin::new(&mut self.stream).poll_read(cx, buf)
+    }
+}
+
+impl<S: AsyncWrite + Unpin> AsyncWrite for Severable<S> {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        self.check(cx)?;
+        Pin::new(&mut self.stream).poll_write(cx, buf)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.check(cx)?;
+        Pin::new(&mut self.stream).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(cx)
     }
 }
 

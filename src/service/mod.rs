@@ -134,6 +134,11 @@ impl From<Refused> for Error {
                 Self::StateConflict(format!("{refused}; it goes with its session, and can be restarted"))
             }
             Refused::NothingAsked => Self::StateConflict("the execution does not ask for input now".to_owned()),
+            Refused::Busy => {
+                Self::StateConflict(format!("{refused}; it can be paused when that has ended, or was cancelled"))
+            }
+            Refused::Restless(_) => Self::StateConflict(format!("{refused}; try it again")),
+            Refused::NotPaused => Self::EngineUnavailable,
         }
     }
 }
@@ -448,6 +453,30 @@ impl Service {
         who.require_sessions()?;
         let session = self.session(who, id)?;
         session.keep_alive().await?;
+        self.registry.settle().await;
+        Ok(session)
+    }
+
+    /// Freezes a session in which nothing runs; answers once it is paused. What is asked of it later resumes it.
+    ///
+    /// # Errors
+    /// See [`Error`].
+    pub async fn pause(&self, who: &Principal, id: SessionId) -> Result<Session, Error> {
+        who.require_sessions()?;
+        let session = self.session(who, id)?;
+        session.pause().await?;
+        self.registry.settle().await;
+        Ok(session)
+    }
+
+    /// Resumes a session if it is paused; answers once it is ready.
+    ///
+    /// # Errors
+    /// See [`Error`].
+    pub async fn resume(&self, who: &Principal, id: SessionId) -> Result<Session, Error> {
+        who.require_sessions()?;
+        let session = self.session(who, id)?;
+        session.resume().await?;
         self.registry.settle().await;
         Ok(session)
     }

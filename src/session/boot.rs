@@ -15,7 +15,7 @@ use super::{Settings, StartFailure, StartFault};
 use crate::engine::{ByteStream, CellName, CellSpec, Engine, EngineError};
 use crate::kernel::link::{Events, Link, LinkError};
 
-/// A cell that could not be taken over is tried again after this long.
+/// A cell that could not be linked is tried again after this long.
 const ADOPT_AGAIN: Duration = Duration::from_secs(1);
 
 /// What a booted guest gives.
@@ -41,19 +41,21 @@ pub(super) async fn boot(
     Ok(Booted { link, events })
 }
 
-/// Opens the link to a cell that an earlier process has left, and subscribes to what its guest has told nobody yet. It was attested before anything
-/// ran in it.
+/// Opens the link to a cell that was paused, or that an earlier process has left, and subscribes to what its guest was not told to forget. It is thawed
+/// first if it is frozen; it was attested before anything ran in it.
 pub(super) async fn adopt(
     engine: Arc<dyn Engine>,
     name: CellName,
     secret: LinkSecret,
     settings: Settings,
     env: BTreeMap<String, String>,
+    words: &'static str,
 ) -> Result<Booted, Verdict> {
     let init = Init { generation: GENERATION, orphan_timeout_seconds: settings.orphan_timeout.as_secs(), env };
     let end = tokio::time::Instant::now() + settings.start_timeout;
     loop {
         let taken = async {
+            engine.resume(&name).await.map_err(|e| e.to_string())?;
             let stream = engine.link(&name).await.map_err(|e| e.to_string())?;
             let (link, _hello) = Link::open(stream, secret, &init).await.map_err(|e| e.to_string())?;
             let events = link.events(0).await.map_err(|e| e.to_string())?;
@@ -63,11 +65,13 @@ pub(super) async fn adopt(
             Ok(booted) => return Ok(booted),
             Err(why) => why,
         };
-        tracing::warn!(cell = %name, why, "a cell of an earlier process could not be taken over");
-        let words = "its container could not be taken over from the server before";
+        tracing::warn!(cell = %name, why, "a cell could not be linked again");
         match actor::look_at(engine.as_ref(), &name, Verdict::Unreachable(words)).await {
             // An engine or a guest that is busy may answer the next time.
-            Verdict::Unreachable(_) if tokio::time::Instant::now() < end => tokio::time::sleep(ADOPT_AGAIN).await,
+            Verdict::Unreachable(_) | Verdict::Frozen if tokio::time::Instant::now() < end => {
+                tokio::time::sleep(ADOPT_AGAIN).await
+            }
+            Verdict::Frozen => return Err(Verdict::Unreachable("its container could not be resumed")),
             verdict => return Err(verdict),
         }
     }

@@ -409,6 +409,17 @@ impl Context {
         true
     }
 
+    /// One of a paused session that an earlier process has left: nothing ran in it. What became of its kernel is told by events.
+    pub(super) fn adopt_paused(making: Making, record: ContextRecord, now: Instant) -> Self {
+        let is_ready = record.is_ready;
+        let mut context = Self::adopt(making, record, now);
+        if is_ready {
+            context.actions.clear();
+            context.state = State::Idle;
+        }
+        context
+    }
+
     /// What it leaves for the next process.
     pub(super) fn record(&self) -> ContextRecord {
         ContextRecord {
@@ -468,6 +479,12 @@ impl Context {
             State::Running(running) => !running.is_setup,
             State::Booting(_) | State::Replacing(_) | State::Dead => false,
         }
+    }
+
+    /// Whether its kernel is up, has nothing to do, and owes nobody an answer.
+    pub(super) fn is_quiet(&self) -> bool {
+        let answered = self.questions.values().all(|question| question.answer.is_closed());
+        matches!(self.state, State::Idle) && self.queue.is_empty() && self.actions.is_empty() && answered
     }
 
     pub(super) fn state(&self) -> ContextState {

@@ -92,7 +92,7 @@ pub struct Snapshot {
     pub last_active: Timestamp,
     /// When it ends for its age.
     pub expires_at: Timestamp,
-    /// When it ends for idleness; nothing while it is busy.
+    /// When it ends or is paused for idleness, or ends after it was paused; nothing while it is busy.
     pub idle_deadline: Option<Timestamp>,
     /// Why it never became ready.
     pub start_failure: Option<Arc<StartFailure>>,
@@ -105,7 +105,7 @@ pub struct Snapshot {
 pub struct Attributes {
     /// For finding it again.
     pub labels: BTreeMap<String, String>,
-    /// It ends after this long without work.
+    /// It ends after this long without work, or is paused.
     pub idle: Duration,
 }
 
@@ -202,6 +202,15 @@ pub enum Refused {
     /// The execution does not ask for a line.
     #[error("nothing is asked")]
     NothingAsked,
+    /// It can't be paused while something runs or waits in it.
+    #[error("code runs or waits in the session")]
+    Busy,
+    /// It can't be paused, since its kernels have not come to rest.
+    #[error("its kernels did not come to rest within {0:?}")]
+    Restless(Duration),
+    /// The engine did not pause it.
+    #[error("the session could not be paused")]
+    NotPaused,
 }
 
 enum Command {
@@ -262,6 +271,14 @@ enum Command {
     Link {
         reply: oneshot::Sender<Result<Link, Refused>>,
     },
+    /// Answered once it is paused.
+    Pause {
+        reply: oneshot::Sender<Result<(), Refused>>,
+    },
+    /// Answered once it is ready.
+    Resume {
+        reply: oneshot::Sender<Result<(), Refused>>,
+    },
     LookAtCell,
 }
 
@@ -273,6 +290,30 @@ struct Claim {
     lasting: Lasting,
     keeping: Keeping,
     created_at: Timestamp,
+}
+
+impl Command {
+    /// Whether it is for what is in the cell, so that a paused session is resumed for it.
+    fn needs_cell(&self) -> bool {
+        match self {
+            Self::Execute { .. }
+            | Self::Interrupt { .. }
+            | Self::Restart { .. }
+            | Self::CreateContext { .. }
+            | Self::DeleteContext { .. }
+            | Self::Ask { .. }
+            | Self::Claim { .. }
+            | Self::Link { .. }
+            | Self::Resume { .. } => true,
+            Self::Cancel { .. }
+            | Self::Input { .. }
+            | Self::Contexts { .. }
+            | Self::Patch { .. }
+            | Self::KeepAlive { .. }
+            | Self::Pause { .. }
+            | Self::LookAtCell => false,
+        }
+    }
 }
 
 /// A handle on a session.
@@ -485,6 +526,22 @@ impl Session {
         self.ask(|reply| Command::Link { reply }).await
     }
 
+    /// Freezes it; answers once that is done. What is asked of it later resumes it.
+    ///
+    /// # Errors
+    /// See [`Refused`].
+    pub async fn pause(&self) -> Result<(), Refused> {
+        self.ask(|reply| Command::Pause { reply }).await
+    }
+
+    /// Resumes it if it is paused; answers once it is ready.
+    ///
+    /// # Errors
+    /// See [`Refused`].
+    pub async fn resume(&self) -> Result<(), Refused> {
+        self.ask(|reply| Command::Resume { reply }).await
+    }
+
     /// A hint that something may have happened to its cell.
     pub fn look_at_cell(&self) {
         // A hint that finds the queue full is made good by the next round of the reconciler.
@@ -508,7 +565,7 @@ impl Session {
     fn why_closed(&self) -> Refused {
         match self.phase() {
             Phase::Aborting(reason) | Phase::Ending(reason) | Phase::Ended(reason) => Refused::Ended(reason),
-            Phase::Provisioning | Phase::Connecting | Phase::Ready | Phase::Replacing => Refused::Left,
+            _ => Refused::Left,
         }
     }
 }

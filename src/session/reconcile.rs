@@ -35,14 +35,14 @@ pub async fn run(engine: Arc<dyn Engine>, registry: Arc<Registry>, stop: Cancell
 }
 
 fn on_event(registry: &Registry, event: &EngineEvent) {
-    let gone = matches!(event.kind, EngineEventKind::Exited | EngineEventKind::Removed);
+    let matters = !matches!(event.kind, EngineEventKind::OutOfMemory);
     let owner = registry.all().into_iter().find(|s| event.name.as_str().contains(&s.id.to_string()));
-    if let (true, Some(session)) = (gone, owner) {
+    if let (true, Some(session)) = (matters, owner) {
         session.look_at_cell();
     }
 }
 
-/// One round: cells without a live session are removed, sessions without a cell are told to look. Returns how many were removed.
+/// One round: cells without a live session are removed, sessions whose cell is not there, or is frozen or not against their will, are told to look. Returns how many were removed.
 ///
 /// # Errors
 /// When the engine can't list its cells. A cell that can't be removed is left for the next round.
@@ -59,8 +59,14 @@ pub async fn round(engine: &dyn Engine, registry: &Registry) -> Result<usize, En
         }
     }
     for session in registry.all() {
-        let has_cell = cells.iter().any(|cell| cell.session == Some(session.id));
-        if session.phase() == Phase::Ready && !has_cell {
+        let own: Vec<_> = cells.iter().filter(|cell| cell.session == Some(session.id)).collect();
+        let is_frozen = own.iter().any(|cell| cell.state == CellState::Paused);
+        let differs = match session.phase() {
+            Phase::Ready => own.is_empty() || is_frozen,
+            Phase::Paused => own.is_empty() || !is_frozen,
+            _ => false,
+        };
+        if differs {
             session.look_at_cell();
         }
     }

@@ -109,8 +109,16 @@ impl Wiring {
     }
 
     pub(super) fn cut(&mut self) {
-        (self.link, self.events) = (None, None);
+        if let Some(link) = self.link.take() {
+            link.cut();
+        }
+        self.events = None;
         self.pending.clear();
+    }
+
+    /// Whether nothing is on its way to the guest, and could be.
+    pub(super) fn is_quiet(&self) -> bool {
+        self.link.is_some() && !self.acting && self.pending.is_empty()
     }
 
     pub(super) fn link(&self) -> Option<&Link> {

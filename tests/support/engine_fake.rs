@@ -40,6 +40,10 @@ pub struct Faults {
     pub ensure_takes: Duration,
     /// `ensure` fails after the cell was made.
     pub ensure_fails: bool,
+    /// This many pauses fail, after the cell was frozen.
+    pub pauses_fail: u32,
+    /// This many resumes fail.
+    pub resumes_fail: u32,
     /// This many removals fail.
     pub removals_fail: u32,
     /// Attestation finds this.
@@ -92,6 +96,55 @@ impl FakeEngine {
         self.tell(name, EngineEventKind::Exited);
     }
 
+    /// Freezes a cell behind the control plane's back.
+    pub async fn freeze(&self, name: &CellName) {
+        self.pause(name).await.unwrap();
+    }
+
+    /// Breaks off every link to a cell, whose guest lives on.
+    pub fn cut_links(&self, name: &CellName) {
+        if let Some(cell) = self.cells.lock().unwrap().get(name) {
+            cell.guest.cut.send_modify(|cut| *cut += 1);
+        }
+    }
+
+    /// What a cell does, if it is there.
+    pub fn state(&self, name: &CellName) -> Option<CellState> {
+        self.cells.lock().unwrap().get(name).map(|cell| cell.state)
+    }
+
+    /// How often a guest was told to begin, which is once for each link, in all cells that are there.
+    pub fn links(&self) -> usize {
+        self.cells.lock().unwrap().values().map(|c| c.guest.state.lock().unwrap().links).sum()
+    }
+
+    fn change(&self, name: &CellName, attempt: &'static str, to: CellState) -> Result<(), EngineError> {
+        let mut cells = self.cells.lock().unwrap();
+        let cell = cells.get_mut(name).ok_or(EngineError::Absent { attempt, what: name.to_string() })?;
+        match cell.state {
+            CellState::Running | CellState::Paused => {}
+            state => return Err(EngineError::Conflict { attempt, detail: format!("it does not run: {state:?}") }),
+        }
+        let (frozen, changed) = (to == CellState::Paused, cell.state != to);
+        cell.state = to;
+        cell.guest.frozen.send_replace(frozen);
+        if changed {
+            self.tell(name, if frozen { EngineEventKind::Paused } else { EngineEventKind::Resumed });
+        }
+        Ok(())
+    }
+
+    /// Takes one from a count of calls that are to fail.
+    fn fails(&self, attempt: &'static str, count: impl FnOnce(&mut Faults) -> &mut u32) -> Result<(), EngineError> {
+        let mut faults = self.faults.lock().unwrap();
+        let count = count(&mut faults);
+        if *count == 0 {
+            return Ok(());
+        }
+        *count -= 1;
+        Err(EngineError::Unexpected { attempt, detail: "told to fail".to_owned() })
+    }
+
     /// The kernels that were started in all cells so far.
     pub fn kernels_started(&self) -> usize {
         self.cells.lock().unwrap().values().map(|c| c.guest.state.lock().unwrap().started).sum()
@@ -119,9 +172,10 @@ impl FakeEngine {
         let (ours, theirs) = tokio::io::duplex(256 * 1024);
         let (guest, faults) = (Arc::clone(&cell.guest), self.faults.lock().unwrap().clone());
         cellblock::task::spawn("guest", async move {
-            let stop = guest.stop.clone();
+            let (stop, mut cut) = (guest.stop.clone(), guest.cut.subscribe());
             tokio::select! {
                 () = stop.cancelled() => {}
+                Ok(()) = cut.changed() => {}
                 () = serve(guest, theirs, faults) => {}
             }
         });
@@ -186,15 +240,21 @@ impl Engine for FakeEngine {
         Ok(())
     }
 
+    async fn pause(&self, name: &CellName) -> Result<(), EngineError> {
+        self.reachable("pause")?;
+        self.change(name, "pause", CellState::Paused)?;
+        self.fails("pause", |faults| &mut faults.pauses_fail)
+    }
+
+    async fn resume(&self, name: &CellName) -> Result<(), EngineError> {
+        self.reachable("resume")?;
+        self.fails("resume", |faults| &mut faults.resumes_fail)?;
+        self.change(name, "resume", CellState::Running)
+    }
+
     async fn remove(&self, name: &CellName) -> Result<(), EngineError> {
         self.reachable("remove")?;
-        {
-            let mut faults = self.faults.lock().unwrap();
-            if faults.removals_fail > 0 {
-                faults.removals_fail -= 1;
-                return Err(EngineError::Unexpected { attempt: "remove", detail: "told to fail".to_owned() });
-            }
-        }
+        self.fails("remove", |faults| &mut faults.removals_fail)?;
         if let Some(cell) = self.cells.lock().unwrap().remove(name) {
             cell.guest.stop.cancel();
             self.tell(name, EngineEventKind::Exited);
@@ -225,11 +285,15 @@ impl Engine for FakeEngine {
 struct Guest {
     state: Mutex<GuestState>,
     newest: watch::Sender<u64>,
+    frozen: watch::Sender<bool>,
+    /// Changes when all links are to break off.
+    cut: watch::Sender<u32>,
     stop: CancellationToken,
 }
 
 #[derive(Default)]
 struct GuestState {
+    links: usize,
     log: VecDeque<(Numbered, Vec<Bytes>)>,
     kernels: BTreeMap<String, Kernel>,
     started: usize,
@@ -246,7 +310,13 @@ struct Kernel {
 
 impl Default for Guest {
     fn default() -> Self {
-        Self { state: Mutex::default(), newest: watch::Sender::new(0), stop: CancellationToken::new() }
+        Self {
+            state: Mutex::default(),
+            newest: watch::Sender::new(0),
+            frozen: watch::Sender::new(false),
+            cut: watch::Sender::new(0),
+            stop: CancellationToken::new(),
+        }
     }
 }
 
@@ -278,6 +348,8 @@ async fn serve(guest: Arc<Guest>, mut stream: DuplexStream, faults: Faults) {
 type Answer = Response<UnsyncBoxBody<Bytes, Infallible>>;
 
 async fn answer(guest: &Arc<Guest>, faults: &Faults, request: Request<Incoming>) -> Answer {
+    // What is frozen answers nothing.
+    let _ = guest.frozen.subscribe().wait_for(|frozen| !frozen).await;
     let (method, path) = (request.method().to_string(), request.uri().path().to_owned());
     if path == "/events" {
         let after =
@@ -287,7 +359,10 @@ async fn answer(guest: &Arc<Guest>, faults: &Faults, request: Request<Incoming>)
     let body = request.into_body().collect().await.map(|b| b.to_bytes()).unwrap_or_default();
     let parts: Vec<&str> = path.trim_start_matches('/').split('/').collect();
     match (method.as_str(), parts.as_slice()) {
-        ("POST", ["init"]) => json_answer(&Hello { generation: 1, version: "fake".to_owned(), last_seq: 0 }),
+        ("POST", ["init"]) => {
+            guest.state.lock().unwrap().links += 1;
+            json_answer(&Hello { generation: 1, version: "fake".to_owned(), last_seq: 0 })
+        }
         ("GET", ["report"]) => json_answer(&Report::default()),
         ("POST", ["kernels"]) => {
             let start: StartKernel = serde_json::from_slice(&body).unwrap();
@@ -444,6 +519,7 @@ fn events(guest: Arc<Guest>, after: u64) -> Answer {
     let newest = guest.newest.subscribe();
     let frames = futures_util::stream::unfold((guest, newest, after), |(guest, mut newest, mut seq)| async move {
         loop {
+            let _ = guest.frozen.subscribe().wait_for(|frozen| !frozen).await;
             newest.mark_unchanged();
             let (mut bytes, mut last) = (BytesMut::new(), seq);
             for (head, parts) in guest.state.lock().unwrap().log.iter().filter(|(n, _)| n.seq > seq) {

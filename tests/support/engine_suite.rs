@@ -38,6 +38,8 @@ pub async fn run(subject: &Subject<'_>) {
     another_specification_is_a_conflict(subject).await;
     events_tell_of_ends(subject).await;
     a_killed_guest_is_seen(subject).await;
+    a_paused_cell_keeps_all_and_takes_no_link(subject).await;
+    a_paused_cell_is_removed(subject).await;
     assert_eq!(subject.engine.list().await, Ok(vec![]), "the suite leaves nothing");
 }
 
@@ -205,6 +207,60 @@ async fn a_killed_guest_is_seen(subject: &Subject<'_>) {
     let again = subject.engine.ensure(&cell).await.err();
     assert!(matches!(again, Some(EngineError::Conflict { .. })), "{again:?}");
     assert_eq!(subject.engine.remove(&cell.name).await, Ok(()));
+}
+
+async fn a_paused_cell_keeps_all_and_takes_no_link(subject: &Subject<'_>) {
+    let name = CellName::new(subject.instance, SessionId::from_uuid(Uuid::now_v7()), 0);
+    for absent in [subject.engine.pause(&name).await, subject.engine.resume(&name).await] {
+        assert!(matches!(absent, Err(EngineError::Absent { .. })), "{absent:?}");
+    }
+    let cell = spec(subject).await;
+    let secret = secret();
+    let mut stream = subject.engine.ensure(&cell).await.expect("a cell");
+    echo(&mut stream, secret).await;
+    drop(stream);
+    let mut events = subject.engine.watch();
+    assert_eq!(subject.engine.resume(&cell.name).await, Ok(()), "what runs needs no thaw");
+    let mut told = Vec::new();
+    for _ in 0..2 {
+        // As above: nobody can wait for a watch to have begun.
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        for _ in 0..2 {
+            assert_eq!(subject.engine.pause(&cell.name).await, Ok(()), "paused twice is paused");
+        }
+        let seen = subject.engine.observe(&cell.name).await.expect("a look").expect("a cell");
+        assert_eq!(seen.state, CellState::Paused);
+        assert_eq!(subject.engine.list().await, Ok(vec![seen]));
+        let link = subject.engine.link(&cell.name).await.err();
+        assert!(matches!(link, Some(EngineError::Conflict { .. })), "{link:?}");
+        for _ in 0..2 {
+            assert_eq!(subject.engine.resume(&cell.name).await, Ok(()), "resumed twice is resumed");
+        }
+        let mut stream = subject.engine.link(&cell.name).await.expect("a link");
+        echo(&mut stream, secret).await;
+        drop(stream);
+    }
+    let seen = async {
+        while !(told.contains(&EngineEventKind::Paused) && told.contains(&EngineEventKind::Resumed)) {
+            let EngineEvent { name, kind } = events.next().await.expect("a watch never ends");
+            if name == cell.name {
+                told.push(kind);
+            }
+        }
+    };
+    tokio::time::timeout(NEVER, seen).await.expect("events of a pause and its end");
+    assert_eq!(subject.engine.remove(&cell.name).await, Ok(()));
+}
+
+async fn a_paused_cell_is_removed(subject: &Subject<'_>) {
+    let cell = spec(subject).await;
+    let mut stream = subject.engine.ensure(&cell).await.expect("a cell");
+    echo(&mut stream, secret()).await;
+    assert_eq!(subject.engine.pause(&cell.name).await, Ok(()), "an open link is no reason not to");
+    let removal = tokio::time::timeout(NEVER, subject.engine.remove(&cell.name)).await;
+    assert_eq!(removal.expect("a removal in time"), Ok(()));
+    assert_eq!(subject.engine.observe(&cell.name).await, Ok(None));
+    end_of(stream).await;
 }
 
 /// Reads to the end, or to the error that a broken connection is.

@@ -41,6 +41,34 @@ const READ: usize = 64 * 1024;
 const MARKER_TIME: Duration = Duration::from_millis(2);
 /// How often a closed stdin is looked at: an engine may open it again.
 const CLOSED_POLL: Duration = Duration::from_millis(100);
+/// Silence is counted in steps of at most this long.
+const TICK: Duration = Duration::from_secs(5);
+
+/// How long nothing was heard, as far as this process ran meanwhile: the clock goes on while a container is frozen, and a guest that can't hear has
+/// not been left alone. So no step counts for more than it was meant to take.
+#[derive(Debug)]
+struct Silence {
+    counted: Duration,
+    since: Instant,
+}
+
+impl Silence {
+    fn begins(now: Instant) -> Self {
+        Self { counted: Duration::ZERO, since: now }
+    }
+
+    /// Counts the step up to now.
+    fn pass(&mut self, now: Instant, lease: Duration) {
+        let step = self.step(lease);
+        self.counted += now.saturating_duration_since(self.since).min(step);
+        self.since = now;
+    }
+
+    /// How long the next step is meant to take; nothing once the lease is over.
+    fn step(&self, lease: Duration) -> Duration {
+        lease.saturating_sub(self.counted).min(TICK)
+    }
+}
 
 /// A copy of a descriptor that kernels don't inherit and that is never waited for inside a call.
 fn own(fd: impl AsFd) -> io::Result<OwnedFd> {
@@ -171,14 +199,16 @@ impl Link {
     pub async fn serve(mut self) {
         let mut scanner = MarkerScanner::default();
         let mut buffer = vec![0; READ];
-        let mut heard = Instant::now();
+        let mut silence = Silence::begins(Instant::now());
         let mut closed = false;
         loop {
-            let lease = heard + *self.orphan_timeout.borrow_and_update();
+            let lease = *self.orphan_timeout.borrow_and_update();
             if closed {
                 tokio::time::sleep(CLOSED_POLL).await;
             }
-            if Instant::now() >= lease {
+            silence.pass(Instant::now(), lease);
+            let step = silence.step(lease);
+            if step.is_zero() {
                 return;
             }
             tokio::select! {
@@ -186,12 +216,12 @@ impl Link {
                     let read = read.unwrap_or(0);
                     closed = read == 0;
                     if !closed {
-                        heard = Instant::now();
+                        silence = Silence::begins(Instant::now());
                         self.take(&mut scanner, &buffer[..read]);
                     }
                 }
                 () = tokio::time::sleep(MARKER_TIME), if scanner.is_holding() => self.feed(scanner.release()),
-                () = tokio::time::sleep_until(lease) => {}
+                () = tokio::time::sleep_until(silence.since + step) => {}
                 _ = self.orphan_timeout.changed() => {}
             }
         }
@@ -279,4 +309,43 @@ fn server() -> http2::Builder<TokioExecutor> {
         .keep_alive_interval(None)
         .auto_date_header(false);
     server
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LEASE: Duration = Duration::from_secs(60);
+
+    #[test]
+    fn a_lease_is_over_after_its_time_of_running() {
+        let began = Instant::now();
+        let mut silence = Silence::begins(began);
+        let mut now = began;
+        while !silence.step(LEASE).is_zero() {
+            now += silence.step(LEASE);
+            silence.pass(now, LEASE);
+        }
+        assert_eq!(now - began, LEASE);
+    }
+
+    #[test]
+    fn frozen_time_counts_for_one_step_at_most() {
+        let began = Instant::now();
+        let mut silence = Silence::begins(began);
+        let thawed = began + Duration::from_secs(86_400);
+        silence.pass(thawed, LEASE);
+        assert_eq!(silence.counted, TICK);
+        silence.pass(thawed + Duration::from_secs(1), LEASE);
+        assert_eq!(silence.counted, TICK + Duration::from_secs(1));
+    }
+
+    #[test]
+    fn a_shorter_lease_may_be_over_at_once() {
+        let began = Instant::now();
+        let mut silence = Silence::begins(began);
+        silence.pass(began + TICK, LEASE);
+        assert!(silence.step(TICK).is_zero());
+        assert!(!silence.step(LEASE).is_zero());
+    }
 }

@@ -294,6 +294,20 @@ async fn the_guest_exits_when_its_lease_is_over_even_with_stdin_closed() {
 }
 
 #[tokio::test]
+async fn time_in_which_the_guest_is_stopped_does_not_count_against_its_lease() {
+    let mut cell = Cell::start();
+    cell.attach().await;
+    let _: Hello = cell.init(10).await;
+    cell.signal_guest(&["STOP"]);
+    // There is nothing to wait for but the time itself: more than the lease.
+    tokio::time::sleep(Duration::from_secs(12)).await;
+    cell.signal_guest(&["CONT"]);
+    let went_on = Instant::now();
+    assert!(cell.wait_exit(Duration::from_secs(15)).await.success());
+    assert!(went_on.elapsed() > Duration::from_secs(3), "it ended {:?} after it went on", went_on.elapsed());
+}
+
+#[tokio::test]
 async fn at_rest_the_guest_is_small() {
     let mut cell = Cell::start();
     cell.attach().await;

@@ -46,6 +46,52 @@ pub(super) async fn attach(docker: &Docker, name: &CellName) -> Result<ByteStrea
     Ok(Box::new(AttachStream::new(attached)))
 }
 
+/// Freezes a running container; one that is frozen is left alone.
+pub(super) async fn pause(docker: &Docker, name: &CellName) -> Result<(), EngineError> {
+    const ATTEMPT: &str = "pausing a cell";
+    if is_paused(docker, name, ATTEMPT).await? {
+        return Ok(());
+    }
+    let paused = call(ATTEMPT, name.as_str(), client::PAUSE, docker.pause_container(name.as_str())).await;
+    settled(docker, name, paused, CellState::Paused).await
+}
+
+/// Thaws a frozen container; one that runs is left alone.
+pub(super) async fn unpause(docker: &Docker, name: &CellName) -> Result<(), EngineError> {
+    const ATTEMPT: &str = "resuming a cell";
+    if !is_paused(docker, name, ATTEMPT).await? {
+        return Ok(());
+    }
+    let resumed = call(ATTEMPT, name.as_str(), client::PAUSE, docker.unpause_container(name.as_str())).await;
+    settled(docker, name, resumed, CellState::Running).await
+}
+
+/// Whether a live container is frozen.
+async fn is_paused(docker: &Docker, name: &CellName, attempt: &'static str) -> Result<bool, EngineError> {
+    match state(&inspect(docker, name).await?) {
+        CellState::Paused => Ok(true),
+        CellState::Running => Ok(false),
+        state => Err(EngineError::Conflict { attempt, detail: format!("{name} does not run: {state:?}") }),
+    }
+}
+
+/// What became of a change of state: another may have made it first, which the engine refuses in words of its own.
+async fn settled(
+    docker: &Docker,
+    name: &CellName,
+    outcome: Result<(), EngineError>,
+    wanted: CellState,
+) -> Result<(), EngineError> {
+    match outcome {
+        Err(EngineError::Conflict { .. } | EngineError::Unexpected { .. })
+            if state(&inspect(docker, name).await?) == wanted =>
+        {
+            Ok(())
+        }
+        outcome => outcome,
+    }
+}
+
 /// Everything the engine says of a container.
 pub(super) async fn inspect(docker: &Docker, name: &CellName) -> Result<ContainerInspectResponse, EngineError> {
     call("inspecting a cell", name.as_str(), client::INSPECT, docker.inspect_container(name.as_str(), None)).await

@@ -19,6 +19,8 @@ pub(super) const INSPECT: Duration = Duration::from_secs(5);
 pub(super) const CREATE: Duration = Duration::from_secs(10);
 /// Starting a container.
 pub(super) const START: Duration = Duration::from_secs(20);
+/// Freezing a container, or thawing it.
+pub(super) const PAUSE: Duration = Duration::from_secs(10);
 /// Ending and removing one.
 pub(super) const REMOVE: Duration = Duration::from_secs(20);
 /// Opening a stream: while another one is open, the engine never answers.

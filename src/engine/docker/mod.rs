@@ -318,6 +318,16 @@ impl Engine for DockerEngine {
         if mismatches.is_empty() { Ok(()) } else { Err(EngineError::Unverified { mismatches }) }
     }
 
+    async fn pause(&self, name: &CellName) -> Result<(), EngineError> {
+        self.check_name("pausing a cell", name)?;
+        cells::pause(&self.shared.docker, name).await
+    }
+
+    async fn resume(&self, name: &CellName) -> Result<(), EngineError> {
+        self.check_name("resuming a cell", name)?;
+        cells::unpause(&self.shared.docker, name).await
+    }
+
     async fn remove(&self, name: &CellName) -> Result<(), EngineError> {
         self.check_name("removing a cell", name)?;
         cells::remove(&self.shared.docker, name).await?;

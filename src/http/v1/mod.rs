@@ -23,6 +23,8 @@ pub fn routes() -> OpenApiRouter<App> {
         .routes(routes!(sessions::get_session, sessions::patch_session, sessions::delete_session))
         .routes(routes!(sessions::wait_session))
         .routes(routes!(sessions::keepalive_session))
+        .routes(routes!(sessions::pause_session))
+        .routes(routes!(sessions::resume_session))
         .routes(routes!(sessions::interrupt_session))
         .routes(routes!(sessions::restart_session))
         .routes(routes!(executions::create_execution))

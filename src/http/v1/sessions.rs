@@ -12,7 +12,7 @@ use utoipa::ToSchema;
 
 use crate::domain::ids::SessionId;
 use crate::domain::lifecycle::Phase;
-use crate::domain::spec::{FieldError, MIB, NetworkMode, SessionRequest};
+use crate::domain::spec::{FieldError, MIB, NetworkMode, OnIdle, SessionRequest};
 use crate::http::App;
 use crate::http::extract::{Answer, Body, Caller, Id, Keyed, Params, object};
 use crate::http::problem::{self, Problem, end_reason};
@@ -48,9 +48,39 @@ pub struct CreateSession {
     /// How long things may take.
     #[serde(deserialize_with = "object")]
     pub(super) timeouts: TimeoutRequest,
+    /// What happens when it was idle for its time; the template's word when absent.
+    pub(super) on_idle: Option<OnIdleName>,
     /// What it may reach.
     #[serde(deserialize_with = "object")]
     pub(super) network: NetworkRequest,
+}
+
+/// What happens to a session that was idle for its time.
+#[derive(Debug, Clone, Copy, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum OnIdleName {
+    /// It ends.
+    Delete,
+    /// It is paused, and ends after `timeouts.paused_seconds` more.
+    Pause,
+}
+
+impl From<OnIdleName> for OnIdle {
+    fn from(name: OnIdleName) -> Self {
+        match name {
+            OnIdleName::Delete => Self::Delete,
+            OnIdleName::Pause => Self::Pause,
+        }
+    }
+}
+
+impl From<OnIdle> for OnIdleName {
+    fn from(on_idle: OnIdle) -> Self {
+        match on_idle {
+            OnIdle::Delete => Self::Delete,
+            OnIdle::Pause => Self::Pause,
+        }
+    }
 }
 
 /// What to do when a live session has the name.
@@ -82,12 +112,14 @@ pub struct ResourceRequest {
 #[derive(Debug, Default, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct TimeoutRequest {
-    /// It ends after this long without work.
+    /// It ends after this long without work, or is paused (`on_idle`).
     idle_seconds: Option<f64>,
     /// It ends at this age.
     lifetime_seconds: Option<f64>,
     /// Its executions are interrupted after this long.
     execution_seconds: Option<f64>,
+    /// It ends when it was paused for this long and nothing was asked of it.
+    paused_seconds: Option<f64>,
 }
 
 /// What a session may reach.
@@ -123,6 +155,8 @@ impl From<CreateSession> for SessionRequest {
             idle_seconds: body.timeouts.idle_seconds,
             lifetime_seconds: body.timeouts.lifetime_seconds,
             execution_seconds: body.timeouts.execution_seconds,
+            paused_seconds: body.timeouts.paused_seconds,
+            on_idle: body.on_idle.map(OnIdle::from),
         }
     }
 }
@@ -132,7 +166,7 @@ impl From<CreateSession> for SessionRequest {
 pub struct SessionView {
     /// Its id.
     id: String,
-    /// `starting`, `ready`, `busy`, `ending` or `ended`; more may come.
+    /// `starting`, `ready`, `busy`, `paused`, `ending` or `ended`; more may come.
     state: &'static str,
     /// Its template.
     template: String,
@@ -146,12 +180,14 @@ pub struct SessionView {
     last_active_at: String,
     /// When it ends for its age.
     expires_at: String,
-    /// When it ends for idleness; nothing while something runs.
+    /// When it ends or is paused for idleness, or ends after it was paused; nothing while something runs.
     idle_deadline: Option<String>,
     /// What it may use.
     resources: ResourcesView,
     /// How long things may take.
     timeouts: TimeoutsView,
+    /// What happens when it was idle for its time.
+    on_idle: OnIdleName,
     /// What it may reach.
     network: NetworkView,
     /// For finding it again.
@@ -184,12 +220,14 @@ pub struct ResourcesView {
 /// How long things may take.
 #[derive(Debug, Serialize, ToSchema)]
 pub struct TimeoutsView {
-    /// It ends after this long without work.
+    /// It ends after this long without work, or is paused (`on_idle`).
     idle_seconds: f64,
     /// It ends at this age.
     lifetime_seconds: f64,
     /// Its executions are interrupted after this long.
     execution_seconds: f64,
+    /// It ends when it was paused for this long and nothing was asked of it.
+    paused_seconds: f64,
 }
 
 /// What a session may reach.
@@ -214,7 +252,7 @@ pub struct SessionPage {
 pub struct PatchSession {
     /// It ends for its age this long from now.
     expires_in_seconds: Option<f64>,
-    /// It ends after this long without work.
+    /// It ends after this long without work, or is paused (`on_idle`).
     idle_seconds: Option<f64>,
     /// Replaces all its labels.
     labels: Option<BTreeMap<String, String>>,
@@ -226,7 +264,7 @@ impl SessionView {
         let spec = &session.spec;
         let over = match snapshot.phase {
             Phase::Aborting(reason) | Phase::Ending(reason) | Phase::Ended(reason) => Some(end_reason(reason)),
-            Phase::Provisioning | Phase::Connecting | Phase::Ready | Phase::Replacing => None,
+            _ => None,
         };
         Self {
             id: session.id.to_string(),
@@ -248,7 +286,9 @@ impl SessionView {
                 idle_seconds: snapshot.attributes.idle.as_secs_f64(),
                 lifetime_seconds: spec.timeouts.lifetime.as_secs_f64(),
                 execution_seconds: spec.timeouts.execution.as_secs_f64(),
+                paused_seconds: spec.timeouts.paused.as_secs_f64(),
             },
+            on_idle: spec.on_idle.into(),
             network: NetworkView {
                 mode: match spec.network {
                     NetworkMode::None => NetworkModeName::None,
@@ -268,13 +308,15 @@ fn state(snapshot: &Snapshot) -> &'static str {
     match snapshot.phase {
         Phase::Provisioning | Phase::Connecting | Phase::Replacing => "starting",
         Phase::Ready if snapshot.busy => "busy",
-        Phase::Ready => "ready",
+        // Until it is frozen it may as well be called.
+        Phase::Ready | Phase::Pausing => "ready",
+        Phase::Paused | Phase::Resuming => "paused",
         Phase::Aborting(_) | Phase::Ending(_) => "ending",
         Phase::Ended(_) => "ended",
     }
 }
 
-const STATES: [&str; 5] = ["starting", "ready", "busy", "ending", "ended"];
+const STATES: [&str; 6] = ["starting", "ready", "busy", "paused", "ending", "ended"];
 
 /// RFC 3339 in UTC with milliseconds.
 pub(super) fn time(at: Timestamp) -> String {
@@ -453,6 +495,34 @@ pub async fn keepalive_session(
     Id(id): Id<SessionId>,
 ) -> Result<Answer<SessionView>, Problem> {
     Ok(Answer(SessionView::of(&app.service.keep_alive(&who, id).await?)))
+}
+
+/// Pause a session
+///
+/// It uses no CPU and keeps its memory and files; what is asked of it next resumes it. Answers once it is paused; `state-conflict`
+/// while code runs or waits.
+#[utoipa::path(post, path = "/v1/sessions/{id}/pause", operation_id = "pause_session", tag = "sessions",
+    params(("id" = String, Path)),
+    responses((status = 200, body = SessionView), (status = "4XX", body = Problem), (status = "5XX", body = Problem)))]
+pub async fn pause_session(
+    State(app): State<App>,
+    Caller(who): Caller,
+    Id(id): Id<SessionId>,
+) -> Result<Answer<SessionView>, Problem> {
+    Ok(Answer(SessionView::of(&app.service.pause(&who, id).await?)))
+}
+
+/// Resume a session
+///
+/// Answers once it is ready. Resuming one that is not paused is no error.
+#[utoipa::path(post, path = "/v1/sessions/{id}/resume", operation_id = "resume_session", tag = "sessions",
+    params(("id" = String, Path)), responses((status = 200, body = SessionView), (status = "4XX", body = Problem)))]
+pub async fn resume_session(
+    State(app): State<App>,
+    Caller(who): Caller,
+    Id(id): Id<SessionId>,
+) -> Result<Answer<SessionView>, Problem> {
+    Ok(Answer(SessionView::of(&app.service.resume(&who, id).await?)))
 }
 
 /// Interrupt what runs

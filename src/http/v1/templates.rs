@@ -55,6 +55,7 @@ pub struct LimitsView {
     idle_seconds: f64,
     lifetime_seconds: f64,
     execution_seconds: f64,
+    paused_seconds: f64,
 }
 
 impl LimitsView {
@@ -67,6 +68,7 @@ impl LimitsView {
             idle_seconds: timeouts.idle.as_secs_f64(),
             lifetime_seconds: timeouts.lifetime.as_secs_f64(),
             execution_seconds: timeouts.execution.as_secs_f64(),
+            paused_seconds: timeouts.paused.as_secs_f64(),
         }
     }
 }

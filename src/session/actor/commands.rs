@@ -18,6 +18,9 @@ use crate::domain::lifecycle::{Event, Phase};
 
 impl Actor {
     pub(super) fn on_command(&mut self, command: Command) {
+        if self.is_frozen() && command.needs_cell() {
+            return self.freezing.hold(command);
+        }
         match command {
             Command::Execute { id, context, request, reply } => {
                 let answer = self.execute(id, context, request);
@@ -73,17 +76,22 @@ impl Actor {
                 let link = self.wiring.link().cloned().ok_or(Refused::NotReady);
                 drop(reply.send(self.live().and(link)));
             }
-            Command::LookAtCell => {
-                if matches!(self.phase, Phase::Ready | Phase::Connecting) {
-                    self.diagnose(Verdict::Well);
-                }
+            Command::Pause { reply } => self.ask_to_pause(reply),
+            Command::Resume { reply } => {
+                let answer = self.live().map(|now| self.last_active = now);
+                self.answer(reply, answer);
             }
+            Command::LookAtCell => match self.phase {
+                Phase::Ready | Phase::Connecting | Phase::Pausing | Phase::Resuming => self.diagnose(Verdict::Well),
+                Phase::Paused => self.diagnose(Verdict::Thawed),
+                _ => {}
+            },
         }
     }
 
     /// Answers a command that changed something. Whoever looks after the answer sees the change, and whoever waits for the database then waits
     /// for it.
-    fn answer<T>(&mut self, reply: oneshot::Sender<Result<T, Refused>>, answer: Result<T, Refused>) {
+    pub(super) fn answer<T>(&mut self, reply: oneshot::Sender<Result<T, Refused>>, answer: Result<T, Refused>) {
         self.save();
         self.publish();
         // A caller that went away needs no answer.
@@ -140,6 +148,9 @@ impl Actor {
     }
 
     fn give_input(&mut self, execution: ExecutionId, line: &str) -> Result<(), Refused> {
+        if self.is_frozen() {
+            return Err(Refused::NothingAsked);
+        }
         self.last_active = self.live()?;
         let given = self.contexts.values_mut().any(|c| c.answer_input(execution, line));
         if given { Ok(()) } else { Err(Refused::NothingAsked) }

@@ -124,6 +124,7 @@ impl Actor {
         match self.stage() {
             Stage::Starting => (0, None),
             Stage::Live => (1, None),
+            Stage::Paused(_) => (4, None),
             Stage::Ending(reason) => (2, Some(reason)),
             Stage::Ended(reason, _) => (3, Some(reason)),
         }
@@ -132,7 +133,8 @@ impl Actor {
     fn stage(&self) -> Stage {
         match self.phase {
             Phase::Provisioning | Phase::Connecting | Phase::Replacing => Stage::Starting,
-            Phase::Ready => Stage::Live,
+            Phase::Ready | Phase::Resuming => Stage::Live,
+            Phase::Pausing | Phase::Paused => Stage::Paused(wall(self.freezing.since)),
             Phase::Aborting(reason) | Phase::Ending(reason) => Stage::Ending(reason),
             Phase::Ended(reason) => Stage::Ended(reason, jiff::Timestamp::now()),
         }

@@ -38,8 +38,10 @@ use crate::store::state::{Lasting, RunningRecord, SessionRecord, Stage, State};
 use crate::task;
 
 mod commands;
+mod freezing;
 mod leaving;
 
+use freezing::Freezing;
 use leaving::Leaving;
 
 /// A failed removal is tried again after this long; doubled each time up to the maximum.
@@ -59,8 +61,12 @@ enum Done {
     Acted(Act, Result<Acted, LinkError>),
     Acked,
     Removed(Result<(), EngineError>),
+    Paused(Result<(), EngineError>),
+    Resumed(Result<Booted, Verdict>),
+    Thawed,
     RetryDue,
-    Diagnosed(Verdict),
+    /// With the phase in which the look began.
+    Diagnosed(Phase, Verdict),
 }
 
 /// The completion of something, and the number of the cell that it was about.
@@ -71,8 +77,12 @@ struct DoneIn {
 
 /// What a look at a cell has shown.
 pub(super) enum Verdict {
-    /// It runs.
+    /// There is nothing to do about it.
     Well,
+    /// It is frozen.
+    Frozen,
+    /// It runs, where it should be frozen.
+    Thawed,
     /// It runs, or may, and its guest does not answer.
     Unreachable(&'static str),
     /// It does not run any more.
@@ -145,6 +155,9 @@ struct Actor {
     work: FuturesUnordered<BoxFuture<'static, DoneIn>>,
     retry_after: Duration,
     leaving: Leaving,
+    freezing: Freezing,
+    /// The cell of an earlier process is being taken over.
+    adopting: bool,
     /// Its share of the machine, given back with the task: its cell has been seen to be gone by then, or is the next process's.
     place: capacity::Place,
     created_at: Timestamp,
@@ -171,11 +184,12 @@ pub(super) fn spawn(birth: Birth) -> Session {
     let (phase, effects) = match stage {
         Stage::Starting if is_new => lifecycle::begin(),
         Stage::Starting if birth.record.lasting != Lasting::Always => lifecycle::go_on_ending(EndReason::StartFailed),
-        Stage::Live if birth.record.lasting == Lasting::Never && birth.executions.is_empty() => {
+        Stage::Live | Stage::Paused(_) if birth.record.lasting == Lasting::Never && birth.executions.is_empty() => {
             lifecycle::go_on_ending(EndReason::Drained)
         }
         Stage::Starting => lifecycle::go_on(false),
         Stage::Live => lifecycle::go_on(true),
+        Stage::Paused(_) => lifecycle::go_on_paused(),
         Stage::Ending(reason) | Stage::Ended(reason, _) => lifecycle::go_on_ending(reason),
     };
     let mut actor = Actor::new(birth, commands, wishes);
@@ -281,6 +295,11 @@ impl Actor {
             work: FuturesUnordered::new(),
             retry_after: RETRY_FIRST,
             leaving,
+            freezing: Freezing::new(match record.stage {
+                Stage::Paused(since) => instant(since),
+                _ => now,
+            }),
+            adopting: false,
             place,
             created_at: record.created_at,
             starting_since: now,
@@ -296,12 +315,12 @@ impl Actor {
             spec,
             env: record.env,
         };
-        let is_left = !is_new && record.stage == Stage::Live;
         for context in record.contexts {
             let making = actor.making(context.id, context.asked_kernelspec.clone(), context.cwd.clone());
-            let context = match is_left {
-                true => Context::adopt(making, context, now),
-                false => Context::again(making, &context),
+            let context = match record.stage {
+                Stage::Live if !is_new => Context::adopt(making, context, now),
+                Stage::Paused(_) if !is_new => Context::adopt_paused(making, context, now),
+                _ => Context::again(making, &context),
             };
             actor.contexts.insert(context.id, context);
         }
@@ -360,12 +379,12 @@ impl Actor {
                 },
                 Some(DoneIn { cell, done }) = self.work.next() => {
                     // What a link or a look says of an earlier cell says nothing of this one.
-                    if cell == self.cells || matches!(done, Done::Removed(_) | Done::RetryDue) {
+                    if cell == self.cells || matches!(done, Done::Removed(_) | Done::RetryDue | Done::Thawed) {
                         self.on_done(done);
                     }
                 }
                 () = tokio::time::sleep_until(deadline) => self.on_time(),
-                Some(command) = self.commands.recv() => self.on_command(command),
+                Some(command) = self.commands.recv(), if self.freezing.has_room() => self.on_command(command),
                 // Last, so that a guest which never stops talking puts nothing off.
                 event = self.wiring.next_event() => self.on_guest_event(event),
             }
@@ -400,6 +419,7 @@ impl Actor {
 
     /// Carries out what the contexts asked for in this turn, and tells everybody what has changed.
     fn settle_turn(&mut self) {
+        self.tend_freezing();
         self.take_from_contexts();
         if let Some(acting) = self.wiring.act() {
             self.start(acting.map(|(act, result)| Done::Acted(act, result)));
@@ -431,6 +451,8 @@ impl Actor {
             match effect {
                 Effect::EnsureCell => self.ensure_cell(),
                 Effect::AdoptCell => self.adopt_cell(),
+                Effect::PauseCell => self.pause_cell(),
+                Effect::ResumeCell => self.resume_cell(),
                 // The stream comes with the engine's answer, so booting starts there.
                 Effect::BootGuest => {}
                 Effect::SettleExecutions => self.settle_executions(),
@@ -479,8 +501,16 @@ impl Actor {
     }
 
     fn adopt_cell(&mut self) {
-        let adopting =
-            boot::adopt(Arc::clone(&self.engine), self.cell.name.clone(), self.secret, self.settings, self.env.clone());
+        let words = "its container could not be taken over from the server before";
+        self.adopting = true;
+        let adopting = boot::adopt(
+            Arc::clone(&self.engine),
+            self.cell.name.clone(),
+            self.secret,
+            self.settings,
+            self.env.clone(),
+            words,
+        );
         self.start(adopting.map(Done::Adopted));
     }
 
@@ -518,6 +548,7 @@ impl Actor {
     }
 
     fn refuse_waiting(&mut self, refused: &Refused) {
+        self.freezing.answer(&Err(refused.clone()));
         for restart in self.restarts.drain(..) {
             // A caller that went away needs no answer.
             let _ = restart.reply.send(Err(refused.clone()));
@@ -528,6 +559,7 @@ impl Actor {
     }
 
     fn on_done(&mut self, done: Done) {
+        self.adopting &= !matches!(done, Done::Adopted(_));
         match done {
             Done::Adopted(Ok(booted)) if self.phase == Phase::Ready => {
                 self.wiring.connect(booted.link, booted.events, self.wiring.last_seq());
@@ -565,21 +597,29 @@ impl Actor {
                 tracing::warn!(cell = %self.cell.name, %error, "a cell could not be removed; it will be tried again");
                 self.step(Event::RemovalFailed);
             }
+            Done::Paused(outcome) => self.on_paused(outcome),
+            Done::Resumed(outcome) => self.on_resumed(outcome),
+            Done::Thawed => self.freezing.thawing = false,
             Done::RetryDue => self.step(Event::RetryDue),
-            Done::Diagnosed(verdict) => self.on_verdict(verdict),
+            // It was the session's own doing since.
+            Done::Diagnosed(began, Verdict::Frozen | Verdict::Thawed) if began != self.phase => {}
+            Done::Diagnosed(_, verdict) => self.on_verdict(verdict),
         }
     }
 
     fn on_verdict(&mut self, verdict: Verdict) {
         match verdict {
             Verdict::Well => {}
+            Verdict::Frozen => self.on_found_frozen(),
+            Verdict::Thawed => self.on_found_thawed(),
             Verdict::Gone(reason, words) => {
                 self.loss = words;
                 self.step(Event::CellLost(reason));
             }
             Verdict::Unreachable(words) => {
                 self.loss = words;
-                let replace = self.spec.on_guest_lost == OnGuestLost::Replace && self.phase == Phase::Ready;
+                let replace = self.spec.on_guest_lost == OnGuestLost::Replace
+                    && matches!(self.phase, Phase::Ready | Phase::Resuming);
                 self.step(if replace { Event::GuestLost } else { Event::CellLost(EndReason::Lost) });
             }
         }
@@ -688,14 +728,14 @@ impl Actor {
 
     /// Looks at the cell. `otherwise` is the verdict when it seems to run.
     fn diagnose(&self, otherwise: Verdict) {
-        let (engine, name) = (Arc::clone(&self.engine), self.cell.name.clone());
-        self.start(async move { Done::Diagnosed(look_at(engine.as_ref(), &name, otherwise).await) });
+        let (engine, name, began) = (Arc::clone(&self.engine), self.cell.name.clone(), self.phase);
+        self.start(async move { Done::Diagnosed(began, look_at(engine.as_ref(), &name, otherwise).await) });
     }
 
     fn not_over(&self) -> Result<(), Refused> {
         match self.phase {
-            Phase::Provisioning | Phase::Connecting | Phase::Ready | Phase::Replacing => Ok(()),
             Phase::Aborting(reason) | Phase::Ending(reason) | Phase::Ended(reason) => Err(Refused::Ended(reason)),
+            _ => Ok(()),
         }
     }
 
@@ -708,18 +748,25 @@ impl Actor {
         let own = match self.phase {
             Phase::Provisioning | Phase::Connecting => self.starting_since + self.settings.start_timeout,
             Phase::Replacing => self.expires.max(Instant::now() + RETRY_FIRST),
+            Phase::Paused => self.paused_deadline().min(self.expires),
+            // An answer is under way.
+            Phase::Pausing | Phase::Resuming => self.expires,
             Phase::Ready => self.idle_deadline().unwrap_or(self.expires).min(self.expires),
             Phase::Aborting(_) | Phase::Ending(_) | Phase::Ended(_) => Instant::now() + FAR,
         };
         // What is not heard is not judged: taking it over has a time limit of its own.
         let is_heard = self.phase != Phase::Ready || self.wiring.link().is_some();
         let contexts = self.contexts.values().filter(|_| is_heard).filter_map(Context::next_deadline);
-        let others = contexts.chain(self.wiring.next_deadline()).chain(self.gone.iter().map(|gone| gone.until));
+        let others = contexts
+            .chain(self.wiring.next_deadline())
+            .chain(self.freezing.next_deadline())
+            .chain(self.gone.iter().map(|gone| gone.until));
         others.min().unwrap_or(own).min(own)
     }
 
     fn idle_deadline(&self) -> Option<Instant> {
-        (!self.is_busy() && !self.is_unclaimed).then(|| self.last_active + self.attributes.idle)
+        let waits = !self.is_busy() && !self.is_unclaimed && !self.freezing.is_wanted();
+        waits.then(|| self.last_active + self.attributes.idle)
     }
 
     fn is_busy(&self) -> bool {
@@ -736,12 +783,13 @@ impl Actor {
                 self.lose_replacement();
                 self.step(Event::EndRequested(EndReason::StartFailed));
             }
-            Phase::Ready | Phase::Replacing if now >= self.expires => {
+            Phase::Ready | Phase::Replacing | Phase::Pausing | Phase::Paused | Phase::Resuming
+                if now >= self.expires =>
+            {
                 self.step(Event::EndRequested(EndReason::Lifetime))
             }
-            Phase::Ready if self.idle_deadline().is_some_and(|at| now >= at) => {
-                self.step(Event::EndRequested(EndReason::Idle));
-            }
+            Phase::Ready if self.idle_deadline().is_some_and(|at| now >= at) => self.go_idle(),
+            Phase::Paused if now >= self.paused_deadline() => self.step(Event::EndRequested(EndReason::Idle)),
             Phase::Ready if self.wiring.link().is_none() => {}
             _ => self.contexts.values_mut().for_each(|c| c.on_time(now)),
         }
@@ -849,7 +897,11 @@ impl Actor {
 
     fn publish(&self) {
         let busy = self.is_busy();
-        let idle_deadline = (self.phase == Phase::Ready).then(|| self.idle_deadline()).flatten();
+        let idle_deadline = match self.phase {
+            Phase::Ready => self.idle_deadline(),
+            Phase::Paused => Some(self.paused_deadline()),
+            _ => None,
+        };
         let fingerprint = |s: &Snapshot| (s.phase, s.busy, Arc::as_ptr(&s.attributes), s.start_failure.is_some());
         self.snapshot.send_if_modified(|snapshot| {
             let before = fingerprint(snapshot);
@@ -885,10 +937,12 @@ pub(super) async fn look_at(engine: &dyn Engine, name: &CellName, otherwise: Ver
         Ok(Some(seen)) => match seen.state {
             CellState::Exited { oom: true, .. } => Verdict::Gone(EndReason::Oom, "memory ran out"),
             CellState::Exited { .. } => Verdict::Gone(EndReason::Lost, "its container was stopped from outside"),
-            CellState::Running | CellState::Paused | CellState::Created => otherwise,
+            CellState::Paused => Verdict::Frozen,
+            CellState::Running | CellState::Created => otherwise,
         },
         Err(_) => match otherwise {
             Verdict::Unreachable(_) => Verdict::Unreachable("the container engine could not be reached"),
+            Verdict::Thawed => Verdict::Well,
             otherwise => otherwise,
         },
     }

@@ -14,7 +14,7 @@ use super::{ContextRecord, Lasting, SessionRecord, Stage};
 use crate::domain::lifecycle::EndReason;
 use crate::domain::output::JsonText;
 use crate::domain::spec::{
-    KernelTransport, NetworkMode, OnGuestLost, OnKernelDeath, OutputLimits, Resources, SessionSpec, Timeouts,
+    KernelTransport, NetworkMode, OnGuestLost, OnIdle, OnKernelDeath, OutputLimits, Resources, SessionSpec, Timeouts,
 };
 use crate::store::moment;
 
@@ -25,6 +25,10 @@ pub(super) fn write(record: &SessionRecord) -> serde_json::Result<String> {
         tenant: record.tenant.to_string(),
         spec: SpecForm(SessionSpec::clone(&record.spec)),
         stage: record.stage.into(),
+        paused_since: match record.stage {
+            Stage::Paused(since) => Some(moment::text(since)),
+            _ => None,
+        },
         lasting: record.lasting,
         is_warm: record.is_warm,
         secret: secret.0.iter().map(|b| format!("{b:02x}")).collect(),
@@ -43,12 +47,16 @@ pub(super) fn write(record: &SessionRecord) -> serde_json::Result<String> {
 /// Reads a record.
 pub(super) fn read(id: &str, revision: u64, body: &str) -> serde_json::Result<SessionRecord> {
     let form: Form = serde_json::from_str(body)?;
+    let paused_since = form.paused_since.as_deref().map(parsed).transpose()?;
     Ok(SessionRecord {
         id: parsed(id)?,
         revision,
         tenant: Arc::from(form.tenant),
         spec: Arc::new(form.spec.0),
-        stage: form.stage.into(),
+        stage: match (form.stage.into(), paused_since) {
+            (Stage::Live, Some(since)) => Stage::Paused(since),
+            (stage, _) => stage,
+        },
         lasting: form.lasting,
         is_warm: form.is_warm,
         secret: secret(&form.secret)?,
@@ -74,6 +82,9 @@ struct Form {
     tenant: String,
     spec: SpecForm,
     stage: StageForm,
+    /// Of one that lives and is paused.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    paused_since: Option<String>,
     #[serde(with = "LastingForm")]
     lasting: Lasting,
     #[serde(default)]
@@ -170,7 +181,7 @@ impl From<Stage> for StageForm {
     fn from(stage: Stage) -> Self {
         match stage {
             Stage::Starting => Self::Starting,
-            Stage::Live => Self::Live,
+            Stage::Live | Stage::Paused(_) => Self::Live,
             Stage::Ending(reason) => Self::Ending(reason),
             Stage::Ended(reason, at) => Self::Ended { reason, at },
         }
@@ -241,6 +252,8 @@ struct Spec {
     on_kernel_death: OnKernelDeath,
     #[serde(with = "GuestLostForm")]
     on_guest_lost: OnGuestLost,
+    #[serde(with = "IdleForm", default)]
+    on_idle: OnIdle,
 }
 
 fn write_texts<S: Serializer>(texts: &Arc<[String]>, to: S) -> Result<S::Ok, S::Error> {
@@ -268,6 +281,13 @@ struct TimeoutsForm {
     idle: Duration,
     lifetime: Duration,
     execution: Duration,
+    #[serde(default = "paused_by_default")]
+    paused: Duration,
+}
+
+/// What `paused` is in a record of a server that did not know it.
+fn paused_by_default() -> Duration {
+    Duration::from_secs(3600)
 }
 
 #[derive(Serialize, Deserialize)]
@@ -305,4 +325,11 @@ enum KernelDeathForm {
 enum GuestLostForm {
     End,
     Replace,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(remote = "OnIdle", rename_all = "snake_case")]
+enum IdleForm {
+    Delete,
+    Pause,
 }

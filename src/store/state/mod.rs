@@ -189,6 +189,8 @@ pub enum Stage {
     Starting,
     /// Code can run.
     Live,
+    /// Its container is frozen, or is to be; nothing runs in it.
+    Paused(Timestamp),
     /// Its container is to go.
     Ending(EndReason),
     /// Its container was seen to be gone.

@@ -7,7 +7,7 @@ use crate::domain::output::{
     Report, RestartCause, ResultKind, RichOutput, Status, Stop, StopStep, TextStream, Truncated,
 };
 use crate::domain::spec::{
-    KernelTransport, NetworkMode, OnGuestLost, OnKernelDeath, OutputLimits, Resources, Timeouts,
+    KernelTransport, NetworkMode, OnGuestLost, OnIdle, OnKernelDeath, OutputLimits, Resources, Timeouts,
 };
 
 fn record(n: u128) -> SessionRecord {
@@ -34,6 +34,7 @@ fn record(n: u128) -> SessionRecord {
             idle: Duration::from_millis(1500),
             lifetime: Duration::from_secs(2),
             execution: Duration::MAX,
+            paused: Duration::from_secs(3),
         },
         max_execution: Duration::from_secs(4),
         max_lifetime: Duration::from_secs(5),
@@ -43,6 +44,7 @@ fn record(n: u128) -> SessionRecord {
         setup: Arc::from(["a = 1\n".to_owned(), "é\u{0}".to_owned()]),
         on_kernel_death: OnKernelDeath::End,
         on_guest_lost: OnGuestLost::Replace,
+        on_idle: OnIdle::Pause,
     };
     let context = ContextRecord {
         born: 3,
@@ -330,14 +332,33 @@ async fn records_are_there_again_in_their_newest_form() {
 async fn every_stage_is_kept_and_what_has_ended_is_forgotten_in_time() {
     let folder = tempfile::tempdir().unwrap();
     let at = Timestamp::from_second(100).unwrap();
-    let stages = [Stage::Starting, Stage::Ending(EndReason::KernelDied), Stage::Ended(EndReason::Idle, at)];
+    let stages =
+        [Stage::Starting, Stage::Paused(at), Stage::Ending(EndReason::KernelDied), Stage::Ended(EndReason::Idle, at)];
     let all: Vec<_> = stages.iter().zip(1..).map(|(stage, n)| SessionRecord { stage: *stage, ..record(n) }).collect();
     let found = after(folder.path(), |state| all.iter().for_each(|record| state.put(turn(record.clone())))).await;
     assert_eq!(found, all);
     let found = after(folder.path(), |state| state.forget_ended(at)).await;
-    assert_eq!(found.len(), 3, "nothing ended before that");
+    assert_eq!(found.len(), 4, "nothing ended before that");
     let found = after(folder.path(), |state| state.forget_ended(Timestamp::from_second(101).unwrap())).await;
-    assert_eq!(found, all[..2]);
+    assert_eq!(found, all[..3]);
+}
+
+#[tokio::test]
+async fn a_record_of_a_server_that_could_not_pause_is_read() {
+    let folder = tempfile::tempdir().unwrap();
+    let found = after(folder.path(), |state| state.put(turn(record(1)))).await;
+    assert_eq!(found, [record(1)]);
+    let connection = Connection::open(path_in(folder.path())).unwrap();
+    for newer in [r#","on_idle":"pause""#, r#","paused":{"secs":3,"nanos":0}"#] {
+        let older = "UPDATE sessions SET body = replace(body, ?1, '') WHERE instr(body, ?1)";
+        assert_eq!(connection.execute(older, [newer]).unwrap(), 1, "{newer}");
+    }
+    drop(connection);
+    let found = State::open(folder.path()).unwrap().1.sessions;
+    let mut expected = record(1);
+    let spec = Arc::make_mut(&mut expected.spec);
+    (spec.on_idle, spec.timeouts.paused) = (OnIdle::Delete, Duration::from_secs(3600));
+    assert_eq!(found, [expected]);
 }
 
 #[test]
