@@ -11,17 +11,18 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
+use cellblock::domain::ids::InstallationId;
 use cellblock::domain::lifecycle::{EndReason, Phase};
 use cellblock::domain::output::{RestartCause, Status, StopStep};
 use cellblock::domain::spec::{
     MIB, NetworkMode, OnGuestLost, OnKernelDeath, OutputLimits, Resources, SessionRequest, Template, Timeouts,
 };
-use cellblock::engine::{CellName, Engine, Pull};
+use cellblock::engine::{CellName, Engine, EngineError, Pull};
 use cellblock::service::keys::{Principal, Scope};
 use cellblock::service::{Error, ExecuteRequest, Service};
 use cellblock::session::capacity::Ceilings;
 use cellblock::session::execution::{Execution, OnTimeout};
-use cellblock::session::reconcile;
+use cellblock::session::reconcile::{Reconciler, Report};
 use cellblock::session::registry::{AfterDrain, Created, Limits, Registry};
 use cellblock::session::{Refused, Session, Settings, StartFault};
 use engine_fake::{FakeEngine, Faults, IMAGE};
@@ -44,7 +45,15 @@ impl Bench {
     }
 
     fn with(change: impl FnOnce(&mut Settings, &mut Template)) -> Self {
-        let engine = Arc::new(FakeEngine::new(INSTANCE));
+        Self::made(Arc::new(FakeEngine::new(INSTANCE)), change)
+    }
+
+    /// Another control plane on an engine.
+    fn on(engine: Arc<FakeEngine>) -> Self {
+        Self::made(engine, |_, _| {})
+    }
+
+    fn made(engine: Arc<FakeEngine>, change: impl FnOnce(&mut Settings, &mut Template)) -> Self {
         let mut settings = Settings {
             start_timeout: Duration::from_secs(5),
             interrupt_grace: Duration::from_millis(200),
@@ -98,6 +107,12 @@ impl Bench {
         let execution = self.start(session, code, timeout_seconds).await.expect("accepted");
         bounded(execution.ended()).await;
         execution
+    }
+
+    /// Of an installation of its own.
+    fn reconciler(&self) -> Reconciler {
+        let installation = InstallationId::from_uuid(uuid::Uuid::new_v4());
+        Reconciler::new(self.engine.clone(), Arc::clone(&self.registry), installation)
     }
 
     async fn cells(&self) -> usize {
@@ -421,15 +436,23 @@ async fn the_reconciler_removes_what_nobody_knows_and_notices_what_is_missing() 
     };
     let orphan = engine_suite::spec(&subject).await;
     bench.engine.ensure(&orphan).await.unwrap();
-    assert_eq!(reconcile::round(bench.engine.as_ref(), &bench.registry).await, Ok(1));
+    let reconciler = Arc::new(bench.reconciler());
+    let report = reconciler.round().await.unwrap();
+    assert_eq!(report, Report { seen: 2, removed: vec![orphan.name.clone()], ..Report::default() });
     assert_eq!(bench.engine.observe(&orphan.name).await, Ok(None));
     assert_eq!(session.phase(), Phase::Ready, "a session's own cell stays");
+    assert_eq!(reconciler.round().await, Ok(Report { seen: 1, ..Report::default() }), "nothing is left to do");
     drop(stranger);
 
+    // One that ended while nobody was told.
+    let unheard = bench.create().await.unwrap();
+    bench.engine.end_unheard(&CellName::new(INSTANCE, unheard.id, 1));
+    assert_eq!(reconciler.round().await.unwrap().told, [unheard.id]);
+    assert_eq!(end_of(&unheard).await, EndReason::Lost);
+
     let stop = CancellationToken::new();
-    let engine: Arc<dyn Engine> = bench.engine.clone();
-    let running =
-        cellblock::task::spawn("reconcile", reconcile::run(engine, Arc::clone(&bench.registry), stop.clone()));
+    let (own, told) = (Arc::clone(&reconciler), stop.clone());
+    let running = cellblock::task::spawn("reconcile", async move { own.run(told).await });
     bounded(async {
         while !session.is_over() {
             // Events are hints that may be lost while the reconciler is starting, so it is told again.
@@ -441,6 +464,29 @@ async fn the_reconciler_removes_what_nobody_knows_and_notices_what_is_missing() 
     assert_eq!(end_of(&session).await, EndReason::Lost);
     stop.cancel();
     bounded(running).await.unwrap();
+}
+
+/// Another installation that has taken the name has sessions of its own on the engine.
+#[tokio::test]
+async fn nothing_is_removed_under_a_name_that_is_anothers() {
+    let bench = Bench::new();
+    let session = bench.create().await.unwrap();
+    let strangers = || Bench::on(Arc::clone(&bench.engine)).reconciler();
+    let (ours, theirs) = (bench.reconciler(), strangers());
+    assert_eq!(ours.round().await.unwrap().seen, 1);
+    let refused = theirs.round().await;
+    assert!(matches!(refused, Err(EngineError::Claimed { holder: Some(_), .. })), "{refused:?}");
+    assert!(theirs.clear().await.is_err());
+    assert_eq!((bench.cells().await, session.phase()), (1, Phase::Ready), "its cell is unknown to them, and stays");
+
+    // What one leaves to its next process stays taken; what one clears is free.
+    let next = Reconciler::new(bench.engine.clone(), Arc::clone(&bench.registry), ours.installation());
+    ours.leave().await;
+    assert_eq!(ours.round().await, Ok(Report::default()), "no round after the end");
+    assert!(strangers().round().await.is_err());
+    bounded(bench.registry.drain(std::future::ready(()), NEVER, AfterDrain::Remove)).await;
+    next.clear().await.unwrap();
+    assert_eq!(strangers().round().await, Ok(Report::default()));
 }
 
 #[tokio::test]
@@ -463,7 +509,12 @@ async fn draining_takes_nothing_new_and_lets_work_end() {
     let bench = Bench::new();
     let session = bench.create().await.unwrap();
     let work = bench.start(&session, "hang", 0.5).await.unwrap();
-    let left = bounded(bench.registry.drain(Duration::from_secs(5), Duration::from_secs(5), AfterDrain::Remove)).await;
+    let left = bounded(bench.registry.drain(
+        tokio::time::sleep(Duration::from_secs(5)),
+        Duration::from_secs(5),
+        AfterDrain::Remove,
+    ))
+    .await;
     assert_eq!((left, work.status()), (0, Status::Timeout), "it came to its own end");
     assert_eq!(bench.create().await.unwrap_err(), Error::Draining);
     assert_eq!(bench.cells().await, 0);

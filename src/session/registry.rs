@@ -273,17 +273,31 @@ impl Registry {
         inner.prune_executions(&self.limits, now);
     }
 
+    /// Takes nothing new from now on.
+    pub fn begin_drain(&self) {
+        self.inner().draining = true;
+    }
+
+    /// Executions that run or wait, whoever's they are.
+    #[must_use]
+    pub fn unfinished(&self) -> usize {
+        self.inner().executions.values().filter(|e| !e.status().is_final()).count()
+    }
+
     /// Takes nothing new, gives what runs a grace, and ends every session, or leaves them to the next process; waits until all are gone, or left, or
     /// the time is over. Returns how many containers are there that should be gone.
-    pub async fn drain(&self, grace: Duration, within: Duration, after: AfterDrain) -> usize {
-        self.inner().draining = true;
+    pub async fn drain(&self, grace: impl Future<Output = ()>, within: Duration, after: AfterDrain) -> usize {
+        self.begin_drain();
         let live = self.live();
         let quiet = async {
             for session in &live {
                 session.wait_for(|s| !s.busy).await;
             }
         };
-        let _ = tokio::time::timeout(grace, quiet).await;
+        tokio::select! {
+            () = quiet => {}
+            () = grace => {}
+        }
         if after == AfterDrain::Remove {
             live.iter().for_each(|s| s.end(EndReason::Drained));
         }

@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use cellblock::domain::ids::SessionId;
+use cellblock::domain::ids::{InstallationId, SessionId};
 use cellblock::domain::spec::{MIB, Resources};
 use cellblock::engine::{
     ByteStream, CellName, CellSpec, CellState, Engine, EngineError, EngineEvent, EngineEventKind, Pull,
@@ -38,6 +38,7 @@ pub async fn run(subject: &Subject<'_>) {
     another_specification_is_a_conflict(subject).await;
     events_tell_of_ends(subject).await;
     a_killed_guest_is_seen(subject).await;
+    a_name_is_one_installations(subject).await;
     assert_eq!(subject.engine.list().await, Ok(vec![]), "the suite leaves nothing");
 }
 
@@ -205,6 +206,28 @@ async fn a_killed_guest_is_seen(subject: &Subject<'_>) {
     let again = subject.engine.ensure(&cell).await.err();
     assert!(matches!(again, Some(EngineError::Conflict { .. })), "{again:?}");
     assert_eq!(subject.engine.remove(&cell.name).await, Ok(()));
+}
+
+async fn a_name_is_one_installations(subject: &Subject<'_>) {
+    let [first, second] = [(); 2].map(|()| InstallationId::from_uuid(Uuid::new_v4()));
+    let engine = subject.engine;
+    assert_eq!(engine.release(first).await, Ok(()), "what nobody has is given back");
+    // Both at once: one has it.
+    let (one, other) = tokio::join!(engine.claim(first), engine.claim(second));
+    let (holder, late, refused) = if one.is_ok() { (first, second, other) } else { (second, first, one) };
+    for refused in [refused, engine.claim(late).await] {
+        let Err(EngineError::Claimed { holder: named, remedy }) = refused else { panic!("{refused:?}") };
+        assert_eq!(named, Some(holder));
+        assert!(!remedy.is_empty());
+    }
+    assert_eq!(engine.claim(holder).await, Ok(()), "taken twice is taken once");
+    assert_eq!(engine.list().await, Ok(vec![]), "it is no cell");
+    assert_eq!(engine.release(late).await, Ok(()));
+    assert!(engine.claim(late).await.is_err(), "only the holder gives it back");
+    assert_eq!(engine.release(holder).await, Ok(()));
+    assert_eq!(engine.claim(late).await, Ok(()), "given back is free");
+    assert_eq!(engine.release(late).await, Ok(()));
+    assert_eq!(engine.sweep().await, Ok(vec![]), "there is no earlier version");
 }
 
 /// Reads to the end, or to the error that a broken connection is.

@@ -6,19 +6,18 @@ use std::collections::{BTreeMap, HashMap};
 use std::io::Read;
 
 use bollard::Docker;
-use bollard::models::{
-    ContainerCreateBody, HostConfig, Mount, MountType, MountVolumeOptions, Volume, VolumeCreateRequest,
-};
+use bollard::models::{Mount, MountType, MountVolumeOptions, Volume, VolumeCreateRequest};
 use bollard::query_parameters::{
-    CreateContainerOptionsBuilder, DownloadFromContainerOptionsBuilder, ListVolumesOptionsBuilder,
-    RemoveContainerOptionsBuilder, RemoveVolumeOptionsBuilder, UploadToContainerOptionsBuilder,
+    DownloadFromContainerOptionsBuilder, ListVolumesOptionsBuilder, RemoveVolumeOptionsBuilder,
+    UploadToContainerOptionsBuilder,
 };
-use cellblock_wire::link::{GUEST_DIR, GUEST_PATH};
+use cellblock_wire::link::GUEST_DIR;
 use futures_util::StreamExt;
 use sha2::{Digest, Sha256};
 
 use super::super::EngineError;
 use super::client::{self, call};
+use super::never_started;
 use crate::engine::lockdown::{LABEL_INSTANCE, LABEL_ROLE, ROLE_GUEST, ROLE_HELPER, hex};
 
 const ATTEMPT: &str = "preparing the guest's volume";
@@ -63,12 +62,11 @@ impl GuestVolume {
     /// Makes sure that the volume holds exactly the files, and says which volume it was: the time of its making.
     /// `image` is any image that the engine has.
     pub(super) async fn ensure(&self, docker: &Docker, image: &str) -> Result<String, EngineError> {
-        self.remove_old_helpers(docker).await?;
         let volume = self.create(docker).await?;
         let helper = self.create_helper(docker, image).await?;
         let filled = self.fill(docker, &helper).await;
         // Whatever happened: the helper does not stay.
-        let removed = self.remove_helper(docker, &helper).await;
+        let removed = never_started::remove(docker, ATTEMPT, &helper).await;
         filled.and(removed)?;
         Ok(birth(&volume))
     }
@@ -82,22 +80,25 @@ impl GuestVolume {
         }
     }
 
-    /// Removes volumes of this instance with other guests, as far as no cell uses them.
-    pub(super) async fn remove_others(&self, docker: &Docker) -> Result<(), EngineError> {
+    /// Removes volumes of this instance with other guests, as far as no cell uses them, and helpers that were left behind. Says which volumes.
+    pub(super) async fn remove_others(&self, docker: &Docker) -> Result<Vec<String>, EngineError> {
+        self.remove_old_helpers(docker).await?;
         let labels = [format!("{LABEL_INSTANCE}={}", self.instance), format!("{LABEL_ROLE}={ROLE_GUEST}")];
         let filters = HashMap::from([("label", labels.to_vec())]);
         let options = ListVolumesOptionsBuilder::default().filters(&filters).build();
         let listed = call(ATTEMPT, "volumes", client::INSPECT, docker.list_volumes(Some(options))).await?;
+        let mut removed = Vec::new();
         for volume in listed.volumes.unwrap_or_default().into_iter().filter(|v| v.name != self.name) {
             let options = RemoveVolumeOptionsBuilder::default().force(false).build();
             let removal = docker.remove_volume(&volume.name, Some(options));
             match call(ATTEMPT, &volume.name, client::REMOVE, removal).await {
-                // In use by a cell of an earlier version: the next start tries again.
-                Ok(()) | Err(EngineError::Absent { .. } | EngineError::Conflict { .. }) => {}
+                Ok(()) => removed.push(volume.name),
+                // In use by a cell of an earlier version: the next round tries again.
+                Err(EngineError::Absent { .. } | EngineError::Conflict { .. }) => {}
                 Err(error) => return Err(error),
             }
         }
-        Ok(())
+        Ok(removed)
     }
 
     async fn create(&self, docker: &Docker) -> Result<Volume, EngineError> {
@@ -115,42 +116,17 @@ impl GuestVolume {
     }
 
     async fn create_helper(&self, docker: &Docker, image: &str) -> Result<String, EngineError> {
-        let body = ContainerCreateBody {
-            image: Some(image.to_owned()),
-            // It is never started; if somebody else does, it has nothing but the guest, which finds no link and ends.
-            entrypoint: Some(vec![GUEST_PATH.to_owned()]),
-            user: Some("65534:65534".to_owned()),
-            network_disabled: Some(true),
-            labels: Some(self.labels(ROLE_HELPER)),
-            host_config: Some(HostConfig {
-                network_mode: Some("none".to_owned()),
-                cap_drop: Some(vec!["ALL".to_owned()]),
-                security_opt: Some(vec!["no-new-privileges:true".to_owned()]),
-                mounts: Some(vec![Mount {
-                    typ: Some(MountType::VOLUME),
-                    source: Some(self.name.clone()),
-                    target: Some(GUEST_DIR.to_owned()),
-                    read_only: Some(false),
-                    volume_options: Some(MountVolumeOptions { no_copy: Some(true), ..MountVolumeOptions::default() }),
-                    ..Mount::default()
-                }]),
-                ..HostConfig::default()
-            }),
-            ..ContainerCreateBody::default()
+        let mount = Mount {
+            typ: Some(MountType::VOLUME),
+            source: Some(self.name.clone()),
+            target: Some(GUEST_DIR.to_owned()),
+            read_only: Some(false),
+            volume_options: Some(MountVolumeOptions { no_copy: Some(true), ..MountVolumeOptions::default() }),
+            ..Mount::default()
         };
         // Processes that share an instance's name may do this at the same time, each with a helper of its own.
         let name = format!("cellblock-{}-helper-{}", self.instance, uuid::Uuid::new_v4().simple());
-        let options = CreateContainerOptionsBuilder::default().name(&name).build();
-        let created = call(ATTEMPT, image, client::CREATE, docker.create_container(Some(options), body)).await?;
-        Ok(created.id)
-    }
-
-    async fn remove_helper(&self, docker: &Docker, id: &str) -> Result<(), EngineError> {
-        let options = RemoveContainerOptionsBuilder::default().force(true).v(true).build();
-        match call(ATTEMPT, id, client::REMOVE, docker.remove_container(id, Some(options))).await {
-            Ok(()) | Err(EngineError::Absent { .. }) => Ok(()),
-            Err(error) => Err(error),
-        }
+        never_started::create(docker, ATTEMPT, &name, image, self.labels(ROLE_HELPER), vec![mount]).await
     }
 
     /// Removes helpers that a killed process left behind. One that is young may be another process's.
@@ -159,7 +135,7 @@ impl GuestVolume {
         let old = jiff::Timestamp::now().as_second() - OLD_SECONDS;
         for helper in super::cells::list(docker, labels).await? {
             if let (Some(id), Some(true)) = (&helper.id, helper.created.map(|at| at < old)) {
-                self.remove_helper(docker, id).await?;
+                never_started::remove(docker, ATTEMPT, id).await?;
             }
         }
         Ok(())
