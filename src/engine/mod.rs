@@ -111,6 +111,8 @@ pub struct EngineEvent {
 /// What happened to a cell. Events may be lost or come twice: they are hints to look again.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum EngineEventKind {
+    /// It was made.
+    Created,
     /// Its first process ended.
     Exited,
     /// A process in it was ended because memory ran out.

@@ -5,14 +5,14 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use futures_util::StreamExt;
+use futures_util::stream::{FuturesUnordered, StreamExt};
 use tokio_util::sync::CancellationToken;
 
 use super::Session;
 use super::registry::Registry;
 use crate::domain::ids::{InstallationId, SessionId};
 use crate::domain::lifecycle::Phase;
-use crate::engine::{CellName, CellState, Engine, EngineError, EngineEvent, EngineEventKind, Observed};
+use crate::engine::{CellName, CellState, Engine, EngineError, EngineEventKind, Observed};
 
 /// The world is looked at this often, whatever events say.
 const INTERVAL: Duration = Duration::from_secs(30);
@@ -67,24 +67,60 @@ impl Reconciler {
         let mut events = self.engine.watch();
         let mut timer = tokio::time::interval(INTERVAL);
         timer.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let mut strays = FuturesUnordered::new();
         loop {
             tokio::select! {
                 () = stop.cancelled() => return,
-                Some(event) = events.next() => on_event(&self.registry, &event),
+                Some(event) = events.next() => match event.kind {
+                    EngineEventKind::Exited | EngineEventKind::Removed => self.tell_owner(&event.name),
+                    EngineEventKind::Created if self.is_stray(&event.name) => strays.push(self.remove_stray(event.name)),
+                    _ => {}
+                },
+                Some(()) = strays.next() => {}
                 _ = timer.tick() => {
                     self.registry.prune();
-                    match self.round().await {
-                        Ok(_) => {}
-                        Err(error @ EngineError::Claimed { .. }) => {
-                            tracing::error!(%error, "another installation has taken this instance's name; its server will end what this one starts");
-                        }
-                        Err(error) => tracing::warn!(
-                            %error,
-                            "the engine's cells could not be compared with the sessions; it will be tried again"
-                        ),
+                    if let Err(error) = self.round().await {
+                        tell(&error);
                     }
                 }
             }
+        }
+    }
+
+    fn owner(&self, name: &CellName) -> Option<Session> {
+        self.registry.live().into_iter().find(|s| name.as_str().contains(&s.id.to_string()))
+    }
+
+    fn tell_owner(&self, name: &CellName) {
+        if let Some(session) = self.owner(name) {
+            session.look_at_cell();
+        }
+    }
+
+    /// Whether nobody waits for a cell that was just made: the engine may come to a call long after its caller has given it up, and has seen the cell's
+    /// absence.
+    fn is_stray(&self, name: &CellName) -> bool {
+        let is_wanted = |session: Session| {
+            self.registry.cell_of(session.id).as_ref() == Some(name)
+                && !matches!(session.phase(), Phase::Aborting(_) | Phase::Ending(_) | Phase::Ended(_))
+        };
+        !self.owner(name).is_some_and(is_wanted)
+    }
+
+    async fn remove_stray(&self, name: CellName) {
+        let over = self.over.lock().await;
+        if *over {
+            return;
+        }
+        let removal = async {
+            // What is made under a name that is another's is not ours.
+            self.engine.claim(self.installation).await?;
+            self.engine.remove(&name).await
+        };
+        match removal.await {
+            Ok(()) => tracing::info!(cell = %name, "removed a cell that was made after its session had given it up"),
+            // The next round tries again.
+            Err(error) => tell(&error),
         }
     }
 
@@ -171,11 +207,17 @@ impl Report {
     }
 }
 
-fn on_event(registry: &Registry, event: &EngineEvent) {
-    let gone = matches!(event.kind, EngineEventKind::Exited | EngineEventKind::Removed);
-    let owner = registry.live().into_iter().find(|s| event.name.as_str().contains(&s.id.to_string()));
-    if let (true, Some(session)) = (gone, owner) {
-        session.look_at_cell();
+fn tell(error: &EngineError) {
+    if matches!(error, EngineError::Claimed { .. }) {
+        tracing::error!(
+            %error,
+            "another installation has taken this instance's name; its server will end what this one starts"
+        );
+    } else {
+        tracing::warn!(
+            %error,
+            "the engine's cells could not be compared with the sessions; it will be tried again"
+        );
     }
 }
 

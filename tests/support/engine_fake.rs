@@ -173,10 +173,9 @@ impl Engine for FakeEngine {
         tokio::time::sleep(faults.ensure_takes).await;
         {
             let mut cells = self.cells.lock().unwrap();
-            let cell = cells.entry(spec.name.clone()).or_insert_with(|| Cell {
-                spec: spec.clone(),
-                state: CellState::Running,
-                guest: Arc::default(),
+            let cell = cells.entry(spec.name.clone()).or_insert_with(|| {
+                self.tell(&spec.name, EngineEventKind::Created);
+                Cell { spec: spec.clone(), state: CellState::Running, guest: Arc::default() }
             });
             if cell.spec != *spec {
                 return Err(EngineError::Conflict { attempt, detail: "made from another specification".to_owned() });

@@ -36,7 +36,7 @@ pub async fn run(subject: &Subject<'_>) {
     a_life(subject).await;
     streams_follow_each_other(subject).await;
     another_specification_is_a_conflict(subject).await;
-    events_tell_of_ends(subject).await;
+    events_tell_of_beginnings_and_ends(subject).await;
     a_killed_guest_is_seen(subject).await;
     a_name_is_one_installations(subject).await;
     assert_eq!(subject.engine.list().await, Ok(vec![]), "the suite leaves nothing");
@@ -166,14 +166,14 @@ async fn another_specification_is_a_conflict(subject: &Subject<'_>) {
     assert_eq!(subject.engine.remove(&cell.name).await, Ok(()));
 }
 
-async fn events_tell_of_ends(subject: &Subject<'_>) {
+async fn events_tell_of_beginnings_and_ends(subject: &Subject<'_>) {
     let cell = spec(subject).await;
-    let mut stream = subject.engine.ensure(&cell).await.expect("a cell");
-    echo(&mut stream, secret()).await;
     let mut events = subject.engine.watch();
-    let removal = async {
+    let life = async {
         // Nobody can wait for a watch to have begun; events are hints.
         tokio::time::sleep(Duration::from_millis(300)).await;
+        let mut stream = subject.engine.ensure(&cell).await.expect("a cell");
+        echo(&mut stream, secret()).await;
         assert_eq!(subject.engine.remove(&cell.name).await, Ok(()));
     };
     let seen = async {
@@ -186,7 +186,8 @@ async fn events_tell_of_ends(subject: &Subject<'_>) {
         }
         kinds
     };
-    let (kinds, ()) = tokio::time::timeout(NEVER, async { tokio::join!(seen, removal) }).await.expect("events");
+    let (kinds, ()) = tokio::time::timeout(NEVER, async { tokio::join!(seen, life) }).await.expect("events");
+    assert_eq!(kinds.first(), Some(&EngineEventKind::Created), "{kinds:?}");
     assert!(kinds.contains(&EngineEventKind::Exited), "{kinds:?}");
 }
 
