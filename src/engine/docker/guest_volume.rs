@@ -59,19 +59,24 @@ impl GuestVolume {
         &self.name
     }
 
-    /// Makes sure that the volume holds exactly the files, and says which volume it was: the time of its making.
+    /// Makes sure that the volume holds exactly the files, and says which volume in which state that was.
     /// `image` is any image that the engine has.
     pub(super) async fn ensure(&self, docker: &Docker, image: &str) -> Result<String, EngineError> {
         let volume = self.create(docker).await?;
-        let helper = self.create_helper(docker, image).await?;
-        let filled = self.fill(docker, &helper).await;
-        // Whatever happened: the helper does not stay.
+        // Processes that share an instance's name may do this at the same time, each with a helper of its own.
+        let helper = format!("cellblock-{}-helper-{}", self.instance, uuid::Uuid::new_v4().simple());
+        let filled = match self.create_helper(docker, &helper, image).await {
+            Ok(()) => self.fill(docker, &helper, birth(&volume)).await,
+            Err(error) => Err(error),
+        };
+        // Whatever happened, and heard of or not: the helper does not stay.
         let removed = never_started::remove(docker, ATTEMPT, &helper).await;
-        filled.and(removed)?;
-        Ok(birth(&volume))
+        let birth = filled?;
+        removed?;
+        Ok(birth)
     }
 
-    /// When the volume was made, if it is there: tells whether it is still the one that was verified.
+    /// When the volume was made or last changed, if it is there: tells whether it is still as it was verified.
     pub(super) async fn observe(&self, docker: &Docker) -> Result<Option<String>, EngineError> {
         match call(ATTEMPT, &self.name, client::INSPECT, docker.inspect_volume(&self.name)).await {
             Ok(volume) => Ok(Some(birth(&volume))),
@@ -115,7 +120,7 @@ impl GuestVolume {
         HashMap::from([(LABEL_INSTANCE.to_owned(), self.instance.clone()), (LABEL_ROLE.to_owned(), role.to_owned())])
     }
 
-    async fn create_helper(&self, docker: &Docker, image: &str) -> Result<String, EngineError> {
+    async fn create_helper(&self, docker: &Docker, name: &str, image: &str) -> Result<(), EngineError> {
         let mount = Mount {
             typ: Some(MountType::VOLUME),
             source: Some(self.name.clone()),
@@ -124,9 +129,7 @@ impl GuestVolume {
             volume_options: Some(MountVolumeOptions { no_copy: Some(true), ..MountVolumeOptions::default() }),
             ..Mount::default()
         };
-        // Processes that share an instance's name may do this at the same time, each with a helper of its own.
-        let name = format!("cellblock-{}-helper-{}", self.instance, uuid::Uuid::new_v4().simple());
-        never_started::create(docker, ATTEMPT, &name, image, self.labels(ROLE_HELPER), vec![mount]).await
+        never_started::create(docker, ATTEMPT, name, image, self.labels(ROLE_HELPER), vec![mount]).await.map(drop)
     }
 
     /// Removes helpers that a killed process left behind. One that is young may be another process's.
@@ -141,18 +144,20 @@ impl GuestVolume {
         Ok(())
     }
 
-    async fn fill(&self, docker: &Docker, helper: &str) -> Result<(), EngineError> {
+    /// Writes the files unless they are there; says which state of the volume was read back.
+    async fn fill(&self, docker: &Docker, helper: &str, found: String) -> Result<String, EngineError> {
         if self.reads_back(docker, helper).await? {
-            return Ok(());
+            return Ok(found);
         }
         tracing::info!(volume = self.name, "writing the guest into its volume");
         let options = UploadToContainerOptionsBuilder::default().path(GUEST_DIR).build();
         let archive = bollard::body_full(archive(&self.files).map_err(unexpected)?.into());
         call(ATTEMPT, GUEST_DIR, client::ARCHIVE, docker.upload_to_container(helper, Some(options), archive)).await?;
-        if self.reads_back(docker, helper).await? {
-            return Ok(());
+        // What the engine calls the time of its making is that of the last change.
+        match self.observe(docker).await? {
+            Some(written) if self.reads_back(docker, helper).await? => Ok(written),
+            _ => Err(unexpected(format!("volume {} does not hold what was written to it", self.name))),
         }
-        Err(unexpected(format!("volume {} does not hold what was written to it", self.name)))
     }
 
     /// Whether the volume holds the files, all of them, nothing else, and with the right owners and permissions.
@@ -179,7 +184,7 @@ fn unexpected(detail: impl ToString) -> EngineError {
     EngineError::Unexpected { attempt: ATTEMPT, detail: detail.to_string() }
 }
 
-/// To the second, which is enough: two volumes of one name are not made within one.
+/// To the second, which is enough: what is made and read back within one is not made again within it.
 fn birth(volume: &Volume) -> String {
     volume.created_at.as_ref().map(ToString::to_string).unwrap_or_default()
 }
