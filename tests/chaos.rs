@@ -8,7 +8,8 @@ mod engine_proxy;
 mod server;
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use engine_proxy::Fault::{self, Break, Fail, HalfClose, Late, Swallow};
 use engine_proxy::Proxy;
@@ -17,6 +18,9 @@ use server::{Cell, Reply, Server, text};
 
 /// Sessions that there may be: all of them are made after each fault.
 const PLACES: usize = 2;
+/// Callers at once where faults come at random, for this long.
+const CALLERS: usize = 3;
+const STORM: Duration = Duration::from_secs(15);
 const SETTINGS: &str = r#"
 [limits]
 sessions = 2
@@ -184,6 +188,18 @@ async fn events(way: &Way) {
     }
 }
 
+/// The guest's volume is pruned away, and what it would be filled through again is made for nobody.
+async fn pruned(way: &Way) {
+    for fault in [Swallow, Break, HalfClose(30)] {
+        let options = bollard::query_parameters::RemoveVolumeOptionsBuilder::default().build();
+        way.server.docker.remove_volume(&way.server.volumes().await[0], Some(options)).await.unwrap();
+        way.proxy.fault(CREATE, fault, 1);
+        way.create().await.problem(503, "engine-unavailable");
+        assert_eq!(way.proxy.calm(), 1);
+        way.is_whole(&format!("{CREATE} {fault:?} for the guest's volume")).await;
+    }
+}
+
 /// The engine is gone for a while, and comes back.
 async fn away(way: &Way) {
     let cell = way.cell(&way.create().await);
@@ -233,6 +249,74 @@ async fn hanging(way: &Way) {
     way.is_whole("the engine hung").await;
 }
 
+/// One caller, who is content with any true answer.
+async fn caller(way: &Way, until: Instant, made: &AtomicUsize) {
+    const TRUE: [&str; 8] = [
+        "engine-unavailable",
+        "engine-refused",
+        "guest-unreachable",
+        "kernel-failed",
+        "start-timed-out",
+        "at-capacity",
+        "session-ended",
+        "session-not-ready",
+    ];
+    let is_true = |reply: &Reply| {
+        if reply.status >= 400 {
+            reply.is_a_problem();
+            assert!(TRUE.contains(&text(&reply.json["code"]).as_str()), "{}", reply.text);
+        }
+        reply.status < 400
+    };
+    while Instant::now() < until {
+        let created = way.create().await;
+        if !is_true(&created) {
+            continue;
+        }
+        made.fetch_add(1, Ordering::Relaxed);
+        let cell = way.cell(&created);
+        let ran = way.server.post(&cell.path("/executions"), &json!({"code": "6 * 7"})).await;
+        if is_true(&ran) && ran.json["status"] == "ok" {
+            assert_eq!(ran.json["results"][0]["data"]["text/plain"], "42", "{}", ran.text);
+        }
+        is_true(&way.server.delete(&cell.path("")).await);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_storm_leaves_nothing() {
+    let seed = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs();
+    let way = Way::open().await;
+    way.proxy.at_random(seed, 8);
+    let (until, made) = (Instant::now() + STORM, AtomicUsize::new(0));
+    let callers = futures_util::future::join_all((0..CALLERS).map(|_| caller(&way, until, &made)));
+    let cuts = async {
+        while Instant::now() < until {
+            tokio::time::sleep(2 * SECOND).await;
+            way.proxy.cut();
+        }
+    };
+    tokio::join!(callers, cuts);
+    let hits = way.proxy.calm();
+    println!("seed {seed}: {} sessions made, {hits} faults", made.load(Ordering::Relaxed));
+    assert!(hits > 10 && made.load(Ordering::Relaxed) > 3, "the storm was none");
+    way.proxy.settle().await;
+    // What could not be removed is tried again, later each time.
+    let ended = async {
+        while way.server.get("/v1/sessions?limit=100").await.json["sessions"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .any(|s| s["state"] != "ended")
+        {
+            tokio::time::sleep(SECOND / 10).await;
+        }
+    };
+    tokio::time::timeout(40 * SECOND, ended).await.expect("the end of all sessions");
+    way.is_whole("a storm").await;
+    way.server.finish().await.unwrap();
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn nothing_is_lost_on_a_bad_way_to_the_engine() {
     let (one, other) = (Way::open().await, Way::open().await);
@@ -240,6 +324,7 @@ async fn nothing_is_lost_on_a_bad_way_to_the_engine() {
         creates(&one).await;
         removals(&one).await;
         events(&one).await;
+        pruned(&one).await;
         away(&one).await;
     };
     let slow = async {

@@ -251,8 +251,12 @@ async fn a_round_on_demand_removes_what_nobody_knows() {
         labels: Some(labels("cell")),
         ..Default::default()
     };
-    let options = bollard::query_parameters::CreateContainerOptionsBuilder::default().name(&orphan).build();
+    // Under another name at first: what appears under one of ours that nobody waits for is gone before it is looked for.
+    let other = format!("other-{}", server.instance);
+    let options = bollard::query_parameters::CreateContainerOptionsBuilder::default().name(&other).build();
     server.docker.create_container(Some(options), body).await.unwrap();
+    let options = bollard::query_parameters::RenameContainerOptionsBuilder::default().name(&orphan).build();
+    server.docker.rename_container(&other, options).await.unwrap();
     let volume = format!("cellblock-guest-{}-000000000000", server.instance);
     let request = bollard::models::VolumeCreateRequest {
         name: Some(volume.clone()),

@@ -178,6 +178,11 @@ impl Reconciler {
     async fn remove_orphans(&self, cells: &[Observed], report: &mut Report) {
         let orphans: Vec<_> = cells.iter().filter(|cell| is_orphan(cell, &self.registry)).collect();
         for some in orphans.chunks(REMOVALS) {
+            let is_away = |e: &EngineError| matches!(e, EngineError::Unavailable { .. } | EngineError::TimedOut { .. });
+            if report.errors.iter().any(is_away) {
+                // Each of the others would take its whole time as well.
+                return;
+            }
             let removals = some.iter().map(|cell| self.engine.remove(&cell.name));
             for (cell, removed) in some.iter().zip(futures_util::future::join_all(removals).await) {
                 match removed {

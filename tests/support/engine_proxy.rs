@@ -36,6 +36,8 @@ struct Shared {
     open: HashMap<usize, [UnixStream; 2]>,
     next: usize,
     rules: Vec<Rule>,
+    /// Of a hundred requests so many go wrong, one way or another; and the state of what decides.
+    at_random: Option<(u64, u64)>,
     hits: usize,
     /// What the engine answered to requests that it heard of late.
     late: Vec<u16>,
@@ -79,10 +81,16 @@ impl Proxy {
         self.shared().rules.push(Rule { what, fault, times });
     }
 
+    /// Lets so many of a hundred requests go wrong, one way or another.
+    pub fn at_random(&self, seed: u64, percent: u64) {
+        self.shared().at_random = Some((percent, seed | 1));
+    }
+
     /// Passes everything on again, and says to how many requests something was done.
     pub fn calm(&self) -> usize {
         let mut shared = self.shared();
         shared.rules.clear();
+        shared.at_random = None;
         std::mem::take(&mut shared.hits)
     }
 
@@ -152,9 +160,34 @@ impl Proxy {
 
     fn fault_of(&self, head: &str) -> Option<Fault> {
         let mut shared = self.shared();
-        let rule = shared.rules.iter_mut().find(|rule| rule.times > 0 && is_meant(rule.what, head))?;
-        rule.times -= 1;
-        let fault = rule.fault;
+        let fault = match shared.rules.iter_mut().find(|rule| rule.times > 0 && is_meant(rule.what, head)) {
+            Some(rule) => {
+                rule.times -= 1;
+                rule.fault
+            }
+            // A watch that is answered by nobody is given up after a minute, which is longer than a test waits.
+            None if is_meant("GET /events", head) => return None,
+            None => {
+                let (percent, state) = shared.at_random.as_mut()?;
+                let mut below = |bound: u64| {
+                    // xorshift64
+                    *state ^= *state << 13;
+                    *state ^= *state >> 7;
+                    *state ^= *state << 17;
+                    *state % bound
+                };
+                if below(100) >= *percent {
+                    return None;
+                }
+                match below(5) {
+                    0 => Fault::Break,
+                    1 => Fault::Swallow,
+                    2 => Fault::Fail,
+                    3 => Fault::HalfClose(below(4000) as usize),
+                    _ => Fault::Late(Duration::from_millis(below(1500))),
+                }
+            }
+        };
         shared.hits += 1;
         shared.busy += 1;
         Some(fault)

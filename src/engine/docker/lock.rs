@@ -108,3 +108,16 @@ async fn any_image(docker: &Docker) -> Result<String, EngineError> {
     let any = images.into_iter().next().map(|image| image.id);
     any.ok_or(EngineError::Absent { attempt: ATTEMPT, what: "any image".to_owned() })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_remedy_reaches_the_engine_that_is_meant() {
+        let remedy = |host| Lock::new("one", host).remedy;
+        assert_eq!(remedy(None), "docker rm cellblock-one-lock");
+        assert_eq!(remedy(Some(client::DEFAULT_HOST)), "docker rm cellblock-one-lock");
+        assert_eq!(remedy(Some("tcp://far:2376")), "docker --host tcp://far:2376 rm cellblock-one-lock");
+    }
+}
