@@ -10,18 +10,21 @@ use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
 use crate::config::{Config, DrainContainers, PullPolicy};
+use crate::domain::ids::InstallationId;
 use crate::domain::spec::{self, SessionRequest, Template};
 use crate::engine::docker::{DockerEngine, DockerSettings, GuestFile};
 use crate::engine::{Engine, EngineError, Pull};
 use crate::http::{self, App};
 use crate::service::Service;
+use crate::service::admin::Admin;
 use crate::service::keys::{self, KeyRing, Principal, Scope};
 use crate::session::capacity::Ceilings;
 use crate::session::pool::{self, Plan, Pool};
+use crate::session::reconcile::Reconciler;
 use crate::session::registry::{AfterDrain, Limits, Registry};
 use crate::session::{Settings, reconcile};
 use crate::store::state::{self, Left, State, StateError};
-use crate::store::{Archive, ArchiveLimits};
+use crate::store::{Archive, ArchiveLimits, installation};
 use crate::task;
 
 /// Containers are gone within this time at an orderly end, or are left to the next start.
@@ -86,6 +89,26 @@ pub enum StartError {
         /// Why.
         reason: String,
     },
+    /// The id of this installation can't be had.
+    #[error("the file {} can't be used: {source}\n  it says which installation this is; without it, one with a new id is made", path.display())]
+    Installation {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// Another installation works under this one's name.
+    #[error(
+        "engine.instance = \"{instance}\" can't be used on the engine at {host}: {source}\n  two servers of one name would end each other's sessions: give this one an engine.instance of its own"
+    )]
+    Claimed {
+        /// The name.
+        instance: String,
+        /// The engine.
+        host: String,
+        /// Whose the name is, and how it is freed.
+        source: EngineError,
+    },
     /// The address can't be listened on.
     #[error("can't listen on {address}: {source}\n  `server.listen` in the configuration, or --listen, says where to")]
     Listen {
@@ -115,10 +138,10 @@ impl Stop {
         self.asked.cancel();
     }
 
-    /// Waits for the wish, and says how long running executions may go on.
-    async fn asked(&self) -> Duration {
-        self.asked.cancelled().await;
-        if self.at_once.is_cancelled() { Duration::ZERO } else { Duration::MAX }
+    /// Waits until running executions may not go on, once the server is to stop: they have this long, unless they are to have none.
+    async fn end_of_grace(&self, grace: Duration) {
+        // Whichever comes first ends it.
+        let _ = tokio::time::timeout(grace, self.at_once.cancelled()).await;
     }
 }
 
@@ -130,6 +153,10 @@ pub struct Plane {
     archive: Option<Archive>,
     after_drain: AfterDrain,
     stop: CancellationToken,
+    /// Where it owns its instance.
+    reconciler: Option<Arc<Reconciler>>,
+    /// Cancelled when an operator has it drain.
+    drain: CancellationToken,
 }
 
 impl Plane {
@@ -145,29 +172,29 @@ impl Plane {
             PullPolicy::Missing => Pull::Missing,
         };
         let docker = connect(config).await?;
-        prepare(&docker, config).await?;
-        let engine: Arc<dyn Engine> = Arc::new(docker);
         let (settings, limits) = (settings(config), limits(config));
         // One process works with a data folder; whoever shares an instance keeps nothing.
         let archive = if owns_instance { Some(archive(config)?) } else { None };
         let (state, left) =
             if owns_instance { open_state(config).map(|(s, l)| (Some(s), l))? } else { (None, Left::default()) };
+        let installation = if owns_instance { Some(installation_id(config)?) } else { None };
+        let image = first_image(&docker, config).await;
+        if let Some(installation) = installation {
+            claim(&docker, config, installation).await?;
+        }
+        if let Some(image) = image {
+            docker.prepare(&image).await.map_err(|e| engine_error(config, e))?;
+        }
+        let engine: Arc<dyn Engine> = Arc::new(docker);
         let instance = config.engine.instance.clone();
         let pool = Pool::new(if owns_instance { pool_plans(config) } else { Vec::new() });
         let registry =
             Arc::new(Registry::new(Arc::clone(&engine), archive.clone(), state, instance, settings, limits, pool));
         let stop = CancellationToken::new();
         registry.take_over(left);
-        if owns_instance {
-            reconcile::round(engine.as_ref(), &registry).await.map_err(|e| engine_error(config, e))?;
-            task::spawn("reconcile", reconcile::run(Arc::clone(&engine), Arc::clone(&registry), stop.clone()));
-            task::spawn("pools", pool::run(Arc::clone(&engine), Arc::clone(&registry), stop.clone()));
-        } else {
-            reconcile::remove_ended(engine.as_ref()).await.map_err(|e| engine_error(config, e))?;
-        }
-        let service = Service::new(
+        let mut service = Service::new(
             Arc::clone(&registry),
-            engine,
+            Arc::clone(&engine),
             config.templates.clone(),
             config.default_template.clone(),
             pull,
@@ -177,14 +204,35 @@ impl Plane {
             DrainContainers::Keep if owns_instance => AfterDrain::Keep,
             _ => AfterDrain::Remove,
         };
-        Ok(Self { service: Arc::new(service), registry, archive, after_drain, stop })
+        let drain = CancellationToken::new();
+        let mut reconciler = None;
+        if let Some(installation) = installation {
+            let own = Arc::new(Reconciler::new(Arc::clone(&engine), Arc::clone(&registry), installation));
+            own.round().await.map_err(|e| engine_error(config, e))?;
+            let (running, told) = (Arc::clone(&own), stop.clone());
+            task::spawn("reconcile", async move { running.run(told).await });
+            task::spawn("pools", pool::run(Arc::clone(&engine), Arc::clone(&registry), stop.clone()));
+            service = service.administered(Admin {
+                reconciler: Arc::clone(&own),
+                drain: drain.clone(),
+                grace: config.server.drain_timeout,
+                after: after_drain,
+            });
+            reconciler = Some(own);
+        } else {
+            reconcile::remove_ended(engine.as_ref()).await.map_err(|e| engine_error(config, e))?;
+        }
+        Ok(Self { service: Arc::new(service), registry, archive, after_drain, stop, reconciler, drain })
     }
 
     /// Gives what runs a grace, and ends every session and waits until their containers are gone, or leaves them to the next process, as the
     /// configuration says. Returns how many are left after a while that should be gone.
-    pub async fn stop(self, grace: Duration) -> usize {
+    pub async fn stop(self, grace: impl Future<Output = ()>) -> usize {
         let left = self.registry.drain(grace, DRAIN_REMOVAL, self.after_drain).await;
         self.stop.cancel();
+        if let Some(reconciler) = &self.reconciler {
+            end_rounds(reconciler, self.after_drain).await;
+        }
         if let Some(archive) = &self.archive {
             archive.flush().await;
         }
@@ -217,8 +265,13 @@ pub async fn serve(config: &Config, stop: Stop, ready: impl FnOnce(SocketAddr)) 
     ready(local);
     let closing = CancellationToken::new();
     let door = http::serve(listener, app, closing.clone());
+    let operator = plane.drain.clone();
     let drain = async {
-        let grace = stop.asked().await.min(config.server.drain_timeout);
+        tokio::select! {
+            () = stop.asked.cancelled() => {}
+            () = operator.cancelled() => tracing::info!("stopping, as an operator wants it"),
+        }
+        let grace = stop.end_of_grace(config.server.drain_timeout);
         // Streams end with their sessions, so sessions go first and the door closes after them.
         let left = plane.stop(grace).await;
         if left > 0 {
@@ -262,17 +315,57 @@ pub async fn connect(config: &Config) -> Result<DockerEngine, StartError> {
     DockerEngine::connect(settings).await.map_err(|e| engine_error(config, e))
 }
 
-/// Puts the guest in place, with the help of the first template image that is there. Without one nothing can start yet: each
-/// create says so, and the first one that can puts the guest in place.
-async fn prepare(docker: &DockerEngine, config: &Config) -> Result<(), StartError> {
+/// No round of the reconciler begins after this. Where nothing stays, the instance's name is free then.
+async fn end_rounds(reconciler: &Reconciler, after: AfterDrain) {
+    let ending = async {
+        match after {
+            AfterDrain::Keep => reconciler.leave().await,
+            AfterDrain::Remove => {
+                if let Err(error) = reconciler.clear().await {
+                    tracing::warn!(%error, "the instance's name was not given back; a server of another data folder can't take it");
+                }
+            }
+        }
+    };
+    if tokio::time::timeout(DRAIN_REMOVAL, ending).await.is_err() {
+        tracing::warn!("the engine did not answer in time; what is left there stays for the next start");
+    }
+}
+
+/// The id of the first template image that is there, the default template's before others. Without one nothing can start yet: each create says so, and the
+/// first one that can puts the guest in place.
+async fn first_image(docker: &DockerEngine, config: &Config) -> Option<String> {
     let default = config.templates.get(&config.default_template);
     for template in default.into_iter().chain(config.templates.values()) {
         match docker.resolve_image(&template.image, Pull::Never).await {
-            Ok(image) => return docker.prepare(&image.id).await.map_err(|e| engine_error(config, e)),
+            Ok(image) => return Some(image.id),
             Err(error) => tracing::warn!(template = template.name, %error, "a template's image is not there"),
         }
     }
-    Ok(())
+    None
+}
+
+/// Takes the instance's name. Before anything else is done on the engine: what is there may be another installation's.
+async fn claim(docker: &DockerEngine, config: &Config, installation: InstallationId) -> Result<(), StartError> {
+    match docker.claim(installation).await {
+        Ok(()) => Ok(()),
+        // Nothing can run there yet. The reconciler tries again.
+        Err(EngineError::Absent { .. }) => {
+            tracing::warn!("the engine has no image, so the instance's name can't be taken on it yet");
+            Ok(())
+        }
+        Err(source @ EngineError::Claimed { .. }) => {
+            let (instance, host) = (config.engine.instance.clone(), config.engine.host.clone());
+            Err(StartError::Claimed { instance, host, source })
+        }
+        Err(error) => Err(engine_error(config, error)),
+    }
+}
+
+fn installation_id(config: &Config) -> Result<InstallationId, StartError> {
+    let folder = &config.server.data_dir;
+    installation::ensure(folder)
+        .map_err(|source| StartError::Installation { path: installation::path_in(folder), source })
 }
 
 fn engine_error(config: &Config, source: EngineError) -> StartError {

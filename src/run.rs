@@ -70,7 +70,7 @@ pub async fn run(args: &RunArgs, json: bool, mut config: Config) -> Result<u8, R
         result = run_in(&plane, &who, args, json, code) => result,
         () = told_to_stop() => Ok(cli::CANCELLED),
     };
-    let left = plane.stop(std::time::Duration::ZERO).await;
+    let left = plane.stop(std::future::ready(())).await;
     if left > 0 {
         eprintln!("cellblock: the container could not be removed; `make clean-containers` does it");
     }

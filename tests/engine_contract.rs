@@ -303,6 +303,32 @@ async fn the_guests_volume_is_repaired_when_it_was_tampered_with_or_pruned() {
     .await;
 }
 
+/// The engine tells a volume's last change as the time of its making, to the second: writing the guest takes it into another one.
+#[tokio::test]
+async fn a_guest_that_was_just_written_is_not_looked_at_again() {
+    on_docker(scripted_guest(), |bench| async move {
+        let folder = tempfile::tempdir().expect("a folder");
+        let socket = folder.path().join("docker.sock");
+        let proxy = engine_proxy::Proxy::start(&socket, "/var/run/docker.sock");
+        let mut settings = bench.settings.clone();
+        settings.host = Some(format!("unix://{}", socket.display()));
+        settings.guest_files[0].bytes.extend_from_slice(b"# another\n");
+        let engine = DockerEngine::connect(settings).await.expect("a connection");
+        proxy.fault("PUT /containers/*/archive", engine_proxy::Fault::Late(Duration::from_millis(1100)), 1);
+        engine.prepare(&bench.image).await.expect("a volume");
+        assert_eq!(proxy.calm(), 1, "it was written");
+
+        let kill = bench.killer();
+        let subject = Subject { engine: &engine, ..subject(&bench, &kill) };
+        let cell = engine_suite::spec(&subject).await;
+        proxy.fault("POST /containers/create", engine_proxy::Fault::Late(Duration::ZERO), usize::MAX);
+        drop(engine.ensure(&cell).await.expect("a cell"));
+        assert_eq!(proxy.calm(), 1, "nothing but the cell is made");
+        engine.remove(&cell.name).await.expect("a removal");
+    })
+    .await;
+}
+
 #[tokio::test]
 async fn an_image_that_would_open_a_lock_is_refused() {
     on_docker(scripted_guest(), |bench| async move {

@@ -11,18 +11,19 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
+use cellblock::domain::ids::InstallationId;
 use cellblock::domain::lifecycle::{EndReason, Phase};
 use cellblock::domain::output::{RestartCause, Status, StopStep};
 use cellblock::domain::spec::{
     MIB, NetworkMode, OnGuestLost, OnIdle, OnKernelDeath, OutputLimits, Resources, SessionRequest, Template, Timeouts,
 };
-use cellblock::engine::{CellName, CellState, Engine, Pull};
+use cellblock::engine::{CellName, CellState, Engine, EngineError, Pull};
 use cellblock::service::keys::{Principal, Scope};
 use cellblock::service::{Error, ExecuteRequest, Service};
 use cellblock::session::capacity::Ceilings;
 use cellblock::session::execution::{Execution, OnTimeout};
 use cellblock::session::pool::Pool;
-use cellblock::session::reconcile;
+use cellblock::session::reconcile::{Reconciler, Report};
 use cellblock::session::registry::{AfterDrain, Created, Limits, Registry};
 use cellblock::session::{Refused, Session, Settings, StartFault, fresh};
 use cellblock::store::state::State;
@@ -38,6 +39,8 @@ struct Bench {
     registry: Arc<Registry>,
     service: Arc<Service>,
     who: Principal,
+    /// The same for every control plane of one data folder.
+    installation: InstallationId,
 }
 
 impl Bench {
@@ -47,6 +50,12 @@ impl Bench {
 
     fn with(change: impl FnOnce(&mut Settings, &mut Template)) -> Self {
         Self::on(Arc::new(FakeEngine::new(INSTANCE)), None, change)
+    }
+
+    /// Another control plane on an engine.
+    fn beside(engine: Arc<FakeEngine>) -> Self {
+        let installation = InstallationId::from_uuid(uuid::Uuid::new_v4());
+        Self { installation, ..Self::on(engine, None, |_, _| {}) }
     }
 
     fn on(engine: Arc<FakeEngine>, state: Option<State>, change: impl FnOnce(&mut Settings, &mut Template)) -> Self {
@@ -82,7 +91,8 @@ impl Bench {
         let service = Service::new(Arc::clone(&registry), shared, templates, "t".to_owned(), Pull::Never, None);
         let service = Arc::new(service);
         let who = Principal { tenant: Arc::from("one"), scopes: Arc::new([Scope::Sessions]) };
-        Self { engine, registry, service, who }
+        let installation = InstallationId::from_uuid(uuid::Uuid::from_u128(1));
+        Self { engine, registry, service, who, installation }
     }
 
     async fn create(&self) -> Result<Session, Error> {
@@ -105,6 +115,11 @@ impl Bench {
         let execution = self.start(session, code, timeout_seconds).await.expect("accepted");
         bounded(execution.ended()).await;
         execution
+    }
+
+    /// Of an installation of its own.
+    fn reconciler(&self) -> Reconciler {
+        Reconciler::new(self.engine.clone(), Arc::clone(&self.registry), self.installation)
     }
 
     async fn cells(&self) -> usize {
@@ -431,15 +446,23 @@ async fn the_reconciler_removes_what_nobody_knows_and_notices_what_is_missing() 
     };
     let orphan = engine_suite::spec(&subject).await;
     bench.engine.ensure(&orphan).await.unwrap();
-    assert_eq!(reconcile::round(bench.engine.as_ref(), &bench.registry).await, Ok(1));
+    let reconciler = Arc::new(bench.reconciler());
+    let report = reconciler.round().await.unwrap();
+    assert_eq!(report, Report { seen: 2, removed: vec![orphan.name.clone()], ..Report::default() });
     assert_eq!(bench.engine.observe(&orphan.name).await, Ok(None));
     assert_eq!(session.phase(), Phase::Ready, "a session's own cell stays");
+    assert_eq!(reconciler.round().await, Ok(Report { seen: 1, ..Report::default() }), "nothing is left to do");
     drop(stranger);
 
+    // One that ended while nobody was told.
+    let unheard = bench.create().await.unwrap();
+    bench.engine.end_unheard(&CellName::new(INSTANCE, unheard.id, 1));
+    assert_eq!(reconciler.round().await.unwrap().told, [unheard.id]);
+    assert_eq!(end_of(&unheard).await, EndReason::Lost);
+
     let stop = CancellationToken::new();
-    let engine: Arc<dyn Engine> = bench.engine.clone();
-    let running =
-        cellblock::task::spawn("reconcile", reconcile::run(engine, Arc::clone(&bench.registry), stop.clone()));
+    let (own, told) = (Arc::clone(&reconciler), stop.clone());
+    let running = cellblock::task::spawn("reconcile", async move { own.run(told).await });
     bounded(async {
         while !session.is_over() {
             // Events are hints that may be lost while the reconciler is starting, so it is told again.
@@ -451,6 +474,29 @@ async fn the_reconciler_removes_what_nobody_knows_and_notices_what_is_missing() 
     assert_eq!(end_of(&session).await, EndReason::Lost);
     stop.cancel();
     bounded(running).await.unwrap();
+}
+
+/// Another installation that has taken the name has sessions of its own on the engine.
+#[tokio::test]
+async fn nothing_is_removed_under_a_name_that_is_anothers() {
+    let bench = Bench::new();
+    let session = bench.create().await.unwrap();
+    let strangers = || Bench::beside(Arc::clone(&bench.engine)).reconciler();
+    let (ours, theirs) = (bench.reconciler(), strangers());
+    assert_eq!(ours.round().await.unwrap().seen, 1);
+    let refused = theirs.round().await;
+    assert!(matches!(refused, Err(EngineError::Claimed { holder: Some(_), .. })), "{refused:?}");
+    assert!(theirs.clear().await.is_err());
+    assert_eq!((bench.cells().await, session.phase()), (1, Phase::Ready), "its cell is unknown to them, and stays");
+
+    // What one leaves to its next process stays taken; what one clears is free.
+    let next = Reconciler::new(bench.engine.clone(), Arc::clone(&bench.registry), ours.installation());
+    ours.leave().await;
+    assert_eq!(ours.round().await, Ok(Report::default()), "no round after the end");
+    assert!(strangers().round().await.is_err());
+    bounded(bench.registry.drain(std::future::ready(()), NEVER, AfterDrain::Remove)).await;
+    next.clear().await.unwrap();
+    assert_eq!(strangers().round().await, Ok(Report::default()));
 }
 
 #[tokio::test]
@@ -473,7 +519,12 @@ async fn draining_takes_nothing_new_and_lets_work_end() {
     let bench = Bench::new();
     let session = bench.create().await.unwrap();
     let work = bench.start(&session, "hang", 0.5).await.unwrap();
-    let left = bounded(bench.registry.drain(Duration::from_secs(5), Duration::from_secs(5), AfterDrain::Remove)).await;
+    let left = bounded(bench.registry.drain(
+        tokio::time::sleep(Duration::from_secs(5)),
+        Duration::from_secs(5),
+        AfterDrain::Remove,
+    ))
+    .await;
     assert_eq!((left, work.status()), (0, Status::Timeout), "it came to its own end");
     assert_eq!(bench.create().await.unwrap_err(), Error::Draining);
     assert_eq!(bench.cells().await, 0);
@@ -642,10 +693,9 @@ impl Bench {
 
     /// Has the reconciler look after everything while something is done.
     async fn reconciled<T>(&self, work: impl Future<Output = T>) -> T {
-        let engine: Arc<dyn Engine> = self.engine.clone();
-        let reconciling = reconcile::run(engine, Arc::clone(&self.registry), CancellationToken::new());
+        let reconciler = self.reconciler();
         tokio::select! {
-            () = reconciling => unreachable!("nobody stops it"),
+            () = reconciler.run(CancellationToken::new()) => unreachable!("nobody stops it"),
             done = work => done,
         }
     }
@@ -869,11 +919,11 @@ async fn what_no_event_has_told_is_seen_by_the_next_round() {
     let bench = Bench::new();
     let session = bench.create().await.unwrap();
     bench.engine.freeze(&cell_of(&session)).await;
-    reconcile::round(bench.engine.as_ref(), &bench.registry).await.unwrap();
+    bench.reconciler().round().await.unwrap();
     assert_eq!(bench.run(&session, "hello", 5.0).await.status(), Status::Ok);
     bench.pause(&session).await;
     bench.engine.resume(&cell_of(&session)).await.unwrap();
-    reconcile::round(bench.engine.as_ref(), &bench.registry).await.unwrap();
+    bench.reconciler().round().await.unwrap();
     bounded(session.wait_for(|s| s.phase == Phase::Ready)).await;
 }
 
@@ -887,7 +937,7 @@ async fn taken_over(paused: bool, between: impl AsyncFnOnce(&FakeEngine, &CellNa
     if paused {
         first.pause(&session).await;
     }
-    bounded(first.registry.drain(Duration::ZERO, NEVER, AfterDrain::Keep)).await;
+    bounded(first.registry.drain(std::future::ready(()), NEVER, AfterDrain::Keep)).await;
     between(&first.engine, &cell_of(&session)).await;
     let (state, records) = State::open(folder.path()).unwrap();
     assert_eq!(records.sessions.len(), 1);

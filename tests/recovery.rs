@@ -9,7 +9,7 @@ mod watch;
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use reqwest::Method;
 use serde_json::{Value, json};
@@ -290,6 +290,162 @@ async fn a_server_that_is_told_to_leaves_sessions_for_the_next() {
     assert_eq!(again(&second, &cell).value("x").await, "3");
     again(&second, &cell).delete().await;
     second.finish().await.unwrap();
+}
+
+/// The name on the engine is one installation's, also while that one does not run.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_name_is_free_for_another_data_folder_only_when_nothing_is_left() {
+    let (first, pid) = Server::spawn(SETTINGS).await;
+    let cell = first.create(json!({"template": "small"})).await;
+    cell.value("x = 5; x").await;
+    let lock = format!("cellblock-{}-lock", first.instance);
+    let refused = async |server: &Server, when: &str| {
+        let told = server.rival().await.err().unwrap_or_else(|| panic!("{when}: a second server started"));
+        let words = [format!("engine.instance = \"{}\"", server.instance), format!("`docker rm {lock}`")];
+        assert!(words.iter().all(|word| told.contains(word)), "{when}: {told}");
+        assert_eq!(cell.containers().await.len(), 1, "{when}");
+    };
+    refused(&first, "while the first runs").await;
+    assert_eq!(cell.value("x").await, "5");
+
+    // Somebody tidies up: it is made again.
+    remove(&first, &lock).await;
+    let report = first.post("/v1/admin/reconcile", &Value::Null).await;
+    assert_eq!((report.status, &report.json["cells_removed"]), (200, &json!([])), "{}", report.text);
+    refused(&first, "after the lock was removed").await;
+
+    first.kill(pid).await;
+    refused(&first, "while nobody runs").await;
+    let (second, _) = first.spawn_again().await;
+    assert_eq!(again(&second, &cell).value("x").await, "5");
+    let rival = second.rival().await.err().expect("a refusal");
+    assert!(rival.contains(&lock), "{rival}");
+    second.finish().await.unwrap();
+
+    let fresh = second.rival().await.unwrap();
+    fresh.cell().await.works().await;
+    fresh.finish().await.unwrap();
+}
+
+fn signal(pid: u32, name: &str) {
+    let sent = std::process::Command::new("kill").args([name, &pid.to_string()]).status();
+    assert!(sent.expect("a command").success());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_operator_drains_a_server_as_a_signal_does() {
+    let settings = format!("{SETTINGS}\n[server]\ndrain_timeout = \"50s\"\n[drain]\ncontainers = \"keep\"");
+    let (first, pid) = Server::spawn(&settings).await;
+    let cell = first.create(json!({"template": "small"})).await;
+    cell.value("x = 3; x").await;
+    let code = "import time\nprint('on', flush=True)\ntime.sleep(2)\ny = 9";
+    let running = cell.background_until_output(code).await;
+    let events = first.follow(&running, 0).await;
+    let began = Instant::now();
+    let told = first.post("/v1/admin/drain", &Value::Null).await;
+    assert_eq!(told.status, 202, "{}", told.text);
+    let expected =
+        json!({"status": "draining", "sessions": 1, "executions": 1, "grace_seconds": 50.0, "containers": "keep"});
+    assert_eq!(told.json, expected);
+    first.send(first.bare(Method::GET, "/readyz")).await.problem(503, "draining");
+    first.post("/v1/sessions", &json!({"template": "small"})).await.problem(503, "draining");
+    assert_eq!(first.post("/v1/admin/drain", &Value::Null).await.json, expected, "twice is once");
+    let last = events.rest().await.pop().unwrap();
+    assert_eq!(
+        (last.kind.as_str(), &last.data["execution"]["status"]),
+        ("execution.completed", &json!("ok")),
+        "{}",
+        last.data
+    );
+    first.gone(pid).await.unwrap();
+    assert!(began.elapsed() < Duration::from_secs(30), "the grace ends with what runs: {:?}", began.elapsed());
+
+    // A signal from a terminal takes the grace away, and the end is an orderly one all the same.
+    let (second, pid) = first.spawn_again().await;
+    let cell = again(&second, &cell);
+    assert_eq!(cell.value("x, y").await, "(3, 9)");
+    let endless = "import time\nprint('on', flush=True)\ntime.sleep(500)";
+    cell.background_until_output(endless).await;
+    let began = Instant::now();
+    assert_eq!(second.post("/v1/admin/drain", &Value::Null).await.status, 202);
+    signal(pid, "-INT");
+    second.gone(pid).await.unwrap();
+    assert!(began.elapsed() < Duration::from_secs(15), "{:?}", began.elapsed());
+
+    // The second signal ends the process at once, whichever it is.
+    let (third, pid) = second.spawn_again().await;
+    let cell = again(&third, &cell);
+    assert_eq!(third.post(&cell.path("/restart"), &Value::Null).await.status, 200);
+    cell.background_until_output(endless).await;
+    signal(pid, "-TERM");
+    let ready = || third.send(third.bare(Method::GET, "/readyz"));
+    while ready().await.status == 200 {
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    let began = Instant::now();
+    signal(pid, "-TERM");
+    let ended = third.gone(pid).await.unwrap_err();
+    assert!(began.elapsed() < Duration::from_secs(1), "{:?}", began.elapsed());
+    // As the system writes an exit status of 130.
+    assert!(ended.contains("(33280)"), "{ended}");
+
+    let (last, _) = third.spawn_again().await;
+    again(&last, &cell).delete().await;
+    last.finish().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn commands_of_operators_need_their_scope() {
+    let server = Server::start_with_tenants(SETTINGS).await;
+    for path in ["/v1/admin/drain", "/v1/admin/reconcile"] {
+        server.send(server.bare(Method::POST, path)).await.problem(401, "unauthenticated");
+        for request in [server.request(Method::POST, path), server.foreign(Method::POST, path)] {
+            let refused = server.send(request).await;
+            assert!(text(&refused.problem(403, "forbidden")["detail"]).contains("admin"), "{}", refused.text);
+        }
+    }
+    assert_eq!(server.get("/readyz").await.status, 200, "nothing has happened");
+    server.finish().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_round_on_demand_removes_what_nobody_knows() {
+    let server = Server::start(SETTINGS).await;
+    let cell = server.create(json!({"template": "small"})).await;
+    let labels = |role: &str| {
+        let labels = [("io.cellblock.instance", server.instance.as_str()), ("io.cellblock.role", role)];
+        labels.into_iter().map(|(name, value)| (name.to_owned(), value.to_owned())).collect()
+    };
+    // A cell and a volume of an earlier process, as the engine would have them.
+    let orphan = format!("cellblock-{}-ses00000000000000000000000000-1", server.instance);
+    let body = bollard::models::ContainerCreateBody {
+        image: Some("cellblock/python:latest".to_owned()),
+        labels: Some(labels("cell")),
+        ..Default::default()
+    };
+    // Under another name at first: what appears under one of ours that nobody waits for is gone before it is looked for.
+    let other = format!("other-{}", server.instance);
+    let options = bollard::query_parameters::CreateContainerOptionsBuilder::default().name(&other).build();
+    server.docker.create_container(Some(options), body).await.unwrap();
+    let options = bollard::query_parameters::RenameContainerOptionsBuilder::default().name(&orphan).build();
+    server.docker.rename_container(&other, options).await.unwrap();
+    let volume = format!("cellblock-guest-{}-000000000000", server.instance);
+    let request = bollard::models::VolumeCreateRequest {
+        name: Some(volume.clone()),
+        labels: Some(labels("guest")),
+        ..Default::default()
+    };
+    server.docker.create_volume(request).await.unwrap();
+
+    let report = server.post("/v1/admin/reconcile", &Value::Null).await;
+    let found = json!({"cells_seen": 2, "cells_removed": [orphan], "sessions_told": [], "volumes_removed": [volume], "errors": []});
+    assert_eq!((report.status, &report.json), (200, &found), "{}", report.text);
+    assert_eq!(server.volumes().await.len(), 1, "the guest's own stays");
+    assert_eq!(server.containers("").await, cell.containers().await);
+    let again = server.post("/v1/admin/reconcile", &Value::Null).await.json;
+    assert_eq!((&again["cells_seen"], &again["cells_removed"]), (&json!(1), &json!([])), "{again}");
+    cell.works().await;
+    server.finish().await.unwrap();
 }
 
 /// A word that a session was told to note, and the execution that was accepted for it, if that was heard.

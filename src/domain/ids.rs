@@ -85,6 +85,11 @@ id!(
     RequestId,
     "req"
 );
+id!(
+    /// One installation of a control plane: a data folder and what was made for it.
+    InstallationId,
+    "ins"
+);
 
 fn encode(mut number: u128) -> String {
     let mut digits = [0_u8; DIGITS];

@@ -22,7 +22,7 @@ pub use attest::attest;
 
 /// Label: the control plane that a container or volume belongs to.
 pub const LABEL_INSTANCE: &str = "io.cellblock.instance";
-/// Label: [`ROLE_CELL`], [`ROLE_GUEST`] or [`ROLE_HELPER`].
+/// Label: [`ROLE_CELL`], [`ROLE_GUEST`], [`ROLE_HELPER`] or [`ROLE_LOCK`].
 pub const LABEL_ROLE: &str = "io.cellblock.role";
 /// Label: the session of a cell.
 pub const LABEL_SESSION: &str = "io.cellblock.session";
@@ -30,6 +30,8 @@ pub const LABEL_SESSION: &str = "io.cellblock.session";
 pub const LABEL_UID: &str = "io.cellblock.uid";
 /// Label: [`spec_hash`] of what the cell was made from.
 pub const LABEL_SPEC: &str = "io.cellblock.spec";
+/// Label: the installation that has the instance's name.
+pub const LABEL_INSTALLATION: &str = "io.cellblock.installation";
 
 /// Role of a session's container.
 pub const ROLE_CELL: &str = "cell";
@@ -37,6 +39,8 @@ pub const ROLE_CELL: &str = "cell";
 pub const ROLE_GUEST: &str = "guest";
 /// Role of a container that is never started and only gives access to a volume.
 pub const ROLE_HELPER: &str = "helper";
+/// Role of a container that is never started and only says whose the instance's name is.
+pub const ROLE_LOCK: &str = "lock";
 
 /// Where POSIX shared memory lives.
 const SHM_DIR: &str = "/dev/shm";

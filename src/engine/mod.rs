@@ -12,7 +12,7 @@ use cellblock_wire::link::Report;
 use futures_util::stream::BoxStream;
 use tokio::io::{AsyncRead, AsyncWrite};
 
-use crate::domain::ids::SessionId;
+use crate::domain::ids::{InstallationId, SessionId};
 use crate::domain::spec::Resources;
 
 pub mod docker;
@@ -111,6 +111,8 @@ pub struct EngineEvent {
 /// What happened to a cell. Events may be lost or come twice: they are hints to look again.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum EngineEventKind {
+    /// It was made.
+    Created,
     /// Its first process ended.
     Exited,
     /// A process in it was ended because memory ran out.
@@ -199,6 +201,14 @@ pub enum EngineError {
         /// The limit.
         limit: Duration,
     },
+    /// The instance's name is another installation's.
+    #[error("the name is taken by {}; if that one is gone for good, `{remedy}` frees it", holder.map_or_else(|| "something else".to_owned(), |id| format!("the installation {id}")))]
+    Claimed {
+        /// Who has it, if that can be read.
+        holder: Option<InstallationId>,
+        /// What an operator does to free it, if the holder is gone for good.
+        remedy: String,
+    },
     /// A cell is not confined as it was asked to be.
     #[error("the cell is not confined as specified: {}", mismatches.join("; "))]
     Unverified {
@@ -252,6 +262,20 @@ pub trait Engine: Send + Sync + 'static {
 
     /// Looks at one cell; `None` when it does not exist.
     async fn observe(&self, name: &CellName) -> Result<Option<Observed>, EngineError>;
+
+    /// Takes the instance's name for an installation, until it is given back; taking it again changes nothing. It holds against every other
+    /// installation on this engine, whether or not the holder runs.
+    ///
+    /// # Errors
+    /// [`EngineError::Claimed`] when another installation has it; [`EngineError::Absent`] when the engine has nothing yet that could hold it, and
+    /// so can run no cell either.
+    async fn claim(&self, installation: InstallationId) -> Result<(), EngineError>;
+
+    /// Gives the instance's name back, if this installation has it.
+    async fn release(&self, installation: InstallationId) -> Result<(), EngineError>;
+
+    /// Removes what earlier versions of this instance have left beside cells and nobody uses; says what it was.
+    async fn sweep(&self) -> Result<Vec<String>, EngineError>;
 
     /// All cells of this instance.
     async fn list(&self) -> Result<Vec<Observed>, EngineError>;

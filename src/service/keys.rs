@@ -40,6 +40,14 @@ impl Principal {
     pub fn require_sessions(&self) -> Result<(), Error> {
         if self.scopes.contains(&Scope::Sessions) { Ok(()) } else { Err(Error::Forbidden("sessions")) }
     }
+
+    /// Refuses a key that may not command the server itself.
+    ///
+    /// # Errors
+    /// [`Error::Forbidden`].
+    pub fn require_admin(&self) -> Result<(), Error> {
+        if self.scopes.contains(&Scope::Admin) { Ok(()) } else { Err(Error::Forbidden("admin")) }
+    }
 }
 
 /// The known keys.

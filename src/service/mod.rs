@@ -30,8 +30,10 @@ use crate::store::state::Lasting;
 use crate::store::{Archive, Blob};
 use crate::task;
 
+pub mod admin;
 pub mod keys;
 
+use admin::Admin;
 use keys::Principal;
 
 /// Longest wait that a caller may ask for.
@@ -238,6 +240,8 @@ pub struct Service {
     notebook_room: Arc<Semaphore>,
     /// When the engine was last asked whether it answers, and whether it did.
     engine_seen: tokio::sync::Mutex<Option<(Instant, bool)>>,
+    /// What operators' commands work with, where there are any.
+    admin: Option<Admin>,
 }
 
 impl std::fmt::Debug for dyn Engine {
@@ -258,7 +262,7 @@ impl Service {
         archive: Option<Archive>,
     ) -> Self {
         let (engine_seen, notebook_room) = (tokio::sync::Mutex::default(), Arc::new(Semaphore::new(NOTEBOOK_ROOM)));
-        Self { registry, engine, templates, default_template, pull, archive, notebook_room, engine_seen }
+        Self { registry, engine, templates, default_template, pull, archive, notebook_room, engine_seen, admin: None }
     }
 
     /// Creates a session, or finds the live one of that name. With `wait` it answers once the session is ready, or has failed

@@ -95,7 +95,10 @@ pub(super) fn engine_failure(cell: &CellSpec, error: &EngineError) -> StartFailu
         EngineError::Unverified { .. } => {
             (StartFault::Unverified, "the container was not confined as specified, so nothing was run in it")
         }
-        EngineError::Rejected { .. } | EngineError::Conflict { .. } | EngineError::Unexpected { .. } => {
+        EngineError::Rejected { .. }
+        | EngineError::Conflict { .. }
+        | EngineError::Claimed { .. }
+        | EngineError::Unexpected { .. } => {
             (StartFault::EngineRefused, "the container engine would not start a container of this template")
         }
     };

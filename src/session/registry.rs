@@ -144,11 +144,6 @@ impl Registry {
         lasting: Lasting,
         once: Option<&Reservation>,
     ) -> Result<Option<Created>, CreateRefused> {
-        let found = self.inner().named(tenant, spec, reuse)?;
-        if let Some(found) = found {
-            will_be(once, found.id);
-            return Ok(Some(Created::Reused(found)));
-        }
         self.claim(tenant, spec, reuse, lasting, once).await
     }
 
@@ -191,25 +186,27 @@ impl Registry {
         lasting: Lasting,
         once: Option<&Reservation>,
     ) -> Result<Option<Created>, CreateRefused> {
-        while let Some(made) = self.pool.take(spec) {
-            let mut own = SessionSpec { image: made.spec.image.clone(), ..spec.clone() };
-            // What others can see of a session holds no environment.
-            let env = std::mem::take(&mut own.env);
-            let (spec, created_at) = (Arc::new(own), Timestamp::now());
-            let session =
-                Session { tenant: Arc::clone(tenant), spec: Arc::clone(&spec), created_at, is_warm: true, ..made };
-            {
+        loop {
+            let (session, spec, env, created_at) = {
+                // Held over both, so that whoever looks at the shelves first and then here misses none.
                 let mut inner = self.inner();
                 // Another may have come first.
-                let named = inner.named(tenant, &spec, reuse);
-                if !matches!(named, Ok(None)) {
-                    session.end(EndReason::Drained);
-                    return named.map(|found| found.inspect(|found| will_be(once, found.id)).map(Created::Reused));
+                if let Some(found) = inner.named(tenant, spec, reuse)? {
+                    will_be(once, found.id);
+                    return Ok(Some(Created::Reused(found)));
                 }
+                let Some(made) = self.pool.take(spec) else { return Ok(None) };
+                let mut own = SessionSpec { image: made.spec.image.clone(), ..spec.clone() };
+                // What others can see of a session holds no environment.
+                let env = std::mem::take(&mut own.env);
+                let (spec, created_at) = (Arc::new(own), Timestamp::now());
+                let session =
+                    Session { tenant: Arc::clone(tenant), spec: Arc::clone(&spec), created_at, is_warm: true, ..made };
                 will_be(once, session.id);
                 inner.make_room_for_ended();
                 inner.sessions.insert(session.id, session.clone());
-            }
+                (session, spec, env, created_at)
+            };
             let keeping = self.keeping(tenant, session.id);
             let claim = Claim { tenant: Arc::clone(tenant), spec, env, lasting, keeping, created_at };
             match session.claim(claim).await {
@@ -221,7 +218,6 @@ impl Registry {
                 }
             }
         }
-        Ok(None)
     }
 
     /// Begins a session that nobody has asked for, if there is a place that nobody waits for.
@@ -372,8 +368,8 @@ impl Registry {
     /// A session, whoever's it is.
     #[must_use]
     pub fn any_session(&self, id: SessionId) -> Option<Session> {
-        let found = self.inner().sessions.get(&id).cloned();
-        found.or_else(|| self.pool.session(id))
+        // In this order: what is claimed leaves the shelves while it comes here.
+        self.pool.session(id).or_else(|| self.inner().sessions.get(&id).cloned())
     }
 
     /// A tenant's sessions in the order of their creation, after one of them.
@@ -400,8 +396,8 @@ impl Registry {
     /// The same with those that nobody has asked for yet.
     #[must_use]
     pub fn all(&self) -> Vec<Session> {
-        let mut all = self.live();
-        all.extend(self.pool.sessions());
+        let mut all = self.pool.sessions();
+        all.extend(self.live());
         all
     }
 
@@ -452,10 +448,21 @@ impl Registry {
         }
     }
 
+    /// Takes nothing new from now on.
+    pub fn begin_drain(&self) {
+        self.inner().draining = true;
+    }
+
+    /// Executions that run or wait, whoever's they are.
+    #[must_use]
+    pub fn unfinished(&self) -> usize {
+        self.inner().executions.values().filter(|e| !e.status().is_final()).count()
+    }
+
     /// Takes nothing new, gives what runs a grace, and ends every session, or leaves them to the next process; waits until all are gone, or left, or
     /// the time is over. Returns how many containers are there that should be gone.
-    pub async fn drain(&self, grace: Duration, within: Duration, after: AfterDrain) -> usize {
-        self.inner().draining = true;
+    pub async fn drain(&self, grace: impl Future<Output = ()>, within: Duration, after: AfterDrain) -> usize {
+        self.begin_drain();
         let (live, unclaimed) = (self.live(), self.pool.sessions());
         unclaimed.iter().for_each(|session| session.end(EndReason::Drained));
         let quiet = async {
@@ -463,7 +470,10 @@ impl Registry {
                 session.wait_for(|s| !s.busy).await;
             }
         };
-        let _ = tokio::time::timeout(grace, quiet).await;
+        tokio::select! {
+            () = quiet => {}
+            () = grace => {}
+        }
         if after == AfterDrain::Remove {
             live.iter().for_each(|s| s.end(EndReason::Drained));
         }

@@ -11,6 +11,7 @@ mod blobs;
 mod cells;
 mod content;
 mod files;
+pub mod installation;
 mod ipynb;
 mod journal;
 mod ledger;

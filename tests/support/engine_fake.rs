@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use bytes::{Bytes, BytesMut};
+use cellblock::domain::ids::InstallationId;
 use cellblock::domain::spec::MIB;
 use cellblock::engine::{
     ByteStream, CellName, CellSpec, CellState, Engine, EngineError, EngineEvent, EngineEventKind, EngineInfo,
@@ -65,6 +66,7 @@ pub struct FakeEngine {
     instance: String,
     faults: Arc<Mutex<Faults>>,
     cells: Arc<Mutex<BTreeMap<CellName, Cell>>>,
+    holder: Arc<Mutex<Option<InstallationId>>>,
     events: broadcast::Sender<EngineEvent>,
 }
 
@@ -79,7 +81,13 @@ impl FakeEngine {
     /// An engine with nothing on it.
     pub fn new(instance: &str) -> Self {
         let events = broadcast::channel(64).0;
-        Self { instance: instance.to_owned(), faults: Arc::default(), cells: Arc::default(), events }
+        Self {
+            instance: instance.to_owned(),
+            faults: Arc::default(),
+            cells: Arc::default(),
+            holder: Arc::default(),
+            events,
+        }
     }
 
     /// Changes what goes wrong.
@@ -143,6 +151,13 @@ impl FakeEngine {
         }
         *count -= 1;
         Err(EngineError::Unexpected { attempt, detail: "told to fail".to_owned() })
+    }
+
+    /// Has the engine show a cell as ended, and say so to nobody; not even its guest notices.
+    pub fn end_unheard(&self, name: &CellName) {
+        if let Some(cell) = self.cells.lock().unwrap().get_mut(name) {
+            cell.state = CellState::Exited { status: 137, oom: false };
+        }
     }
 
     /// The kernels that were started in all cells so far.
@@ -212,10 +227,9 @@ impl Engine for FakeEngine {
         tokio::time::sleep(faults.ensure_takes).await;
         {
             let mut cells = self.cells.lock().unwrap();
-            let cell = cells.entry(spec.name.clone()).or_insert_with(|| Cell {
-                spec: spec.clone(),
-                state: CellState::Running,
-                guest: Arc::default(),
+            let cell = cells.entry(spec.name.clone()).or_insert_with(|| {
+                self.tell(&spec.name, EngineEventKind::Created);
+                Cell { spec: spec.clone(), state: CellState::Running, guest: Arc::default() }
             });
             if cell.spec != *spec {
                 return Err(EngineError::Conflict { attempt, detail: "made from another specification".to_owned() });
@@ -265,6 +279,26 @@ impl Engine for FakeEngine {
 
     async fn observe(&self, name: &CellName) -> Result<Option<Observed>, EngineError> {
         Ok(self.list().await?.into_iter().find(|seen| seen.name == *name))
+    }
+
+    async fn claim(&self, installation: InstallationId) -> Result<(), EngineError> {
+        self.reachable("claim")?;
+        let holder = *self.holder.lock().unwrap().get_or_insert(installation);
+        if holder == installation {
+            return Ok(());
+        }
+        Err(EngineError::Claimed { holder: Some(holder), remedy: "forget it".to_owned() })
+    }
+
+    async fn release(&self, installation: InstallationId) -> Result<(), EngineError> {
+        self.reachable("release")?;
+        self.holder.lock().unwrap().take_if(|holder| *holder == installation);
+        Ok(())
+    }
+
+    async fn sweep(&self) -> Result<Vec<String>, EngineError> {
+        self.reachable("sweep")?;
+        Ok(vec![])
     }
 
     async fn list(&self) -> Result<Vec<Observed>, EngineError> {

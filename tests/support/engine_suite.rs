@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use cellblock::domain::ids::SessionId;
+use cellblock::domain::ids::{InstallationId, SessionId};
 use cellblock::domain::spec::{MIB, Resources};
 use cellblock::engine::{
     ByteStream, CellName, CellSpec, CellState, Engine, EngineError, EngineEvent, EngineEventKind, Pull,
@@ -36,10 +36,11 @@ pub async fn run(subject: &Subject<'_>) {
     a_life(subject).await;
     streams_follow_each_other(subject).await;
     another_specification_is_a_conflict(subject).await;
-    events_tell_of_ends(subject).await;
+    events_tell_of_beginnings_and_ends(subject).await;
     a_killed_guest_is_seen(subject).await;
     a_paused_cell_keeps_all_and_takes_no_link(subject).await;
     a_paused_cell_is_removed(subject).await;
+    a_name_is_one_installations(subject).await;
     assert_eq!(subject.engine.list().await, Ok(vec![]), "the suite leaves nothing");
 }
 
@@ -167,14 +168,14 @@ async fn another_specification_is_a_conflict(subject: &Subject<'_>) {
     assert_eq!(subject.engine.remove(&cell.name).await, Ok(()));
 }
 
-async fn events_tell_of_ends(subject: &Subject<'_>) {
+async fn events_tell_of_beginnings_and_ends(subject: &Subject<'_>) {
     let cell = spec(subject).await;
-    let mut stream = subject.engine.ensure(&cell).await.expect("a cell");
-    echo(&mut stream, secret()).await;
     let mut events = subject.engine.watch();
-    let removal = async {
+    let life = async {
         // Nobody can wait for a watch to have begun; events are hints.
         tokio::time::sleep(Duration::from_millis(300)).await;
+        let mut stream = subject.engine.ensure(&cell).await.expect("a cell");
+        echo(&mut stream, secret()).await;
         assert_eq!(subject.engine.remove(&cell.name).await, Ok(()));
     };
     let seen = async {
@@ -187,7 +188,8 @@ async fn events_tell_of_ends(subject: &Subject<'_>) {
         }
         kinds
     };
-    let (kinds, ()) = tokio::time::timeout(NEVER, async { tokio::join!(seen, removal) }).await.expect("events");
+    let (kinds, ()) = tokio::time::timeout(NEVER, async { tokio::join!(seen, life) }).await.expect("events");
+    assert_eq!(kinds.first(), Some(&EngineEventKind::Created), "{kinds:?}");
     assert!(kinds.contains(&EngineEventKind::Exited), "{kinds:?}");
 }
 
@@ -261,6 +263,28 @@ async fn a_paused_cell_is_removed(subject: &Subject<'_>) {
     assert_eq!(removal.expect("a removal in time"), Ok(()));
     assert_eq!(subject.engine.observe(&cell.name).await, Ok(None));
     end_of(stream).await;
+}
+
+async fn a_name_is_one_installations(subject: &Subject<'_>) {
+    let [first, second] = [(); 2].map(|()| InstallationId::from_uuid(Uuid::new_v4()));
+    let engine = subject.engine;
+    assert_eq!(engine.release(first).await, Ok(()), "what nobody has is given back");
+    // Both at once: one has it.
+    let (one, other) = tokio::join!(engine.claim(first), engine.claim(second));
+    let (holder, late, refused) = if one.is_ok() { (first, second, other) } else { (second, first, one) };
+    for refused in [refused, engine.claim(late).await] {
+        let Err(EngineError::Claimed { holder: named, remedy }) = refused else { panic!("{refused:?}") };
+        assert_eq!(named, Some(holder));
+        assert!(!remedy.is_empty());
+    }
+    assert_eq!(engine.claim(holder).await, Ok(()), "taken twice is taken once");
+    assert_eq!(engine.list().await, Ok(vec![]), "it is no cell");
+    assert_eq!(engine.release(late).await, Ok(()));
+    assert!(engine.claim(late).await.is_err(), "only the holder gives it back");
+    assert_eq!(engine.release(holder).await, Ok(()));
+    assert_eq!(engine.claim(late).await, Ok(()), "given back is free");
+    assert_eq!(engine.release(late).await, Ok(()));
+    assert_eq!(engine.sweep().await, Ok(vec![]), "there is no earlier version");
 }
 
 /// Reads to the end, or to the error that a broken connection is.

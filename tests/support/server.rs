@@ -77,7 +77,20 @@ impl Server {
         Self::serve(config, Arc::clone(&self.folder)).await
     }
 
+    /// Starts one of the same name on the same engine, with a data folder of its own.
+    pub async fn rival(&self) -> Result<Arc<Self>, String> {
+        let folder = tempfile::tempdir().expect("a folder");
+        let mut config = self.config.clone();
+        config.server.data_dir = folder.path().join("data");
+        config.server.api_key_file = None;
+        Self::try_serve(config, Arc::new(folder)).await
+    }
+
     async fn serve(config: Config, folder: Arc<tempfile::TempDir>) -> Arc<Self> {
+        Self::try_serve(config, folder).await.unwrap_or_else(|error| panic!("the server did not start: {error}"))
+    }
+
+    async fn try_serve(config: Config, folder: Arc<tempfile::TempDir>) -> Result<Arc<Self>, String> {
         let (address_in, address) = oneshot::channel();
         let (ended_in, ended) = oneshot::channel();
         let stop = CancellationToken::new();
@@ -94,9 +107,11 @@ impl Server {
             let served = app::serve(&serving, told, ready).await;
             let _ = ended_in.send(served.map_err(|e| e.to_string()));
         });
-        let Ok(address) = address.await else { panic!("the server did not start: {:?}", ended.await) };
+        let Ok(address) = address.await else {
+            return Err(ended.await.expect("an end").expect_err("it ended before it was ready"));
+        };
         let key = std::fs::read_to_string(config.server.key_file()).expect("a key file").trim().to_owned();
-        Self::new(address, [key, String::new(), String::new()], config, (stop, ended), folder)
+        Ok(Self::new(address, [key, String::new(), String::new()], config, (stop, ended), folder))
     }
 
     /// Starts one with three keys: two tenants', and one without scopes.
@@ -124,7 +139,7 @@ impl Server {
         task::spawn("server", async move {
             let drain = async {
                 asked.cancelled().await;
-                let left = plane.stop(Duration::ZERO).await;
+                let left = plane.stop(std::future::ready(())).await;
                 closing.cancel();
                 left
             };
@@ -151,6 +166,19 @@ impl Server {
         self.stop.cancel();
         // It has not ended as it should, which was wanted.
         let _ = tokio::time::timeout(NEVER, ended).await.expect("an end");
+    }
+
+    /// Waits until the program with this process id has ended by itself; an error says how, if not well.
+    pub async fn gone(&self, pid: u32) -> Result<(), String> {
+        let began = Instant::now();
+        // Its parent takes note of the end below; until then it is a zombie.
+        while !std::fs::read_to_string(format!("/proc/{pid}/stat")).is_ok_and(|stat| stat.contains(") Z ")) {
+            assert!(began.elapsed() < NEVER, "the program does not end");
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        let ended = self.ended.lock().expect("a lock").take().expect("a server that was not stopped before");
+        self.stop.cancel();
+        tokio::time::timeout(NEVER, ended).await.expect("an end").expect("an end")
     }
 
     /// Starts the program again, after a [`Server::kill`], with the same configuration, folder, key and address.
@@ -231,13 +259,17 @@ impl Server {
         let ended = self.ended.lock().expect("a lock").take().expect("a server that was not stopped before");
         self.stop.cancel();
         let outcome = tokio::time::timeout(NEVER, ended).await.map_err(|_| "the server does not stop".to_owned());
-        let left = self.containers("").await;
+        let left = self.on_engine(&self.label()).await;
         for name in &left {
             let options = RemoveContainerOptionsBuilder::default().force(true).v(true).build();
             self.docker.remove_container(name, Some(options)).await.expect("a removal");
         }
         self.remove_volumes().await;
         outcome?.map_err(|_| "the server's task panicked".to_owned())??;
+        // The instance's name stays taken by one that keeps its containers.
+        let kept = (self.config.drain.containers == DrainContainers::Keep)
+            .then(|| format!("cellblock-{}-lock", self.instance));
+        let left: Vec<_> = left.into_iter().filter(|name| Some(name) != kept.as_ref()).collect();
         if left.is_empty() { Ok(()) } else { Err(format!("the server left containers: {left:?}")) }
     }
 
@@ -263,12 +295,18 @@ impl Server {
         names
     }
 
-    /// Names of this server's containers, running or not, that contain a text.
+    /// Names of this server's sessions' containers, running or not, that contain a text.
     pub async fn containers(&self, text: &str) -> Vec<String> {
-        let options = ListContainersOptionsBuilder::default().all(true).filters(&self.label()).build();
+        let mut labels = self.label();
+        labels.entry("label").or_default().push("io.cellblock.role=cell".to_owned());
+        self.on_engine(&labels).await.into_iter().filter(|name| name.contains(text)).collect()
+    }
+
+    async fn on_engine(&self, labels: &HashMap<&'static str, Vec<String>>) -> Vec<String> {
+        let options = ListContainersOptionsBuilder::default().all(true).filters(labels).build();
         let found = self.docker.list_containers(Some(options)).await.expect("a list");
         let names = found.into_iter().flat_map(|c| c.names.unwrap_or_default());
-        names.map(|n| n.trim_start_matches('/').to_owned()).filter(|n| n.contains(text)).collect()
+        names.map(|n| n.trim_start_matches('/').to_owned()).collect()
     }
 
     /// A request without a key.

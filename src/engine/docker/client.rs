@@ -35,7 +35,7 @@ const LIBRARY_LIMIT_SECONDS: u64 = 3600;
 const OLDEST_API: ClientVersion = ClientVersion { major_version: 1, minor_version: 41 };
 
 /// Where the engine listens when nothing is said.
-const DEFAULT_HOST: &str = "unix:///var/run/docker.sock";
+pub(super) const DEFAULT_HOST: &str = "unix:///var/run/docker.sock";
 
 /// Connects and agrees on a version of the API.
 pub(super) async fn connect(host: Option<&str>, tls: Option<&PathBuf>) -> Result<Docker, EngineError> {

@@ -77,7 +77,7 @@ impl Watch {
 }
 
 fn open(docker: &Docker, instance: &str, since: Option<&str>) -> Messages {
-    let actions = ["die", "oom", "destroy", "pause", "unpause"].map(str::to_owned).to_vec();
+    let actions = ["create", "die", "oom", "destroy", "pause", "unpause"].map(str::to_owned).to_vec();
     let filters = HashMap::from([
         ("type", vec!["container".to_owned()]),
         ("label", cells::labels_of(instance)),
@@ -97,6 +97,7 @@ fn since(nanoseconds: i64) -> String {
 
 fn translated(message: EventMessage) -> Option<EngineEvent> {
     let kind = match message.action?.as_str() {
+        "create" => EngineEventKind::Created,
         "die" => EngineEventKind::Exited,
         "oom" => EngineEventKind::OutOfMemory,
         "destroy" => EngineEventKind::Removed,

@@ -6,19 +6,18 @@ use std::collections::{BTreeMap, HashMap};
 use std::io::Read;
 
 use bollard::Docker;
-use bollard::models::{
-    ContainerCreateBody, HostConfig, Mount, MountType, MountVolumeOptions, Volume, VolumeCreateRequest,
-};
+use bollard::models::{Mount, MountType, MountVolumeOptions, Volume, VolumeCreateRequest};
 use bollard::query_parameters::{
-    CreateContainerOptionsBuilder, DownloadFromContainerOptionsBuilder, ListVolumesOptionsBuilder,
-    RemoveContainerOptionsBuilder, RemoveVolumeOptionsBuilder, UploadToContainerOptionsBuilder,
+    DownloadFromContainerOptionsBuilder, ListVolumesOptionsBuilder, RemoveVolumeOptionsBuilder,
+    UploadToContainerOptionsBuilder,
 };
-use cellblock_wire::link::{GUEST_DIR, GUEST_PATH};
+use cellblock_wire::link::GUEST_DIR;
 use futures_util::StreamExt;
 use sha2::{Digest, Sha256};
 
 use super::super::EngineError;
 use super::client::{self, call};
+use super::never_started;
 use crate::engine::lockdown::{LABEL_INSTANCE, LABEL_ROLE, ROLE_GUEST, ROLE_HELPER, hex};
 
 const ATTEMPT: &str = "preparing the guest's volume";
@@ -60,20 +59,24 @@ impl GuestVolume {
         &self.name
     }
 
-    /// Makes sure that the volume holds exactly the files, and says which volume it was: the time of its making.
+    /// Makes sure that the volume holds exactly the files, and says which volume in which state that was.
     /// `image` is any image that the engine has.
     pub(super) async fn ensure(&self, docker: &Docker, image: &str) -> Result<String, EngineError> {
-        self.remove_old_helpers(docker).await?;
         let volume = self.create(docker).await?;
-        let helper = self.create_helper(docker, image).await?;
-        let filled = self.fill(docker, &helper).await;
-        // Whatever happened: the helper does not stay.
-        let removed = self.remove_helper(docker, &helper).await;
-        filled.and(removed)?;
-        Ok(birth(&volume))
+        // Processes that share an instance's name may do this at the same time, each with a helper of its own.
+        let helper = format!("cellblock-{}-helper-{}", self.instance, uuid::Uuid::new_v4().simple());
+        let filled = match self.create_helper(docker, &helper, image).await {
+            Ok(()) => self.fill(docker, &helper, birth(&volume)).await,
+            Err(error) => Err(error),
+        };
+        // Whatever happened, and heard of or not: the helper does not stay.
+        let removed = never_started::remove(docker, ATTEMPT, &helper).await;
+        let birth = filled?;
+        removed?;
+        Ok(birth)
     }
 
-    /// When the volume was made, if it is there: tells whether it is still the one that was verified.
+    /// When the volume was made or last changed, if it is there: tells whether it is still as it was verified.
     pub(super) async fn observe(&self, docker: &Docker) -> Result<Option<String>, EngineError> {
         match call(ATTEMPT, &self.name, client::INSPECT, docker.inspect_volume(&self.name)).await {
             Ok(volume) => Ok(Some(birth(&volume))),
@@ -82,22 +85,25 @@ impl GuestVolume {
         }
     }
 
-    /// Removes volumes of this instance with other guests, as far as no cell uses them.
-    pub(super) async fn remove_others(&self, docker: &Docker) -> Result<(), EngineError> {
+    /// Removes volumes of this instance with other guests, as far as no cell uses them, and helpers that were left behind. Says which volumes.
+    pub(super) async fn remove_others(&self, docker: &Docker) -> Result<Vec<String>, EngineError> {
+        self.remove_old_helpers(docker).await?;
         let labels = [format!("{LABEL_INSTANCE}={}", self.instance), format!("{LABEL_ROLE}={ROLE_GUEST}")];
         let filters = HashMap::from([("label", labels.to_vec())]);
         let options = ListVolumesOptionsBuilder::default().filters(&filters).build();
         let listed = call(ATTEMPT, "volumes", client::INSPECT, docker.list_volumes(Some(options))).await?;
+        let mut removed = Vec::new();
         for volume in listed.volumes.unwrap_or_default().into_iter().filter(|v| v.name != self.name) {
             let options = RemoveVolumeOptionsBuilder::default().force(false).build();
             let removal = docker.remove_volume(&volume.name, Some(options));
             match call(ATTEMPT, &volume.name, client::REMOVE, removal).await {
-                // In use by a cell of an earlier version: the next start tries again.
-                Ok(()) | Err(EngineError::Absent { .. } | EngineError::Conflict { .. }) => {}
+                Ok(()) => removed.push(volume.name),
+                // In use by a cell of an earlier version: the next round tries again.
+                Err(EngineError::Absent { .. } | EngineError::Conflict { .. }) => {}
                 Err(error) => return Err(error),
             }
         }
-        Ok(())
+        Ok(removed)
     }
 
     async fn create(&self, docker: &Docker) -> Result<Volume, EngineError> {
@@ -114,43 +120,16 @@ impl GuestVolume {
         HashMap::from([(LABEL_INSTANCE.to_owned(), self.instance.clone()), (LABEL_ROLE.to_owned(), role.to_owned())])
     }
 
-    async fn create_helper(&self, docker: &Docker, image: &str) -> Result<String, EngineError> {
-        let body = ContainerCreateBody {
-            image: Some(image.to_owned()),
-            // It is never started; if somebody else does, it has nothing but the guest, which finds no link and ends.
-            entrypoint: Some(vec![GUEST_PATH.to_owned()]),
-            user: Some("65534:65534".to_owned()),
-            network_disabled: Some(true),
-            labels: Some(self.labels(ROLE_HELPER)),
-            host_config: Some(HostConfig {
-                network_mode: Some("none".to_owned()),
-                cap_drop: Some(vec!["ALL".to_owned()]),
-                security_opt: Some(vec!["no-new-privileges:true".to_owned()]),
-                mounts: Some(vec![Mount {
-                    typ: Some(MountType::VOLUME),
-                    source: Some(self.name.clone()),
-                    target: Some(GUEST_DIR.to_owned()),
-                    read_only: Some(false),
-                    volume_options: Some(MountVolumeOptions { no_copy: Some(true), ..MountVolumeOptions::default() }),
-                    ..Mount::default()
-                }]),
-                ..HostConfig::default()
-            }),
-            ..ContainerCreateBody::default()
+    async fn create_helper(&self, docker: &Docker, name: &str, image: &str) -> Result<(), EngineError> {
+        let mount = Mount {
+            typ: Some(MountType::VOLUME),
+            source: Some(self.name.clone()),
+            target: Some(GUEST_DIR.to_owned()),
+            read_only: Some(false),
+            volume_options: Some(MountVolumeOptions { no_copy: Some(true), ..MountVolumeOptions::default() }),
+            ..Mount::default()
         };
-        // Processes that share an instance's name may do this at the same time, each with a helper of its own.
-        let name = format!("cellblock-{}-helper-{}", self.instance, uuid::Uuid::new_v4().simple());
-        let options = CreateContainerOptionsBuilder::default().name(&name).build();
-        let created = call(ATTEMPT, image, client::CREATE, docker.create_container(Some(options), body)).await?;
-        Ok(created.id)
-    }
-
-    async fn remove_helper(&self, docker: &Docker, id: &str) -> Result<(), EngineError> {
-        let options = RemoveContainerOptionsBuilder::default().force(true).v(true).build();
-        match call(ATTEMPT, id, client::REMOVE, docker.remove_container(id, Some(options))).await {
-            Ok(()) | Err(EngineError::Absent { .. }) => Ok(()),
-            Err(error) => Err(error),
-        }
+        never_started::create(docker, ATTEMPT, name, image, self.labels(ROLE_HELPER), vec![mount]).await.map(drop)
     }
 
     /// Removes helpers that a killed process left behind. One that is young may be another process's.
@@ -159,24 +138,26 @@ impl GuestVolume {
         let old = jiff::Timestamp::now().as_second() - OLD_SECONDS;
         for helper in super::cells::list(docker, labels).await? {
             if let (Some(id), Some(true)) = (&helper.id, helper.created.map(|at| at < old)) {
-                self.remove_helper(docker, id).await?;
+                never_started::remove(docker, ATTEMPT, id).await?;
             }
         }
         Ok(())
     }
 
-    async fn fill(&self, docker: &Docker, helper: &str) -> Result<(), EngineError> {
+    /// Writes the files unless they are there; says which state of the volume was read back.
+    async fn fill(&self, docker: &Docker, helper: &str, found: String) -> Result<String, EngineError> {
         if self.reads_back(docker, helper).await? {
-            return Ok(());
+            return Ok(found);
         }
         tracing::info!(volume = self.name, "writing the guest into its volume");
         let options = UploadToContainerOptionsBuilder::default().path(GUEST_DIR).build();
         let archive = bollard::body_full(archive(&self.files).map_err(unexpected)?.into());
         call(ATTEMPT, GUEST_DIR, client::ARCHIVE, docker.upload_to_container(helper, Some(options), archive)).await?;
-        if self.reads_back(docker, helper).await? {
-            return Ok(());
+        // What the engine calls the time of its making is that of the last change.
+        match self.observe(docker).await? {
+            Some(written) if self.reads_back(docker, helper).await? => Ok(written),
+            _ => Err(unexpected(format!("volume {} does not hold what was written to it", self.name))),
         }
-        Err(unexpected(format!("volume {} does not hold what was written to it", self.name)))
     }
 
     /// Whether the volume holds the files, all of them, nothing else, and with the right owners and permissions.
@@ -203,7 +184,7 @@ fn unexpected(detail: impl ToString) -> EngineError {
     EngineError::Unexpected { attempt: ATTEMPT, detail: detail.to_string() }
 }
 
-/// To the second, which is enough: two volumes of one name are not made within one.
+/// To the second, which is enough: what is made and read back within one is not made again within it.
 fn birth(volume: &Volume) -> String {
     volume.created_at.as_ref().map(ToString::to_string).unwrap_or_default()
 }

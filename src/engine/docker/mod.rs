@@ -5,7 +5,7 @@
 
 use std::ops::RangeInclusive;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use async_trait::async_trait;
 use bollard::Docker;
@@ -18,18 +18,22 @@ use super::lockdown::{self, HostFacts, LABEL_SPEC, LABEL_UID};
 use super::{
     ByteStream, CellName, CellSpec, CellState, Engine, EngineError, EngineEvent, EngineInfo, ImageInfo, Observed, Pull,
 };
+use crate::domain::ids::InstallationId;
 
 mod cells;
 mod client;
 mod events;
 mod guest_volume;
 mod images;
+mod lock;
+mod never_started;
 mod preflight;
 mod stream;
 mod uids;
 
 pub use guest_volume::GuestFile;
 use guest_volume::GuestVolume;
+use lock::Lock;
 use uids::UidPool;
 
 /// How often a uid may turn out to be another control plane's before that is an error.
@@ -85,6 +89,9 @@ struct Shared {
     facts: HostFacts,
     architecture: String,
     guest: GuestVolume,
+    lock: Lock,
+    /// The first image that was asked for and is there.
+    image: OnceLock<String>,
     /// Which volume was read back.
     verified: tokio::sync::Mutex<Option<String>>,
     uids: Mutex<UidPool>,
@@ -120,6 +127,8 @@ impl DockerEngine {
             facts: preflight::host_facts(&info),
             architecture: info.architecture.clone().unwrap_or_default(),
             guest: GuestVolume::new(&settings.instance, settings.guest_files.clone()),
+            lock: Lock::new(&settings.instance, settings.host.as_deref()),
+            image: OnceLock::new(),
             verified: tokio::sync::Mutex::default(),
             uids: Mutex::new(UidPool::new(settings.uids.clone(), random()?)),
             starts: Semaphore::new(settings.starts_at_once),
@@ -141,7 +150,8 @@ impl DockerEngine {
         let shared = &*self.shared;
         let mut verified = shared.verified.lock().await;
         *verified = Some(shared.guest.ensure(&shared.docker, image).await?);
-        shared.guest.remove_others(&shared.docker).await
+        shared.guest.remove_others(&shared.docker).await?;
+        Ok(())
     }
 
     /// What of the engine's machine changes how cells are locked.
@@ -277,7 +287,9 @@ impl Engine for DockerEngine {
     async fn resolve_image(&self, reference: &str, pull: Pull) -> Result<ImageInfo, EngineError> {
         let shared = &*self.shared;
         let credentials = shared.settings.credentials_file.as_deref();
-        images::resolve(&shared.docker, credentials, &shared.architecture, reference, pull).await
+        let image = images::resolve(&shared.docker, credentials, &shared.architecture, reference, pull).await?;
+        shared.image.get_or_init(|| image.id.clone());
+        Ok(image)
     }
 
     async fn ensure(&self, cell: &CellSpec) -> Result<ByteStream, EngineError> {
@@ -343,6 +355,23 @@ impl Engine for DockerEngine {
             Err(EngineError::Absent { .. }) => Ok(None),
             Err(error) => Err(error),
         }
+    }
+
+    async fn claim(&self, installation: InstallationId) -> Result<(), EngineError> {
+        let shared = &*self.shared;
+        match shared.lock.claim(&shared.docker, installation, shared.image.get().cloned()).await {
+            // It was there once.
+            Err(EngineError::Absent { .. }) => shared.lock.claim(&shared.docker, installation, None).await,
+            claimed => claimed,
+        }
+    }
+
+    async fn release(&self, installation: InstallationId) -> Result<(), EngineError> {
+        self.shared.lock.release(&self.shared.docker, installation).await
+    }
+
+    async fn sweep(&self) -> Result<Vec<String>, EngineError> {
+        self.shared.guest.remove_others(&self.shared.docker).await
     }
 
     async fn list(&self) -> Result<Vec<Observed>, EngineError> {

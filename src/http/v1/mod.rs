@@ -7,6 +7,7 @@ use utoipa_axum::routes;
 use super::App;
 use super::docs::Head;
 
+pub mod admin;
 pub mod contexts;
 pub mod executions;
 pub mod notebooks;
@@ -45,4 +46,6 @@ pub fn routes() -> OpenApiRouter<App> {
         .routes(routes!(notebooks::get_notebook, notebooks::delete_notebook))
         .routes(routes!(templates::list_templates))
         .routes(routes!(pools::list_pools))
+        .routes(routes!(admin::drain_server))
+        .routes(routes!(admin::reconcile_server))
 }

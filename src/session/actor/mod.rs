@@ -295,10 +295,7 @@ impl Actor {
             work: FuturesUnordered::new(),
             retry_after: RETRY_FIRST,
             leaving,
-            freezing: Freezing::new(match record.stage {
-                Stage::Paused(since) => instant(since),
-                _ => now,
-            }),
+            freezing: Freezing::new(frozen_since(record.stage).unwrap_or(now)),
             adopting: false,
             place,
             created_at: record.created_at,
@@ -945,6 +942,13 @@ pub(super) async fn look_at(engine: &dyn Engine, name: &CellName, otherwise: Ver
             Verdict::Thawed => Verdict::Well,
             otherwise => otherwise,
         },
+    }
+}
+
+fn frozen_since(stage: Stage) -> Option<Instant> {
+    match stage {
+        Stage::Paused(since) => Some(instant(since)),
+        _ => None,
     }
 }
 

@@ -1,0 +1,108 @@
+//! Commands of operators over HTTP. Their keys need the scope "admin".
+
+use axum::extract::State;
+use axum::http::StatusCode;
+use axum::response::{IntoResponse, Response};
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
+use crate::http::App;
+use crate::http::extract::{Answer, Body, Caller, Params};
+use crate::http::problem::Problem;
+use crate::service::admin::Draining;
+use crate::session::reconcile::Report;
+use crate::session::registry::AfterDrain;
+
+/// No fields: commands of operators take no arguments.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Nothing {}
+
+/// A server that is stopping.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct DrainView {
+    /// Always `draining`.
+    status: &'static str,
+    /// Sessions that have not ended.
+    sessions: usize,
+    /// Executions that run or wait.
+    executions: usize,
+    /// They have this long; the server ends earlier if all have ended.
+    grace_seconds: f64,
+    /// What becomes of sessions' containers then: `keep` leaves them to the next start, `remove` ends the sessions.
+    containers: &'static str,
+}
+
+impl From<Draining> for DrainView {
+    fn from(draining: Draining) -> Self {
+        Self {
+            status: "draining",
+            sessions: draining.sessions,
+            executions: draining.executions,
+            grace_seconds: draining.grace.as_secs_f64(),
+            containers: match draining.after {
+                AfterDrain::Keep => "keep",
+                AfterDrain::Remove => "remove",
+            },
+        }
+    }
+}
+
+/// What a comparison of the engine with the sessions has found and done.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct ReconcileView {
+    /// Containers of sessions on the engine, before anything was removed.
+    cells_seen: usize,
+    /// Those that no session knew, and that are gone now.
+    cells_removed: Vec<String>,
+    /// Sessions whose container is not there or has ended. They look for themselves, and end as `lost` or `oom`.
+    sessions_told: Vec<String>,
+    /// Volumes that earlier versions of the server had left, and that are gone now.
+    volumes_removed: Vec<String>,
+    /// What could not be removed, in the engine's words. The next round tries again.
+    errors: Vec<String>,
+}
+
+impl From<Report> for ReconcileView {
+    fn from(report: Report) -> Self {
+        Self {
+            cells_seen: report.seen,
+            cells_removed: report.removed.iter().map(ToString::to_string).collect(),
+            sessions_told: report.told.iter().map(ToString::to_string).collect(),
+            volumes_removed: report.swept,
+            errors: report.errors.iter().map(ToString::to_string).collect(),
+        }
+    }
+}
+
+/// Stop the server
+///
+/// The same as SIGTERM: nothing new is accepted from now on, running executions get a grace, and the server exits. Its containers stay for the next start or are
+/// removed, as its configuration says. Needs the scope `admin`.
+#[utoipa::path(post, path = "/v1/admin/drain", operation_id = "drain_server", tag = "admin",
+    responses((status = 202, body = DrainView), (status = "4XX", body = Problem)))]
+pub async fn drain_server(
+    State(app): State<App>,
+    Caller(who): Caller,
+    params: Params,
+    Body(Nothing {}): Body<Nothing>,
+) -> Result<Response, Problem> {
+    params.only(&[])?;
+    let draining = app.service.drain(&who)?;
+    Ok((StatusCode::ACCEPTED, Answer(DrainView::from(draining))).into_response())
+}
+
+/// Compare the engine with the sessions now
+///
+/// The server does so every 30 seconds by itself. Answers once it is done. Needs the scope `admin`.
+#[utoipa::path(post, path = "/v1/admin/reconcile", operation_id = "reconcile_server", tag = "admin",
+    responses((status = 200, body = ReconcileView), (status = "4XX", body = Problem), (status = "5XX", body = Problem)))]
+pub async fn reconcile_server(
+    State(app): State<App>,
+    Caller(who): Caller,
+    params: Params,
+    Body(Nothing {}): Body<Nothing>,
+) -> Result<Answer<ReconcileView>, Problem> {
+    params.only(&[])?;
+    Ok(Answer(app.service.reconcile(&who).await?.into()))
+}
