@@ -271,7 +271,7 @@ impl Service {
     /// # Errors
     /// See [`Error`].
     pub async fn create_session(
-        &self,
+        self: &Arc<Self>,
         who: &Principal,
         request: &SessionRequest,
         wait: bool,
@@ -279,9 +279,14 @@ impl Service {
     ) -> Result<Created, Error> {
         // Whoever has a key for it comes back for it.
         let lasting = if wait && once.is_none() { Lasting::OnceReady } else { Lasting::Always };
-        let created = self.create(who, request, wait, lasting, once.as_ref()).await?;
-        self.keep(once).await;
-        Ok(created)
+        let Some(once) = once else { return self.create(who, request, wait, lasting, None).await };
+        let (service, who, request) = (Arc::clone(self), who.clone(), request.clone());
+        let created = carry_on("create", async move {
+            let created = service.create(&who, &request, wait, lasting, Some(&once)).await;
+            service.settle_key(once, &created).await;
+            created
+        });
+        created.await.unwrap_or(Err(Error::GuestUnreachable))
     }
 
     /// The session that the first create with a key has made; with `wait` once it is ready.
@@ -306,12 +311,15 @@ impl Service {
         self.registry.requests().begin(&who.tenant, once).map_err(Error::NotOnce)
     }
 
-    /// What was made is to be found under its key from now on.
-    async fn keep(&self, once: Option<Reservation>) {
-        if let Some(once) = once {
-            once.keep();
-            self.registry.settle().await;
+    /// What was made is to be found under its key from now on; a key under which nothing is, is free.
+    async fn settle_key<T>(&self, once: Reservation, outcome: &Result<T, Error>) {
+        match outcome {
+            Ok(_) => once.keep(),
+            // It may go on with the next server.
+            Err(Error::Draining) => drop(once),
+            Err(_) => once.release(),
         }
+        self.registry.settle().await;
     }
 
     async fn create(
@@ -332,6 +340,10 @@ impl Service {
                 self.registry.create(&who.tenant, spec, request.reuse, lasting, once).await?
             }
         };
+        if let Created::Reused(session) = &created {
+            // It counts as activity, and comes after what its task is about to do: it may have been claimed at this moment.
+            session.keep_alive().await?;
+        }
         if wait {
             let (Created::New(session) | Created::Reused(session)) = &created;
             self.wait_until_started(session).await?;
@@ -525,7 +537,7 @@ impl Service {
     /// # Errors
     /// See [`Error`].
     pub async fn create_context(
-        &self,
+        self: &Arc<Self>,
         who: &Principal,
         id: SessionId,
         kernelspec: Option<String>,
@@ -554,13 +566,18 @@ impl Service {
                 return Err(Error::SpecRejected(vec![FieldError::new("/kernelspec", message)]));
             }
         }
-        let context = fresh();
-        if let Some(once) = &once {
-            once.will_be(Made::Context(id, context));
-        }
-        let created = session.create_context(context, kernelspec, cwd).await?;
-        self.keep(once).await;
-        Ok(created)
+        let (service, context) = (Arc::clone(self), fresh());
+        let created = carry_on("context", async move {
+            if let Some(once) = &once {
+                once.will_be(Made::Context(id, context));
+            }
+            let created = session.create_context(context, kernelspec, cwd).await.map_err(Error::from);
+            if let Some(once) = once {
+                service.settle_key(once, &created).await;
+            }
+            created
+        });
+        created.await.unwrap_or(Err(Error::GuestUnreachable))
     }
 
     /// Ends a context that is not the default one.
@@ -705,7 +722,7 @@ impl Service {
     /// # Errors
     /// See [`Error`].
     pub async fn execute(
-        &self,
+        self: &Arc<Self>,
         who: &Principal,
         id: SessionId,
         request: ExecuteRequest,
@@ -717,20 +734,22 @@ impl Service {
             return Err(Error::Draining);
         }
         let (context, request) = (request.context, resolve_execution(&session.spec, request)?);
-        let registry = Arc::clone(&self.registry);
+        let (service, registry) = (Arc::clone(self), Arc::clone(&self.registry));
         // What was accepted is kept even if its caller leaves at this moment.
         let accepted = carry_on("execute", async move {
             let id = fresh();
             if let Some(once) = &once {
                 once.will_be(Made::Execution(id));
             }
-            let execution = session.execute(id, context, request).await?;
-            registry.keep(&execution);
-            if let Some(once) = once {
-                once.keep();
+            let accepted = session.execute(id, context, request).await.map_err(Error::from);
+            if let Ok(execution) = &accepted {
+                registry.keep(execution);
             }
-            registry.settle().await;
-            Ok(execution)
+            match once {
+                Some(once) => service.settle_key(once, &accepted).await,
+                None => registry.settle().await,
+            }
+            accepted
         });
         accepted.await.unwrap_or(Err(Error::GuestUnreachable))
     }

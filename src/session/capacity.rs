@@ -146,12 +146,13 @@ impl Capacity {
         Self(Arc::new(Mutex::new(book)), Arc::default())
     }
 
-    /// A place now, if nobody waits for one.
+    /// A place now, if nobody waits for one, or starts.
     #[must_use]
     pub fn spare_place(&self, need: Need) -> Option<Place> {
         let mut book = self.book();
         book.leave_out_the_gone();
-        let is_free = book.turns.is_empty() && book.fits(need);
+        // Nor for a start, which real work has first.
+        let is_free = book.turns.is_empty() && book.starting == 0 && book.fits(need);
         is_free.then(|| {
             book.take(need);
             book.starting += 1;

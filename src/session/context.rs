@@ -32,9 +32,9 @@ use serde_json::{Value, json};
 use tokio::sync::oneshot;
 
 use super::execution::{End, Execution, ExecutionRequest, OnTimeout, Place, Stdin};
-use super::fresh;
 use super::running::{Due, Input, Running, describe_death, others_ended, stopped};
 use super::wiring::{Act, ActKind};
+use super::{fresh, instant};
 use crate::domain::ids::{ContextId, ExecutionId};
 use crate::domain::lifecycle::EndReason;
 use crate::domain::output::{ExecutionEvent, JsonText, RestartCause, Status, StopStep, Truncated};
@@ -298,7 +298,7 @@ impl Context {
         context.making.place.language = record.language;
         context.language_info = record.language_info;
         (context.oom_seen, context.oom_told) = (record.oom_seen, record.oom_told);
-        context.born = record.born;
+        (context.born, context.replaced) = (record.born, record.replaced);
         context.kernel = format!("{}n{}", context.id, context.born);
         // The kernel takes no id twice, and knows those of the earlier process.
         context.messages = Timestamp::now().as_millisecond().unsigned_abs();
@@ -331,10 +331,16 @@ impl Context {
                 self.actions.clear();
                 let (request, cap) = self.request_of(&running.execution);
                 self.send(Channel::Shell, request, Some(cap));
-                let verdict = kept.verdict.map(|(status, _)| status);
-                let is_stopped =
-                    verdict.is_some_and(|status| running.stop(status, self.making.pace.interrupt_grace, now));
+                let line = running.asked_before();
+                let grace = self.making.pace.interrupt_grace;
+                let is_stopped = kept.verdict.is_some_and(|(status, _)| running.stop(status, grace, now));
+                if let Some((_, since)) = kept.verdict {
+                    running.stopped_since(instant(since));
+                }
                 self.state = State::Running(running);
+                if let Some((line, asked)) = line {
+                    self.send_line(&line, asked);
+                }
                 if is_stopped {
                     self.send_interrupt();
                 }
@@ -349,8 +355,10 @@ impl Context {
 
     /// The guest is heard again. What it tells of the time before is on its way.
     pub(super) fn is_linked(&mut self, now: Instant) {
-        if let State::Running(running) = &mut self.state {
-            running.hold_until(now + CATCH_UP);
+        match &mut self.state {
+            State::Running(running) => running.catch_up(now, now + CATCH_UP),
+            State::Adopting(adopting) => adopting.until = now + self.making.pace.boot,
+            _ => {}
         }
     }
 
@@ -435,12 +443,24 @@ impl Context {
             language_info: self.language_info.clone(),
             oom_seen: self.oom_seen,
             oom_told: self.oom_told,
+            replaced: self.untold(),
         }
+    }
+
+    /// Why the kernel is another one, as the next execution has not been told yet.
+    fn untold(&self) -> Option<RestartCause> {
+        let being_replaced = match &self.state {
+            State::Replacing(Replacing { running: None, cause, .. }) if *cause != RestartCause::Requested => {
+                Some(cause.clone())
+            }
+            _ => None,
+        };
+        being_replaced.or_else(|| self.replaced.clone())
     }
 
     /// What is different when [`Context::record`] is, but for what is known before a kernel is up.
     pub(super) fn mark(&self) -> impl Hash + use<> {
-        (self.id, self.born, self.is_up(), self.oom_seen, self.oom_told)
+        (self.id, self.born, self.is_up(), self.oom_seen, self.oom_told, self.untold().is_some())
     }
 
     /// What is to be done, and what the session should know; both are handed out once.
@@ -524,6 +544,7 @@ impl Context {
     /// Starts a kernel under a new name, which is to be ready within a time.
     pub(super) fn boot(&mut self, now: Instant, within: Duration) {
         self.born += 1;
+        self.prepared.clear();
         self.interrupt = None;
         self.questions.clear();
         self.kernel = format!("{}n{}", self.id, self.born);
@@ -582,15 +603,13 @@ impl Context {
         }
     }
 
-    /// Answers the running execution's request for a line; false when it asks for none.
-    pub(super) fn answer_input(&mut self, id: ExecutionId, line: &str) -> bool {
-        let asked = match &mut self.state {
-            State::Running(running) if running.execution.id == id => running.take_asked(),
-            _ => None,
-        };
-        let Some(header) = asked else { return false };
-        self.send_line(line, header);
-        true
+    /// Answers the running execution's request for a line, and says of which kernel that is and under which id; nothing when it asks for none.
+    pub(super) fn answer_input(&mut self, id: ExecutionId, line: &str) -> Option<(String, String)> {
+        let State::Running(running) = &mut self.state else { return None };
+        let asked = (running.execution.id == id).then(|| running.take_asked()).flatten()?;
+        let msg_id = running.line_id(&asked);
+        self.send_line(line, asked);
+        Some((self.kernel.clone(), msg_id))
     }
 
     /// Asks the kernel something; the content of its answer is sent on when it comes.
@@ -728,8 +747,12 @@ impl Context {
 
     /// The guest has taken a message over.
     pub(super) fn on_sent(&mut self, act: &Act) {
-        if matches!(&act.kind, ActKind::Send(id) if self.interrupt.as_ref() == Some(id)) {
+        let ActKind::Send(id) = &act.kind else { return };
+        if self.interrupt.as_ref() == Some(id) {
             self.interrupt = None;
+        }
+        if let State::Running(running) = &mut self.state {
+            running.was_sent(id);
         }
     }
 
@@ -753,7 +776,10 @@ impl Context {
                 if running.msg_id != *id || refusal.code == "exists" {
                     return;
                 }
-                if is_gone && !running.is_setup {
+                if is_gone && running.is_taken_over {
+                    // It may have run there before, and its last words be on their way.
+                    running.is_gone(now + CATCH_UP);
+                } else if is_gone && !running.is_setup {
                     // It died before that; none of the code has run, and the next one gets it.
                     let execution = Arc::clone(&running.execution);
                     self.queue.push_front(Waiting { since: now, execution });
@@ -855,6 +881,10 @@ impl Context {
             Some(Due::TimeLimit) => self.stop(Status::Timeout, now),
             Some(Due::Probe) => self.probe(),
             Some(Due::Signal) => self.actions.push(Action::Signal { kernel: self.kernel.clone(), signal: "SIGINT" }),
+            Some(Due::Gone) => {
+                let cause = RestartCause::Died { status: None, signal: None };
+                self.on_death("the kernel ended", "", cause, now);
+            }
             Some(Due::Kill(status)) => self.replace_kernel(status, RestartCause::Timeout, String::new(), now),
             None => {}
         }
@@ -969,7 +999,7 @@ impl Context {
 
     fn send_line(&mut self, line: &str, asked: Bytes) {
         let State::Running(running) = &self.state else { return };
-        let msg_id = running.line_id();
+        let msg_id = running.line_id(&asked);
         let content = protocol::input_content(line);
         let reply = protocol::reply_to(&msg_id, &self.client, "input_reply", &content, asked);
         self.send(Channel::Stdin, reply, None);

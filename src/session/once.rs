@@ -63,7 +63,7 @@ struct Entry {
     in_flight: bool,
 }
 
-/// A key whose request is being answered. Dropped without having been kept, it is free again.
+/// A key whose request is being answered. Dropped before it was said what will be made, it is free again.
 #[derive(Debug)]
 pub struct Reservation {
     requests: Requests,
@@ -84,6 +84,10 @@ impl Requests {
             if !record.is_answered && !is_there(&record) {
                 self.forget(&record.tenant, &record.key);
                 continue;
+            }
+            if let (Some(state), false) = (&self.state, record.is_answered) {
+                // What becomes of it later does not free the key.
+                state.put_key(KeyRecord { is_answered: true, ..record.clone() });
             }
             let KeyRecord { tenant, key, fingerprint, made, at, .. } = record;
             let entry = Entry { fingerprint, made: Some(made), at, in_flight: false };
@@ -144,6 +148,14 @@ impl Reservation {
         self.put(Some(made), false);
     }
 
+    /// It was not made, or is gone again: the key is free.
+    pub fn release(self) {
+        if let Some(of_tenant) = self.requests.known().get_mut(&self.tenant) {
+            of_tenant.remove(&self.key);
+        }
+        self.requests.forget(&self.tenant, &self.key);
+    }
+
     /// It is made, and its caller is about to be told.
     pub fn keep(self) {
         self.put(None, true);
@@ -167,10 +179,11 @@ impl Drop for Reservation {
     fn drop(&mut self) {
         let mut known = self.requests.known();
         let Some(of_tenant) = known.get_mut(&self.tenant) else { return };
-        if of_tenant.get(&self.key).is_some_and(|entry| entry.in_flight) {
-            of_tenant.remove(&self.key);
-            drop(known);
-            self.requests.forget(&self.tenant, &self.key);
+        match of_tenant.get_mut(&self.key) {
+            // What was begun may live on, with this process or the next one.
+            Some(entry) if entry.made.is_some() => entry.in_flight = false,
+            Some(_) => drop(of_tenant.remove(&self.key)),
+            None => {}
         }
     }
 }
@@ -209,9 +222,16 @@ mod tests {
     fn what_failed_may_be_tried_again_and_keys_have_a_bound() {
         let (requests, tenant) = (Requests::new(None), Arc::from("one"));
         let Ok(Begun::First(first)) = requests.begin(&tenant, once("k", "a")) else { panic!("it is the first") };
-        first.will_be(made(1));
         drop(first);
-        for n in 0..MAX_KEYS {
+        let Ok(Begun::First(first)) = requests.begin(&tenant, once("k", "a")) else { panic!("it is free") };
+        first.will_be(made(1));
+        first.release();
+        // What may live on keeps its key.
+        let Ok(Begun::First(first)) = requests.begin(&tenant, once("j", "a")) else { panic!("it is the first") };
+        first.will_be(made(2));
+        drop(first);
+        assert!(matches!(requests.begin(&tenant, once("j", "a")), Ok(Begun::Again(again)) if again == made(2)));
+        for n in 1..MAX_KEYS {
             let Ok(Begun::First(first)) = requests.begin(&tenant, once(&n.to_string(), "a")) else { panic!("{n}") };
             first.will_be(made(1));
             first.keep();

@@ -61,6 +61,8 @@ pub struct PoolView {
 #[derive(Debug)]
 pub struct Pool {
     shelves: Mutex<Vec<Shelf>>,
+    /// Sessions that were ended for callers who wait, until their places are free.
+    given_up: Mutex<Vec<Session>>,
     changed: Notify,
 }
 
@@ -86,7 +88,14 @@ impl Shelf {
 
     fn forget_old(&mut self, now: Instant) {
         while self.asked.pop_front_if(|at| now >= *at + DEMAND).is_some() {}
-        self.ready.retain(|session| session.phase() == Phase::Ready);
+        // One that is not over is of no use either, while it gets another container.
+        self.ready.retain(|session| {
+            let is_of_use = session.phase() == Phase::Ready;
+            if !is_of_use {
+                session.end(EndReason::Lost);
+            }
+            is_of_use
+        });
         self.starting.retain(|session| !session.is_over());
     }
 
@@ -127,7 +136,8 @@ impl Pool {
             retry_at: None,
             looked_at: None,
         };
-        Self { shelves: Mutex::new(plans.into_iter().map(shelf).collect()), changed: Notify::new() }
+        let shelves = Mutex::new(plans.into_iter().map(shelf).collect());
+        Self { shelves, given_up: Mutex::default(), changed: Notify::new() }
     }
 
     /// A session that is what is asked for, taken off its shelf for ever.
@@ -153,12 +163,18 @@ impl Pool {
 
     /// Ends so many sessions on shelves, or all, so that callers who wait for a place get theirs: those that start first, which are of least use.
     pub(super) fn give_up(&self, count: usize) {
+        let mut given_up = self.given_up.lock().unwrap_or_else(PoisonError::into_inner);
+        // Those whose places are on their way already.
+        given_up.retain(|session| !matches!(session.phase(), Phase::Ended(_)));
         let mut shelves = self.shelves();
-        for _ in 0..count {
+        for _ in given_up.len()..count {
             let starting = shelves.iter_mut().find_map(|shelf| shelf.starting.pop());
             let largest = shelves.iter_mut().max_by_key(|shelf| shelf.ready.len());
             match starting.or_else(|| largest.and_then(|shelf| shelf.ready.pop_back())) {
-                Some(session) => session.end(EndReason::Drained),
+                Some(session) => {
+                    session.end(EndReason::Drained);
+                    given_up.push(session);
+                }
                 None => return,
             }
         }
@@ -203,22 +219,22 @@ impl Pool {
         self.shelves.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Ends what is too much, and says what is to be made next, if anything is.
-    fn plan(&self) -> Option<(usize, Plan)> {
+    /// Ends what is too much, and says of which shelves one is to be made next.
+    fn plan(&self) -> Vec<(usize, Plan)> {
         let now = Instant::now();
         let mut shelves = self.shelves();
-        let mut next = None;
+        let mut missing = Vec::new();
         for (at, shelf) in shelves.iter_mut().enumerate() {
             shelf.forget_old(now);
             let (target, there) = (shelf.target(), shelf.ready.len() + shelf.starting.len());
             let surplus = there.saturating_sub(target).min(shelf.ready.len());
             shelf.ready.drain(..surplus).for_each(|session| session.end(EndReason::Drained));
             shelf.retry_at.take_if(|at| now >= *at);
-            if there < target && shelf.retry_at.is_none() && next.is_none() {
-                next = Some((at, shelf.plan.clone()));
+            if there < target && shelf.retry_at.is_none() {
+                missing.push((at, shelf.plan.clone()));
             }
         }
-        next.filter(|_| shelves.iter().all(|shelf| shelf.starting.is_empty()))
+        if shelves.iter().all(|shelf| shelf.starting.is_empty()) { missing } else { Vec::new() }
     }
 
     /// Sessions of an image that the template does not name any more are of no use.
@@ -250,8 +266,13 @@ impl Pool {
         }
         if session.phase() == Phase::Ready {
             shelf.failed = 0;
-            shelf.ready.push_back(session.clone());
+            // The template may name another by now.
+            match session.spec.image == shelf.plan.spec.image {
+                true => shelf.ready.push_back(session.clone()),
+                false => session.end(EndReason::Drained),
+            }
         } else {
+            session.end(EndReason::Drained);
             shelf.has_failed();
         }
     }
@@ -322,18 +343,22 @@ async fn fill(engine: &dyn Engine, registry: &Arc<Registry>) {
     }
     // One that came to be while somebody began to wait.
     pool.give_up(registry.short_of());
-    let Some((at, plan)) = pool.plan() else { return };
-    for starting in registry.live() {
-        // Real work first; each start ends within its own time limit.
-        starting.wait_for(|s| !matches!(s.phase, Phase::Provisioning | Phase::Connecting)).await;
+    for (at, plan) in pool.plan() {
+        let Ok(image) = engine.resolve_image(&plan.image, Pull::Never).await else {
+            tracing::warn!(template = plan.spec.template, "a pool is not filled: the template's image is not there");
+            pool.image_is_missing(at);
+            continue;
+        };
+        pool.has_image(at, &image.id);
+        // One that does not fit leaves room for a smaller one of another template.
+        if let Some(session) = registry.make_ahead(SessionSpec { image: image.id, ..plan.spec }) {
+            return fill_with(registry, at, session);
+        }
     }
-    let Ok(image) = engine.resolve_image(&plan.image, Pull::Never).await else {
-        tracing::warn!(template = plan.spec.template, "a pool is not filled: the template's image is not there");
-        return pool.image_is_missing(at);
-    };
-    pool.has_image(at, &image.id);
-    let Some(session) = registry.make_ahead(SessionSpec { image: image.id, ..plan.spec }) else { return };
-    pool.starts(at, &session);
+}
+
+fn fill_with(registry: &Arc<Registry>, at: usize, session: Session) {
+    registry.pool().starts(at, &session);
     let registry = Arc::clone(registry);
     task::spawn("pool", async move {
         session.wait_for(|s| !matches!(s.phase, Phase::Provisioning | Phase::Connecting)).await;

@@ -2,7 +2,7 @@
 //!
 //! It holds handles and never waits: what takes time is the business of a session's own task.
 
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -277,8 +277,10 @@ impl Registry {
         for execution in executions {
             of_sessions.entry(execution.session).or_default().push(execution);
         }
+        let mut contexts = HashSet::new();
         for record in sessions {
             let id = record.id;
+            contexts.extend(record.contexts.iter().map(|context| (id, context.id)));
             let (kept, unfinished) = self.restore(&record, of_sessions.remove(&id).unwrap_or_default());
             let session = match record.stage {
                 Stage::Ended(reason, at) => {
@@ -317,8 +319,7 @@ impl Registry {
                 inner.sessions.get(&id).is_some_and(is_own)
             }
             Made::Execution(id) => inner.executions.contains_key(&id),
-            // Whoever waited for it is gone, and so may it be.
-            Made::Context(..) => false,
+            Made::Context(session, context) => contexts.contains(&(session, context)),
         });
     }
 

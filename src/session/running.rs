@@ -6,8 +6,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-
 use jiff::Timestamp;
+use sha2::{Digest, Sha256};
 
 use super::execution::{End, Execution, Stdin};
 use crate::domain::ids::ContextId;
@@ -58,6 +58,20 @@ pub(super) struct Running {
     ends_told: u32,
     /// Header of the request for input that waits for a caller.
     asked: Option<Bytes>,
+    /// The line on its way to the guest.
+    unsent: Option<Unsent>,
+    /// It was taken over: the guest may have had the request to run it before.
+    pub(super) is_taken_over: bool,
+    /// Its kernel is gone, which an event tells until then.
+    gone_until: Option<Instant>,
+}
+
+/// A line of input that the guest has not taken yet.
+#[derive(Debug)]
+struct Unsent {
+    msg_id: String,
+    asked: Bytes,
+    is_end: bool,
 }
 
 /// An execution is being stopped.
@@ -82,6 +96,8 @@ pub(super) enum Due {
     Signal,
     /// The kernel is to be replaced.
     Kill(Status),
+    /// The kernel is gone, and nothing has told how.
+    Gone,
 }
 
 /// What becomes of a request for input.
@@ -121,6 +137,9 @@ impl Running {
             lines_given: 0,
             ends_told: 0,
             asked: None,
+            unsent: None,
+            is_taken_over: false,
+            gone_until: None,
         }
     }
 
@@ -139,18 +158,35 @@ impl Running {
         running.ends_told = kept.ends_told;
         running.asked = kept.asked.clone().map(Bytes::from);
         running.probe_at = Some(now + PROBE_AFTER);
+        running.is_taken_over = true;
         running
+    }
+
+    /// The line for a request that an earlier process had heard, and may not have answered.
+    pub(super) fn asked_before(&mut self) -> Option<(String, Bytes)> {
+        if self.execution.request.stdin == Stdin::Interactive {
+            return None;
+        }
+        let asked = self.asked.take()?;
+        match self.next_line(&asked) {
+            Input::Line(line) => Some((line, asked)),
+            Input::Ask | Input::Ignore => None,
+        }
     }
 
     /// What the next process could not hear again.
     pub(super) fn record(&self, wall: fn(Instant) -> Timestamp) -> RunningRecord {
         let text = |bytes: &Bytes| String::from_utf8_lossy(bytes).into_owned();
+        // What the guest has not taken is still to be said.
+        let unsent = self.unsent.as_ref();
+        let is_line = usize::from(unsent.is_some_and(|unsent| !unsent.is_end));
+        let is_end = u32::from(unsent.is_some_and(|unsent| unsent.is_end));
         RunningRecord {
             reply: self.reply_text.as_ref().map(text),
             is_idle: self.idle,
-            lines_given: self.lines_given,
-            ends_told: self.ends_told,
-            asked: self.asked.as_ref().map(text),
+            lines_given: self.lines_given - is_line,
+            ends_told: self.ends_told - is_end,
+            asked: self.asked.as_ref().or(unsent.map(|unsent| &unsent.asked)).map(text),
             error_told: self.error_told,
             memory_hit: self.memory_hit,
             verdict: self.verdict().map(|(status, since)| (status, wall(since))),
@@ -161,12 +197,30 @@ impl Running {
     /// What is different when [`Running::record`] is.
     pub(super) fn mark(&self) -> impl Hash + use<> {
         let told = (self.reply_text.is_some(), self.idle, self.error_told, self.memory_hit);
-        (told, self.lines_given, self.ends_told, self.asked.clone(), self.verdict().map(|(status, _)| status))
+        let input = (self.lines_given, self.ends_told, self.asked.clone(), self.unsent.is_some());
+        (told, input, self.verdict().map(|(status, _)| status))
     }
 
-    /// What the kernel has said while nobody listened has come by now, or comes at once: so long it is not stopped for its time.
-    pub(super) fn hold_until(&mut self, at: Instant) {
-        self.deadline = self.deadline.max(at);
+    /// What the kernel has said while nobody listened is on its way: until it has come, nothing is due.
+    pub(super) fn catch_up(&mut self, now: Instant, until: Instant) {
+        self.deadline = self.deadline.max(until);
+        self.replied_at = self.replied_at.map(|_| now);
+        self.probe_at = Some(now + PROBE_AFTER);
+        if let Some(stopping) = &mut self.stopping {
+            stopping.kill_at = stopping.kill_at.map(|at| at.max(until));
+        }
+    }
+
+    /// Since when it is being stopped, by what an earlier process knew.
+    pub(super) fn stopped_since(&mut self, since: Instant) {
+        if let Some(stopping) = &mut self.stopping {
+            stopping.since = since;
+        }
+    }
+
+    /// Its kernel is gone, and has perhaps run it: what has become of it is told until then.
+    pub(super) fn is_gone(&mut self, until: Instant) {
+        self.gone_until = Some(until);
     }
 
     pub(super) fn next_deadline(&self) -> Instant {
@@ -176,6 +230,7 @@ impl Running {
             stopping.and_then(|s| s.signal_at),
             stopping.and_then(|s| s.kill_at),
             self.probe_at,
+            self.gone_until,
         ];
         let limit = if stopping.is_some_and(|s| s.kill_at.is_some()) { None } else { Some(self.deadline) };
         times.into_iter().chain([limit]).flatten().min().unwrap_or(self.deadline)
@@ -184,6 +239,9 @@ impl Running {
     pub(super) fn due(&mut self, now: Instant) -> Option<Due> {
         if self.replied_at.is_some_and(|t| now >= t + IDLE_AFTER_REPLY) {
             return Some(Due::Complete);
+        }
+        if self.gone_until.is_some_and(|at| now >= at) {
+            return Some(Due::Gone);
         }
         if self.probe_at.is_some_and(|at| now >= at) {
             self.probe_at = None;
@@ -296,26 +354,40 @@ impl Running {
             self.execution.set_asking(true);
             return Input::Ask;
         }
-        if let Some(line) = self.lines.pop_front() {
-            self.lines_given += 1;
-            return Input::Line(line);
-        }
-        // Each answer is a message that waits for its turn, and a kernel may ask without end.
-        self.ends_told += 1;
-        if self.ends_told > MAX_ENDS { Input::Ignore } else { Input::Line(protocol::END_OF_INPUT.to_owned()) }
+        self.next_line(&header)
+    }
+
+    fn next_line(&mut self, asked: &Bytes) -> Input {
+        let (line, is_end) = match self.lines.pop_front() {
+            Some(line) => (line, false),
+            // Each answer is a message that waits for its turn, and a kernel may ask without end.
+            None if self.ends_told >= MAX_ENDS => return Input::Ignore,
+            None => (protocol::END_OF_INPUT.to_owned(), true),
+        };
+        self.lines_given += usize::from(!is_end);
+        self.ends_told += u32::from(is_end);
+        self.unsent = Some(Unsent { msg_id: self.line_id(asked), asked: asked.clone(), is_end });
+        Input::Line(line)
     }
 
     /// A caller answers; the header of the request it answers, if there is one.
     pub(super) fn take_asked(&mut self) -> Option<Bytes> {
         self.execution.set_asking(false);
-        let asked = self.asked.take();
-        self.lines_given += usize::from(asked.is_some());
-        asked
+        let asked = self.asked.take()?;
+        self.lines_given += 1;
+        self.unsent = Some(Unsent { msg_id: self.line_id(&asked), asked: asked.clone(), is_end: false });
+        Some(asked)
     }
 
-    /// The id of the message that answers the last request for input: the guest passes none on twice, whichever process sends it.
-    pub(super) fn line_id(&self) -> String {
-        format!("{}-line{}", self.msg_id, self.lines_given + self.ends_told as usize)
+    /// The id of the message that answers a request for input: the guest passes none on twice, whichever process sends it.
+    pub(super) fn line_id(&self, asked: &Bytes) -> String {
+        let hash: String = Sha256::digest(asked).iter().take(8).map(|b| format!("{b:02x}")).collect();
+        format!("{}-line-{hash}", self.msg_id)
+    }
+
+    /// The guest has taken a message.
+    pub(super) fn was_sent(&mut self, msg_id: &str) {
+        self.unsent.take_if(|unsent| unsent.msg_id == msg_id);
     }
 
     /// Why it is being stopped, and since when.

@@ -90,10 +90,7 @@ fn events(
     listener: Option<Listener>,
 ) -> impl Stream<Item = (u64, &'static str, Body)> {
     let version = execution.subscribe();
-    // Nobody can have seen what has not happened: who says so is told the last again, and how it ends.
-    let last = execution.last_seq();
-    let seq = if after > last { last.saturating_sub(1) } else { after };
-    let follow = Follow { execution, version, seq, ready: VecDeque::new(), done: false, _listener: listener };
+    let follow = Follow { execution, version, seq: after, ready: VecDeque::new(), done: false, _listener: listener };
     stream::unfold(follow, |mut follow| async move {
         if follow.done {
             return None;
@@ -110,7 +107,13 @@ fn events(
             follow.ready = follow.execution.events_after(follow.seq).into();
             if follow.ready.is_empty() {
                 if !follow.execution.is_followed() {
-                    return None;
+                    // Nobody can have seen what has not happened: who says so is told the end again.
+                    let last = follow.execution.last_seq();
+                    if follow.seq <= last {
+                        return None;
+                    }
+                    follow.seq = last.saturating_sub(1);
+                    continue;
                 }
                 follow.version.changed().await.ok()?;
             }

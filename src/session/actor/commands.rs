@@ -12,7 +12,7 @@ use tokio::sync::oneshot;
 use super::super::context::Action;
 use super::super::execution::{Execution, ExecutionRequest};
 use super::super::{Attributes, Claim, Command, ContextView, Patch, Refused};
-use super::{Actor, Context, Restart, Verdict, instant};
+use super::{Actor, Context, Line, Restart, Verdict, instant};
 use crate::domain::ids::{ContextId, ExecutionId};
 use crate::domain::lifecycle::{Event, Phase};
 
@@ -30,10 +30,7 @@ impl Actor {
                 let now = Instant::now();
                 self.contexts.values_mut().for_each(|c| c.cancel(execution, now));
             }
-            Command::Input { execution, line, reply } => {
-                let answer = self.give_input(execution, &line);
-                self.answer(reply, answer);
-            }
+            Command::Input { execution, line, reply } => self.give_input(execution, &line, reply),
             Command::Interrupt { context, reply } => {
                 let answer = self.each(context, Context::interrupt);
                 self.answer(reply, answer);
@@ -147,13 +144,18 @@ impl Actor {
         Ok(())
     }
 
-    fn give_input(&mut self, execution: ExecutionId, line: &str) -> Result<(), Refused> {
-        if self.is_frozen() {
-            return Err(Refused::NothingAsked);
+    /// Answered once the guest has the line: one that is lost with this process was not taken.
+    fn give_input(&mut self, execution: ExecutionId, line: &str, reply: oneshot::Sender<Result<(), Refused>>) {
+        let is_live = if self.is_frozen() { Err(Refused::NothingAsked) } else { self.live() };
+        match is_live {
+            Ok(now) => self.last_active = now,
+            Err(refused) => return self.answer(reply, Err(refused)),
         }
-        self.last_active = self.live()?;
-        let given = self.contexts.values_mut().any(|c| c.answer_input(execution, line));
-        if given { Ok(()) } else { Err(Refused::NothingAsked) }
+        let given = self.contexts.values_mut().find_map(|c| c.answer_input(execution, line));
+        match given {
+            Some((kernel, msg_id)) => self.lines.push(Line { kernel, msg_id, reply }),
+            None => self.answer(reply, Err(Refused::NothingAsked)),
+        }
     }
 
     /// Does something to a context, or to all.

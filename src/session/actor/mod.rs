@@ -123,6 +123,13 @@ struct Restart {
     reply: oneshot::Sender<Result<(), Refused>>,
 }
 
+/// A line of input on its way to the guest, and who waits for that.
+struct Line {
+    kernel: String,
+    msg_id: String,
+    reply: oneshot::Sender<Result<(), Refused>>,
+}
+
 /// A kernel that the guest has ended.
 struct Gone {
     kernel: String,
@@ -170,6 +177,7 @@ struct Actor {
     /// Why its cell was lost, for people.
     loss: &'static str,
     restarts: Vec<Restart>,
+    lines: Vec<Line>,
     snapshot: watch::Sender<Snapshot>,
     commands: mpsc::Receiver<Command>,
     wishes: mpsc::Receiver<Wish>,
@@ -306,6 +314,7 @@ impl Actor {
             start_failure: None,
             loss: "its session ended",
             restarts: Vec::new(),
+            lines: Vec::new(),
             snapshot,
             commands,
             wishes,
@@ -409,6 +418,8 @@ impl Actor {
 
     /// The session goes on with the next process, and so does what runs or waits.
     fn leave(&mut self) {
+        // Whoever waits for these is told where they go on.
+        self.lines.clear();
         self.contexts.values_mut().for_each(Context::leave);
         self.wiring.cut();
         self.refuse_waiting(&Refused::NotReady);
@@ -553,6 +564,9 @@ impl Actor {
         for (_, reply) in std::mem::take(&mut self.creating) {
             let _ = reply.send(Err(refused.clone()));
         }
+        for line in self.lines.drain(..) {
+            let _ = line.reply.send(Err(refused.clone()));
+        }
     }
 
     fn on_done(&mut self, done: Done) {
@@ -652,6 +666,7 @@ impl Actor {
 
     fn on_acted(&mut self, act: &Act, result: Result<Acted, LinkError>) {
         self.wiring.has_acted();
+        self.answer_lines(act, &result);
         let now = Instant::now();
         let Some(context) = self.contexts.values_mut().find(|c| c.owns(&act.kernel)) else {
             // It was deleted meanwhile; only a link that is gone concerns others.
@@ -679,6 +694,19 @@ impl Actor {
         }
     }
 
+    fn answer_lines(&mut self, act: &Act, result: &Result<Acted, LinkError>) {
+        let is_it = |line: &mut Line| line.kernel == act.kernel && act.kind == ActKind::Send(line.msg_id.clone());
+        for line in self.lines.extract_if(.., is_it) {
+            let answer = match result {
+                Ok(_) => Ok(()),
+                Err(LinkError::Refused { refusal, .. }) if refusal.code == "exists" => Ok(()),
+                Err(_) => Err(Refused::NothingAsked),
+            };
+            // A caller that went away needs no answer.
+            let _ = line.reply.send(answer);
+        }
+    }
+
     /// Goes on with the kernels that are gone and whose last words were heard.
     fn settle_gone(&mut self, now: Instant) {
         let heard = self.wiring.last_seq();
@@ -689,6 +717,9 @@ impl Actor {
     }
 
     fn on_deleted(&mut self, kernel: &str, gone: KernelDeleted, now: Instant) {
+        for line in self.lines.extract_if(.., |line| line.kernel == kernel) {
+            let _ = line.reply.send(Err(Refused::NothingAsked));
+        }
         let owner = |name: &String| self.contexts.values().find(|c| c.owns(name)).map(|c| c.id);
         let also_ended = gone.ended_kernels.iter().filter_map(owner).collect();
         if let Some(context) = self.contexts.values_mut().find(|c| c.owns(kernel)) {
@@ -808,7 +839,13 @@ impl Actor {
 
     fn on_notice(&mut self, context: ContextId, notice: Notice) {
         match notice {
-            Notice::Answers if context == self.default_context && !self.is_unclaimed => self.open_notebook(),
+            Notice::Answers if context == self.default_context => {
+                // What its setup does is its own affair, and takes what it takes.
+                self.place.has_started();
+                if !self.is_unclaimed {
+                    self.open_notebook();
+                }
+            }
             Notice::Answers => {}
             Notice::Ready => self.on_ready(context),
             Notice::BootFailed(detail) => {
@@ -836,7 +873,6 @@ impl Actor {
             let _ = reply.send(view.ok_or(Refused::NoSuchContext));
         }
         if context == self.default_context {
-            self.place.has_started();
             self.leaving.is_ready();
             self.step(Event::KernelReady);
         }

@@ -339,6 +339,49 @@ fn what_runs_goes_on_with_the_next_process_and_what_waits_comes_after_it() {
 }
 
 #[test]
+fn what_was_taken_over_from_a_kernel_that_is_gone_ends_as_it_did_there_and_runs_nowhere_else() {
+    for ended in [true, false] {
+        let mut world = ready();
+        world.step(Step::Execute { seconds: 1, restarts: false });
+        world.step(Step::NextProcess);
+        // The kernel has ended meanwhile, of which nothing has been heard yet.
+        world.step(Step::Refused { gone: true });
+        let execution = Arc::clone(&world.executions[0]);
+        let id = execution.id.to_string();
+        world.message(Channel::Iopub, "stream", &id, r#"{"name":"stdout","text":"there"}"#);
+        if ended {
+            world.answer(&id, true);
+        }
+        world.step(Step::Exited(Some(3)));
+        world.delete();
+        let expected = if ended { Status::Ok } else { Status::KernelDied };
+        assert_eq!((execution.status(), execution.outcome().stdout.as_str()), (expected, "there"));
+        let kernel = world.context.kernel.clone();
+        assert!(!world.sent.iter().any(|(to, head)| *to == kernel && head.msg_id == id));
+    }
+}
+
+#[test]
+fn a_line_that_may_not_have_been_sent_is_sent_again_under_the_same_id() {
+    let mut world = ready();
+    let stdin = Stdin::Lines(vec!["one".to_owned(), "two".to_owned()]);
+    let request = ExecutionRequest { stdin, ..ExecutionRequest::for_tests(LIMITS) };
+    world.executions.extend(world.context.enqueue(fresh(), request, world.now).ok());
+    world.take();
+    let id = world.executions[0].id.to_string();
+    world.message(Channel::Stdin, "input_request", &id, r#"{"prompt":"?","password":false}"#);
+    world.take();
+    let first = world.sent.last().cloned().unwrap().1.msg_id;
+    assert!(first.contains("-line"));
+    world.step(Step::NextProcess);
+    assert_eq!(world.sent.last().unwrap().1.msg_id, first);
+    let kernel = world.context.kernel.clone();
+    world.context.on_sent(&Act { kernel, kind: ActKind::Send(first) });
+    let running = world.context.running_record(|_| Timestamp::now()).unwrap().1;
+    assert_eq!((running.lines_given, running.asked), (1, None), "the guest has it");
+}
+
+#[test]
 fn what_was_being_stopped_is_stopped_by_the_next_process() {
     let mut world = ready();
     world.step(Step::Execute { seconds: 1, restarts: false });
@@ -346,7 +389,9 @@ fn what_was_being_stopped_is_stopped_by_the_next_process() {
     assert!(world.sent.last().unwrap().1.msg_id.contains("-int"));
     world.step(Step::NextProcess);
     assert!(world.sent.last().unwrap().1.msg_id.contains("-int"));
-    world.step(Step::Wait(1100));
+    // What the interrupt has brought about may be on its way.
+    world.step(Step::Wait(CATCH_UP.as_millis() as u64 + 100));
+    world.step(Step::Wait(0));
     world.step(Step::Wait(0));
     assert_eq!(world.deletes.len(), 1);
     // The kernel is being replaced, and that is not forgotten either.

@@ -71,7 +71,7 @@ pub(super) fn parsed<T: std::str::FromStr<Err: std::fmt::Display>>(text: &str) -
 macro_rules! item {
     ($item:ident, $of:ty, $form:literal) => {
         #[derive(Serialize, Deserialize)]
-        struct $item(#[serde(with = $form)] $of);
+        pub(super) struct $item(#[serde(with = $form)] $of);
 
         impl From<$of> for $item {
             fn from(of: $of) -> Self {
@@ -118,17 +118,17 @@ impl<I> Each<I> {
 }
 
 /// One or none, in its form.
-struct Maybe<I>(PhantomData<I>);
+pub(super) struct Maybe<I>(PhantomData<I>);
 
 impl<I> Maybe<I> {
-    fn serialize<T: Clone, S: Serializer>(one: &Option<T>, to: S) -> Result<S::Ok, S::Error>
+    pub(super) fn serialize<T: Clone, S: Serializer>(one: &Option<T>, to: S) -> Result<S::Ok, S::Error>
     where
         I: From<T> + Serialize,
     {
         one.clone().map(I::from).serialize(to)
     }
 
-    fn deserialize<'de, T, D: Deserializer<'de>>(from: D) -> Result<Option<T>, D::Error>
+    pub(super) fn deserialize<'de, T, D: Deserializer<'de>>(from: D) -> Result<Option<T>, D::Error>
     where
         I: Into<T> + Deserialize<'de>,
     {

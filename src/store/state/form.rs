@@ -9,10 +9,10 @@ use jiff::Timestamp;
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 use serde_json::value::RawValue;
 
-use super::execution_form::parsed;
+use super::execution_form::{CauseItem, Maybe, parsed};
 use super::{ContextRecord, Lasting, SessionRecord, Stage};
 use crate::domain::lifecycle::EndReason;
-use crate::domain::output::JsonText;
+use crate::domain::output::{JsonText, RestartCause};
 use crate::domain::spec::{
     KernelTransport, NetworkMode, OnGuestLost, OnIdle, OnKernelDeath, OutputLimits, Resources, SessionSpec, Timeouts,
 };
@@ -119,6 +119,8 @@ struct ContextForm {
     language_info: Option<Box<RawValue>>,
     oom_seen: u64,
     oom_told: u64,
+    #[serde(default, with = "Maybe::<CauseItem>")]
+    replaced: Option<RestartCause>,
 }
 
 impl From<&ContextRecord> for ContextForm {
@@ -138,6 +140,7 @@ impl From<&ContextRecord> for ContextForm {
             language_info: record.language_info.and_then(|info| RawValue::from_string(info.0).ok()),
             oom_seen: record.oom_seen,
             oom_told: record.oom_told,
+            replaced: record.replaced,
         }
     }
 }
@@ -159,6 +162,7 @@ impl TryFrom<ContextForm> for ContextRecord {
             language_info: form.language_info.map(|info| JsonText(info.get().to_owned())),
             oom_seen: form.oom_seen,
             oom_told: form.oom_told,
+            replaced: form.replaced,
         })
     }
 }

@@ -16,7 +16,7 @@ use tokio::sync::{mpsc, oneshot};
 
 use crate::domain::ids::{ContextId, ExecutionId, SessionId};
 use crate::domain::lifecycle::EndReason;
-use crate::domain::output::JsonText;
+use crate::domain::output::{JsonText, RestartCause};
 use crate::domain::spec::SessionSpec;
 
 mod execution_form;
@@ -148,6 +148,8 @@ pub struct ContextRecord {
     pub oom_seen: u64,
     /// Kernels of the cell that were told to be among them.
     pub oom_told: u64,
+    /// Why the kernel is another one, if the next execution is still to be told.
+    pub replaced: Option<RestartCause>,
 }
 
 impl ContextRecord {
@@ -167,6 +169,7 @@ impl ContextRecord {
             language_info: None,
             oom_seen: 0,
             oom_told: 0,
+            replaced: None,
         }
     }
 }

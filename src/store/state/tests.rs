@@ -56,6 +56,7 @@ fn record(n: u128) -> SessionRecord {
         language_info: Some(JsonText(r#"{"name": "python", "n": 1e400}"#.to_owned())),
         oom_seen: 2,
         oom_told: 1,
+        replaced: Some(RestartCause::Died { status: Some(3), signal: None }),
         ..ContextRecord::new(id(n + 100).into(), moment(7), Some("python3".to_owned()))
     };
     SessionRecord {

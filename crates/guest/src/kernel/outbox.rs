@@ -53,9 +53,16 @@ struct State {
     queues: [VecDeque<Vec<Bytes>>; 5],
     messages: usize,
     bytes: usize,
+    /// Of each port by itself: many answers to a request for input must not have the request to run the code forgotten.
+    known: [Known; 5],
+    closed: bool,
+}
+
+/// Ids that were seen, the oldest first.
+#[derive(Default)]
+struct Known {
     order: VecDeque<u64>,
     seen: HashSet<u64>,
-    closed: bool,
 }
 
 /// The queues.
@@ -86,19 +93,20 @@ impl Outbox {
         if state.closed {
             return Err(Refused::Closed);
         }
-        if state.seen.contains(&id) {
+        if state.known[port as usize].seen.contains(&id) {
             return Err(Refused::Seen);
         }
         if state.messages == MAX_MESSAGES || state.bytes + bytes > MAX_BYTES {
             return Err(Refused::Full);
         }
-        if state.order.len() == REMEMBERED
-            && let Some(oldest) = state.order.pop_front()
+        let known = &mut state.known[port as usize];
+        if known.order.len() == REMEMBERED
+            && let Some(oldest) = known.order.pop_front()
         {
-            state.seen.remove(&oldest);
+            known.seen.remove(&oldest);
         }
-        state.order.push_back(id);
-        state.seen.insert(id);
+        known.order.push_back(id);
+        known.seen.insert(id);
         state.messages += 1;
         state.bytes += bytes;
         state.queues[port as usize].push_back(frames);
@@ -140,7 +148,7 @@ mod tests {
         let outbox = Outbox::default();
         let frames = || vec![Bytes::from_static(b"x")];
         assert_eq!(outbox.push(Port::Shell, "a", frames()), Ok(()));
-        assert_eq!(outbox.push(Port::Control, "a", frames()), Err(Refused::Seen));
+        assert_eq!(outbox.push(Port::Shell, "a", frames()), Err(Refused::Seen));
         assert_eq!(outbox.push(Port::Shell, "b", vec![vec![0; MAX_BYTES].into()]), Err(Refused::Full));
         for n in 1..MAX_MESSAGES {
             assert_eq!(outbox.push(Port::Shell, &n.to_string(), frames()), Ok(()));
@@ -155,8 +163,11 @@ mod tests {
             outbox.push(Port::Stdin, &format!("n{n}"), frames()).unwrap();
             outbox.next(Port::Stdin).await;
         }
-        assert_eq!(outbox.push(Port::Shell, "a", frames()), Ok(()));
-        assert_eq!(outbox.push(Port::Shell, "n9", frames()), Err(Refused::Seen));
+        assert_eq!(outbox.push(Port::Shell, "a", frames()), Err(Refused::Seen), "it is another port's");
+        assert_eq!(outbox.push(Port::Stdin, "more", frames()), Ok(()));
+        outbox.next(Port::Stdin).await;
+        assert_eq!(outbox.push(Port::Stdin, "n0", frames()), Ok(()), "the oldest is forgotten");
+        assert_eq!(outbox.push(Port::Stdin, "n9", frames()), Err(Refused::Seen));
         outbox.close();
         assert_eq!(outbox.push(Port::Shell, "c", frames()), Err(Refused::Closed));
     }
