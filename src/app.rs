@@ -175,8 +175,11 @@ impl Plane {
         let (settings, limits) = (settings(config), limits(config));
         // One process works with a data folder; whoever shares an instance keeps nothing.
         let archive = if owns_instance { Some(archive(config)?) } else { None };
-        let (state, left) =
-            if owns_instance { open_state(config).map(|(s, l)| (Some(s), l))? } else { (None, Left::default()) };
+        let (state, left) = if owns_instance {
+            open_state(config, archive.clone()).map(|(s, l)| (Some(s), l))?
+        } else {
+            (None, Left::default())
+        };
         let installation = if owns_instance { Some(installation_id(config)?) } else { None };
         let image = first_image(&docker, config).await;
         if let Some(installation) = installation {
@@ -395,9 +398,9 @@ fn archive(config: &Config) -> Result<Archive, StartError> {
     Archive::open(folder, limits).map_err(|source| StartError::Archive { path: folder.clone(), source })
 }
 
-fn open_state(config: &Config) -> Result<(State, Left), StartError> {
+fn open_state(config: &Config, archive: Option<Archive>) -> Result<(State, Left), StartError> {
     let folder = &config.server.data_dir;
-    State::open(folder).map_err(|source| StartError::State { path: state::path_in(folder), source })
+    State::open(folder, archive).map_err(|source| StartError::State { path: state::path_in(folder), source })
 }
 
 fn settings(config: &Config) -> Settings {

@@ -930,7 +930,7 @@ async fn what_no_event_has_told_is_seen_by_the_next_round() {
 /// Leaves a session to the next process, paused or not, does something in between, and gives it as that one has it.
 async fn taken_over(paused: bool, between: impl AsyncFnOnce(&FakeEngine, &CellName)) -> (Bench, Session) {
     let folder = tempfile::tempdir().unwrap();
-    let (state, _) = State::open(folder.path()).unwrap();
+    let (state, _) = State::open(folder.path(), None).unwrap();
     let first = Bench::on(Arc::new(FakeEngine::new(INSTANCE)), Some(state), |_, _| {});
     let session = first.create().await.unwrap();
     assert_eq!(first.run(&session, "hello", 5.0).await.outcome().execution_count, Some(1));
@@ -939,7 +939,7 @@ async fn taken_over(paused: bool, between: impl AsyncFnOnce(&FakeEngine, &CellNa
     }
     bounded(first.registry.drain(std::future::ready(()), NEVER, AfterDrain::Keep)).await;
     between(&first.engine, &cell_of(&session)).await;
-    let (state, records) = State::open(folder.path()).unwrap();
+    let (state, records) = State::open(folder.path(), None).unwrap();
     assert_eq!(records.sessions.len(), 1);
     let second = Bench::on(Arc::clone(&first.engine), Some(state), |_, _| {});
     second.registry.take_over(records);

@@ -11,6 +11,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use cellblock::store::state::{self, Stage, State};
 use reqwest::Method;
 use serde_json::{Value, json};
 use server::{Cell, Server, text};
@@ -451,6 +452,37 @@ async fn a_round_on_demand_removes_what_nobody_knows() {
 /// A word that a session was told to note, and the execution that was accepted for it, if that was heard.
 type Note = (String, Option<String>);
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn sessions_go_on_with_a_newer_server() {
+    let first = Server::start(&format!("{SETTINGS}\n[drain]\ncontainers = \"keep\"")).await;
+    let old = first.create(json!({"template": "small"})).await;
+    old.value("x = 3; x").await;
+    let second = first.start_newer_keeping().await;
+    let old = again(&second, &old);
+    assert_eq!(old.value("x").await, "3");
+    let new = second.create(json!({"template": "small"})).await;
+    new.works().await;
+    assert_eq!(second.volumes().await.len(), 2, "each has the guest that it began with");
+    assert_eq!(second.post(&old.path("/restart"), &Value::Null).await.status, 200);
+    old.works().await;
+    old.delete().await;
+    assert_eq!(second.post("/v1/admin/reconcile", &Value::Null).await.status, 200);
+    assert_eq!(second.volumes().await.len(), 1);
+    new.delete().await;
+    second.finish().await.unwrap();
+}
+
+/// The database knows of nothing that is not over: it agrees with an engine that has no container.
+fn all_is_over(server: &Server) {
+    let copy = tempfile::tempdir().unwrap();
+    state::backup(server.data(), &state::path_in(copy.path())).unwrap();
+    let (_, left) = State::open(copy.path(), None).unwrap();
+    let live: Vec<_> = left.sessions.iter().filter(|s| !matches!(s.stage, Stage::Ended(..))).map(|s| s.id).collect();
+    assert!(live.is_empty(), "{live:?}");
+    let open: Vec<_> = left.executions.iter().filter(|e| !e.progress.status.is_final()).map(|e| e.id).collect();
+    assert!(open.is_empty(), "{open:?}");
+}
+
 /// What callers were told, and so must find.
 #[derive(Default)]
 struct Told {
@@ -583,7 +615,10 @@ async fn kills(seed: u64, count: usize) {
         cell.works().await;
         cell.delete().await;
     }
+    let files = std::fs::read_dir(format!("/proc/{pid}/fd")).unwrap().count();
+    assert!(files < 64, "the server holds {files} files open");
     server.finish().await.unwrap();
+    all_is_over(&server);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -207,6 +207,20 @@ pub enum ExecutionEvent {
     Completed,
 }
 
+impl ExecutionEvent {
+    /// Numbers of the contents that are kept beside it.
+    pub fn blobs(&self) -> impl Iterator<Item = u32> {
+        let data = match self {
+            Self::Result(RichOutput { data, .. }) | Self::ResultUpdate { data, .. } => Some(data),
+            _ => None,
+        };
+        data.into_iter().flat_map(|data| data.values()).filter_map(|part| match part {
+            MimePart::Blob(blob) => Some(blob.number),
+            MimePart::Inline(_) => None,
+        })
+    }
+}
+
 /// A message of a comm: a channel between objects of a kernel and those of its front end.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Comm {

@@ -14,8 +14,8 @@ use super::keeping::Keeping;
 pub use crate::domain::execution::{ExecutionRequest, OnTimeout, Stdin};
 use crate::domain::ids::{ContextId, ExecutionId, SessionId};
 use crate::domain::output::{
-    Effects, ExecutionEvent, Fold, JsonText, MimeBundle, MimePart, NamedValues, Outcome, Report, RestartCause,
-    RichOutput, Status, Stop, TextStream, Truncated,
+    Effects, ExecutionEvent, Fold, JsonText, MimeBundle, NamedValues, Outcome, Report, RestartCause, RichOutput,
+    Status, Stop, TextStream, Truncated,
 };
 pub use crate::store::state::Logged;
 use crate::store::state::{Birth, ExecutionChange, ExecutionRecord, Progress, RunningRecord};
@@ -138,7 +138,7 @@ impl Execution {
     pub(super) fn restore(kept: ExecutionRecord, running: Option<&RunningRecord>, keeping: Keeping) -> Self {
         let ExecutionRecord { id, session, birth, progress, running: _, events } = kept;
         let Progress { status, started_at, finished_at, report } = progress;
-        let blobs = events.iter().flat_map(|logged| blob_numbers(&logged.event)).max().unwrap_or_default();
+        let blobs = events.iter().flat_map(|logged| logged.event.blobs()).max().unwrap_or_default();
         let record = Record {
             status,
             accepted: instant(birth.created_at),
@@ -468,17 +468,6 @@ fn footprint_of_report(report: &Report) -> u64 {
     footprint_of_effects(&report.effects) + values.map(|value| value.0.len() as u64).sum::<u64>()
 }
 
-fn blob_numbers(event: &ExecutionEvent) -> impl Iterator<Item = u32> {
-    let data = match event {
-        ExecutionEvent::Result(RichOutput { data, .. }) | ExecutionEvent::ResultUpdate { data, .. } => Some(data),
-        _ => None,
-    };
-    data.into_iter().flat_map(|data| data.values()).filter_map(|part| match part {
-        MimePart::Blob(blob) => Some(blob.number),
-        MimePart::Inline(_) => None,
-    })
-}
-
 fn what_is_left_out(event: &ExecutionEvent) -> Option<Truncated> {
     match event {
         ExecutionEvent::Text { stream: TextStream::Stdout, .. } => Some(Truncated::Stdout),
@@ -528,7 +517,7 @@ impl Execution {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::domain::output::{ErrorInfo, ResultKind};
+    use crate::domain::output::{ErrorInfo, MimePart, ResultKind};
     use crate::domain::spec::OutputLimits;
     use uuid::Uuid;
 

@@ -343,6 +343,14 @@ impl Archive {
         self.ask(Command::Flush).await;
     }
 
+    /// The same for a thread that may wait. Gives up after a while: the folder's thread has said why by then.
+    pub(in crate::store) fn flush_now(&self) {
+        let (done, is_done) = std::sync::mpsc::channel();
+        if self.commands.blocking_send(Command::FlushNow(done)).is_ok() {
+            let _ = is_done.recv_timeout(self.patience);
+        }
+    }
+
     fn tell(&self, attempt: &str, session: SessionId, command: Command) {
         if self.commands.try_send(command).is_err() {
             tracing::error!(%session, "could not {attempt}: too much waits to be written");

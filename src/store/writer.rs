@@ -50,6 +50,7 @@ pub(super) enum Command {
     },
     Prune,
     Flush(Reply<()>),
+    FlushNow(std::sync::mpsc::Sender<()>),
 }
 
 /// The way back to who asked, with the turn that was taken for asking.
@@ -154,6 +155,8 @@ impl Writer {
                 self.notebooks.prune(now);
             }
             Command::Flush(reply) => reply.send(()),
+            // Whoever waited may have given up.
+            Command::FlushNow(done) => drop(done.send(())),
         }
     }
 

@@ -77,6 +77,21 @@ impl Server {
         Self::serve(config, Arc::clone(&self.folder)).await
     }
 
+    /// The same with another build of the guest, as after an upgrade.
+    pub async fn start_newer_keeping(&self) -> Arc<Self> {
+        let ended = self.ended.lock().expect("a lock").take().expect("a server that was not stopped before");
+        self.stop.cancel();
+        ended.await.expect("an end").unwrap_or_else(|error| panic!("{error}"));
+        let mut config = Config { drain: Drain { containers: DrainContainers::Remove }, ..self.config.clone() };
+        let mut guest = std::fs::read(config.guest.binary.as_ref().expect("a guest")).expect("a guest");
+        // What comes after a program's end is no part of it.
+        guest.push(0);
+        let newer = self.folder.path().join("newer-guest");
+        std::fs::write(&newer, guest).expect("a file");
+        config.guest.binary = Some(newer);
+        Self::serve(config, Arc::clone(&self.folder)).await
+    }
+
     /// Starts one of the same name on the same engine, with a data folder of its own.
     pub async fn rival(&self) -> Result<Arc<Self>, String> {
         let folder = tempfile::tempdir().expect("a folder");

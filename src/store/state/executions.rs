@@ -157,6 +157,12 @@ impl Pending {
         self.events.extend(later);
     }
 
+    /// Whether it refers to what the archive has, or its cell in the notebook is not written again after this.
+    pub(super) fn needs_archive(&self) -> bool {
+        let is_over = self.progress.as_ref().is_some_and(|progress| progress.status.is_final());
+        is_over || self.events.iter().any(|logged| logged.event.blobs().next().is_some())
+    }
+
     pub(super) fn write(&self, id: ExecutionId, to: &Transaction<'_>) -> rusqlite::Result<()> {
         let id = id.to_string();
         if let (Some(birth), Some(progress)) = (&self.birth, &self.progress) {

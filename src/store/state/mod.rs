@@ -18,6 +18,7 @@ use crate::domain::ids::{ContextId, ExecutionId, SessionId};
 use crate::domain::lifecycle::EndReason;
 use crate::domain::output::{JsonText, RestartCause};
 use crate::domain::spec::SessionSpec;
+use crate::store::Archive;
 
 mod execution_form;
 mod executions;
@@ -316,11 +317,12 @@ impl Changes {
 }
 
 impl State {
-    /// Opens the database in the data folder, making or migrating it, and says what is in it. Waits for the disk.
+    /// Opens the database in the data folder, making or migrating it, and says what is in it. What refers to the archive, or is not told to it again, is
+    /// committed only after what the archive was told before. Waits for the disk.
     ///
     /// # Errors
     /// See [`StateError`]; with one, nothing was changed.
-    pub fn open(folder: &Path) -> Result<(Self, Left), StateError> {
+    pub fn open(folder: &Path, first: Option<Archive>) -> Result<(Self, Left), StateError> {
         let connection = open(&path_in(folder))?;
         let left = Left {
             sessions: read_all(&connection)?,
@@ -330,7 +332,7 @@ impl State {
         };
         let (commands, received) = mpsc::channel(QUEUE);
         let waiting = Waiting::default();
-        let writer = Writer { connection, waiting: waiting.clone() };
+        let writer = Writer { connection, waiting: waiting.clone(), first };
         let thread = std::thread::Builder::new().name("state".to_owned());
         thread.spawn(move || writer.run(received)).map_err(|_| StateError::Unwritten)?;
         Ok((Self { waiting, commands }, left))
@@ -489,6 +491,7 @@ fn read_all(connection: &Connection) -> Result<Vec<SessionRecord>, StateError> {
 struct Writer {
     connection: Connection,
     waiting: Waiting,
+    first: Option<Archive>,
 }
 
 impl Writer {
@@ -533,6 +536,9 @@ impl Writer {
         let changes = std::mem::take(&mut *self.waiting.changes());
         if changes.is_empty() {
             return Ok(());
+        }
+        if let Some(archive) = self.first.as_ref().filter(|_| changes.executions.values().any(Pending::needs_archive)) {
+            archive.flush_now();
         }
         let committed = self.write(&changes);
         if committed.is_err() {

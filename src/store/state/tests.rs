@@ -86,11 +86,11 @@ fn turn(record: SessionRecord) -> Turn {
 
 /// Opens it, does something, and gives what is there afterwards.
 async fn left_after(folder: &Path, change: impl FnOnce(&State)) -> Left {
-    let (state, _) = State::open(folder).unwrap();
+    let (state, _) = State::open(folder, None).unwrap();
     change(&state);
     state.settle().await.unwrap();
     drop(state);
-    State::open(folder).unwrap().1
+    State::open(folder, None).unwrap().1
 }
 
 /// The same of sessions alone.
@@ -250,7 +250,7 @@ async fn executions_come_back_as_they_were_with_their_events_and_how_far_was_hea
 async fn what_could_not_be_committed_of_an_execution_goes_before_what_came_later() {
     let folder = tempfile::tempdir().unwrap();
     let (session, id) = (record(1), ExecutionId::from(uuid::Uuid::from_u128(7)));
-    let (state, _) = State::open(folder.path()).unwrap();
+    let (state, _) = State::open(folder.path(), None).unwrap();
     let other = Connection::open(path_in(folder.path())).unwrap();
     other.execute_batch("BEGIN IMMEDIATE").unwrap();
     let put = |heard, change| {
@@ -270,7 +270,7 @@ async fn what_could_not_be_committed_of_an_execution_goes_before_what_came_later
     other.execute_batch("ROLLBACK").unwrap();
     while state.settle().await.is_err() {}
     drop(state);
-    let left = State::open(folder.path()).unwrap().1;
+    let left = State::open(folder.path(), None).unwrap().1;
     assert_eq!(left.heard[&session.id], (2, 2));
     assert_eq!(left.executions[0].progress.status, Status::Ok);
     let events: Vec<_> = left.executions[0].events.iter().map(|logged| &logged.event).collect();
@@ -314,7 +314,7 @@ fn a_database_of_the_first_version_is_brought_up() {
         .execute("INSERT INTO sessions VALUES (?1, 1, NULL, ?2)", params![record(1).id.to_string(), body])
         .unwrap();
     drop(connection);
-    assert_eq!(State::open(folder.path()).unwrap().1.sessions, [record(1)]);
+    assert_eq!(State::open(folder.path(), None).unwrap().1.sessions, [record(1)]);
 }
 
 #[tokio::test]
@@ -355,7 +355,7 @@ async fn a_record_of_a_server_that_could_not_pause_is_read() {
         assert_eq!(connection.execute(older, [newer]).unwrap(), 1, "{newer}");
     }
     drop(connection);
-    let found = State::open(folder.path()).unwrap().1.sessions;
+    let found = State::open(folder.path(), None).unwrap().1.sessions;
     let mut expected = record(1);
     let spec = Arc::make_mut(&mut expected.spec);
     (spec.on_idle, spec.timeouts.paused) = (OnIdle::Delete, Duration::from_secs(3600));
@@ -369,7 +369,7 @@ fn a_newer_a_foreign_and_a_damaged_database_are_left_as_they_are() {
     // Not with the thread that writes, which closes the file only after it was told to.
     drop(open(&path).unwrap());
     let alter = |sql: &str| Connection::open(&path).unwrap().execute_batch(sql).unwrap();
-    let refused = || State::open(folder.path()).map(|_| ()).unwrap_err().to_string();
+    let refused = || State::open(folder.path(), None).map(|_| ()).unwrap_err().to_string();
     alter("PRAGMA user_version = 99");
     assert!(refused().contains("version 99"), "{}", refused());
     alter(&format!("PRAGMA user_version = {}; PRAGMA application_id = 7", MIGRATIONS.len()));
@@ -388,18 +388,18 @@ fn a_newer_a_foreign_and_a_damaged_database_are_left_as_they_are() {
 #[tokio::test]
 async fn a_copy_is_made_while_a_server_works_and_opens_like_the_original() {
     let (folder, other) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
-    let (state, _) = State::open(folder.path()).unwrap();
+    let (state, _) = State::open(folder.path(), None).unwrap();
     state.put(turn(record(1)));
     state.settle().await.unwrap();
     backup(folder.path(), &path_in(other.path())).unwrap();
-    assert_eq!(State::open(other.path()).unwrap().1.sessions, [record(1)]);
+    assert_eq!(State::open(other.path(), None).unwrap().1.sessions, [record(1)]);
     assert!(backup(folder.path(), &path_in(other.path())).is_err(), "nothing is overwritten");
 }
 
 #[tokio::test]
 async fn what_can_not_be_committed_is_told_and_stays_until_it_can() {
     let folder = tempfile::tempdir().unwrap();
-    let (state, _) = State::open(folder.path()).unwrap();
+    let (state, _) = State::open(folder.path(), None).unwrap();
     let other = Connection::open(path_in(folder.path())).unwrap();
     other.execute_batch("BEGIN IMMEDIATE").unwrap();
     state.put(turn(record(1)));
@@ -408,14 +408,14 @@ async fn what_can_not_be_committed_is_told_and_stays_until_it_can() {
     other.execute_batch("ROLLBACK").unwrap();
     while state.settle().await.is_err() {}
     drop(state);
-    assert_eq!(State::open(folder.path()).unwrap().1.sessions, [SessionRecord { revision: 2, ..record(1) }]);
+    assert_eq!(State::open(folder.path(), None).unwrap().1.sessions, [SessionRecord { revision: 2, ..record(1) }]);
 }
 
 #[test]
 fn nobody_else_may_read_it() {
     use std::os::unix::fs::PermissionsExt;
     let folder = tempfile::tempdir().unwrap();
-    drop(State::open(folder.path()).unwrap());
+    drop(State::open(folder.path(), None).unwrap());
     let mode = std::fs::metadata(path_in(folder.path())).unwrap().permissions().mode();
     assert_eq!(mode & 0o777, 0o600);
 }

@@ -75,7 +75,12 @@ impl Drop for Cell {
 
 fn sleep(mark: &Path, seconds: &str) -> Child {
     let mut command = Command::new("sleep");
-    command.arg(seconds).env(MARK, mark).stdin(Stdio::null()).process_group(0).spawn().unwrap()
+    let child = command.arg(seconds).env(MARK, mark).stdin(Stdio::null()).process_group(0).spawn().unwrap();
+    // It runs before the system shows what it runs with.
+    while fs::read(format!("/proc/{}/environ", child.id())).unwrap().is_empty() {
+        std::thread::yield_now();
+    }
+    child
 }
 
 fn commands(effects: &Effects) -> Vec<&str> {
