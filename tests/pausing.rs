@@ -199,10 +199,20 @@ async fn a_paused_session_outlives_its_server_and_its_lease() {
     cell.value("x = 41; open('kept.txt', 'w').write('y')").await;
     let paused = pause(&cell).await;
     pause(&busy).await;
+    let left = first.create(json!({"template": "python"})).await;
+    let endless = left.background_until_output("print('on', flush=True)\nwhile True: pass").await;
+    let container = left.containers().await.remove(0);
     first.kill(pid).await;
     // Longer than the lease: what is frozen does not count it.
     tokio::time::sleep(Duration::from_secs(18)).await;
+    // One that is not frozen has ended by itself, whatever it was doing.
+    let state = first.docker.inspect_container(&container, None).await.unwrap().state.unwrap();
+    assert_eq!(state.running, Some(false), "{state:?}");
     let (second, pid) = first.spawn_again().await;
+    let ended = second.ended(&endless).await;
+    assert_eq!(ended["status"], "lost", "{ended}");
+    let left = second.get(&left.path("")).await.json;
+    assert_eq!(left["end_reason"], "lost", "{left}");
     let again =
         |server: &Arc<Server>, cell: &Cell| Cell { server: Arc::clone(server), id: cell.id.clone(), view: Value::Null };
     let (cell, busy) = (again(&second, &cell), again(&second, &busy));

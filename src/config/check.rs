@@ -7,6 +7,9 @@ use super::sections::{Bounds, Document, TemplateSection};
 use super::source::{Key, Mistake, Source, dotted, key_of};
 use crate::domain::spec::{self, KERNEL_FLOOR, MIB};
 
+/// A container lives at least so long without hearing of a server, which it does when it is asked whether it lives.
+const LEAST_LEASE: Duration = Duration::from_secs(15);
+
 /// Checks everything, each rule by itself.
 pub(super) fn check(document: &Document, merge: &Merge) -> Vec<Mistake> {
     let mut checker = Checker { merge, mistakes: Vec::new() };
@@ -92,7 +95,11 @@ impl Checker<'_> {
         self.require(is_label(&engine.instance, 20), &["engine.instance"], || {
             format!("{:?} is not 1 to 20 of a-z, 0-9 and \"-\", with a letter or digit at both ends", engine.instance)
         });
-        self.positive(engine.orphan_timeout, "engine.orphan_timeout");
+        self.require(engine.orphan_timeout >= LEAST_LEASE, &["engine.orphan_timeout"], || {
+            format!(
+                "allowed is at least {LEAST_LEASE:?}: a quiet session's container hears of its server every 10 s only"
+            )
+        });
         self.positive(engine.start_timeout, "engine.start_timeout");
         self.uids(document);
     }

@@ -260,7 +260,7 @@ fn rules_between_keys() {
         ("templates.data.default.cpu = nan", "templates.data.default.cpu", "not within 0.05"),
         ("limits.queued_executions = 0", "limits.queued_executions", "not within 1"),
         ("limits.sessions = -1", "limits.sessions", "a whole number from 0"),
-        ("engine.orphan_timeout = '0s'", "engine.orphan_timeout", "longer than zero"),
+        ("engine.orphan_timeout = '10s'", "engine.orphan_timeout", "at least 15s"),
         ("server = 1", "server", "is a section, not a value"),
         ("server.listen.host = 'x'", "server.listen", "is a value, not a section"),
         ("templates.data.memory = '1GiB'", "templates.data.memory", "did you mean templates.data.default.memory?"),
