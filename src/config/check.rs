@@ -19,7 +19,7 @@ pub(super) fn check(document: &Document, merge: &Merge) -> Vec<Mistake> {
     checker.log(document);
     checker.default_template(document);
     for (name, template) in &document.templates {
-        checker.template(name, template);
+        checker.template(name, template, document.limits.sessions);
     }
     checker.mistakes
 }
@@ -173,7 +173,18 @@ impl Checker<'_> {
         });
     }
 
-    fn template(&mut self, name: &str, template: &TemplateSection) {
+    fn pool(&mut self, name: &str, template: &TemplateSection, sessions: u32) {
+        let (min, max) = (template.pool.min, template.pool.max);
+        let keys = [format!("templates.{name}.pool.min"), format!("templates.{name}.pool.max")];
+        self.require(min <= max, &[&keys[0], &keys[1]], || {
+            format!("{min} are to be kept at least, and {max} at most (pool.max): raise one or lower the other")
+        });
+        self.require(max <= sessions, &[&keys[1], "limits.sessions"], || {
+            format!("{max} don't fit into the {sessions} of limits.sessions, which callers need too")
+        });
+    }
+
+    fn template(&mut self, name: &str, template: &TemplateSection, sessions: u32) {
         let key = |rest: &str| format!("templates.{name}.{rest}");
         let section = format!("templates.{name}");
         self.require(is_label(&name.replace('_', "-"), 40), &[&section], || {
@@ -189,6 +200,7 @@ impl Checker<'_> {
         self.floors(name, "default", &template.default);
         self.floors(name, "maximum", &template.maximum);
         self.ceilings(name, template);
+        self.pool(name, template, sessions);
         // The guest holds the tail of the text, and all of what it has not yet got rid of.
         for (field, bytes, most) in
             [("output.text", template.output.text, 8), ("output.results", template.output.results, 64)]

@@ -261,6 +261,8 @@ fn rules_between_keys() {
         ("limits.queued_executions = 0", "limits.queued_executions", "not within 1"),
         ("limits.sessions = -1", "limits.sessions", "a whole number from 0"),
         ("engine.orphan_timeout = '10s'", "engine.orphan_timeout", "at least 15s"),
+        ("templates.data.pool.min = 3", "templates.data.pool.min", "at most (pool.max)"),
+        ("templates.data.pool.max = 101", "templates.data.pool.max", "limits.sessions"),
         ("server = 1", "server", "is a section, not a value"),
         ("server.listen.host = 'x'", "server.listen", "is a value, not a section"),
         ("templates.data.memory = '1GiB'", "templates.data.memory", "did you mean templates.data.default.memory?"),
