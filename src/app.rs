@@ -160,9 +160,8 @@ pub struct Plane {
 }
 
 impl Plane {
-    /// Connects to the engine and makes it ready. With `owns_instance`, cells that an earlier process of this instance left
-    /// behind are removed before anything new is made; without, other processes may share the instance's name, and only cells that
-    /// have ended are removed.
+    /// Connects to the engine and makes it ready. With `owns_instance`, what an earlier process of this instance has left goes on, and cells that it knew
+    /// nothing of are removed before anything new is made; without, other processes may share the instance's name, and only cells that have ended are removed.
     ///
     /// # Errors
     /// See [`StartError`].

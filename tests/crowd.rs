@@ -51,10 +51,10 @@ async fn end(cells: &[Cell]) {
     }
 }
 
-/// Memory of the machine that can still be had.
-fn available() -> u64 {
+/// Memory of the machine: all (`MemTotal`), or what can still be had (`MemAvailable`).
+fn memory(of: &str) -> u64 {
     let figures = std::fs::read_to_string("/proc/meminfo").unwrap();
-    let line = figures.lines().find_map(|line| line.strip_prefix("MemAvailable:")).unwrap();
+    let line = figures.lines().find_map(|line| line.strip_prefix(of)?.strip_prefix(':')).unwrap();
     line.split_whitespace().next().unwrap().parse::<u64>().unwrap() * 1024
 }
 
@@ -63,9 +63,9 @@ async fn at_once(count: usize, most_memory: u64) {
     let (server, pid) = Server::spawn(&SETTINGS.replacen("[limits]\n", &limits, 1)).await;
     let (cells, times) = create(&server, count).await;
     let last = times.iter().max().unwrap();
-    let memory = resident(Some(pid));
-    println!("{count} creates at once: the last is ready after {last:?}; the server holds {} MiB", memory / MIB);
-    assert!(memory < most_memory, "the server holds {} MiB", memory / MIB);
+    let held = resident(Some(pid));
+    println!("{count} creates at once: the last is ready after {last:?}; the server holds {} MiB", held / MIB);
+    assert!(held < most_memory, "the server holds {} MiB", held / MIB);
     end(&cells).await;
     server.finish().await.unwrap();
 }
@@ -86,20 +86,20 @@ async fn a_hundred_creates_at_once() {
 async fn two_hundred_live_at_once() {
     const COUNT: usize = 200;
     // What all may use is promised within 85 parts in a hundred of what there is.
-    let budget = available() / 100 * 85 / MIB;
+    let budget = memory("MemTotal") / 100 * 85 / MIB;
     let limits = format!("[limits]\nsessions = {COUNT}\nmemory = \"{budget}MiB\"\n");
     let (server, pid) = Server::spawn(&SETTINGS.replacen("[limits]\n", &limits, 1)).await;
-    let before = available();
+    let before = memory("MemAvailable");
     let (cells, _) = create(&server, COUNT).await;
     for cell in &cells {
         cell.works().await;
     }
-    let each = before.saturating_sub(available()) / COUNT as u64;
-    let memory = resident(Some(pid));
+    let each = before.saturating_sub(memory("MemAvailable")) / COUNT as u64;
+    let held = resident(Some(pid));
     println!(
         "{COUNT} live sessions: {:.1} MiB of the machine each, with shim, guest and kernel; the server holds {} MiB",
         each as f64 / MIB as f64,
-        memory / MIB
+        held / MIB
     );
     assert!(each < 96 * MIB, "each takes {} MiB", each / MIB);
     end(&cells).await;

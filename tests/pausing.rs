@@ -213,6 +213,7 @@ async fn a_paused_session_outlives_its_server_and_its_lease() {
     assert_eq!(ended["status"], "lost", "{ended}");
     let left = second.get(&left.path("")).await.json;
     assert_eq!(left["end_reason"], "lost", "{left}");
+    assert!(text(&left["end_detail"]).contains("stopped from outside"), "{left}");
     let again =
         |server: &Arc<Server>, cell: &Cell| Cell { server: Arc::clone(server), id: cell.id.clone(), view: Value::Null };
     let (cell, busy) = (again(&second, &cell), again(&second, &busy));

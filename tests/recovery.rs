@@ -6,7 +6,7 @@ mod server;
 #[path = "support/watch.rs"]
 mod watch;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -580,7 +580,9 @@ async fn noted_once(cell: &Cell, notes: Vec<Note>) {
 async fn kills(seed: u64, count: usize) {
     println!("seed {seed}");
     let mut chance = Chance::new(seed);
-    let (mut server, mut pid) = Server::spawn(SETTINGS).await;
+    // Some are claimed, some are started for their callers, and both are killed at.
+    let pooled = format!("{SETTINGS}[templates.small.pool]\nmin = 1\nmax = 3\n");
+    let (mut server, mut pid) = Server::spawn(&pooled).await;
     let told = Arc::new(Told::default());
     // Callers keep the address and the key of the first; both stay.
     let callers: Vec<_> = (1..=WORKERS)
@@ -615,6 +617,10 @@ async fn kills(seed: u64, count: usize) {
         cell.works().await;
         cell.delete().await;
     }
+    let ids = server.containers("").await.into_iter().map(|name| name.rsplit_once('-').unwrap().0.to_owned());
+    let ids: Vec<_> = ids.collect();
+    assert_eq!(ids.iter().collect::<BTreeSet<_>>().len(), ids.len(), "none of the pool's is there twice");
+    assert!(ids.len() <= 3, "{ids:?}");
     let files = std::fs::read_dir(format!("/proc/{pid}/fd")).unwrap().count();
     assert!(files < 64, "the server holds {files} files open");
     server.finish().await.unwrap();

@@ -18,6 +18,10 @@ pub(super) fn check(document: &Document, merge: &Merge) -> Vec<Mistake> {
     checker.amounts(document);
     checker.log(document);
     checker.default_template(document);
+    let least: u32 = document.templates.values().filter(|t| t.enabled).map(|t| t.pool.min).sum();
+    checker.require(least <= document.limits.sessions, &["limits.sessions"], || {
+        format!("the pools of all templates are to hold {least} sessions at least, which is more: lower pool.min")
+    });
     for (name, template) in &document.templates {
         checker.template(name, template, document.limits.sessions);
     }

@@ -103,6 +103,7 @@ codes! {
     AT_CAPACITY "at-capacity" SERVICE_UNAVAILABLE "The server holds as many sessions as it may" true;
     ENGINE_UNAVAILABLE "engine-unavailable" SERVICE_UNAVAILABLE "The container engine is unavailable" true;
     ENGINE_REFUSED "engine-refused" BAD_GATEWAY "The container engine refused" false;
+    STORAGE_UNAVAILABLE "storage-unavailable" SERVICE_UNAVAILABLE "The server can't write what it has to keep" true;
     DRAINING "draining" SERVICE_UNAVAILABLE "The server is stopping" true;
     ISOLATION_UNVERIFIED "isolation-unverified" SERVICE_UNAVAILABLE "The container was not confined as specified" true;
     START_TIMED_OUT "start-timed-out" GATEWAY_TIMEOUT "The session was not ready in time" true;
@@ -178,7 +179,10 @@ impl From<Error> for Problem {
             Error::StateConflict(_) | Error::KernelBusy(_) => Self::new(STATE_CONFLICT, detail),
             Error::NotOnce(NotOnce::InFlight) => Self::new(IDEMPOTENCY_IN_FLIGHT, detail),
             Error::NotOnce(NotOnce::Mismatch) => Self::new(IDEMPOTENCY_MISMATCH, detail),
-            Error::NotOnce(NotOnce::TooMany) => Self::new(QUOTA_EXCEEDED, detail),
+            Error::NotOnce(NotOnce::TooMany(wait)) => {
+                Self { retry_after_seconds: Some(wait.as_secs() + 1), ..Self::new(QUOTA_EXCEEDED, detail) }
+            }
+            Error::Unkept => Self::new(STORAGE_UNAVAILABLE, detail),
             Error::NotebooksBusy => Self::new(AT_CAPACITY, format!("{detail}; try again in a moment")),
             Error::AtCapacity { retry_after } => Self {
                 retry_after_seconds: Some(retry_after.as_secs_f64().ceil() as u64),
@@ -206,7 +210,7 @@ fn start_code(fault: StartFault) -> Code {
         StartFault::KernelFailed => KERNEL_FAILED,
         StartFault::SetupFailed => SETUP_FAILED,
         StartFault::TimedOut => START_TIMED_OUT,
-        StartFault::Unkept => INTERNAL,
+        StartFault::Unkept => STORAGE_UNAVAILABLE,
     }
 }
 

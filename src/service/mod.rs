@@ -102,6 +102,9 @@ pub enum Error {
     /// The server is stopping.
     #[error("the server is stopping")]
     Draining,
+    /// The database can't be written, so what is asked would be lost with the process.
+    #[error("the server can't write what it has to know of this after its own end; its log says why")]
+    Unkept,
     /// A session could not be started.
     #[error("{}", .0.detail)]
     StartFailed(StartFailure),
@@ -283,8 +286,7 @@ impl Service {
         let (service, who, request) = (Arc::clone(self), who.clone(), request.clone());
         let created = carry_on("create", async move {
             let created = service.create(&who, &request, wait, lasting, Some(&once)).await;
-            service.settle_key(once, &created).await;
-            created
+            service.settle_key(once, &created).await.and(created)
         });
         created.await.unwrap_or(Err(Error::GuestUnreachable))
     }
@@ -312,14 +314,19 @@ impl Service {
     }
 
     /// What was made is to be found under its key from now on; a key under which nothing is, is free.
-    async fn settle_key<T>(&self, once: Reservation, outcome: &Result<T, Error>) {
+    async fn settle_key<T>(&self, once: Reservation, outcome: &Result<T, Error>) -> Result<(), Error> {
         match outcome {
             Ok(_) => once.keep(),
             // It may go on with the next server.
             Err(Error::Draining) => drop(once),
             Err(_) => once.release(),
         }
-        self.registry.settle().await;
+        self.kept().await
+    }
+
+    /// Waits until what was told of sessions before is committed.
+    async fn kept(&self) -> Result<(), Error> {
+        if self.registry.settle().await { Ok(()) } else { Err(Error::Unkept) }
     }
 
     async fn create(
@@ -348,7 +355,7 @@ impl Service {
             let (Created::New(session) | Created::Reused(session)) = &created;
             self.wait_until_started(session).await?;
         }
-        self.registry.settle().await;
+        self.kept().await?;
         Ok(created)
     }
 
@@ -446,7 +453,8 @@ impl Service {
         live.iter().for_each(|s| s.end(EndReason::Deleted));
         futures_util::future::join_all(live.iter().map(wait_for_end)).await;
         self.registry.settle().await;
-        Ok(live)
+        // The next server has those, and has not heard of this.
+        if live.iter().all(Session::is_over) { Ok(live) } else { Err(Error::Draining) }
     }
 
     /// Changes a live session.
@@ -457,7 +465,7 @@ impl Service {
         who.require_sessions()?;
         let session = self.session(who, id)?;
         session.patch(change.resolve(&session)?).await?;
-        self.registry.settle().await;
+        self.kept().await?;
         Ok(session)
     }
 
@@ -469,7 +477,7 @@ impl Service {
         who.require_sessions()?;
         let session = self.session(who, id)?;
         session.keep_alive().await?;
-        self.registry.settle().await;
+        self.kept().await?;
         Ok(session)
     }
 
@@ -481,7 +489,7 @@ impl Service {
         who.require_sessions()?;
         let session = self.session(who, id)?;
         session.pause().await?;
-        self.registry.settle().await;
+        self.kept().await?;
         Ok(session)
     }
 
@@ -493,7 +501,7 @@ impl Service {
         who.require_sessions()?;
         let session = self.session(who, id)?;
         session.resume().await?;
-        self.registry.settle().await;
+        self.kept().await?;
         Ok(session)
     }
 
@@ -545,6 +553,9 @@ impl Service {
         once: Option<Reservation>,
     ) -> Result<ContextView, Error> {
         who.require_sessions()?;
+        if self.registry.is_draining() {
+            return Err(Error::Draining);
+        }
         let session = self.session(who, id)?;
         let mut errors = Vec::new();
         if kernelspec.as_deref().is_some_and(|k| !spec::is_name(k)) {
@@ -572,10 +583,10 @@ impl Service {
                 once.will_be(Made::Context(id, context));
             }
             let created = session.create_context(context, kernelspec, cwd).await.map_err(Error::from);
-            if let Some(once) = once {
-                service.settle_key(once, &created).await;
+            match once {
+                Some(once) => service.settle_key(once, &created).await.and(created),
+                None => created,
             }
-            created
         });
         created.await.unwrap_or(Err(Error::GuestUnreachable))
     }
@@ -592,7 +603,7 @@ impl Service {
     ) -> Result<ContextView, Error> {
         who.require_sessions()?;
         let deleted = self.session(who, id)?.delete_context(context).await?;
-        self.registry.settle().await;
+        self.kept().await?;
         Ok(deleted)
     }
 
@@ -734,7 +745,7 @@ impl Service {
             return Err(Error::Draining);
         }
         let (context, request) = (request.context, resolve_execution(&session.spec, request)?);
-        let (service, registry) = (Arc::clone(self), Arc::clone(&self.registry));
+        let service = Arc::clone(self);
         // What was accepted is kept even if its caller leaves at this moment.
         let accepted = carry_on("execute", async move {
             let id = fresh();
@@ -743,13 +754,17 @@ impl Service {
             }
             let accepted = session.execute(id, context, request).await.map_err(Error::from);
             if let Ok(execution) = &accepted {
-                registry.keep(execution);
+                service.registry.keep(execution);
             }
-            match once {
+            let kept = match once {
                 Some(once) => service.settle_key(once, &accepted).await,
-                None => registry.settle().await,
+                None => service.kept().await,
+            };
+            if kept.is_err() && accepted.is_ok() {
+                // Nobody is told of it, so it is not to run.
+                session.cancel_unheard(id);
             }
-            accepted
+            kept.and(accepted)
         });
         accepted.await.unwrap_or(Err(Error::GuestUnreachable))
     }
@@ -833,6 +848,9 @@ impl Service {
     pub async fn ready(&self) -> Result<(), Error> {
         if self.registry.is_draining() {
             return Err(Error::Draining);
+        }
+        if !self.registry.is_written() {
+            return Err(Error::Unkept);
         }
         // Anybody may ask, without a key, so the engine is asked once for all who ask at the same time.
         let mut seen = self.engine_seen.lock().await;
@@ -967,7 +985,7 @@ fn not_once(why: NotOnce) -> String {
     match why {
         NotOnce::InFlight => "the first request with this Idempotency-Key is still being answered".to_owned(),
         NotOnce::Mismatch => "another request had this Idempotency-Key; take a new key for each request".to_owned(),
-        NotOnce::TooMany => format!("{MAX_KEYS} keys were given to requests within a day, which is all that may be"),
+        NotOnce::TooMany(_) => format!("{MAX_KEYS} keys were given to requests within a day, which is all that may be"),
     }
 }
 

@@ -98,6 +98,8 @@ pub struct Snapshot {
     pub start_failure: Option<Arc<StartFailure>>,
     /// The language of its default context, once known.
     pub language: Arc<str>,
+    /// What became of its cell, for people, where that ended it.
+    pub loss: Option<Arc<str>>,
 }
 
 /// What a caller may change of a live session.
@@ -389,7 +391,7 @@ impl Session {
         });
     }
 
-    /// Has its task end and its container stay, for the next process. What runs is lost; answers once that is done.
+    /// Has its task end and its container stay, for the next process, which goes on with what runs; answers once that is done.
     pub(super) async fn leave(&self) {
         // A closed channel means that it has ended.
         let _ = self.wishes.send(Wish::Leave).await;

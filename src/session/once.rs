@@ -14,7 +14,7 @@ use crate::store::state::{KeyRecord, State};
 /// A key counts for this long.
 pub const RETENTION: Duration = Duration::from_secs(24 * 3600);
 /// Most keys of one tenant.
-pub const MAX_KEYS: usize = 10_000;
+pub const MAX_KEYS: usize = 20_000;
 
 /// A caller's key for a request, and what the request is.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -32,8 +32,8 @@ pub enum NotOnce {
     InFlight,
     /// The first one was another.
     Mismatch,
-    /// The tenant has as many keys as it may.
-    TooMany,
+    /// The tenant has as many keys as it may, and one is free again after this long.
+    TooMany(Duration),
 }
 
 /// What comes of a request with a key.
@@ -69,6 +69,7 @@ pub struct Reservation {
     requests: Requests,
     tenant: Arc<str>,
     key: String,
+    is_settled: bool,
 }
 
 impl Requests {
@@ -110,12 +111,14 @@ impl Requests {
             };
         }
         if of_tenant.len() >= MAX_KEYS {
-            return Err(NotOnce::TooMany);
+            let oldest = of_tenant.values().map(|entry| entry.at).min().unwrap_or_else(Timestamp::now);
+            let age = Duration::try_from(Timestamp::now().duration_since(oldest)).unwrap_or_default();
+            return Err(NotOnce::TooMany(RETENTION.saturating_sub(age)));
         }
         let Once { key, fingerprint } = once;
         let entry = Entry { fingerprint, made: None, at: Timestamp::now(), in_flight: true };
         of_tenant.insert(key.clone(), entry);
-        Ok(Begun::First(Reservation { requests: self.clone(), tenant: Arc::clone(tenant), key }))
+        Ok(Begun::First(Reservation { requests: self.clone(), tenant: Arc::clone(tenant), key, is_settled: false }))
     }
 
     /// Forgets what is too old.
@@ -149,16 +152,21 @@ impl Reservation {
     }
 
     /// It was not made, or is gone again: the key is free.
-    pub fn release(self) {
-        if let Some(of_tenant) = self.requests.known().get_mut(&self.tenant) {
+    pub fn release(mut self) {
+        let mut known = self.requests.known();
+        if let Some(of_tenant) = known.get_mut(&self.tenant) {
             of_tenant.remove(&self.key);
         }
+        // Still locked: whoever takes the key next has it put after this.
         self.requests.forget(&self.tenant, &self.key);
+        drop(known);
+        self.is_settled = true;
     }
 
     /// It is made, and its caller is about to be told.
-    pub fn keep(self) {
+    pub fn keep(mut self) {
         self.put(None, true);
+        self.is_settled = true;
     }
 
     fn put(&self, made: Option<Made>, is_answered: bool) {
@@ -177,6 +185,9 @@ impl Reservation {
 
 impl Drop for Reservation {
     fn drop(&mut self) {
+        if self.is_settled {
+            return;
+        }
         let mut known = self.requests.known();
         let Some(of_tenant) = known.get_mut(&self.tenant) else { return };
         match of_tenant.get_mut(&self.key) {
@@ -236,6 +247,7 @@ mod tests {
             first.will_be(made(1));
             first.keep();
         }
-        assert_eq!(requests.begin(&tenant, once("k", "a")).unwrap_err(), NotOnce::TooMany);
+        let Err(NotOnce::TooMany(wait)) = requests.begin(&tenant, once("k", "a")) else { panic!("there are enough") };
+        assert!(wait <= RETENTION && wait > RETENTION - Duration::from_secs(60), "{wait:?}");
     }
 }

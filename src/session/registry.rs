@@ -131,22 +131,6 @@ impl Registry {
         Self { engine, archive, state, instance, settings, limits, growth, capacity, pool, requests, inner }
     }
 
-    /// Finds a session that is there already: the tenant's live one of that name if it may be `reuse`d, or one that was made before it was asked for. The
-    /// image of what is asked for need not be known. `lasting` says whether it outlives the process.
-    ///
-    /// # Errors
-    /// See [`CreateRefused`].
-    pub async fn find(
-        &self,
-        tenant: &Arc<str>,
-        spec: &SessionSpec,
-        reuse: bool,
-        lasting: Lasting,
-        once: Option<&Reservation>,
-    ) -> Result<Option<Created>, CreateRefused> {
-        self.claim(tenant, spec, reuse, lasting, once).await
-    }
-
     /// Creates a session, or finds the tenant's live one of that name if it may be `reuse`d. Waits for a place, for as long as a create may.
     ///
     /// # Errors
@@ -177,8 +161,12 @@ impl Registry {
         Ok(Created::New(session))
     }
 
-    /// A session that was made before it was asked for, if there is one that is what is asked for.
-    async fn claim(
+    /// Finds a session that is there already: the tenant's live one of that name if it may be `reuse`d, or one that was made before it was asked for. The
+    /// image of what is asked for need not be known. `lasting` says whether it outlives the process.
+    ///
+    /// # Errors
+    /// See [`CreateRefused`].
+    pub async fn find(
         &self,
         tenant: &Arc<str>,
         spec: &SessionSpec,
@@ -344,13 +332,20 @@ impl Registry {
         (kept, unfinished)
     }
 
-    /// Waits until what was told of sessions before is committed, so that it is there after the end of the process.
-    pub async fn settle(&self) {
-        if let Some(state) = &self.state
-            && let Err(error) = state.settle().await
-        {
+    /// Waits until what was told of sessions before is committed, so that it is there after the end of the process. Says whether it could be.
+    pub async fn settle(&self) -> bool {
+        let Some(state) = &self.state else { return true };
+        let settled = state.settle().await;
+        if let Err(error) = &settled {
             tracing::error!(%error, "the sessions' database can't be written; sessions would be lost with this process");
         }
+        settled.is_ok()
+    }
+
+    /// Whether the database could be written the last time.
+    #[must_use]
+    pub fn is_written(&self) -> bool {
+        self.state.as_ref().is_none_or(State::is_written)
     }
 
     /// A session of a tenant, live or kept.
@@ -479,19 +474,21 @@ impl Registry {
             live.iter().for_each(|s| s.end(EndReason::Drained));
         }
         let gone = async {
-            for session in &unclaimed {
-                session.wait_for(|s| matches!(s.phase, Phase::Ended(_))).await;
-            }
             for session in &live {
                 match after {
                     AfterDrain::Remove => drop(session.wait_for(|s| matches!(s.phase, Phase::Ended(_))).await),
                     AfterDrain::Keep => session.leave().await,
                 }
             }
+            for session in &unclaimed {
+                session.wait_for(|s| matches!(s.phase, Phase::Ended(_))).await;
+            }
         };
         let _ = tokio::time::timeout(within, gone).await;
         self.settle().await;
-        if after == AfterDrain::Keep { 0 } else { self.live().len() }
+        let lives = |session: &&Session| !matches!(session.phase(), Phase::Ended(_));
+        let unclaimed = unclaimed.iter().filter(lives).count();
+        unclaimed + if after == AfterDrain::Keep { 0 } else { self.live().len() }
     }
 
     /// Whether nothing new is accepted.
@@ -533,6 +530,7 @@ fn first_record(tenant: &Arc<str>, mut spec: SessionSpec, lasting: Lasting) -> S
         labels: spec.labels.clone(),
         env,
         cells: 1,
+        loss: None,
         default_context,
         contexts: vec![ContextRecord::new(default_context, now, spec.kernelspec.clone())],
         spec: Arc::new(spec),

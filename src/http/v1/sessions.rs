@@ -172,7 +172,7 @@ pub struct SessionView {
     template: String,
     /// Its name.
     name: Option<String>,
-    /// `cold`: its container was started for it.
+    /// `cold`: its container was started for it; `warm`: it was there before, in its template's pool.
     source: &'static str,
     /// When it was created.
     created_at: String,
@@ -202,6 +202,9 @@ pub struct SessionView {
     /// Why it never became ready.
     #[serde(skip_serializing_if = "Option::is_none")]
     start_error: Option<String>,
+    /// What became of its container, where that ended it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    end_detail: Option<String>,
 }
 
 /// What a session may use.
@@ -299,6 +302,7 @@ impl SessionView {
             generation: snapshot.generation,
             end_reason: over,
             start_error: snapshot.start_failure.map(|f| f.detail.clone()),
+            end_detail: snapshot.loss.map(|loss| loss.to_string()),
         }
     }
 }

@@ -14,7 +14,7 @@ use super::super::execution::{Execution, ExecutionRequest};
 use super::super::{Attributes, Claim, Command, ContextView, Patch, Refused};
 use super::{Actor, Context, Line, Restart, Verdict, instant};
 use crate::domain::ids::{ContextId, ExecutionId};
-use crate::domain::lifecycle::{Event, Phase};
+use crate::domain::lifecycle::{EndReason, Event, Phase};
 
 impl Actor {
     pub(super) fn on_command(&mut self, command: Command) {
@@ -127,6 +127,8 @@ impl Actor {
         // Before the code that has prepared the kernel stands in it.
         self.open_notebook();
         if !self.contexts.get_mut(&id).is_some_and(|context| context.claim(making, &changed, within, now)) {
+            // It is neither nobody's nor this caller's.
+            self.step(Event::EndRequested(EndReason::Drained));
             return Err(Refused::NotReady);
         }
         if !changed.is_empty() {

@@ -159,6 +159,7 @@ impl Actor {
             // Nobody will need it, and it holds secrets.
             env: if is_over { BTreeMap::new() } else { self.env.clone() },
             cells: self.cells,
+            loss: self.loss_told().map(str::to_owned),
             default_context: self.default_context,
             contexts: self.contexts.values().map(Context::record).collect(),
         }

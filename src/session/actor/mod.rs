@@ -233,6 +233,7 @@ pub(super) fn ended(record: SessionRecord, reason: EndReason) -> Session {
     let first = first_snapshot(&record.spec, &attributes);
     let snapshot = Snapshot {
         phase: Phase::Ended(reason),
+        loss: record.loss.map(Arc::from),
         last_active: record.last_active,
         expires_at: record.expires_at,
         ..first
@@ -422,7 +423,7 @@ impl Actor {
         self.lines.clear();
         self.contexts.values_mut().for_each(Context::leave);
         self.wiring.cut();
-        self.refuse_waiting(&Refused::NotReady);
+        self.refuse_waiting(&Refused::Left);
     }
 
     /// Carries out what the contexts asked for in this turn, and tells everybody what has changed.
@@ -552,6 +553,8 @@ impl Actor {
     fn settle_running(&mut self) {
         let loss = self.loss;
         self.contexts.values_mut().for_each(|c| c.settle_running(Status::Lost, StopStep::Replace, loss));
+        // Those whose creation fails with that get no kernel in the next cell.
+        self.contexts.retain(|id, _| !self.creating.contains_key(id));
         self.refuse_waiting(&Refused::KernelLost);
     }
 
@@ -935,7 +938,9 @@ impl Actor {
             Phase::Paused => Some(self.paused_deadline()),
             _ => None,
         };
-        let fingerprint = |s: &Snapshot| (s.phase, s.busy, Arc::as_ptr(&s.attributes), s.start_failure.is_some());
+        let fingerprint =
+            |s: &Snapshot| (s.phase, s.busy, Arc::as_ptr(&s.attributes), s.start_failure.is_some(), s.loss.is_some());
+        let loss = self.loss_told();
         self.snapshot.send_if_modified(|snapshot| {
             let before = fingerprint(snapshot);
             let language = self.contexts.get(&self.default_context).map(Context::language).unwrap_or_default();
@@ -946,6 +951,9 @@ impl Actor {
             (snapshot.busy, snapshot.cells) = (busy, self.cells);
             snapshot.attributes = Arc::clone(&self.attributes);
             snapshot.start_failure.clone_from(&self.start_failure);
+            if snapshot.loss.as_deref() != loss {
+                snapshot.loss = loss.map(Arc::from);
+            }
             snapshot.last_active = wall(self.last_active);
             snapshot.expires_at = wall(self.expires);
             snapshot.idle_deadline = idle_deadline.map(wall);
@@ -953,6 +961,12 @@ impl Actor {
             snapshot.generation += u64::from(changed);
             changed
         });
+    }
+
+    /// What became of its cell, if that has ended it.
+    pub(super) fn loss_told(&self) -> Option<&'static str> {
+        let (Phase::Aborting(reason) | Phase::Ending(reason) | Phase::Ended(reason)) = self.phase else { return None };
+        matches!(reason, EndReason::Lost | EndReason::Oom | EndReason::KernelDied).then_some(self.loss)
     }
 
     /// Answers whoever asked after the end.
@@ -1010,5 +1024,6 @@ fn first_snapshot(spec: &SessionSpec, attributes: &Arc<Attributes>) -> Snapshot 
         idle_deadline: None,
         start_failure: None,
         language: Arc::from(""),
+        loss: None,
     }
 }

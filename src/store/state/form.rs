@@ -39,6 +39,7 @@ pub(super) fn write(record: &SessionRecord) -> serde_json::Result<String> {
         labels: record.labels.clone(),
         env: record.env.clone(),
         cells: record.cells,
+        loss: record.loss.clone(),
         default_context: record.default_context.to_string(),
         contexts: contexts.iter().map(ContextForm::from).collect(),
     })
@@ -67,6 +68,7 @@ pub(super) fn read(id: &str, revision: u64, body: &str) -> serde_json::Result<Se
         labels: form.labels,
         env: form.env,
         cells: form.cells,
+        loss: form.loss,
         default_context: parsed(&form.default_context)?,
         contexts: form.contexts.into_iter().map(ContextRecord::try_from).collect::<Result<_, _>>()?,
     })
@@ -100,6 +102,8 @@ struct Form {
     labels: BTreeMap<String, String>,
     env: BTreeMap<String, String>,
     cells: u32,
+    #[serde(default)]
+    loss: Option<String>,
     default_context: String,
     contexts: Vec<ContextForm>,
 }

@@ -6,6 +6,7 @@
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -116,6 +117,8 @@ pub struct SessionRecord {
     pub env: std::collections::BTreeMap<String, String>,
     /// How many cells it has had.
     pub cells: u32,
+    /// What became of the last one, for people, where that ended it.
+    pub loss: Option<String>,
     /// The context of executions that name none.
     pub default_context: ContextId,
     /// Its contexts in the order of their creation.
@@ -182,7 +185,7 @@ pub enum Lasting {
     Always,
     /// Once it is ready: until then, whoever asked for it waits for that, and is not there any more afterwards.
     OnceReady,
-    /// It does not: it is for one caller, who waits for its end.
+    /// It does not, unless something still runs in it: it is for one caller, who waits for its end, or is nobody's yet.
     Never,
 }
 
@@ -206,6 +209,7 @@ pub enum Stage {
 pub struct State {
     waiting: Waiting,
     commands: mpsc::Sender<Command>,
+    is_written: Arc<AtomicBool>,
 }
 
 /// What one turn of a session's task has brought. It is committed whole.
@@ -332,10 +336,11 @@ impl State {
         };
         let (commands, received) = mpsc::channel(QUEUE);
         let waiting = Waiting::default();
-        let writer = Writer { connection, waiting: waiting.clone(), first };
+        let is_written = Arc::new(AtomicBool::new(true));
+        let writer = Writer { connection, waiting: waiting.clone(), first, is_written: Arc::clone(&is_written) };
         let thread = std::thread::Builder::new().name("state".to_owned());
         thread.spawn(move || writer.run(received)).map_err(|_| StateError::Unwritten)?;
-        Ok((Self { waiting, commands }, left))
+        Ok((Self { waiting, commands, is_written }, left))
     }
 
     /// Has what a turn has brought committed soon; output, of which the guest has a copy until it is told otherwise, with what comes after it. Never
@@ -391,6 +396,12 @@ impl State {
         let _ = self.commands.try_send(Command::Commit);
     }
 
+    /// Whether the last commit was one.
+    #[must_use]
+    pub fn is_written(&self) -> bool {
+        self.is_written.load(Ordering::Relaxed)
+    }
+
     /// Waits until all that was put before is committed.
     ///
     /// # Errors
@@ -418,8 +429,12 @@ pub fn backup(folder: &Path, to: &Path) -> Result<(), StateError> {
     version_of(&from)?;
     // Made first, with nobody else's eyes on it: a copy of nothing is what may be written into.
     create_private(to)?;
-    from.execute("VACUUM INTO ?1", [to.to_string_lossy()])?;
-    Ok(())
+    let copied = from.execute("VACUUM INTO ?1", [to.to_string_lossy()]);
+    if copied.is_err() {
+        // An empty one would be in the way of the next try; that it can't be removed says nothing new.
+        let _ = std::fs::remove_file(to);
+    }
+    Ok(copied.map(drop)?)
 }
 
 fn open(path: &Path) -> Result<Connection, StateError> {
@@ -492,6 +507,7 @@ struct Writer {
     connection: Connection,
     waiting: Waiting,
     first: Option<Archive>,
+    is_written: Arc<AtomicBool>,
 }
 
 impl Writer {
@@ -515,6 +531,7 @@ impl Writer {
                 Command::Commit => None,
             }));
             let committed = self.commit();
+            self.is_written.store(committed.is_ok(), Ordering::Relaxed);
             if let Err(error) = &committed {
                 tracing::error!(%error, "the database can't be written; it is tried again");
             }

@@ -75,6 +75,7 @@ fn record(n: u128) -> SessionRecord {
         labels: BTreeMap::from([("run".to_owned(), "42".to_owned())]),
         env: BTreeMap::from([("A".to_owned(), "1".to_owned())]),
         cells: 2,
+        loss: Some("gone".to_owned()),
         default_context: context.id,
         contexts: vec![context],
     }
@@ -404,9 +405,11 @@ async fn what_can_not_be_committed_is_told_and_stays_until_it_can() {
     other.execute_batch("BEGIN IMMEDIATE").unwrap();
     state.put(turn(record(1)));
     assert!(state.settle().await.is_err(), "another has it");
+    assert!(!state.is_written());
     state.put(turn(SessionRecord { revision: 2, ..record(1) }));
     other.execute_batch("ROLLBACK").unwrap();
     while state.settle().await.is_err() {}
+    assert!(state.is_written());
     drop(state);
     assert_eq!(State::open(folder.path(), None).unwrap().1.sessions, [SessionRecord { revision: 2, ..record(1) }]);
 }
