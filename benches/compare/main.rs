@@ -53,7 +53,7 @@ async fn until_signal(bench: impl Future<Output = Result<()>>) -> Result<()> {
 async fn bench() -> Result<()> {
     // Dropped in the reverse order: first the server, then what it has left on the engine.
     let engine = Engine::connect().await?;
-    let server = Server::start(INSTANCE, "").await?;
+    let server = Server::start("").await?;
     let machine = Machine::observe(&engine.docker).await?;
     let mut figures = Figures::default();
     let chosen: Vec<String> = std::env::args().skip(1).filter(|word| !word.starts_with('-')).collect();
@@ -72,8 +72,8 @@ async fn bench() -> Result<()> {
     }
     if is_chosen("pool") {
         // A server of its own: a pool takes time from all else.
-        drop(server);
-        let pooled = Server::start(INSTANCE, measure::POOL).await?;
+        server.stop().await?;
+        let pooled = Server::start(measure::POOL).await?;
         measure::pool(&pooled, &mut figures).await?;
     }
     if is_chosen("stream") {

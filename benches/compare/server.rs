@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-use crate::{Result, TEMPLATE};
+use crate::{INSTANCE, Result, TEMPLATE};
 
 const START: Duration = Duration::from_secs(30);
 
@@ -24,13 +24,14 @@ pub struct Server {
 
 impl Server {
     /// Starts it with its default configuration but for some settings, whatever stands in this machine's, and waits until it is ready.
-    pub async fn start(instance: &str, settings: &str) -> Result<Self> {
+    pub async fn start(settings: &str) -> Result<Self> {
         let folder = tempfile::tempdir()?;
         let config = folder.path().join("bench.toml");
         fs::write(&config, settings)?;
         let port = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()?.port();
         let process = Command::new(env!("CARGO_BIN_EXE_cellblock"))
-            .args(["serve", "--set", &format!("engine.instance={instance}"), "--set", "log.level=warn"])
+            .args(["serve", "--set", &format!("engine.instance={INSTANCE}"), "--set", "log.level=warn"])
+            .args(["--set", "drain.containers=remove"])
             .args(["--listen", &format!("127.0.0.1:{port}")])
             .arg("--data-dir")
             .arg(folder.path())
@@ -56,6 +57,19 @@ impl Server {
             }
             if Instant::now() > deadline {
                 return Err("the server is not ready in time".into());
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        Ok(())
+    }
+
+    /// Ends it in order, so that another can have the instance's name.
+    pub async fn stop(mut self) -> Result<()> {
+        Command::new("kill").args(["-INT", &self.process.id().to_string()]).status()?;
+        let deadline = Instant::now() + START;
+        while self.process.try_wait()?.is_none() {
+            if Instant::now() > deadline {
+                return Err("the server does not stop".into());
             }
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
