@@ -125,6 +125,15 @@ pub struct ExecutionChange {
     pub events: Vec<Arc<Logged>>,
 }
 
+impl ExecutionChange {
+    /// Whether nobody else knows of it: what a kernel has told, its guest tells the next process again.
+    pub(super) fn is_urgent(&self) -> bool {
+        let is_told_by_its_kernel = |status| matches!(status, Status::Ok | Status::Error | Status::InputDenied);
+        let is_end = |progress: &Progress| progress.status.is_final() && !is_told_by_its_kernel(progress.status);
+        self.birth.is_some() || self.progress.as_ref().is_some_and(is_end)
+    }
+}
+
 /// What waits to be committed of one execution. Events are shared with the record, so waiting takes no room for them.
 #[derive(Debug)]
 pub(super) struct Pending {

@@ -343,10 +343,9 @@ impl State {
         Ok((Self { waiting, commands, is_written }, left))
     }
 
-    /// Has what a turn has brought committed soon; output, of which the guest has a copy until it is told otherwise, with what comes after it. Never
-    /// waits.
+    /// Has what a turn has brought committed: soon, or, where the guest has a copy until it is told otherwise, with what comes after it. Never waits.
     pub fn put(&self, turn: Turn) {
-        let is_urgent = turn.record.is_some() || turn.executions.iter().any(|change| change.progress.is_some());
+        let is_urgent = turn.record.is_some() || turn.executions.iter().any(ExecutionChange::is_urgent);
         self.waiting.changes().add_turn(turn);
         if is_urgent {
             self.wake();
