@@ -70,11 +70,17 @@ async fn bench() -> Result<()> {
     if is_chosen("crowd") {
         measure::crowd(&engine, &server, &mut figures).await?;
     }
+    // What follows has servers of its own: a pool takes time from all else, and a crowd needs room.
+    server.stop().await?;
     if is_chosen("pool") {
-        // A server of its own: a pool takes time from all else.
+        let server = Server::start(measure::POOL).await?;
+        measure::pool(&server, &mut figures).await?;
         server.stop().await?;
-        let pooled = Server::start(measure::POOL).await?;
-        measure::pool(&pooled, &mut figures).await?;
+    }
+    if is_chosen("hundreds") {
+        let server = Server::start(measure::SMALL).await?;
+        measure::hundreds(&server, &mut figures).await?;
+        server.stop().await?;
     }
     if is_chosen("stream") {
         measure::stream(&engine, &mut figures).await?;

@@ -25,6 +25,10 @@ const SETTLE: Duration = Duration::from_millis(50);
 const IN_A_ROW: usize = 50;
 /// What the server has for [`pool`].
 pub const POOL: &str = "default_template = \"python\"\n[templates.python.pool]\nmin = 10\nmax = 10\n";
+const HUNDRED: usize = 100;
+/// What the server has for [`hundreds`]: sessions of 96 MiB, files included.
+pub const SMALL: &str = "[limits]\nsessions = 200\nqueued_creates = 200\ncreate_wait = \"10m\"\n\
+    [templates.python.default]\nmemory = \"96MiB\"\ndisk = \"24MiB\"\ntmp = \"16MiB\"\n";
 const STREAMS: usize = 5;
 const STREAM_BYTES: usize = 256 << 20;
 
@@ -274,6 +278,47 @@ pub async fn pool(server: &Server, figures: &mut Figures) -> Result<()> {
     figures.add("of these warm", "of 50", vec![warm]);
     figures.add("until the pool is full again", "s", refills);
     Ok(())
+}
+
+/// A hundred creates in the same moment, and as many more; then all of them live side by side.
+pub async fn hundreds(server: &Server, figures: &mut Figures) -> Result<()> {
+    say("a hundred at once, and two hundred that live");
+    let before = available()?;
+    let mut ids = Vec::new();
+    for round in 0..2 {
+        let asked = Instant::now();
+        ids.extend(try_join_all((0..HUNDRED).map(|_| server.create())).await?);
+        if round == 0 {
+            figures.add("a hundred creates at once, until all are ready", "s", vec![asked.elapsed().as_secs_f64()]);
+            figures.add(
+                "memory: the control plane with a hundred sessions (VmRSS)",
+                MIB,
+                resident(server.pid()).into_iter().collect(),
+            );
+        }
+    }
+    for id in &ids {
+        server.execute(id).await?;
+    }
+    let each = (before - available()?) / ids.len() as f64;
+    figures.add("memory: each of two hundred sessions, with shim and kernel", MIB, vec![each]);
+    figures.add(
+        "memory: the control plane with two hundred (VmRSS)",
+        MIB,
+        resident(server.pid()).into_iter().collect(),
+    );
+    for some in ids.chunks(8) {
+        try_join_all(some.iter().map(|id| server.delete(id))).await?;
+    }
+    Ok(())
+}
+
+/// Memory of the machine that can still be had, in MiB.
+fn available() -> Result<f64> {
+    let figures = fs::read_to_string("/proc/meminfo")?;
+    let line = figures.lines().find_map(|line| line.strip_prefix("MemAvailable:")).ok_or("no MemAvailable")?;
+    let kib: f64 = line.split_whitespace().next().ok_or("no figure")?.parse()?;
+    Ok(kib / 1024.0)
 }
 
 /// Resident memory in MiB; nothing where the process is on another machine.
