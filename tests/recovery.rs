@@ -7,6 +7,7 @@ mod server;
 mod watch;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::ops::RangeInclusive;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -15,7 +16,7 @@ use cellblock::store::state::{self, Stage, State};
 use reqwest::Method;
 use serde_json::{Value, json};
 use server::{Cell, Server, text};
-use watch::Chance;
+use watch::{Chance, processes_of};
 
 const SETTINGS: &str = r#"
 [limits]
@@ -29,6 +30,8 @@ memory = "160MiB"
 disk = "16MiB"
 tmp = "16MiB"
 "#;
+/// Users of sessions under kills, which no other test's sessions have.
+const USERS: RangeInclusive<u32> = 47_000..=47_999;
 /// Callers at once.
 const WORKERS: u64 = 3;
 
@@ -581,7 +584,8 @@ async fn kills(seed: u64, count: usize) {
     println!("seed {seed}");
     let mut chance = Chance::new(seed);
     // Some are claimed, some are started for their callers, and both are killed at.
-    let pooled = format!("{SETTINGS}[templates.small.pool]\nmin = 1\nmax = 3\n");
+    let users = format!("[engine]\nuid_first = {}\nuid_last = {}\n", USERS.start(), USERS.end());
+    let pooled = format!("{SETTINGS}[templates.small.pool]\nmin = 1\nmax = 3\n{users}");
     let (mut server, mut pid) = Server::spawn(&pooled).await;
     let told = Arc::new(Told::default());
     // Callers keep the address and the key of the first; both stay.
@@ -623,8 +627,10 @@ async fn kills(seed: u64, count: usize) {
     assert!(ids.len() <= 3, "{ids:?}");
     let files = std::fs::read_dir(format!("/proc/{pid}/fd")).unwrap().count();
     assert!(files < 64, "the server holds {files} files open");
+    assert_eq!(server.volumes().await.len(), 1, "the guest's");
     server.finish().await.unwrap();
     all_is_over(&server);
+    assert_eq!(processes_of(&USERS), Vec::<String>::new());
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -19,6 +19,8 @@ use crate::store::state::RunningRecord;
 const SIGNAL_AFTER: Duration = Duration::from_secs(1);
 /// What was interrupted, or says that it is idle without having replied, is looked after when this long has passed.
 const PROBE_AFTER: Duration = Duration::from_secs(1);
+/// The longest time between two probes: what is asked waits in the kernel until the code has ended.
+const PROBE_MOST: Duration = Duration::from_secs(120);
 /// A reply without an idle status counts as the end after this long without any output. A kernel answers before its output
 /// has arrived: on a busy machine that takes seconds.
 const IDLE_AFTER_REPLY: Duration = Duration::from_secs(10);
@@ -43,6 +45,8 @@ pub(super) struct Running {
     /// When the kernel is asked whether it is done: it answers in order, so its answer without a reply before means that the reply is
     /// lost (an interrupt in the wrong moment does that).
     probe_at: Option<Instant>,
+    /// How long the last probe may take until there is another one: an interrupt may hit the kernel while it answers.
+    probe_wait: Duration,
     pub(super) probe: Option<String>,
     stopping: Option<Stopping>,
     /// It was interrupted, which the kernel may do late.
@@ -127,6 +131,7 @@ impl Running {
             idle: false,
             deadline,
             probe_at: None,
+            probe_wait: PROBE_AFTER,
             probe: None,
             stopping: None,
             interrupted: false,
@@ -245,7 +250,9 @@ impl Running {
         }
         if self.probe_at.is_some_and(|at| now >= at) {
             self.probe_at = None;
-            if self.reply.is_none() && self.probe.is_none() {
+            if self.reply.is_none() {
+                self.probe_wait = (self.probe_wait * 2).min(PROBE_MOST);
+                self.probe_at = Some(now + self.probe_wait);
                 return Some(Due::Probe);
             }
         }

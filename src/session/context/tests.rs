@@ -286,6 +286,22 @@ fn ready() -> World {
 }
 
 #[test]
+fn a_kernel_that_lost_the_question_too_is_asked_again() {
+    let mut world = ready();
+    world.step(Step::Execute { seconds: 100, restarts: false });
+    world.step(Step::Interrupt);
+    let probes = |world: &World| world.sent.iter().filter(|(_, head)| head.msg_id.contains("-probe")).count();
+    for (wait, expected) in [(1000, 1), (1999, 1), (1, 2), (4000, 3)] {
+        world.step(Step::Wait(wait));
+        world.step(Step::Wait(0));
+        assert_eq!(probes(&world), expected, "after {wait} ms more");
+    }
+    let last = world.sent.iter().rev().find(|(_, head)| head.msg_id.contains("-probe")).unwrap().1.msg_id.clone();
+    world.answer(&last, true);
+    assert_eq!(world.executions[0].status(), Status::Error);
+}
+
+#[test]
 fn code_that_a_dead_kernel_did_not_take_runs_in_the_next() {
     let mut world = ready();
     world.step(Step::Execute { seconds: 1, restarts: false });
