@@ -947,6 +947,29 @@ async fn taken_over(paused: bool, between: impl AsyncFnOnce(&FakeEngine, &CellNa
     (second, session)
 }
 
+/// What can't be kept is not accepted, and what was accepted before is not harmed.
+#[tokio::test]
+async fn nothing_is_accepted_while_the_database_can_not_be_written() {
+    let folder = tempfile::tempdir().unwrap();
+    let (state, _) = State::open(folder.path(), None).unwrap();
+    let bench = Bench::on(Arc::new(FakeEngine::new(INSTANCE)), Some(state), |_, _| {});
+    let session = bench.create().await.unwrap();
+    let other = rusqlite::Connection::open(cellblock::store::state::path_in(folder.path())).unwrap();
+    other.execute_batch("BEGIN IMMEDIATE").unwrap();
+    // The first is found out about by trying, and does not run to its end unheard; the next are refused at once.
+    assert_eq!(bench.start(&session, "hang", 15.0).await.err(), Some(Error::Unkept));
+    assert_eq!(bench.service.ready().await, Err(Error::Unkept));
+    let refused = tokio::time::timeout(Duration::from_secs(1), bench.start(&session, "hello", 5.0)).await;
+    assert_eq!(refused.unwrap().err(), Some(Error::Unkept));
+    assert_eq!(bench.create().await.err(), Some(Error::Unkept));
+    assert_eq!(bench.registry.live().len(), 1);
+    other.execute_batch("ROLLBACK").unwrap();
+    while bench.service.ready().await.is_err() {
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    assert_eq!(bench.run(&session, "hello", 5.0).await.status(), Status::Ok);
+}
+
 async fn goes_on(bench: &Bench, session: &Session) {
     let execution = bench.run(session, "hello", 5.0).await;
     assert_eq!((execution.status(), execution.outcome().execution_count), (Status::Ok, Some(2)));

@@ -324,6 +324,15 @@ impl Service {
         self.kept().await
     }
 
+    /// Whether anything new is accepted: not while the server stops, nor while what is accepted could be lost with it.
+    fn accepts(&self) -> Result<(), Error> {
+        match (self.registry.is_draining(), self.registry.is_written()) {
+            (true, _) => Err(Error::Draining),
+            (false, false) => Err(Error::Unkept),
+            (false, true) => Ok(()),
+        }
+    }
+
     /// Waits until what was told of sessions before is committed.
     async fn kept(&self) -> Result<(), Error> {
         if self.registry.settle().await { Ok(()) } else { Err(Error::Unkept) }
@@ -338,6 +347,7 @@ impl Service {
         once: Option<&Reservation>,
     ) -> Result<Created, Error> {
         who.require_sessions()?;
+        self.accepts()?;
         let (template, mut spec) = self.specify(request)?;
         // What is there already needs nothing of the engine.
         let created = match self.registry.find(&who.tenant, &spec, request.reuse, lasting, once).await? {
@@ -553,9 +563,7 @@ impl Service {
         once: Option<Reservation>,
     ) -> Result<ContextView, Error> {
         who.require_sessions()?;
-        if self.registry.is_draining() {
-            return Err(Error::Draining);
-        }
+        self.accepts()?;
         let session = self.session(who, id)?;
         let mut errors = Vec::new();
         if kernelspec.as_deref().is_some_and(|k| !spec::is_name(k)) {
@@ -741,9 +749,7 @@ impl Service {
     ) -> Result<Arc<Execution>, Error> {
         who.require_sessions()?;
         let session = self.session(who, id)?;
-        if self.registry.is_draining() {
-            return Err(Error::Draining);
-        }
+        self.accepts()?;
         let (context, request) = (request.context, resolve_execution(&session.spec, request)?);
         let service = Arc::clone(self);
         // What was accepted is kept even if its caller leaves at this moment.
@@ -846,12 +852,7 @@ impl Service {
     /// # Errors
     /// [`Error::Draining`] or [`Error::EngineUnavailable`].
     pub async fn ready(&self) -> Result<(), Error> {
-        if self.registry.is_draining() {
-            return Err(Error::Draining);
-        }
-        if !self.registry.is_written() {
-            return Err(Error::Unkept);
-        }
+        self.accepts()?;
         // Anybody may ask, without a key, so the engine is asked once for all who ask at the same time.
         let mut seen = self.engine_seen.lock().await;
         let answers = match *seen {

@@ -33,7 +33,7 @@ use tokio::sync::oneshot;
 
 use super::execution::{End, Execution, ExecutionRequest, OnTimeout, Place, Stdin};
 use super::running::{Due, Input, Running, describe_death, others_ended, stopped};
-use super::wiring::{Act, ActKind};
+use super::wiring::{Act, ActKind, UNKEPT};
 use super::{fresh, instant};
 use crate::domain::ids::{ContextId, ExecutionId};
 use crate::domain::lifecycle::EndReason;
@@ -776,7 +776,9 @@ impl Context {
                 if running.msg_id != *id || refusal.code == "exists" {
                     return;
                 }
-                if is_gone && running.is_taken_over {
+                if refusal.code == UNKEPT {
+                    self.on_unkept(now);
+                } else if is_gone && running.is_taken_over {
                     // It may have run there before, and its last words be on their way.
                     running.is_gone(now + CATCH_UP);
                 } else if is_gone && !running.is_setup {
@@ -792,6 +794,21 @@ impl Context {
                 self.on_death(&refusal.message, "", RestartCause::Died { status: None, signal: None }, now)
             }
         }
+    }
+
+    /// What was to be run could not be committed. It has not been sent, and the next process would not know of it.
+    fn on_unkept(&mut self, now: Instant) {
+        let State::Running(running) = &self.state else { return };
+        if running.is_taken_over || running.is_setup {
+            // An earlier process has committed it, or nobody waits for it by its id.
+            let (request, cap) = self.request_of(&running.execution);
+            self.send(Channel::Shell, request, Some(cap));
+            return;
+        }
+        let words = "the server could not write what it has to know of it, so it was not run";
+        running.execution.finish(End::with(Status::Lost, words));
+        self.state = State::Idle;
+        self.advance(now);
     }
 
     /// The guest has ended the kernel with all its processes, and those of these other contexts.

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use cellblock_wire::frame::Frame;
-use cellblock_wire::link::{KernelDeleted, KernelStarted, Numbered, StartKernel, Transport};
+use cellblock_wire::link::{KernelDeleted, KernelStarted, Numbered, Refusal, StartKernel, Transport};
 use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
 
@@ -19,6 +19,9 @@ const ACK_EVERY: u64 = 128;
 const ACK_AFTER: Duration = Duration::from_millis(50);
 /// or after this many bytes: a guest's ring holds a few MiB, and what does not fit is cut.
 const ACK_BYTES: usize = 512 * 1024;
+
+/// The refusal of code that could not be committed: ours, before the guest is asked.
+pub(super) const UNKEPT: &str = "unkept";
 
 /// What an action has brought about.
 #[derive(Debug)]
@@ -239,6 +242,8 @@ async fn perform(link: Link, action: Action, starting: Starting) -> Result<Acted
                 && let Err(error) = state.settle().await
             {
                 tracing::error!(execution = head.msg_id, %error, "an execution could not be kept");
+                let refusal = Refusal { code: UNKEPT.to_owned(), message: error.to_string() };
+                return Err(LinkError::Refused { attempt: "keep an execution".to_owned(), refusal });
             }
             link.send_message(&kernel, &head, &parts).await.map(|()| Acted::Sent)
         }

@@ -80,6 +80,7 @@ impl Actor {
     pub(super) fn ask_to_pause(&mut self, reply: oneshot::Sender<Result<(), Refused>>) {
         match self.phase {
             Phase::Paused => self.answer(reply, Ok(())),
+            _ if self.freezing.pausers.len() >= COMMAND_QUEUE => self.answer(reply, Err(Refused::QueueFull)),
             Phase::Pausing => self.freezing.pausers.push(reply),
             Phase::Resuming => self.freezing.hold(Command::Pause { reply }),
             Phase::Ready => {

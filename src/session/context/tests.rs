@@ -302,6 +302,27 @@ fn a_kernel_that_lost_the_question_too_is_asked_again() {
 }
 
 #[test]
+fn code_that_could_not_be_committed_is_not_run_and_what_was_taken_over_is_sent_again() {
+    let mut world = ready();
+    world.step(Step::Execute { seconds: 1, restarts: false });
+    world.step(Step::Execute { seconds: 1, restarts: false });
+    let unkept = |world: &mut World| {
+        let (kernel, head) = world.sent.last().cloned().unwrap();
+        let refusal = Refusal { code: UNKEPT.to_owned(), message: String::new() };
+        world.context.on_refusal(&Act { kernel, kind: ActKind::Send(head.msg_id) }, &refusal, world.now);
+        world.take();
+    };
+    unkept(&mut world);
+    let statuses = |world: &World| world.executions.iter().map(|e| e.status()).collect::<Vec<_>>();
+    assert_eq!(statuses(&world), [Status::Lost, Status::Running], "the next one may be kept");
+    world.step(Step::NextProcess);
+    let before = world.sent.len();
+    unkept(&mut world);
+    assert_eq!(statuses(&world), [Status::Lost, Status::Running]);
+    assert_eq!((world.sent.len(), &world.sent[before].1.msg_id), (before + 1, &world.executions[1].id.to_string()));
+}
+
+#[test]
 fn code_that_a_dead_kernel_did_not_take_runs_in_the_next() {
     let mut world = ready();
     world.step(Step::Execute { seconds: 1, restarts: false });
