@@ -543,6 +543,7 @@ impl Reply {
 }
 
 /// A session.
+#[derive(Clone)]
 pub struct Cell {
     /// Its server.
     pub server: Arc<Server>,
