@@ -215,15 +215,14 @@ async fn away(way: &Way) {
     let printed = cell.background("import time\nfor i in range(30):\n    print(i)\n    time.sleep(0.2)").await;
     way.proxy.cut();
     // It can't be seen to be gone, so it has not ended, and what is asked waits.
-    let asked = tokio::spawn({
-        let cell = cell.clone();
-        async move { cell.value("i + 1").await }
-    });
-    tokio::time::sleep(2 * SECOND).await;
-    assert_eq!(cell.look().await["state"], "busy");
-    way.proxy.calm();
-    prints_all(way, &printed, 30).await;
-    assert_eq!(asked.await.unwrap(), "30");
+    let meanwhile = async {
+        tokio::time::sleep(2 * SECOND).await;
+        assert_eq!(cell.look().await["state"], "busy");
+        way.proxy.calm();
+        prints_all(way, &printed, 30).await;
+    };
+    let (asked, ()) = tokio::join!(cell.value("i + 1"), meanwhile);
+    assert_eq!(asked, "30");
     cell.delete().await;
     way.is_whole("the engine was away").await;
 }
@@ -277,25 +276,21 @@ async fn stalled(way: &Way, time: Duration) {
     let printed = one.background_until_output(&code).await;
     way.proxy.stall(true);
     let began = Instant::now();
-    let asked = tokio::spawn({
-        let other = other.clone();
-        async move { other.execute(json!({"code": "x + 1", "timeout_seconds": 300})).await }
-    });
-    tokio::time::sleep(SECOND).await;
-    way.server.get("/readyz").await.problem(503, "engine-unavailable");
-    // Whatever concerns no container is answered as ever.
-    let looked = Instant::now();
-    assert_eq!((one.look().await["state"].clone(), looked.elapsed() < SECOND), (json!("busy"), true));
-    tokio::time::sleep(time.saturating_sub(began.elapsed())).await;
-    way.proxy.stall(false);
-    let began = Instant::now();
-    let answer = asked.await.unwrap();
-    println!("after {time:?} without an engine: an answer in {:?}", began.elapsed());
-    assert_eq!(
-        (&answer["status"], &answer["results"][0]["data"]["text/plain"]),
-        (&json!("ok"), &json!("42")),
-        "{answer}"
-    );
+    let meanwhile = async {
+        tokio::time::sleep(SECOND).await;
+        way.server.get("/readyz").await.problem(503, "engine-unavailable");
+        // Whatever concerns no container is answered as ever.
+        let looked = Instant::now();
+        assert_eq!((one.look().await["state"].clone(), looked.elapsed() < SECOND), (json!("busy"), true));
+        tokio::time::sleep(time.saturating_sub(began.elapsed())).await;
+        way.proxy.stall(false);
+        Instant::now()
+    };
+    let request = json!({"code": "x + 1", "timeout_seconds": 300});
+    let (answer, goes_on) = tokio::join!(other.execute(request), meanwhile);
+    println!("after {time:?} without an engine: an answer in {:?}", goes_on.elapsed());
+    let value = &answer["results"][0]["data"]["text/plain"];
+    assert_eq!((&answer["status"], value), (&json!("ok"), &json!("42")), "{answer}");
     prints_all(way, &printed, count).await;
     for cell in [one, other] {
         assert_eq!(cell.look().await["end_reason"], Value::Null);

@@ -543,7 +543,6 @@ impl Reply {
 }
 
 /// A session.
-#[derive(Clone)]
 pub struct Cell {
     /// Its server.
     pub server: Arc<Server>,
