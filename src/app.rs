@@ -11,7 +11,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::config::{Config, DrainContainers, PullPolicy};
 use crate::domain::ids::InstallationId;
-use crate::domain::spec::{self, SessionRequest, Template};
+use crate::domain::spec::{self, PoolPlan, Template};
 use crate::engine::docker::{DockerEngine, DockerSettings, GuestFile};
 use crate::engine::{Engine, EngineError, Pull};
 use crate::http::{self, App};
@@ -414,14 +414,16 @@ fn settings(config: &Config) -> Settings {
     }
 }
 
-/// What is kept ready: of each template with a pool what a caller gets who asks for nothing.
+/// What is kept ready.
 fn pool_plans(config: &Config) -> Vec<Plan> {
-    let templates = config.templates.values().filter(|template| template.pool.max > 0);
-    let plan = |template: &Template| {
-        let spec = spec::resolve(template, &SessionRequest::default()).ok()?;
-        Some(Plan { spec, image: template.image.clone(), size: template.pool })
+    let plans = |template: &Template| {
+        let plan = |PoolPlan { request, size }: &PoolPlan| {
+            let spec = spec::resolve(template, request).ok().filter(|_| size.max > 0)?;
+            Some(Plan { spec, image: template.image.clone(), size: *size })
+        };
+        template.pools.iter().filter_map(plan).collect::<Vec<_>>()
     };
-    templates.filter_map(plan).collect()
+    config.templates.values().flat_map(plans).collect()
 }
 
 fn limits(config: &Config) -> Limits {

@@ -160,7 +160,7 @@ fn template() -> Template {
         setup: String::new(),
         on_kernel_death: OnKernelDeath::Restart,
         on_guest_lost: OnGuestLost::End,
-        pool: cellblock::domain::spec::PoolSize::default(),
+        pools: Vec::new(),
         on_idle: OnIdle::Delete,
     }
 }

@@ -5,7 +5,7 @@ use std::time::Duration;
 use super::merge::Merge;
 use super::sections::{Bounds, Document, TemplateSection};
 use super::source::{Key, Mistake, Source, dotted, key_of};
-use crate::domain::spec::{self, KERNEL_FLOOR, MIB};
+use crate::domain::spec::{self, KERNEL_FLOOR, MIB, PoolSize};
 
 /// A container lives at least so long without hearing of a server, which it does when it is asked whether it lives.
 const LEAST_LEASE: Duration = Duration::from_secs(15);
@@ -18,7 +18,8 @@ pub(super) fn check(document: &Document, merge: &Merge) -> Vec<Mistake> {
     checker.amounts(document);
     checker.log(document);
     checker.default_template(document);
-    let least: u32 = document.templates.values().filter(|t| t.enabled).map(|t| t.pool.min).sum();
+    let least: u32 =
+        document.templates.values().filter(|t| t.enabled).flat_map(|t| t.pool.plans()).map(|p| p.size.min).sum();
     checker.require(least <= document.limits.sessions, &["limits.sessions"], || {
         format!("the pools of all templates are to hold {least} sessions at least, which is more: lower pool.min")
     });
@@ -185,6 +186,38 @@ impl Checker<'_> {
         });
         self.require(max <= sessions, &[&keys[1], "limits.sessions"], || {
             format!("{max} don't fit into the {sessions} of limits.sessions, which callers need too")
+        });
+        self.other_pools(name, template, sessions);
+    }
+
+    /// Pools of other resources: what a caller could ask for, and each something else.
+    fn other_pools(&mut self, name: &str, template: &TemplateSection, sessions: u32) {
+        let key = format!("templates.{name}.pool.other");
+        let resolved = template.clone().into_template(name.to_owned());
+        let mut kinds = Vec::new();
+        for (at, plan) in resolved.pools.iter().enumerate() {
+            let number = at.max(1);
+            match spec::resolve(&resolved, &plan.request) {
+                Ok(spec) if kinds.contains(&spec.resources) => self.require(false, &[&key], || {
+                    format!("number {number} has the resources of another pool: give it others, or leave it out")
+                }),
+                Ok(spec) => kinds.push(spec.resources),
+                // Of the first, the template's own resources are the mistake, which is told there.
+                Err(errors) if at > 0 => errors.into_iter().for_each(|error| {
+                    self.require(false, &[&key], || {
+                        format!("number {number}, {}: {}", &error.pointer[1..], error.message)
+                    })
+                }),
+                Err(_) => {}
+            }
+            let PoolSize { min, max } = plan.size;
+            self.require(at == 0 || (min <= max && max <= sessions), &[&key, "limits.sessions"], || {
+                format!("number {number} is to hold {min} to {max}: min is at most max, and max at most limits.sessions, {sessions}")
+            });
+        }
+        let sizes = template.pool.other.iter().flat_map(|pool| [pool.memory, pool.disk]).flatten();
+        self.require(sizes.into_iter().all(|size| size.0 % MIB == 0), &[&key], || {
+            "memory and disk are whole MiB, as callers ask for them".to_owned()
         });
     }
 

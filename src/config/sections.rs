@@ -9,7 +9,10 @@ use std::time::Duration;
 use serde::Deserialize;
 
 use super::units::{address, duration, optional_path, size};
-use crate::domain::spec::{self, KernelTransport, NetworkMode, OutputLimits, Resources, Template, Timeouts};
+use crate::domain::spec::{
+    self, KernelTransport, MIB, NetworkMode, OutputLimits, PoolPlan, PoolSize, Resources, SessionRequest, Template,
+    Timeouts,
+};
 
 /// The whole document, all layers merged and templates with what they inherit.
 #[derive(Debug, Clone, Deserialize)]
@@ -261,11 +264,51 @@ pub(super) enum OnGuestLost {
 }
 
 /// Sessions that are made before anybody asks.
-#[derive(Debug, Clone, Copy, Deserialize)]
+#[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Pool {
     pub min: u32,
     pub max: u32,
+    pub other: Vec<OtherPool>,
+}
+
+/// The same with resources other than the template's own.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct OtherPool {
+    pub cpu: Option<f64>,
+    pub memory: Option<Size>,
+    pub disk: Option<Size>,
+    pub pids: Option<u64>,
+    #[serde(default)]
+    pub min: u32,
+    pub max: u32,
+}
+
+#[derive(Debug, Clone, Copy, Deserialize)]
+pub(super) struct Size(#[serde(deserialize_with = "size")] pub u64);
+
+impl Pool {
+    /// All of them, the template's own first.
+    pub(super) fn plans(&self) -> Vec<PoolPlan> {
+        let own = PoolPlan { request: SessionRequest::default(), size: PoolSize { min: self.min, max: self.max } };
+        let other = self.other.iter().map(OtherPool::plan);
+        std::iter::once(own).chain(other).collect()
+    }
+}
+
+impl OtherPool {
+    fn plan(&self) -> PoolPlan {
+        let whole = |size: Size| size.0 / MIB;
+        let request = SessionRequest {
+            cpu: self.cpu,
+            memory_mb: self.memory.map(whole),
+            disk_mb: self.disk.map(whole),
+            pids: self.pids,
+            ..SessionRequest::default()
+        };
+        PoolPlan { request, size: PoolSize { min: self.min, max: self.max } }
+    }
 }
 
 #[derive(Debug, Clone, Copy, Deserialize)]
@@ -362,7 +405,7 @@ impl TemplateSection {
                 OnGuestLost::End => spec::OnGuestLost::End,
                 OnGuestLost::Replace => spec::OnGuestLost::Replace,
             },
-            pool: spec::PoolSize { min: self.pool.min, max: self.pool.max },
+            pools: self.pool.plans(),
             on_idle: match self.on_idle {
                 OnIdle::Delete => spec::OnIdle::Delete,
                 OnIdle::Pause => spec::OnIdle::Pause,

@@ -263,6 +263,22 @@ fn rules_between_keys() {
         ("engine.orphan_timeout = '10s'", "engine.orphan_timeout", "at least 15s"),
         ("templates.data.pool.min = 3", "templates.data.pool.min", "at most (pool.max)"),
         ("templates.data.pool.max = 101", "templates.data.pool.max", "limits.sessions"),
+        (
+            "templates.data.pool.other = [{memory = '64GiB', max = 1}]",
+            "templates.data.pool.other",
+            "number 1, resources/memory_mb",
+        ),
+        (
+            "templates.data.pool.other = [{cpu = 1, max = 1}, {cpu = 1.0, max = 1}]",
+            "templates.data.pool.other",
+            "number 2 has",
+        ),
+        (
+            "templates.data.pool.other = [{cpu = 0.5, min = 2, max = 1}]",
+            "templates.data.pool.other",
+            "number 1 is to hold 2 to 1",
+        ),
+        ("templates.data.pool.other = [{cpu = 0.5, most = 1}]", "templates.data.pool.other", "most"),
         ("server = 1", "server", "is a section, not a value"),
         ("server.listen.host = 'x'", "server.listen", "is a value, not a section"),
         ("templates.data.memory = '1GiB'", "templates.data.memory", "did you mean templates.data.default.memory?"),

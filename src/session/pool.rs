@@ -1,8 +1,8 @@
 //! Sessions that are made before anybody asks for them: a container with a booted, prepared kernel that belongs to nobody until it is claimed, once. It
 //! decides how many there are; a claim itself is the session's task's business.
 //!
-//! There is one shelf for each template that has a pool, with sessions of what a caller gets who asks for nothing. A request that wants something else
-//! of the engine or of the kernel starts cold. What was asked for lately says how many are kept ready, between the template's least and most.
+//! There is a shelf for what a caller gets of a template who asks for nothing, and one for each other size that an operator names. A request that wants something
+//! else of the engine or of the kernel starts cold. What was asked for lately says how many are kept ready, between the shelf's least and most.
 //! They are made one at a time, and only while no caller waits for a place or a start.
 
 use std::collections::VecDeque;
@@ -16,7 +16,7 @@ use super::Session;
 use super::registry::Registry;
 use crate::domain::ids::SessionId;
 use crate::domain::lifecycle::{EndReason, Phase};
-use crate::domain::spec::{PoolSize, SessionSpec};
+use crate::domain::spec::{PoolSize, Resources, SessionSpec};
 use crate::engine::{Engine, Pull};
 use crate::task;
 
@@ -27,7 +27,7 @@ const LOOK_AT_IMAGE: Duration = Duration::from_secs(30);
 /// After a session that did not start, the next is tried after this long; doubled each time up to the maximum.
 const RETRY: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(60));
 
-/// What a template's pool holds.
+/// What a shelf holds.
 #[derive(Debug, Clone)]
 pub struct Plan {
     /// What its sessions are, but for their image.
@@ -43,6 +43,8 @@ pub struct Plan {
 pub struct PoolView {
     /// Its template.
     pub template: String,
+    /// What each may use.
+    pub resources: Resources,
     /// How many there are.
     pub size: PoolSize,
     /// How many there should be now.
@@ -203,6 +205,7 @@ impl Pool {
             shelf.forget_old(Instant::now());
             PoolView {
                 template: shelf.plan.spec.template.clone(),
+                resources: shelf.plan.spec.resources,
                 size: shelf.plan.size,
                 target: shelf.target(),
                 ready: shelf.ready.len(),

@@ -12,7 +12,7 @@ use utoipa::ToSchema;
 
 use crate::domain::ids::SessionId;
 use crate::domain::lifecycle::Phase;
-use crate::domain::spec::{FieldError, MIB, NetworkMode, OnIdle, SessionRequest};
+use crate::domain::spec::{FieldError, MIB, NetworkMode, OnIdle, Resources, SessionRequest};
 use crate::http::App;
 use crate::http::extract::{Answer, Body, Caller, Id, Keyed, Params, object};
 use crate::http::problem::{self, Problem, end_reason};
@@ -220,6 +220,17 @@ pub struct ResourcesView {
     pids: u32,
 }
 
+impl From<Resources> for ResourcesView {
+    fn from(resources: Resources) -> Self {
+        Self {
+            cpu: f64::from(resources.cpu_millis) / 1000.0,
+            memory_mb: resources.memory_bytes / MIB,
+            disk_mb: resources.disk_bytes / MIB,
+            pids: resources.pids,
+        }
+    }
+}
+
 /// How long things may take.
 #[derive(Debug, Serialize, ToSchema)]
 pub struct TimeoutsView {
@@ -279,12 +290,7 @@ impl SessionView {
             last_active_at: time(snapshot.last_active),
             expires_at: time(snapshot.expires_at),
             idle_deadline: snapshot.idle_deadline.map(time),
-            resources: ResourcesView {
-                cpu: f64::from(spec.resources.cpu_millis) / 1000.0,
-                memory_mb: spec.resources.memory_bytes / MIB,
-                disk_mb: spec.resources.disk_bytes / MIB,
-                pids: spec.resources.pids,
-            },
+            resources: spec.resources.into(),
             timeouts: TimeoutsView {
                 idle_seconds: snapshot.attributes.idle.as_secs_f64(),
                 lifetime_seconds: spec.timeouts.lifetime.as_secs_f64(),
