@@ -146,6 +146,13 @@ impl Capacity {
         Self(Arc::new(Mutex::new(book)), Arc::default())
     }
 
+    /// Goes on with other ceilings. What is taken stays taken, whatever they are; who waits may have a place now.
+    pub fn change(&self, ceilings: Ceilings) {
+        self.book().ceilings = ceilings;
+        self.serve();
+        self.1.notify_one();
+    }
+
     /// A place now, if nobody waits for one, or starts.
     #[must_use]
     pub fn spare_place(&self, need: Need) -> Option<Place> {

@@ -3,7 +3,7 @@
 //! It holds handles and never waits: what takes time is the business of a session's own task.
 
 use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
 use cellblock_wire::marker::LinkSecret;
@@ -84,14 +84,20 @@ pub enum Created {
     Reused(Session),
 }
 
+/// What an operator can change while sessions live.
+#[derive(Debug, Clone, Copy)]
+struct Tuning {
+    settings: Settings,
+    limits: Limits,
+}
+
 /// The registry.
 pub struct Registry {
     engine: Arc<dyn Engine>,
     archive: Option<Archive>,
     state: Option<State>,
     instance: String,
-    settings: Settings,
-    limits: Limits,
+    tuning: RwLock<Tuning>,
     growth: Growth,
     capacity: Capacity,
     pool: Pool,
@@ -128,7 +134,18 @@ impl Registry {
     ) -> Self {
         let (growth, capacity) = (Growth::default(), Capacity::new(limits.ceilings));
         let (requests, inner) = (Requests::new(state.clone()), Mutex::default());
-        Self { engine, archive, state, instance, settings, limits, growth, capacity, pool, requests, inner }
+        let tuning = RwLock::new(Tuning { settings, limits });
+        Self { engine, archive, state, instance, tuning, growth, capacity, pool, requests, inner }
+    }
+
+    /// Goes on with other bounds. Sessions that are there keep their settings, and their places where there are fewer now.
+    pub fn tune(&self, settings: Settings, limits: Limits) {
+        *self.tuning.write().unwrap_or_else(PoisonError::into_inner) = Tuning { settings, limits };
+        self.capacity.change(limits.ceilings);
+    }
+
+    fn tuning(&self) -> Tuning {
+        *self.tuning.read().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Creates a session, or finds the tenant's live one of that name if it may be `reuse`d. Waits for a place, for as long as a create may.
@@ -241,7 +258,7 @@ impl Registry {
             record,
             is_new,
             instance: self.instance.clone(),
-            settings: self.settings,
+            settings: self.tuning().settings,
             engine: Arc::clone(&self.engine),
             state: self.state.clone(),
             place,
@@ -253,13 +270,13 @@ impl Registry {
 
     fn keeping(&self, tenant: &Arc<str>, id: SessionId) -> Keeping {
         let archive = self.archive.clone();
-        Keeping::new(archive, Arc::clone(tenant), id, self.settings.inline).growing(self.growth.clone())
+        Keeping::new(archive, Arc::clone(tenant), id, self.tuning().settings.inline).growing(self.growth.clone())
     }
 
     /// Takes over what an earlier process has left: sessions that live go on, with what runs and waits in them; what has ended can be asked about
     /// for what is left of its time.
     pub fn take_over(&self, left: Left) {
-        let now = Timestamp::now();
+        let (now, limits) = (Timestamp::now(), self.tuning().limits);
         let Left { sessions, executions, heard, keys } = left;
         let mut of_sessions: HashMap<SessionId, Vec<ExecutionRecord>> = HashMap::new();
         for execution in executions {
@@ -273,7 +290,7 @@ impl Registry {
             let session = match record.stage {
                 Stage::Ended(reason, at) => {
                     let age = Duration::try_from(now.duration_since(at)).unwrap_or_default();
-                    if age >= self.limits.session_retention {
+                    if age >= limits.session_retention {
                         continue;
                     }
                     let since = Instant::now().checked_sub(age).unwrap_or_else(Instant::now);
@@ -399,13 +416,14 @@ impl Registry {
 
     /// Keeps an execution, so that it can be asked about.
     pub fn keep(&self, execution: &Arc<Execution>) {
+        let limits = self.tuning().limits;
         let mut inner = self.inner();
         inner.executions.insert(execution.id, Arc::clone(execution));
         inner.order.push_back(execution.id);
         // It looks at all that is kept; the reconciler's timer does it as well.
-        let has_grown = self.growth.take_above(self.limits.execution_bytes / PRUNE_PART);
+        let has_grown = self.growth.take_above(limits.execution_bytes / PRUNE_PART);
         if has_grown || inner.order.len().is_multiple_of(PRUNE_EVERY) {
-            let forgotten = inner.prune_executions(&self.limits, Instant::now());
+            let forgotten = inner.prune_executions(&limits, Instant::now());
             drop(inner);
             self.forget(&forgotten);
         }
@@ -425,15 +443,15 @@ impl Registry {
         if let Some(archive) = &self.archive {
             archive.prune();
         }
-        let now = Instant::now();
+        let (now, limits) = (Instant::now(), self.tuning().limits);
         if let Some(state) = &self.state {
-            let retention = self.limits.session_retention;
+            let retention = limits.session_retention;
             state.forget_ended(Timestamp::now().saturating_sub(retention).unwrap_or(Timestamp::MIN));
         }
         self.requests.prune(Timestamp::now());
         let mut inner = self.inner();
-        inner.prune_sessions(&self.limits, now);
-        let forgotten = inner.prune_executions(&self.limits, now);
+        inner.prune_sessions(&limits, now);
+        let forgotten = inner.prune_executions(&limits, now);
         drop(inner);
         self.forget(&forgotten);
     }
