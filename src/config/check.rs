@@ -9,11 +9,14 @@ use crate::domain::spec::{self, KERNEL_FLOOR, MIB};
 
 /// A container lives at least so long without hearing of a server, which it does when it is asked whether it lives.
 const LEAST_LEASE: Duration = Duration::from_secs(15);
+/// What names of keys and tenants are.
+const NAME: &str = "allowed are 1 to 64 letters, digits, \".\", \"_\" and \"-\"";
 
 /// Checks everything, each rule by itself.
 pub(super) fn check(document: &Document, merge: &Merge) -> Vec<Mistake> {
     let mut checker = Checker { merge, mistakes: Vec::new() };
     checker.server(document);
+    checker.keys(document);
     checker.engine(document);
     checker.amounts(document);
     checker.log(document);
@@ -79,6 +82,38 @@ impl Checker<'_> {
             "allowed are 4KiB to 64MiB".to_owned()
         });
         self.positive(server.request_timeout, "server.request_timeout");
+    }
+
+    fn keys(&mut self, document: &Document) {
+        let auth = &document.auth;
+        self.require((1..=1_000_000).contains(&auth.failures), &["auth.failures"], || {
+            format!("{} is not within 1 to 1000000", auth.failures)
+        });
+        self.positive(auth.failure_window, "auth.failure_window");
+        let offered = |name: &String| document.templates.get(name).is_some_and(|template| template.enabled);
+        for (at, key) in document.keys.iter().enumerate() {
+            let before = &document.keys[..at];
+            let unknown = key.templates.iter().flatten().find(|name| !offered(name));
+            let mistakes = [
+                (!spec::is_name(&key.name)).then(|| format!("name: {NAME}")),
+                (!spec::is_name(&key.tenant)).then(|| format!("tenant: {NAME}")),
+                key.scopes.is_empty().then(|| "scopes: name one at least".to_owned()),
+                key.templates
+                    .as_ref()
+                    .is_some_and(Vec::is_empty)
+                    .then(|| "templates: name one, or leave it out".to_owned()),
+                unknown.map(|name| format!("templates: {name:?} is none of the enabled templates")),
+                (key.hash.is_some() == key.file.is_some()).then(|| "give either hash or file".to_owned()),
+                before.iter().any(|other| other.name == key.name).then(|| "another key has this name".to_owned()),
+                before
+                    .iter()
+                    .any(|other| other.hash.is_some() && other.hash == key.hash)
+                    .then(|| "another key has this hash".to_owned()),
+            ];
+            for mistake in mistakes.into_iter().flatten() {
+                self.require(false, &["keys"], || format!("key {} ({:?}): {mistake}", at + 1, key.name));
+            }
+        }
     }
 
     fn engine(&mut self, document: &Document) {

@@ -24,7 +24,8 @@ use std::path::{Path, PathBuf};
 
 pub use environment::Environment;
 pub use sections::{
-    Drain, DrainContainers, EngineSection, Executions, Guest, Limits, Log, LogFormat, PullPolicy, Server,
+    Auth, Drain, DrainContainers, EngineSection, Executions, Guest, KeySection, Limits, Log, LogFormat, PullPolicy,
+    Server,
 };
 pub use source::{Mistake, Mistakes, Source};
 pub use units::{parse_duration, parse_size};
@@ -37,8 +38,12 @@ use source::{dotted, key_of};
 /// A configuration without mistakes.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Config {
+    /// Keys besides the first one.
+    pub keys: Vec<KeySection>,
     /// The front door.
     pub server: Server,
+    /// Keys that are not valid.
+    pub auth: Auth,
     /// What happens when it stops.
     pub drain: Drain,
     /// The Docker engine.
@@ -172,7 +177,9 @@ impl From<sections::Document> for Config {
     fn from(document: sections::Document) -> Self {
         let enabled = document.templates.into_iter().filter(|(_, template)| template.enabled);
         Self {
+            keys: document.keys,
             server: document.server,
+            auth: document.auth,
             drain: document.drain,
             engine: document.engine,
             guest: document.guest,

@@ -6,9 +6,11 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use jiff::Timestamp;
 use serde::Deserialize;
 
-use super::units::{address, duration, optional_path, size};
+use super::units::{address, duration, key_hash, moment, optional_path, scopes, size};
+use crate::domain::access::{KeyHash, Scope};
 use crate::domain::spec::{self, KernelTransport, NetworkMode, OutputLimits, Resources, Template, Timeouts};
 
 /// The whole document, all layers merged and templates with what they inherit.
@@ -16,7 +18,9 @@ use crate::domain::spec::{self, KernelTransport, NetworkMode, OutputLimits, Reso
 #[serde(deny_unknown_fields)]
 pub(super) struct Document {
     pub default_template: String,
+    pub keys: Vec<KeySection>,
     pub server: Server,
+    pub auth: Auth,
     pub drain: Drain,
     pub engine: EngineSection,
     pub guest: Guest,
@@ -59,6 +63,42 @@ impl Server {
     pub fn key_file(&self) -> PathBuf {
         self.api_key_file.clone().unwrap_or_else(|| self.data_dir.join("api-key"))
     }
+}
+
+/// An API key of the configuration.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct KeySection {
+    /// For people.
+    pub name: String,
+    /// Whose it is.
+    pub tenant: String,
+    /// What it allows.
+    #[serde(deserialize_with = "scopes")]
+    pub scopes: Vec<Scope>,
+    /// The templates that it allows; none: all.
+    #[serde(default)]
+    pub templates: Option<Vec<String>>,
+    /// It is none any more from then on.
+    #[serde(default, deserialize_with = "moment")]
+    pub expires_at: Option<Timestamp>,
+    /// Of the key; this or a file.
+    #[serde(default, deserialize_with = "key_hash")]
+    pub hash: Option<KeyHash>,
+    /// A file with the key.
+    #[serde(default)]
+    pub file: Option<PathBuf>,
+}
+
+/// Keys that are not valid.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Auth {
+    /// So many may come from one address …
+    pub failures: u32,
+    /// … within this time.
+    #[serde(deserialize_with = "duration")]
+    pub failure_window: Duration,
 }
 
 /// What happens when the server stops.

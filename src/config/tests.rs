@@ -275,6 +275,36 @@ fn rules_between_keys() {
 }
 
 #[test]
+fn keys_are_sections_and_their_mistakes_are_told_with_their_names() {
+    let hash = format!("sha256:{}", "0a".repeat(32));
+    let key = |name: &str, rest: &str| format!("[[keys]]\nname = '{name}'\ntenant = 't'\nscopes = ['read']\n{rest}\n");
+    let good = key("ci", &format!("hash = '{hash}'\ntemplates = ['python']\nexpires_at = '2027-01-01T00:00:00Z'"))
+        + &key("ops", "file = '/run/secrets/ops'");
+    let keys = loaded(&good, &[]).config.keys;
+    assert_eq!(keys.iter().map(|key| key.name.as_str()).collect::<Vec<_>>(), ["ci", "ops"]);
+    assert_eq!(keys[0].hash.map(|hash| hash.to_string()), Some(hash.clone()));
+    assert_eq!((keys[0].expires_at.is_some(), keys[1].file.is_some()), (true, true));
+    let hashed = format!("hash = '{hash}'");
+    for (text, words) in [
+        (key("a b", &hashed), "key 1 (\"a b\"): name: allowed are"),
+        (key("ci", ""), "either hash or file"),
+        (key("ci", &format!("{hashed}\nfile = '/x'")), "either hash or file"),
+        (key("ci", "hash = 'cb_00'"), "a hash is \"sha256:\""),
+        (key("ci", &hashed) + &key("ci", "file = '/x'"), "key 2 (\"ci\"): another key has this name"),
+        (key("ci", &hashed) + &key("other", &hashed), "another key has this hash"),
+        (key("ci", &format!("{hashed}\ntemplates = ['none']")), "\"none\" is none of the enabled templates"),
+        (key("ci", &format!("{hashed}\ntemplates = []")), "name one, or leave it out"),
+        (key("ci", &format!("{hashed}\nexpires_at = 'soon'")), "is not a moment such as"),
+        (key("ci", &hashed).replace("'read'", "'root'"), "\"root\" is no scope"),
+        (key("ci", &hashed).replace("'read'", ""), "scopes: name one"),
+        (key("ci", &format!("{hashed}\ntenat = 't'")), "unknown field `tenat`"),
+    ] {
+        let found = mistakes(&text, &[]);
+        assert!(found.iter().any(|(k, m)| k == "keys" && m.contains(words)), "{text}: {found:#?}");
+    }
+}
+
+#[test]
 fn effective_values_name_their_source() {
     let (inputs, file) = inputs("[template_defaults]\nruntime = 'runsc'\n", &[("DOCKER_HOST", "tcp://h:1")]);
     let text = load(&inputs).unwrap().describe();

@@ -19,14 +19,15 @@ use tower_http::catch_panic::CatchPanicLayer;
 
 use crate::domain::ids::RequestId;
 use crate::service::Service;
-use crate::service::keys::KeyRing;
 use crate::session;
 
 pub mod docs;
+pub mod door;
 pub mod extract;
 pub mod problem;
 pub mod v1;
 
+use door::Door;
 use extract::Answer;
 use problem::Problem;
 
@@ -41,7 +42,7 @@ pub struct App {
     /// The product.
     pub service: Arc<Service>,
     /// Who may ask.
-    pub keys: Arc<KeyRing>,
+    pub door: Arc<Door>,
     /// This server's name among others on the same engine.
     pub instance: Arc<str>,
     /// What a request may cost before it is understood.

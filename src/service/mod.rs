@@ -31,10 +31,11 @@ use crate::store::{Archive, Blob};
 use crate::task;
 
 pub mod admin;
+pub mod issuing;
 pub mod keys;
 
 use admin::Admin;
-use keys::Principal;
+use keys::{KeyRing, Principal};
 
 /// Longest wait that a caller may ask for.
 pub const MAX_WAIT: Duration = Duration::from_secs(300);
@@ -245,6 +246,8 @@ pub struct Service {
     engine_seen: tokio::sync::Mutex<Option<(Instant, bool)>>,
     /// What operators' commands work with, where there are any.
     admin: Option<Admin>,
+    /// Who may ask.
+    keys: Arc<KeyRing>,
 }
 
 impl std::fmt::Debug for dyn Engine {
@@ -265,7 +268,8 @@ impl Service {
         archive: Option<Archive>,
     ) -> Self {
         let (engine_seen, notebook_room) = (tokio::sync::Mutex::default(), Arc::new(Semaphore::new(NOTEBOOK_ROOM)));
-        Self { registry, engine, templates, default_template, pull, archive, notebook_room, engine_seen, admin: None }
+        let (admin, keys) = (None, Arc::default());
+        Self { registry, engine, templates, default_template, pull, archive, notebook_room, engine_seen, admin, keys }
     }
 
     /// Creates a session, or finds the live one of that name. With `wait` it answers once the session is ready, or has failed
@@ -348,7 +352,7 @@ impl Service {
     ) -> Result<Created, Error> {
         who.require_sessions()?;
         self.accepts()?;
-        let (template, mut spec) = self.specify(request)?;
+        let (template, mut spec) = self.specify(who, request)?;
         // What is there already needs nothing of the engine.
         let created = match self.registry.find(&who.tenant, &spec, request.reuse, lasting, once).await? {
             Some(created) => created,
@@ -358,6 +362,9 @@ impl Service {
             }
         };
         if let Created::Reused(session) = &created {
+            if !who.admits(&session.spec.template) {
+                return Err(Error::NameInUse(session.id));
+            }
             // It counts as activity, and comes after what its task is about to do: it may have been claimed at this moment.
             session.keep_alive().await?;
         }
@@ -370,14 +377,16 @@ impl Service {
     }
 
     /// What a session would be, but for its image.
-    fn specify(&self, request: &SessionRequest) -> Result<(&Template, SessionSpec), Error> {
+    fn specify(&self, who: &Principal, request: &SessionRequest) -> Result<(&Template, SessionSpec), Error> {
         let name = request.template.as_ref().unwrap_or(&self.default_template);
-        let template = self.templates.get(name).ok_or_else(|| {
-            let known = self.templates.keys().map(|t| format!("\"{t}\"")).collect::<Vec<_>>().join(", ");
-            Error::SpecRejected(vec![FieldError::new(
-                "/template",
-                format!("there is no template of that name; there are {known}"),
-            )])
+        let template = self.templates.get(name).filter(|template| who.admits(&template.name)).ok_or_else(|| {
+            let known = self.templates.keys().filter(|name| who.admits(name));
+            let known = known.map(|t| format!("\"{t}\"")).collect::<Vec<_>>().join(", ");
+            let message = match request.template {
+                Some(_) => format!("there is no template of that name; there are {known}"),
+                None => format!("the key does not allow the default template; name one of {known}"),
+            };
+            Error::SpecRejected(vec![FieldError::new("/template", message)])
         })?;
         Ok((template, spec::resolve(template, request).map_err(Error::SpecRejected)?))
     }
@@ -426,16 +435,26 @@ impl Service {
     /// A tenant's session, live or kept.
     ///
     /// # Errors
-    /// [`Error::NotFound`].
+    /// [`Error::NotFound`] or [`Error::Forbidden`].
     pub fn session(&self, who: &Principal, id: SessionId) -> Result<Session, Error> {
-        self.registry.session(&who.tenant, id).ok_or(Error::NotFound("session"))
+        who.require_read()?;
+        let session = self.registry.session(&who.tenant, id).filter(|session| who.admits(&session.spec.template));
+        session.ok_or(Error::NotFound("session"))
     }
 
     /// A tenant's sessions in the order of their creation, after one of them.
-    #[must_use]
-    pub fn list_sessions(&self, who: &Principal, filter: &Filter, after: Option<SessionId>) -> Vec<Session> {
+    ///
+    /// # Errors
+    /// [`Error::Forbidden`].
+    pub fn list_sessions(
+        &self,
+        who: &Principal,
+        filter: &Filter,
+        after: Option<SessionId>,
+    ) -> Result<Vec<Session>, Error> {
+        who.require_read()?;
         let sessions = self.registry.sessions(&who.tenant, after);
-        sessions.into_iter().filter(|s| filter.admits(s)).collect()
+        Ok(sessions.into_iter().filter(|s| who.admits(&s.spec.template) && filter.admits(s)).collect())
     }
 
     /// Ends a session; answers once its container is gone. Ending one that has ended is no error.
@@ -458,7 +477,7 @@ impl Service {
     /// See [`Error`].
     pub async fn delete_sessions(&self, who: &Principal, filter: &Filter) -> Result<Vec<Session>, Error> {
         who.require_sessions()?;
-        let sessions = self.list_sessions(who, filter, None);
+        let sessions = self.list_sessions(who, filter, None)?;
         let live: Vec<_> = sessions.into_iter().filter(|s| !s.is_over()).collect();
         live.iter().for_each(|s| s.end(EndReason::Deleted));
         futures_util::future::join_all(live.iter().map(wait_for_end)).await;
@@ -686,8 +705,9 @@ impl Service {
         abandoned: CancellationToken,
         once: Option<Reservation>,
     ) -> Result<Arc<Execution>, Error> {
+        who.require_sessions()?;
         // Before anything starts: the session's specification is what the request is held against.
-        let spec = self.specify(&session)?.1;
+        let spec = self.specify(who, &session)?.1;
         resolve_execution(&spec, request.clone())?;
         let (service, who) = (Arc::clone(self), who.clone());
         let accepted = carry_on("run", async move {
@@ -707,8 +727,13 @@ impl Service {
     /// A long content of an execution's result.
     ///
     /// # Errors
-    /// [`Error::NotFound`].
+    /// [`Error::NotFound`] or [`Error::Forbidden`].
     pub async fn blob(&self, who: &Principal, id: ExecutionId, number: u32) -> Result<Blob, Error> {
+        who.require_read()?;
+        // What is not known of it any more is not known to be of a template that the key allows.
+        if who.templates.is_some() {
+            self.execution(who, id).map_err(|_| Error::NotFound("blob"))?;
+        }
         let archive = self.archive.as_ref().ok_or(Error::NotFound("blob"))?;
         archive.blob(&who.tenant, id, number).await.ok_or(Error::NotFound("blob"))
     }
@@ -716,8 +741,10 @@ impl Service {
     /// A session's notebook, as `nbformat` 4.5 has it; for a while after the session has ended too.
     ///
     /// # Errors
-    /// [`Error::NotFound`].
+    /// [`Error::NotFound`] or [`Error::Forbidden`].
     pub async fn notebook(&self, who: &Principal, id: SessionId) -> Result<Notebook, Error> {
+        who.require_read()?;
+        self.require_notebook(who, id)?;
         let archive = self.archive.as_ref().ok_or(Error::NotFound("notebook"))?;
         let bytes = archive.notebook(&who.tenant, id).await.ok_or(Error::NotFound("notebook"))?;
         // One that is larger than all the room has it to itself.
@@ -732,8 +759,15 @@ impl Service {
     /// [`Error::NotFound`].
     pub async fn delete_notebook(&self, who: &Principal, id: SessionId) -> Result<(), Error> {
         who.require_sessions()?;
+        self.require_notebook(who, id)?;
         let archive = self.archive.as_ref().ok_or(Error::NotFound("notebook"))?;
         if archive.delete_notebook(&who.tenant, id).await { Ok(()) } else { Err(Error::NotFound("notebook")) }
+    }
+
+    /// A session that is not known any more is not known to be of a template that the key allows.
+    fn require_notebook(&self, who: &Principal, id: SessionId) -> Result<(), Error> {
+        let is_there = who.templates.is_none() || self.session(who, id).is_ok();
+        if is_there { Ok(()) } else { Err(Error::NotFound("notebook")) }
     }
 
     /// Runs code in a session, or lets it wait for its turn. It goes on whether or not anybody listens.
@@ -778,9 +812,12 @@ impl Service {
     /// An execution, running or kept.
     ///
     /// # Errors
-    /// [`Error::NotFound`].
+    /// [`Error::NotFound`] or [`Error::Forbidden`].
     pub fn execution(&self, who: &Principal, id: ExecutionId) -> Result<Arc<Execution>, Error> {
-        self.registry.execution(&who.tenant, id).ok_or(Error::NotFound("execution"))
+        who.require_read()?;
+        let execution = self.registry.execution(&who.tenant, id);
+        let is_meant = |execution: &Arc<Execution>| self.session(who, execution.place.session).is_ok();
+        execution.filter(is_meant).ok_or(Error::NotFound("execution"))
     }
 
     /// Takes an execution back: out of the queue, or by an interrupt. One that has ended stays as it is.
@@ -826,19 +863,19 @@ impl Service {
         })
     }
 
-    /// The templates, each with what the engine knows of its image.
-    pub async fn templates(&self) -> Vec<TemplateView> {
-        let looks = self.templates.values().map(|template| async move {
+    /// The templates that a key allows, each with what the engine knows of its image.
+    pub async fn templates(&self, who: &Principal) -> Vec<TemplateView> {
+        let looks = self.templates.values().filter(|template| who.admits(&template.name)).map(|template| async move {
             let image = self.engine.resolve_image(&template.image, Pull::Never).await.ok();
             TemplateView { template: template.clone(), image }
         });
         futures_util::future::join_all(looks).await
     }
 
-    /// The pools of sessions that are made before anybody asks.
+    /// The pools of sessions that are made before anybody asks, of the templates that a key allows.
     #[must_use]
-    pub fn pools(&self) -> Vec<PoolView> {
-        self.registry.pool().views()
+    pub fn pools(&self, who: &Principal) -> Vec<PoolView> {
+        self.registry.pool().views().into_iter().filter(|pool| who.admits(&pool.template)).collect()
     }
 
     /// The template that is used when none is named.

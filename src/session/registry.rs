@@ -260,7 +260,7 @@ impl Registry {
     /// for what is left of its time.
     pub fn take_over(&self, left: Left) {
         let now = Timestamp::now();
-        let Left { sessions, executions, heard, keys } = left;
+        let Left { sessions, executions, heard, keys, .. } = left;
         let mut of_sessions: HashMap<SessionId, Vec<ExecutionRecord>> = HashMap::new();
         for execution in executions {
             of_sessions.entry(execution.session).or_default().push(execution);

@@ -10,6 +10,7 @@ use super::docs::Head;
 pub mod admin;
 pub mod contexts;
 pub mod executions;
+pub mod keys;
 pub mod notebooks;
 pub mod pools;
 pub mod runs;
@@ -46,6 +47,8 @@ pub fn routes() -> OpenApiRouter<App> {
         .routes(routes!(notebooks::get_notebook, notebooks::delete_notebook))
         .routes(routes!(templates::list_templates))
         .routes(routes!(pools::list_pools))
+        .routes(routes!(keys::create_key, keys::list_keys))
+        .routes(routes!(keys::revoke_key))
         .routes(routes!(admin::drain_server))
         .routes(routes!(admin::reconcile_server))
 }
