@@ -19,6 +19,7 @@ use crate::http::{self, App};
 use crate::service::Service;
 use crate::service::admin::Admin;
 use crate::service::keys::{self, ConfiguredKey, KeyError, KeyHash, KeyRing, Principal, Scope};
+use crate::service::quotas::Quotas;
 use crate::session::capacity::Ceilings;
 use crate::session::pool::{self, Plan, Pool};
 use crate::session::reconcile::Reconciler;
@@ -203,6 +204,7 @@ impl Plane {
         let engine: Arc<dyn Engine> = Arc::new(docker);
         let instance = config.engine.instance.clone();
         let keys = Arc::new(KeyRing::new(state.clone(), std::mem::take(&mut left.api_keys)));
+        let quotas = Quotas::new(config.quotas.clone(), state.clone(), std::mem::take(&mut left.usage));
         let pool = Pool::new(if owns_instance { pool_plans(config) } else { Vec::new() });
         let registry =
             Arc::new(Registry::new(Arc::clone(&engine), archive.clone(), state, instance, settings, limits, pool));
@@ -216,7 +218,8 @@ impl Plane {
             pull,
             archive.clone(),
         )
-        .with_keys(Arc::clone(&keys));
+        .with_keys(Arc::clone(&keys))
+        .with_quotas(Arc::new(quotas));
         let after_drain = match config.drain.containers {
             DrainContainers::Keep if owns_instance => AfterDrain::Keep,
             _ => AfterDrain::Remove,

@@ -44,6 +44,7 @@ fn routes() -> Vec<(&'static str, &'static str, About, Value)> {
     vec![
         ("GET", "/v1/templates", Offer, none.clone()),
         ("GET", "/v1/pools", Offer, none.clone()),
+        ("GET", "/v1/usage", Offer, none.clone()),
         ("GET", "/v1/sessions", List, none.clone()),
         ("POST", "/v1/sessions", Make, json!({"template": "there-is-none"})),
         ("POST", "/v1/runs", Make, unknown),
@@ -193,6 +194,18 @@ fn with(request: RequestBuilder, key: Option<&str>) -> RequestBuilder {
     }
 }
 
+async fn each_route_has_its_row(server: &Server) {
+    let document = server.send(server.bare(Method::GET, "/openapi.json")).await.json;
+    let paths = document["paths"].as_object().expect("paths").iter();
+    let methods = paths.flat_map(|(path, methods)| {
+        let methods = methods.as_object().expect("methods").keys().filter(|name| *name != "parameters");
+        methods.map(move |method| (method.to_uppercase(), path.clone()))
+    });
+    let documented: BTreeSet<(String, String)> = methods.collect();
+    let known = routes().iter().map(|(method, path, ..)| ((*method).to_owned(), (*path).to_owned())).collect();
+    assert_eq!(documented, known, "each route of the document has its row in this test");
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn every_route_of_the_document_answers_each_kind_of_key_as_it_should() {
     let over = keys::generate().unwrap();
@@ -227,16 +240,7 @@ async fn every_route_of_the_document_answers_each_kind_of_key_as_it_should() {
     assert_eq!(list(&revoked.0).await.status, 200, "it is one until it is revoked");
     assert_eq!(server.delete(&format!("/v1/keys/{}", revoked.1)).await.status, 204);
 
-    let document = server.send(server.bare(Method::GET, "/openapi.json")).await.json;
-    let paths = document["paths"].as_object().expect("paths").iter();
-    let methods = paths.flat_map(|(path, methods)| {
-        let methods = methods.as_object().expect("methods").keys().filter(|name| *name != "parameters");
-        methods.map(move |method| (method.to_uppercase(), path.clone()))
-    });
-    let documented: BTreeSet<(String, String)> = methods.collect();
-    let known = routes().iter().map(|(method, path, ..)| ((*method).to_owned(), (*path).to_owned())).collect();
-    assert_eq!(documented, known, "each route of the document has its row in this test");
-
+    each_route_has_its_row(&server).await;
     let things = Things::new(&server, &owner).await;
     let mut asked = 0;
     for (who, key) in &callers {

@@ -19,6 +19,7 @@ pub(super) fn check(document: &Document, merge: &Merge) -> Vec<Mistake> {
     checker.keys(document);
     checker.engine(document);
     checker.amounts(document);
+    checker.quotas(document);
     checker.log(document);
     checker.default_template(document);
     let least: u32 = document.templates.values().filter(|t| t.enabled).map(|t| t.pool.min).sum();
@@ -193,6 +194,32 @@ impl Checker<'_> {
         self.require(one <= all, &["executions.notebook_size", "executions.notebooks_size"], || {
             format!("{} is above executions.notebooks_size, {}", mib(one), mib(all))
         });
+    }
+
+    fn quotas(&mut self, document: &Document) {
+        let classes = document.classes.iter().map(|(name, class)| ("classes", name, class));
+        let tenants = document.tenants.iter().map(|(name, tenant)| ("tenants", name, &tenant.quota));
+        for (kind, name, quota) in classes.chain(tenants) {
+            let key = |field: &str| format!("{kind}.{name}.{field}");
+            self.require(spec::is_name(name), &[&format!("{kind}.{name}")], || NAME.to_owned());
+            self.require(quota.cpu == 0.0 || (0.05..=1e6).contains(&quota.cpu), &[&key("cpu")], || {
+                format!("{} is not within 0.05 to 1000000, nor 0 for no limit", quota.cpu)
+            });
+            let rate = quota.requests_per_second;
+            self.require(rate == 0.0 || (0.001..=1e6).contains(&rate), &[&key("requests_per_second")], || {
+                format!("{rate} is not within 0.001 to 1000000, nor 0 for no limit")
+            });
+            self.require(quota.request_burst <= 1_000_000, &[&key("request_burst")], || {
+                format!("{} is above 1000000", quota.request_burst)
+            });
+        }
+        let known = document.classes.keys().map(String::as_str).collect::<Vec<_>>().join(", ");
+        for (name, tenant) in &document.tenants {
+            let class = &tenant.class;
+            self.require(document.classes.contains_key(class), &[&format!("tenants.{name}.class")], || {
+                format!("{class:?} is none of the classes that have a key of their own: {known}")
+            });
+        }
     }
 
     fn log(&mut self, document: &Document) {

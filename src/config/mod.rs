@@ -30,9 +30,10 @@ pub use sections::{
 pub use source::{Mistake, Mistakes, Source};
 pub use units::{parse_duration, parse_size};
 
+use crate::domain::quota::QuotaTable;
 use crate::domain::spec::Template;
 use layers::{Entry, Given};
-use merge::{Leaves, Merge, inherit, read};
+use merge::{DEFAULT_CLASS, Leaves, Merge, inherit, read};
 use source::{dotted, key_of};
 
 /// A configuration without mistakes.
@@ -52,6 +53,8 @@ pub struct Config {
     pub guest: Guest,
     /// How much of everything.
     pub limits: Limits,
+    /// How much of it each tenant may have.
+    pub quotas: QuotaTable,
     /// Executions.
     pub executions: Executions,
     /// What the server says about itself.
@@ -184,6 +187,10 @@ impl From<sections::Document> for Config {
             engine: document.engine,
             guest: document.guest,
             limits: document.limits,
+            quotas: QuotaTable {
+                default: document.classes.get(DEFAULT_CLASS).map(sections::Class::quota).unwrap_or_default(),
+                tenants: document.tenants.into_iter().map(|(name, tenant)| (name, tenant.quota.quota())).collect(),
+            },
             executions: document.executions,
             log: document.log,
             templates: enabled.map(|(name, template)| (name.clone(), template.into_template(name))).collect(),

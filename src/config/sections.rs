@@ -11,6 +11,7 @@ use serde::Deserialize;
 
 use super::units::{address, duration, key_hash, moment, optional_path, scopes, size};
 use crate::domain::access::{KeyHash, Scope};
+use crate::domain::quota::{Quota, Rate, Share};
 use crate::domain::spec::{self, KernelTransport, NetworkMode, OutputLimits, Resources, Template, Timeouts};
 
 /// The whole document, all layers merged and templates with what they inherit.
@@ -25,6 +26,8 @@ pub(super) struct Document {
     pub engine: EngineSection,
     pub guest: Guest,
     pub limits: Limits,
+    pub classes: BTreeMap<String, Class>,
+    pub tenants: BTreeMap<String, Tenant>,
     pub executions: Executions,
     pub log: Log,
     #[expect(dead_code, reason = "read for its form; templates have their own copies of what is in it")]
@@ -191,6 +194,46 @@ pub struct Limits {
     pub concurrent_starts: u32,
     /// Contexts of one session.
     pub contexts: u32,
+}
+
+/// What a tenant may have and do; 0 is no limit.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Class {
+    pub sessions: u32,
+    pub cpu: f64,
+    #[serde(deserialize_with = "size")]
+    pub memory: u64,
+    pub executions: u32,
+    pub cpu_seconds_a_day: u64,
+    pub requests_per_second: f64,
+    pub request_burst: u32,
+}
+
+/// A tenant, with what it has of its class. Other fields are refused by the schema.
+#[derive(Debug, Clone, Deserialize)]
+pub(super) struct Tenant {
+    pub class: String,
+    #[serde(flatten)]
+    pub quota: Class,
+}
+
+impl Class {
+    pub(super) fn quota(&self) -> Quota {
+        // Amounts are checked to be small elsewhere; until then casts saturate.
+        let burst = if self.request_burst == 0 { self.requests_per_second.ceil() as u32 } else { self.request_burst };
+        let rate = Rate { per_second: self.requests_per_second, burst: burst.max(1) };
+        Quota {
+            share: Share {
+                sessions: Some(self.sessions).filter(|most| *most > 0),
+                cpu_millis: Some((self.cpu * 1000.0).round() as u64).filter(|most| *most > 0),
+                memory_bytes: Some(self.memory).filter(|most| *most > 0),
+            },
+            executions: Some(self.executions).filter(|most| *most > 0),
+            cpu_seconds_a_day: Some(self.cpu_seconds_a_day).filter(|most| *most > 0),
+            requests: Some(rate).filter(|rate| rate.per_second > 0.0),
+        }
+    }
 }
 
 /// Executions.

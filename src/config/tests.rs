@@ -263,6 +263,18 @@ fn rules_between_keys() {
         ("engine.orphan_timeout = '10s'", "engine.orphan_timeout", "at least 15s"),
         ("templates.data.pool.min = 3", "templates.data.pool.min", "at most (pool.max)"),
         ("templates.data.pool.max = 101", "templates.data.pool.max", "limits.sessions"),
+        (
+            "tenants.acme.class = 'none'",
+            "tenants.acme.class",
+            "none of the classes that have a key of their own: default",
+        ),
+        ("tenants.acme.sesions = 1", "tenants.acme.sesions", "did you mean tenants.acme.sessions?"),
+        ("classes.trial.class = 'default'", "classes.trial.class", "no such key"),
+        ("classes.trial.cpu = 0.01", "classes.trial.cpu", "not within 0.05"),
+        ("classes.default.requests_per_second = -1.0", "classes.default.requests_per_second", "not within 0.001"),
+        ("tenants.acme.memory = 5", "tenants.acme.memory", "has no unit"),
+        ("tenants.'a b'.sessions = 1", "tenants.a b", "1 to 64 letters"),
+        ("tenants.acme = 5", "tenants.acme", "is a section"),
         ("server = 1", "server", "is a section, not a value"),
         ("server.listen.host = 'x'", "server.listen", "is a value, not a section"),
         ("templates.data.memory = '1GiB'", "templates.data.memory", "did you mean templates.data.default.memory?"),
@@ -302,6 +314,27 @@ fn keys_are_sections_and_their_mistakes_are_told_with_their_names() {
         let found = mistakes(&text, &[]);
         assert!(found.iter().any(|(k, m)| k == "keys" && m.contains(words)), "{text}: {found:#?}");
     }
+}
+
+#[test]
+fn a_tenant_has_what_its_class_has_and_a_class_what_the_default_one_has() {
+    let text = "[classes.default]\nexecutions = 9\n[classes.trial]\nsessions = 2\nrequests_per_second = 2.5\n\
+                [tenants.acme]\nclass = 'trial'\ncpu = 1.5\n[tenants.'a.b']\nmemory = '1GiB'\n";
+    let loaded = loaded(text, &[("CELLBLOCK__TENANTS__ACME__CPU_SECONDS_A_DAY", "60")]);
+    let of = |tenant: &str| loaded.config.quotas.of(tenant);
+    let acme = of("acme");
+    assert_eq!((acme.share.sessions, acme.share.cpu_millis, acme.share.memory_bytes), (Some(2), Some(1500), None));
+    assert_eq!((acme.executions, acme.cpu_seconds_a_day), (Some(9), Some(60)));
+    assert_eq!(acme.requests.map(|rate| (rate.per_second, rate.burst)), Some((2.5, 3)));
+    assert_eq!((of("a.b").share.memory_bytes, of("a.b").share.sessions), (Some(1024 * MIB), None));
+    assert_eq!((of("anybody").executions, of("anybody").requests), (Some(9), None));
+    let told = loaded.describe();
+    let line = told.lines().find(|line| line.starts_with("tenants.acme.executions = 9")).expect("a line");
+    assert!(line.ends_with(":2, classes.default"), "{line}");
+    assert!(
+        told.lines().any(|line| line.starts_with("tenants.acme.sessions = 2") && line.ends_with(":4, classes.trial")),
+        "{told}"
+    );
 }
 
 #[test]

@@ -7,4 +7,5 @@ pub mod execution;
 pub mod ids;
 pub mod lifecycle;
 pub mod output;
+pub mod quota;
 pub mod spec;

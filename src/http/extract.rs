@@ -19,6 +19,7 @@ use serde_json::Value;
 use sha2::{Digest, Sha256};
 
 use super::problem::{self, Problem};
+use super::rate::Slot;
 use super::{App, Bounds};
 use crate::domain::spec::{FieldError, escape_pointer};
 use crate::service::keys::Principal;
@@ -287,7 +288,12 @@ impl FromRequestParts<App> for Caller {
     type Rejection = Problem;
 
     async fn from_request_parts(parts: &mut Parts, app: &App) -> Result<Self, Problem> {
-        app.door.admit(parts).map(Self)
+        let who = app.door.admit(parts)?;
+        if let (Some(state), Some(slot)) = (app.service.request(&who)?, parts.extensions.get::<Slot>()) {
+            // A request is read once.
+            let _ = slot.set(state.into());
+        }
+        Ok(Self(who))
     }
 }
 

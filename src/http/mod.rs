@@ -25,6 +25,7 @@ pub mod docs;
 pub mod door;
 pub mod extract;
 pub mod problem;
+pub mod rate;
 pub mod v1;
 
 use door::Door;
@@ -106,16 +107,21 @@ async fn readyz(State(app): State<App>) -> Result<Answer<serde_json::Value>, Pro
 }
 
 /// Gives every request an id, every problem that id, every answer its headers, and the log one line.
-async fn finish(request: Request, next: Next) -> Response {
+async fn finish(mut request: Request, next: Next) -> Response {
     let started = Instant::now();
     let id = request_id(&request);
     let (method, path) = (request.method().clone(), request.uri().path().to_owned());
+    let rate = rate::Slot::default();
+    request.extensions_mut().insert(Arc::clone(&rate));
     let mut response = next.run(request).await;
     if let Some(problem) = response.extensions_mut().remove::<Arc<Problem>>() {
         let problem = Problem { request_id: id.clone(), ..Problem::clone(&problem) };
         response = problem.render();
     }
     let headers = response.headers_mut();
+    if let Some(limit) = rate.get() {
+        limit.write(headers);
+    }
     if let Ok(value) = HeaderValue::from_str(&id) {
         headers.insert(REQUEST_ID, value);
     }

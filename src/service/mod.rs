@@ -16,6 +16,7 @@ use tokio_util::sync::CancellationToken;
 use crate::domain::ids::{ContextId, ExecutionId, SessionId};
 use crate::domain::lifecycle::{EndReason, Phase};
 use crate::domain::output::{Comm, JsonText};
+use crate::domain::quota::{Exceeded, Held, Quota, Rate};
 use crate::domain::spec::{self, FieldError, SessionRequest, SessionSpec, Template};
 use crate::engine::{Engine, EngineError, ImageInfo, Pull};
 use crate::kernel::link::LinkError;
@@ -33,9 +34,11 @@ use crate::task;
 pub mod admin;
 pub mod issuing;
 pub mod keys;
+pub mod quotas;
 
 use admin::Admin;
 use keys::{KeyRing, Principal};
+use quotas::{LATER, Quotas, RateState, Running};
 
 /// Longest wait that a caller may ask for.
 pub const MAX_WAIT: Duration = Duration::from_secs(300);
@@ -55,6 +58,8 @@ const NOTEBOOK_ROOM: usize = 256 * 1024;
 const MAX_BUFFERS: usize = 32;
 /// A kernel answers a question within this time; it has none while it runs code.
 const QUESTION: Duration = Duration::from_secs(10);
+/// A container may have used this much more than its time of CPUs: it is counted by other clocks, and in slices.
+const CPU_SLACK: Duration = Duration::from_secs(1);
 /// A deleted session is waited for this long; its removal goes on after that.
 const END_WAIT: Duration = Duration::from_secs(30);
 
@@ -88,6 +93,22 @@ pub enum Error {
     /// The request's key does not allow it.
     #[error("{}", not_once(*.0))]
     NotOnce(NotOnce),
+    /// The tenant has as much as it may.
+    #[error("the tenant has as much as it may of {}, {}", .exceeded.name, .exceeded.limit)]
+    OverQuota {
+        /// Of what.
+        exceeded: Exceeded,
+        /// When there may be more.
+        retry_after: Duration,
+    },
+    /// The tenant asks too often.
+    #[error("the tenant may send {} requests a second, and {} at once", .rate.per_second, .rate.burst)]
+    RateLimited {
+        /// How often it may.
+        rate: Rate,
+        /// When it may again.
+        retry_after: Duration,
+    },
     /// Too much is on its way to others.
     #[error("too many notebooks are being fetched")]
     NotebooksBusy,
@@ -154,6 +175,7 @@ impl From<CreateRefused> for Error {
         match refused {
             CreateRefused::Full(Full { retry_after }) => Self::AtCapacity { retry_after },
             CreateRefused::TooLarge(errors) => Self::SpecRejected(errors),
+            CreateRefused::OverShare(exceeded) => Self::OverQuota { exceeded, retry_after: LATER },
             CreateRefused::NameInUse(id) => Self::NameInUse(id),
             CreateRefused::Draining => Self::Draining,
         }
@@ -222,6 +244,23 @@ impl Filter {
     }
 }
 
+/// What a tenant uses, and how much it may.
+#[derive(Debug, Clone)]
+pub struct Usage {
+    /// The tenant.
+    pub tenant: Arc<str>,
+    /// How much it may.
+    pub quota: Quota,
+    /// What it holds.
+    pub held: Held,
+    /// Executions that run or wait.
+    pub executions: u32,
+    /// CPU time of executions that have ended today.
+    pub cpu_today: Duration,
+    /// When today ends.
+    pub day_ends_at: jiff::Timestamp,
+}
+
 /// A template and what the engine knows of its image.
 #[derive(Debug, Clone)]
 pub struct TemplateView {
@@ -248,6 +287,8 @@ pub struct Service {
     admin: Option<Admin>,
     /// Who may ask.
     keys: Arc<KeyRing>,
+    /// What tenants may have and do.
+    quotas: Arc<Quotas>,
 }
 
 impl std::fmt::Debug for dyn Engine {
@@ -268,8 +309,19 @@ impl Service {
         archive: Option<Archive>,
     ) -> Self {
         let (engine_seen, notebook_room) = (tokio::sync::Mutex::default(), Arc::new(Semaphore::new(NOTEBOOK_ROOM)));
-        let (admin, keys) = (None, Arc::default());
-        Self { registry, engine, templates, default_template, pull, archive, notebook_room, engine_seen, admin, keys }
+        Self {
+            registry,
+            engine,
+            templates,
+            default_template,
+            pull,
+            archive,
+            notebook_room,
+            engine_seen,
+            admin: None,
+            keys: Arc::default(),
+            quotas: Arc::default(),
+        }
     }
 
     /// Creates a session, or finds the live one of that name. With `wait` it answers once the session is ready, or has failed
@@ -354,11 +406,14 @@ impl Service {
         self.accepts()?;
         let (template, mut spec) = self.specify(who, request)?;
         // What is there already needs nothing of the engine.
-        let created = match self.registry.find(&who.tenant, &spec, request.reuse, lasting, once).await? {
+        let quota = self.quotas.of(&who.tenant);
+        check_size(&quota, &spec)?;
+        let tenant = (&who.tenant, &quota.share);
+        let created = match self.registry.find(tenant, &spec, request.reuse, lasting, once).await? {
             Some(created) => created,
             None => {
                 spec.image = self.resolve_image(template).await?.id;
-                self.registry.create(&who.tenant, spec, request.reuse, lasting, once).await?
+                self.registry.create(tenant, spec, request.reuse, lasting, once).await?
             }
         };
         if let Created::Reused(session) = &created {
@@ -709,6 +764,7 @@ impl Service {
         // Before anything starts: the session's specification is what the request is held against.
         let spec = self.specify(who, &session)?.1;
         resolve_execution(&spec, request.clone())?;
+        self.quotas.check_execution(&who.tenant, jiff::Timestamp::now())?;
         let (service, who) = (Arc::clone(self), who.clone());
         let accepted = carry_on("run", async move {
             let created = service.create(&who, &session, true, Lasting::Never, None).await?;
@@ -764,6 +820,38 @@ impl Service {
         if archive.delete_notebook(&who.tenant, id).await { Ok(()) } else { Err(Error::NotFound("notebook")) }
     }
 
+    /// Holds tenants to these quotas, with what an earlier process has left going on.
+    #[must_use]
+    pub fn with_quotas(self, quotas: Arc<Quotas>) -> Self {
+        for (session, execution) in self.registry.unfinished_executions() {
+            count(quotas.go_on(&session.tenant), &session, execution);
+        }
+        Self { quotas, ..self }
+    }
+
+    /// Counts a request of a tenant's. Says what is left, where there is a limit.
+    ///
+    /// # Errors
+    /// [`Error::RateLimited`].
+    pub fn request(&self, who: &Principal) -> Result<Option<RateState>, Error> {
+        self.quotas.request(&who.tenant, Instant::now())
+    }
+
+    /// What the caller's tenant uses, and how much it may.
+    #[must_use]
+    pub fn usage(&self, who: &Principal) -> Usage {
+        let now = jiff::Timestamp::now();
+        let used = self.quotas.used(&who.tenant, now);
+        Usage {
+            tenant: Arc::clone(&who.tenant),
+            quota: self.quotas.of(&who.tenant),
+            held: self.registry.held(&who.tenant),
+            executions: used.executions,
+            cpu_today: used.cpu,
+            day_ends_at: quotas::midnight_after(now),
+        }
+    }
+
     /// A session that is not known any more is not known to be of a template that the key allows.
     fn require_notebook(&self, who: &Principal, id: SessionId) -> Result<(), Error> {
         let is_there = who.templates.is_none() || self.session(who, id).is_ok();
@@ -785,6 +873,7 @@ impl Service {
         let session = self.session(who, id)?;
         self.accepts()?;
         let (context, request) = (request.context, resolve_execution(&session.spec, request)?);
+        let running = self.quotas.begin_execution(&who.tenant, jiff::Timestamp::now())?;
         let service = Arc::clone(self);
         // What was accepted is kept even if its caller leaves at this moment.
         let accepted = carry_on("execute", async move {
@@ -795,6 +884,7 @@ impl Service {
             let accepted = session.execute(id, context, request).await.map_err(Error::from);
             if let Ok(execution) = &accepted {
                 service.registry.keep(execution);
+                count(running, &session, Arc::clone(execution));
             }
             let kept = match once {
                 Some(once) => service.settle_key(once, &accepted).await,
@@ -1040,6 +1130,34 @@ async fn carry_on<T: Send + 'static>(name: &'static str, work: impl Future<Outpu
         let _ = answer.send(work.await);
     });
     answered.await.ok()
+}
+
+/// Refuses a session that alone is more than its tenant may have.
+fn check_size(quota: &Quota, spec: &SessionSpec) -> Result<(), Error> {
+    let (cpu_millis, memory_bytes) = (spec.resources.cpu_millis.into(), spec.resources.memory_bytes);
+    quota.share.admits(&Held::default(), cpu_millis, memory_bytes).map_err(|Exceeded { name, limit }| {
+        let (field, most) = match name {
+            "cpu" => ("/resources/cpu", (limit as f64 / 1000.0).to_string()),
+            _ => ("/resources/memory_mb", (limit / spec::MIB).to_string()),
+        };
+        let message = format!("it is more than all sessions of the tenant may have together, {most}");
+        Error::SpecRejected(vec![FieldError::new(field, message)])
+    })
+}
+
+/// Counts an execution until it ends, and what it has used of CPUs then.
+fn count(running: Running, session: &Session, execution: Arc<Execution>) {
+    let cpu_millis = session.spec.resources.cpu_millis;
+    task::spawn("usage", async move {
+        execution.ended().await;
+        // The next process counts what goes on there.
+        if execution.status().is_final() {
+            let (told, duration) = execution.cpu_and_duration();
+            // What nobody has told is as much as it can have been.
+            let most = duration.mul_f64(f64::from(cpu_millis) / 1000.0);
+            running.used(told.map_or(most, |told| told.min(most.saturating_add(CPU_SLACK))), jiff::Timestamp::now());
+        }
+    });
 }
 
 /// Waits until a session's container is gone. Its removal goes on by itself if that takes too long.

@@ -17,6 +17,7 @@ pub mod runs;
 pub mod sessions;
 pub mod stream;
 pub mod templates;
+pub mod usage;
 
 /// All routes of the API, with the document they make.
 pub fn routes() -> OpenApiRouter<App> {
@@ -49,6 +50,7 @@ pub fn routes() -> OpenApiRouter<App> {
         .routes(routes!(pools::list_pools))
         .routes(routes!(keys::create_key, keys::list_keys))
         .routes(routes!(keys::revoke_key))
+        .routes(routes!(usage::get_usage))
         .routes(routes!(admin::drain_server))
         .routes(routes!(admin::reconcile_server))
 }

@@ -447,3 +447,16 @@ async fn api_keys_are_kept_until_they_are_revoked() {
     });
     assert_eq!(kept.await.api_keys, [key(2), key(3)]);
 }
+
+#[tokio::test]
+async fn of_what_a_tenant_has_used_the_last_is_kept() {
+    let folder = tempfile::tempdir().unwrap();
+    let used =
+        |tenant: &str, day, millis| UsageRecord { tenant: Arc::from(tenant), day, cpu: Duration::from_millis(millis) };
+    let kept = left_after(folder.path(), |state| {
+        [used("a", 1, 10), used("b", 1, 20), used("a", 1, 30)].into_iter().for_each(|record| state.put_usage(record));
+    });
+    assert_eq!(kept.await.usage, [used("a", 1, 30), used("b", 1, 20)]);
+    let kept = left_after(folder.path(), |state| state.put_usage(used("a", 2, 5))).await;
+    assert_eq!(kept.usage, [used("a", 2, 5), used("b", 1, 20)]);
+}
