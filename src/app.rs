@@ -11,6 +11,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::config::{Config, DrainContainers, KeySection, PullPolicy};
 use crate::domain::ids::InstallationId;
+use crate::domain::quota::QuotaTable;
 use crate::domain::spec::{self, SessionRequest, Template};
 use crate::engine::docker::{DockerEngine, DockerSettings, GuestFile};
 use crate::engine::{Engine, EngineError, Pull};
@@ -204,7 +205,9 @@ impl Plane {
         let engine: Arc<dyn Engine> = Arc::new(docker);
         let instance = config.engine.instance.clone();
         let keys = Arc::new(KeyRing::new(state.clone(), std::mem::take(&mut left.api_keys)));
-        let quotas = Quotas::new(config.quotas.clone(), state.clone(), std::mem::take(&mut left.usage));
+        // Who runs code on this machine without a server is no tenant.
+        let table = if owns_instance { config.quotas.clone() } else { QuotaTable::default() };
+        let quotas = Quotas::new(table, state.clone(), std::mem::take(&mut left.usage));
         let pool = Pool::new(if owns_instance { pool_plans(config) } else { Vec::new() });
         let registry =
             Arc::new(Registry::new(Arc::clone(&engine), archive.clone(), state, instance, settings, limits, pool));

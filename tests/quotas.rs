@@ -13,6 +13,16 @@ use serde_json::{Value, json};
 use server::{NEVER, Reply, Server, text};
 
 const SETTINGS: &str = r#"
+[limits]
+# So that creates wait for one another, and are counted meanwhile.
+concurrent_starts = 1
+[templates.ahead]
+image = "cellblock/python:latest"
+[templates.ahead.pool]
+min = 1
+max = 1
+[tenants.pooled]
+sessions = 1
 [classes.small]
 sessions = 2
 [tenants.sessions]
@@ -81,6 +91,7 @@ async fn quotas() {
     let server = Server::start(SETTINGS).await;
     let cases = cases![server;
         live_sessions_are_counted_also_while_they_start,
+        what_was_made_ahead_is_counted_once_it_is_claimed,
         what_is_promised_is_counted,
         executions_are_counted_until_they_end,
         requests_come_at_a_rate,
@@ -112,6 +123,25 @@ async fn live_sessions_are_counted_also_while_they_start(server: Arc<Server>) {
     let run = tenant.ask(Method::POST, "/v1/runs", json!({"template": "python", "code": "1"})).await;
     run.problem(429, "quota-exceeded");
     server.cell().await.delete().await;
+}
+
+async fn what_was_made_ahead_is_counted_once_it_is_claimed(server: Arc<Server>) {
+    let tenant = Tenant::new(&server, "pooled").await;
+    let is_ready = async || {
+        let began = Instant::now();
+        while server.get("/v1/pools").await.json["pools"][0]["ready"] != 1 {
+            assert!(began.elapsed() < NEVER, "the pool is not filled");
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    is_ready().await;
+    assert_eq!(tenant.usage(|_| true).await["sessions"], json!({"limit": 1, "used": 0}));
+    let made = tenant.create(json!({"template": "ahead"})).await;
+    assert_eq!((made.status, &made.json["source"]), (201, &json!("warm")), "{}", made.text);
+    is_ready().await;
+    tenant.create(json!({"template": "ahead"})).await.problem(429, "quota-exceeded");
+    assert_eq!(tenant.usage(|_| true).await["sessions"], json!({"limit": 1, "used": 1}));
+    assert_eq!(server.get("/v1/pools").await.json["pools"][0]["ready"], 1, "who may not have it takes none");
 }
 
 async fn what_is_promised_is_counted(server: Arc<Server>) {
