@@ -33,6 +33,8 @@ cpu = 1.5
 executions = 1
 [tenants.time]
 cpu_seconds_a_day = 1
+[tenants.storage]
+storage = "64KiB"
 [tenants.requests]
 requests_per_second = 0.01
 request_burst = 3
@@ -94,6 +96,7 @@ async fn quotas() {
         what_was_made_ahead_is_counted_once_it_is_claimed,
         what_is_promised_is_counted,
         executions_are_counted_until_they_end,
+        what_is_stored_is_counted_until_it_is_deleted,
         requests_come_at_a_rate,
     ];
     server.run_and_finish(2, cases).await;
@@ -167,6 +170,21 @@ async fn executions_are_counted_until_they_end(server: Arc<Server>) {
     let cancel = format!("/v1/executions/{}/cancel", text(&runs.json["id"]));
     assert_eq!(tenant.ask(Method::POST, &cancel, Value::Null).await.status, 200);
     tenant.usage(|usage| usage["executions"]["used"] == 0).await;
+    assert_eq!(tenant.execute(&two, json!({"code": "1"})).await.status, 200);
+}
+
+async fn what_is_stored_is_counted_until_it_is_deleted(server: Arc<Server>) {
+    let tenant = Tenant::new(&server, "storage").await;
+    let (one, two) = (tenant.session().await, tenant.session().await);
+    assert_eq!(tenant.execute(&one, json!({"code": "print('x' * 100_000)"})).await.status, 200);
+    let usage = tenant.usage(|usage| usage["stored_bytes"]["used"].as_u64() > Some(100_000)).await;
+    assert_eq!(usage["stored_bytes"]["limit"], 64 * 1024);
+    let refused = tenant.execute(&two, json!({"code": "1"})).await;
+    refused.problem(429, "quota-exceeded");
+    assert_eq!(refused.header("ratelimit-policy"), "\"storage\";q=65536");
+    let notebook = format!("/v1/sessions/{one}/notebook");
+    assert_eq!(tenant.ask(Method::DELETE, &notebook, Value::Null).await.status, 204);
+    tenant.usage(|usage| usage["stored_bytes"]["used"].as_u64() < Some(64 * 1024)).await;
     assert_eq!(tenant.execute(&two, json!({"code": "1"})).await.status, 200);
 }
 

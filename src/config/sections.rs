@@ -205,6 +205,8 @@ pub(super) struct Class {
     #[serde(deserialize_with = "size")]
     pub memory: u64,
     pub executions: u32,
+    #[serde(deserialize_with = "size")]
+    pub storage: u64,
     pub cpu_seconds_a_day: u64,
     pub requests_per_second: f64,
     pub request_burst: u32,
@@ -230,6 +232,7 @@ impl Class {
                 memory_bytes: Some(self.memory).filter(|most| *most > 0),
             },
             executions: Some(self.executions).filter(|most| *most > 0),
+            stored_bytes: Some(self.storage).filter(|most| *most > 0),
             cpu_seconds_a_day: Some(self.cpu_seconds_a_day).filter(|most| *most > 0),
             requests: Some(rate).filter(|rate| rate.per_second > 0.0),
         }

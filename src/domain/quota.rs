@@ -11,6 +11,8 @@ pub struct Quota {
     pub executions: Option<u32>,
     /// CPU time of executions that end within one day of UTC.
     pub cpu_seconds_a_day: Option<u64>,
+    /// Bytes of blobs and notebooks.
+    pub stored_bytes: Option<u64>,
     /// Requests.
     pub requests: Option<Rate>,
 }

@@ -255,6 +255,8 @@ pub struct Usage {
     pub held: Held,
     /// Executions that run or wait.
     pub executions: u32,
+    /// Bytes of its blobs and notebooks.
+    pub stored_bytes: u64,
     /// CPU time of executions that have ended today.
     pub cpu_today: Duration,
     /// When today ends.
@@ -764,7 +766,7 @@ impl Service {
         // Before anything starts: the session's specification is what the request is held against.
         let spec = self.specify(who, &session)?.1;
         resolve_execution(&spec, request.clone())?;
-        self.quotas.check_execution(&who.tenant, jiff::Timestamp::now())?;
+        self.quotas.check_execution(&who.tenant, self.stored(&who.tenant), jiff::Timestamp::now())?;
         let (service, who) = (Arc::clone(self), who.clone());
         let accepted = carry_on("run", async move {
             let created = service.create(&who, &session, true, Lasting::Never, None).await?;
@@ -847,9 +849,14 @@ impl Service {
             quota: self.quotas.of(&who.tenant),
             held: self.registry.held(&who.tenant),
             executions: used.executions,
+            stored_bytes: self.stored(&who.tenant),
             cpu_today: used.cpu,
             day_ends_at: quotas::midnight_after(now),
         }
+    }
+
+    fn stored(&self, tenant: &str) -> u64 {
+        self.archive.as_ref().map_or(0, |archive| archive.stored(tenant))
     }
 
     /// A session that is not known any more is not known to be of a template that the key allows.
@@ -873,7 +880,7 @@ impl Service {
         let session = self.session(who, id)?;
         self.accepts()?;
         let (context, request) = (request.context, resolve_execution(&session.spec, request)?);
-        let running = self.quotas.begin_execution(&who.tenant, jiff::Timestamp::now())?;
+        let running = self.quotas.begin_execution(&who.tenant, self.stored(&who.tenant), jiff::Timestamp::now())?;
         let service = Arc::clone(self);
         // What was accepted is kept even if its caller leaves at this moment.
         let accepted = carry_on("execute", async move {

@@ -145,22 +145,27 @@ impl Quotas {
         bucket.take(rate, now).map(Some).map_err(|retry_after| Error::RateLimited { rate, retry_after })
     }
 
-    /// Whether another execution may be accepted.
+    /// Whether another execution may be accepted of a tenant of whom so many bytes are stored.
     ///
     /// # Errors
     /// [`Error::OverQuota`].
-    pub(super) fn check_execution(&self, tenant: &Arc<str>, now: Timestamp) -> Result<(), Error> {
-        self.accounts().entry(Arc::clone(tenant)).or_default().check(self.table.of(tenant), now)
+    pub(super) fn check_execution(&self, tenant: &Arc<str>, stored: u64, now: Timestamp) -> Result<(), Error> {
+        self.accounts().entry(Arc::clone(tenant)).or_default().check(self.table.of(tenant), stored, now)
     }
 
     /// Counts an execution, if it may be accepted.
     ///
     /// # Errors
     /// [`Error::OverQuota`].
-    pub(super) fn begin_execution(self: &Arc<Self>, tenant: &Arc<str>, now: Timestamp) -> Result<Running, Error> {
+    pub(super) fn begin_execution(
+        self: &Arc<Self>,
+        tenant: &Arc<str>,
+        stored: u64,
+        now: Timestamp,
+    ) -> Result<Running, Error> {
         let mut accounts = self.accounts();
         let account = accounts.entry(Arc::clone(tenant)).or_default();
-        account.check(self.table.of(tenant), now)?;
+        account.check(self.table.of(tenant), stored, now)?;
         account.executions += 1;
         Ok(Running { quotas: Arc::clone(self), tenant: Arc::clone(tenant) })
     }
@@ -187,10 +192,13 @@ impl Quotas {
 }
 
 impl Account {
-    fn check(&self, quota: Quota, now: Timestamp) -> Result<(), Error> {
+    fn check(&self, quota: Quota, stored: u64, now: Timestamp) -> Result<(), Error> {
         let over = |name, limit, retry_after| Error::OverQuota { exceeded: Exceeded { name, limit }, retry_after };
         if let Some(limit) = quota.executions.filter(|limit| self.executions >= *limit) {
             return Err(over("executions", limit.into(), SOON));
+        }
+        if let Some(limit) = quota.stored_bytes.filter(|limit| stored >= *limit) {
+            return Err(over("storage", limit, LATER));
         }
         let (day, used) = self.cpu_of(now);
         if let Some(limit) = quota.cpu_seconds_a_day.filter(|limit| used.as_secs() >= *limit) {
@@ -240,14 +248,24 @@ mod tests {
     fn executions_count_until_they_end() {
         let quotas = quotas(Quota { executions: Some(2), ..Quota::default() });
         let (one, other): (Arc<str>, Arc<str>) = (Arc::from("one"), Arc::from("other"));
-        let held = [quotas.begin_execution(&one, at(0)).unwrap(), quotas.begin_execution(&one, at(0)).unwrap()];
-        let refused = quotas.begin_execution(&one, at(0)).unwrap_err();
+        let held = [quotas.begin_execution(&one, 0, at(0)).unwrap(), quotas.begin_execution(&one, 0, at(0)).unwrap()];
+        let refused = quotas.begin_execution(&one, 0, at(0)).unwrap_err();
         let exceeded = Exceeded { name: "executions", limit: 2 };
         assert_eq!(refused, Error::OverQuota { exceeded, retry_after: SOON });
-        assert!(quotas.begin_execution(&other, at(0)).is_ok());
+        assert!(quotas.begin_execution(&other, 0, at(0)).is_ok());
         drop(held);
         assert_eq!(quotas.used("one", at(0)).executions, 0);
-        assert_eq!(quotas.check_execution(&one, at(0)), Ok(()));
+        assert_eq!(quotas.check_execution(&one, 0, at(0)), Ok(()));
+    }
+
+    #[test]
+    fn who_has_too_much_stored_runs_nothing_more() {
+        let quotas = quotas(Quota { stored_bytes: Some(100), ..Quota::default() });
+        let one: Arc<str> = Arc::from("one");
+        assert_eq!(quotas.check_execution(&one, 99, at(0)), Ok(()));
+        let exceeded = Exceeded { name: "storage", limit: 100 };
+        assert_eq!(quotas.check_execution(&one, 100, at(0)), Err(Error::OverQuota { exceeded, retry_after: LATER }));
+        assert_eq!(quotas.check_execution(&Arc::from("other"), 100, at(0)), Ok(()));
     }
 
     #[test]
@@ -256,16 +274,16 @@ mod tests {
         let one: Arc<str> = Arc::from("one");
         let use_up = |seconds, now| quotas.go_on(&one).used(Duration::from_secs(seconds), now);
         use_up(9, at(DAY));
-        assert_eq!(quotas.check_execution(&one, at(DAY + 1)), Ok(()));
+        assert_eq!(quotas.check_execution(&one, 0, at(DAY + 1)), Ok(()));
         use_up(1, at(DAY + 2));
         let exceeded = Exceeded { name: "cpu_seconds_a_day", limit: 10 };
         let refused = Error::OverQuota { exceeded, retry_after: Duration::from_secs(100) };
-        assert_eq!(quotas.check_execution(&one, at(2 * DAY - 100)), Err(refused));
+        assert_eq!(quotas.check_execution(&one, 0, at(2 * DAY - 100)), Err(refused));
         assert_eq!(quotas.used("one", at(2 * DAY - 1)).cpu, Duration::from_secs(10));
-        assert_eq!(quotas.check_execution(&one, at(2 * DAY)), Ok(()), "a new day");
+        assert_eq!(quotas.check_execution(&one, 0, at(2 * DAY)), Ok(()), "a new day");
         assert_eq!(quotas.used("one", at(2 * DAY)), Used { executions: 0, cpu: Duration::ZERO });
         use_up(10, at(2 * DAY));
-        assert!(quotas.check_execution(&one, at(DAY)).is_err(), "a clock that was set back gives nothing back");
+        assert!(quotas.check_execution(&one, 0, at(DAY)).is_err(), "a clock that was set back gives nothing back");
         assert_eq!(midnight_after(at(2 * DAY)), at(3 * DAY));
     }
 
@@ -275,7 +293,7 @@ mod tests {
         let quota = Quota { cpu_seconds_a_day: Some(10), ..Quota::default() };
         let table = QuotaTable { default: quota, ..QuotaTable::default() };
         let quotas = Quotas::new(table, None, vec![record]);
-        assert!(quotas.check_execution(&Arc::from("one"), at(DAY)).is_err());
-        assert!(quotas.check_execution(&Arc::from("two"), at(DAY)).is_ok());
+        assert!(quotas.check_execution(&Arc::from("one"), 0, at(DAY)).is_err());
+        assert!(quotas.check_execution(&Arc::from("two"), 0, at(DAY)).is_ok());
     }
 }

@@ -23,6 +23,8 @@ pub struct UsageView {
     memory_mb: AmountView,
     /// Executions that run or wait.
     executions: AmountView,
+    /// Bytes of blobs and notebooks, with what their files take of the disk; nothing runs any more where they are too many, until some are deleted or gone.
+    stored_bytes: AmountView,
     /// CPU time of the executions that have ended today.
     cpu_seconds_today: CpuTimeView,
     /// Requests.
@@ -69,7 +71,7 @@ pub struct RequestsView {
 
 impl From<Usage> for UsageView {
     fn from(usage: Usage) -> Self {
-        let Usage { tenant, quota, held, executions, cpu_today, day_ends_at } = usage;
+        let Usage { tenant, quota, held, executions, stored_bytes, cpu_today, day_ends_at } = usage;
         let share = quota.share;
         let cpus = |millis: u64| millis as f64 / 1000.0;
         Self {
@@ -81,6 +83,7 @@ impl From<Usage> for UsageView {
                 used: held.memory_bytes.div_ceil(MIB),
             },
             executions: AmountView { limit: quota.executions.map(u64::from), used: executions.into() },
+            stored_bytes: AmountView { limit: quota.stored_bytes, used: stored_bytes },
             cpu_seconds_today: CpuTimeView {
                 limit: quota.cpu_seconds_a_day,
                 used: cpu_today.as_secs_f64(),
