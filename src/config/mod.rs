@@ -24,21 +24,27 @@ use std::path::{Path, PathBuf};
 
 pub use environment::Environment;
 pub use sections::{
-    Drain, DrainContainers, EngineSection, Executions, Guest, Limits, Log, LogFormat, PullPolicy, Server,
+    Auth, Drain, DrainContainers, EngineSection, Executions, Guest, KeySection, Limits, Log, LogFormat, PullPolicy,
+    Server,
 };
 pub use source::{Mistake, Mistakes, Source};
 pub use units::{parse_duration, parse_size};
 
+use crate::domain::quota::QuotaTable;
 use crate::domain::spec::Template;
 use layers::{Entry, Given};
-use merge::{Leaves, Merge, inherit, read};
+use merge::{DEFAULT_CLASS, Leaves, Merge, inherit, read};
 use source::{dotted, key_of};
 
 /// A configuration without mistakes.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Config {
+    /// Keys besides the first one.
+    pub keys: Vec<KeySection>,
     /// The front door.
     pub server: Server,
+    /// Keys that are not valid.
+    pub auth: Auth,
     /// What happens when it stops.
     pub drain: Drain,
     /// The Docker engine.
@@ -47,6 +53,8 @@ pub struct Config {
     pub guest: Guest,
     /// How much of everything.
     pub limits: Limits,
+    /// How much of it each tenant may have.
+    pub quotas: QuotaTable,
     /// Executions.
     pub executions: Executions,
     /// What the server says about itself.
@@ -172,11 +180,17 @@ impl From<sections::Document> for Config {
     fn from(document: sections::Document) -> Self {
         let enabled = document.templates.into_iter().filter(|(_, template)| template.enabled);
         Self {
+            keys: document.keys,
             server: document.server,
+            auth: document.auth,
             drain: document.drain,
             engine: document.engine,
             guest: document.guest,
             limits: document.limits,
+            quotas: QuotaTable {
+                default: document.classes.get(DEFAULT_CLASS).map(sections::Class::quota).unwrap_or_default(),
+                tenants: document.tenants.into_iter().map(|(name, tenant)| (name, tenant.quota.quota())).collect(),
+            },
             executions: document.executions,
             log: document.log,
             templates: enabled.map(|(name, template)| (name.clone(), template.into_template(name))).collect(),

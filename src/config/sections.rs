@@ -6,9 +6,12 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use jiff::Timestamp;
 use serde::Deserialize;
 
-use super::units::{address, duration, optional_path, size};
+use super::units::{address, duration, key_hash, moment, optional_path, scopes, size};
+use crate::domain::access::{KeyHash, Scope};
+use crate::domain::quota::{Quota, Rate, Share};
 use crate::domain::spec::{
     self, KernelTransport, MIB, NetworkMode, OutputLimits, PoolPlan, PoolSize, Resources, SessionRequest, Template,
     Timeouts,
@@ -19,11 +22,15 @@ use crate::domain::spec::{
 #[serde(deny_unknown_fields)]
 pub(super) struct Document {
     pub default_template: String,
+    pub keys: Vec<KeySection>,
     pub server: Server,
+    pub auth: Auth,
     pub drain: Drain,
     pub engine: EngineSection,
     pub guest: Guest,
     pub limits: Limits,
+    pub classes: BTreeMap<String, Class>,
+    pub tenants: BTreeMap<String, Tenant>,
     pub executions: Executions,
     pub log: Log,
     #[expect(dead_code, reason = "read for its form; templates have their own copies of what is in it")]
@@ -62,6 +69,42 @@ impl Server {
     pub fn key_file(&self) -> PathBuf {
         self.api_key_file.clone().unwrap_or_else(|| self.data_dir.join("api-key"))
     }
+}
+
+/// An API key of the configuration.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct KeySection {
+    /// For people.
+    pub name: String,
+    /// Whose it is.
+    pub tenant: String,
+    /// What it allows.
+    #[serde(deserialize_with = "scopes")]
+    pub scopes: Vec<Scope>,
+    /// The templates that it allows; none: all.
+    #[serde(default)]
+    pub templates: Option<Vec<String>>,
+    /// It is none any more from then on.
+    #[serde(default, deserialize_with = "moment")]
+    pub expires_at: Option<Timestamp>,
+    /// Of the key; this or a file.
+    #[serde(default, deserialize_with = "key_hash")]
+    pub hash: Option<KeyHash>,
+    /// A file with the key.
+    #[serde(default)]
+    pub file: Option<PathBuf>,
+}
+
+/// Keys that are not valid.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Auth {
+    /// So many may come from one address …
+    pub failures: u32,
+    /// … within this time.
+    #[serde(deserialize_with = "duration")]
+    pub failure_window: Duration,
 }
 
 /// What happens when the server stops.
@@ -154,6 +197,49 @@ pub struct Limits {
     pub concurrent_starts: u32,
     /// Contexts of one session.
     pub contexts: u32,
+}
+
+/// What a tenant may have and do; 0 is no limit.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Class {
+    pub sessions: u32,
+    pub cpu: f64,
+    #[serde(deserialize_with = "size")]
+    pub memory: u64,
+    pub executions: u32,
+    #[serde(deserialize_with = "size")]
+    pub storage: u64,
+    pub cpu_seconds_a_day: u64,
+    pub requests_per_second: f64,
+    pub request_burst: u32,
+}
+
+/// A tenant, with what it has of its class. Other fields are refused by the schema.
+#[derive(Debug, Clone, Deserialize)]
+pub(super) struct Tenant {
+    pub class: String,
+    #[serde(flatten)]
+    pub quota: Class,
+}
+
+impl Class {
+    pub(super) fn quota(&self) -> Quota {
+        // Amounts are checked to be small elsewhere; until then casts saturate.
+        let burst = if self.request_burst == 0 { self.requests_per_second.ceil() as u32 } else { self.request_burst };
+        let rate = Rate { per_second: self.requests_per_second, burst: burst.max(1) };
+        Quota {
+            share: Share {
+                sessions: Some(self.sessions).filter(|most| *most > 0),
+                cpu_millis: Some((self.cpu * 1000.0).round() as u64).filter(|most| *most > 0),
+                memory_bytes: Some(self.memory).filter(|most| *most > 0),
+            },
+            executions: Some(self.executions).filter(|most| *most > 0),
+            stored_bytes: Some(self.storage).filter(|most| *most > 0),
+            cpu_seconds_a_day: Some(self.cpu_seconds_a_day).filter(|most| *most > 0),
+            requests: Some(rate).filter(|rate| rate.per_second > 0.0),
+        }
+    }
 }
 
 /// Executions.

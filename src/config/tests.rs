@@ -279,6 +279,18 @@ fn rules_between_keys() {
             "number 1 is to hold 2 to 1",
         ),
         ("templates.data.pool.other = [{cpu = 0.5, most = 1}]", "templates.data.pool.other", "most"),
+        (
+            "tenants.acme.class = 'none'",
+            "tenants.acme.class",
+            "none of the classes that have a key of their own: default",
+        ),
+        ("tenants.acme.sesions = 1", "tenants.acme.sesions", "did you mean tenants.acme.sessions?"),
+        ("classes.trial.class = 'default'", "classes.trial.class", "no such key"),
+        ("classes.trial.cpu = 0.01", "classes.trial.cpu", "not within 0.05"),
+        ("classes.default.requests_per_second = -1.0", "classes.default.requests_per_second", "not within 0.001"),
+        ("tenants.acme.memory = 5", "tenants.acme.memory", "has no unit"),
+        ("tenants.'a b'.sessions = 1", "tenants.a b", "1 to 64 letters"),
+        ("tenants.acme = 5", "tenants.acme", "is a section"),
         ("server = 1", "server", "is a section, not a value"),
         ("server.listen.host = 'x'", "server.listen", "is a value, not a section"),
         ("templates.data.memory = '1GiB'", "templates.data.memory", "did you mean templates.data.default.memory?"),
@@ -288,6 +300,57 @@ fn rules_between_keys() {
         let found = mistakes(text, &[]);
         assert!(found.iter().any(|(k, m)| k == key && m.contains(words)), "{text}: {found:#?}");
     }
+}
+
+#[test]
+fn keys_are_sections_and_their_mistakes_are_told_with_their_names() {
+    let hash = format!("sha256:{}", "0a".repeat(32));
+    let key = |name: &str, rest: &str| format!("[[keys]]\nname = '{name}'\ntenant = 't'\nscopes = ['read']\n{rest}\n");
+    let good = key("ci", &format!("hash = '{hash}'\ntemplates = ['python']\nexpires_at = '2027-01-01T00:00:00Z'"))
+        + &key("ops", "file = '/run/secrets/ops'");
+    let keys = loaded(&good, &[]).config.keys;
+    assert_eq!(keys.iter().map(|key| key.name.as_str()).collect::<Vec<_>>(), ["ci", "ops"]);
+    assert_eq!(keys[0].hash.map(|hash| hash.to_string()), Some(hash.clone()));
+    assert_eq!((keys[0].expires_at.is_some(), keys[1].file.is_some()), (true, true));
+    let hashed = format!("hash = '{hash}'");
+    for (text, words) in [
+        (key("a b", &hashed), "key 1 (\"a b\"): name: allowed are"),
+        (key("ci", ""), "either hash or file"),
+        (key("ci", &format!("{hashed}\nfile = '/x'")), "either hash or file"),
+        (key("ci", "hash = 'cb_00'"), "a hash is \"sha256:\""),
+        (key("ci", &hashed) + &key("ci", "file = '/x'"), "key 2 (\"ci\"): another key has this name"),
+        (key("ci", &hashed) + &key("other", &hashed), "another key has this hash"),
+        (key("ci", &format!("{hashed}\ntemplates = ['none']")), "\"none\" is none of the enabled templates"),
+        (key("ci", &format!("{hashed}\ntemplates = []")), "name one, or leave it out"),
+        (key("ci", &format!("{hashed}\nexpires_at = 'soon'")), "is not a moment such as"),
+        (key("ci", &hashed).replace("'read'", "'root'"), "\"root\" is no scope"),
+        (key("ci", &hashed).replace("'read'", ""), "scopes: name one"),
+        (key("ci", &format!("{hashed}\ntenat = 't'")), "unknown field `tenat`"),
+    ] {
+        let found = mistakes(&text, &[]);
+        assert!(found.iter().any(|(k, m)| k == "keys" && m.contains(words)), "{text}: {found:#?}");
+    }
+}
+
+#[test]
+fn a_tenant_has_what_its_class_has_and_a_class_what_the_default_one_has() {
+    let text = "[classes.default]\nexecutions = 9\n[classes.trial]\nsessions = 2\nrequests_per_second = 2.5\n\
+                [tenants.acme]\nclass = 'trial'\ncpu = 1.5\n[tenants.'a.b']\nmemory = '1GiB'\n";
+    let loaded = loaded(text, &[("CELLBLOCK__TENANTS__ACME__CPU_SECONDS_A_DAY", "60")]);
+    let of = |tenant: &str| loaded.config.quotas.of(tenant);
+    let acme = of("acme");
+    assert_eq!((acme.share.sessions, acme.share.cpu_millis, acme.share.memory_bytes), (Some(2), Some(1500), None));
+    assert_eq!((acme.executions, acme.cpu_seconds_a_day), (Some(9), Some(60)));
+    assert_eq!(acme.requests.map(|rate| (rate.per_second, rate.burst)), Some((2.5, 3)));
+    assert_eq!((of("a.b").share.memory_bytes, of("a.b").share.sessions), (Some(1024 * MIB), None));
+    assert_eq!((of("anybody").executions, of("anybody").requests), (Some(9), None));
+    let told = loaded.describe();
+    let line = told.lines().find(|line| line.starts_with("tenants.acme.executions = 9")).expect("a line");
+    assert!(line.ends_with(":2, classes.default"), "{line}");
+    assert!(
+        told.lines().any(|line| line.starts_with("tenants.acme.sessions = 2") && line.ends_with(":4, classes.trial")),
+        "{told}"
+    );
 }
 
 #[test]

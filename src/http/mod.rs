@@ -19,14 +19,16 @@ use tower_http::catch_panic::CatchPanicLayer;
 
 use crate::domain::ids::RequestId;
 use crate::service::Service;
-use crate::service::keys::KeyRing;
 use crate::session;
 
 pub mod docs;
+pub mod door;
 pub mod extract;
 pub mod problem;
+pub mod rate;
 pub mod v1;
 
+use door::Door;
 use extract::Answer;
 use problem::Problem;
 
@@ -41,7 +43,7 @@ pub struct App {
     /// The product.
     pub service: Arc<Service>,
     /// Who may ask.
-    pub keys: Arc<KeyRing>,
+    pub door: Arc<Door>,
     /// This server's name among others on the same engine.
     pub instance: Arc<str>,
     /// What a request may cost before it is understood.
@@ -105,16 +107,21 @@ async fn readyz(State(app): State<App>) -> Result<Answer<serde_json::Value>, Pro
 }
 
 /// Gives every request an id, every problem that id, every answer its headers, and the log one line.
-async fn finish(request: Request, next: Next) -> Response {
+async fn finish(mut request: Request, next: Next) -> Response {
     let started = Instant::now();
     let id = request_id(&request);
     let (method, path) = (request.method().clone(), request.uri().path().to_owned());
+    let rate = rate::Slot::default();
+    request.extensions_mut().insert(Arc::clone(&rate));
     let mut response = next.run(request).await;
     if let Some(problem) = response.extensions_mut().remove::<Arc<Problem>>() {
         let problem = Problem { request_id: id.clone(), ..Problem::clone(&problem) };
         response = problem.render();
     }
     let headers = response.headers_mut();
+    if let Some(limit) = rate.get() {
+        limit.write(headers);
+    }
     if let Ok(value) = HeaderValue::from_str(&id) {
         headers.insert(REQUEST_ID, value);
     }

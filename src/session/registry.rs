@@ -19,7 +19,8 @@ use super::pool::Pool;
 use super::{Claim, Session, Settings, fresh};
 use crate::domain::ids::{ExecutionId, SessionId};
 use crate::domain::lifecycle::{EndReason, Phase};
-use crate::domain::spec::{FieldError, SessionSpec};
+use crate::domain::quota::{Exceeded, Held, Share};
+use crate::domain::spec::{FieldError, Resources, SessionSpec};
 use crate::engine::{CellName, Engine};
 use crate::store::Archive;
 use crate::store::state::{
@@ -57,6 +58,8 @@ pub enum CreateRefused {
     Full(Full),
     /// It is larger than all sessions together may be.
     TooLarge(Vec<FieldError>),
+    /// The tenant has as much as it may.
+    OverShare(Exceeded),
     /// The tenant has a live session of that name.
     NameInUse(SessionId),
     /// The control plane is stopping.
@@ -112,6 +115,20 @@ struct Inner {
     executions: HashMap<ExecutionId, Arc<Execution>>,
     order: VecDeque<ExecutionId>,
     draining: bool,
+    /// Creates that wait for a place, and what they will hold.
+    promised: HashMap<Uuid, (Arc<str>, Resources)>,
+}
+
+/// A create that counts as a session until there is one, or this is dropped.
+struct Promise<'a> {
+    registry: &'a Registry,
+    number: Uuid,
+}
+
+impl Drop for Promise<'_> {
+    fn drop(&mut self) {
+        self.registry.inner().promised.remove(&self.number);
+    }
 }
 
 impl std::fmt::Debug for Registry {
@@ -148,13 +165,14 @@ impl Registry {
         *self.tuning.read().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Creates a session, or finds the tenant's live one of that name if it may be `reuse`d. Waits for a place, for as long as a create may.
+    /// Creates a session within the tenant's share, or finds its live one of that name if it may be `reuse`d. Waits for a place, for as long as a
+    /// create may.
     ///
     /// # Errors
     /// See [`CreateRefused`].
     pub async fn create(
         &self,
-        tenant: &Arc<str>,
+        (tenant, share): (&Arc<str>, &Share),
         spec: SessionSpec,
         reuse: bool,
         lasting: Lasting,
@@ -162,6 +180,7 @@ impl Registry {
     ) -> Result<Created, CreateRefused> {
         let need = Need::from(&spec.resources);
         self.capacity.can_ever_hold(need).map_err(CreateRefused::TooLarge)?;
+        let promise = self.promise(tenant, share, &spec.resources)?;
         self.pool.give_up(self.capacity.short_of(need));
         let place = self.capacity.place(tenant, Need::from(&spec.resources)).await.map_err(CreateRefused::Full)?;
         let mut inner = self.inner();
@@ -175,7 +194,31 @@ impl Registry {
         inner.make_room_for_ended();
         let session = actor::spawn(birth);
         inner.sessions.insert(session.id, session.clone());
+        // At the same moment, so that it is counted once.
+        inner.promised.remove(&promise.number);
         Ok(Created::New(session))
+    }
+
+    fn promise(&self, tenant: &Arc<str>, share: &Share, resources: &Resources) -> Result<Promise<'_>, CreateRefused> {
+        let mut inner = self.inner();
+        inner.check_share(tenant, share, resources)?;
+        let number = Uuid::new_v4();
+        inner.promised.insert(number, (Arc::clone(tenant), *resources));
+        Ok(Promise { registry: self, number })
+    }
+
+    /// What a tenant holds, creates that wait included.
+    #[must_use]
+    pub fn held(&self, tenant: &str) -> Held {
+        self.inner().held(tenant)
+    }
+
+    /// Executions that run or wait, with their sessions.
+    #[must_use]
+    pub fn unfinished_executions(&self) -> Vec<(Session, Arc<Execution>)> {
+        let inner = self.inner();
+        let unfinished = inner.executions.values().filter(|e| !e.status().is_final());
+        unfinished.filter_map(|e| Some((inner.sessions.get(&e.place.session)?.clone(), Arc::clone(e)))).collect()
     }
 
     /// Finds a session that is there already: the tenant's live one of that name if it may be `reuse`d, or one that was made before it was asked for. The
@@ -185,7 +228,7 @@ impl Registry {
     /// See [`CreateRefused`].
     pub async fn find(
         &self,
-        tenant: &Arc<str>,
+        (tenant, share): (&Arc<str>, &Share),
         spec: &SessionSpec,
         reuse: bool,
         lasting: Lasting,
@@ -200,6 +243,7 @@ impl Registry {
                     will_be(once, found.id);
                     return Ok(Some(Created::Reused(found)));
                 }
+                inner.check_share(tenant, share, &spec.resources)?;
                 let Some(made) = self.pool.take(spec) else { return Ok(None) };
                 let mut own = SessionSpec { image: made.spec.image.clone(), ..spec.clone() };
                 // What others can see of a session holds no environment.
@@ -277,7 +321,7 @@ impl Registry {
     /// for what is left of its time.
     pub fn take_over(&self, left: Left) {
         let (now, limits) = (Timestamp::now(), self.tuning().limits);
-        let Left { sessions, executions, heard, keys } = left;
+        let Left { sessions, executions, heard, keys, .. } = left;
         let mut of_sessions: HashMap<SessionId, Vec<ExecutionRecord>> = HashMap::new();
         for execution in executions {
             of_sessions.entry(execution.session).or_default().push(execution);
@@ -568,6 +612,25 @@ impl Inner {
             Some(session) => Err(CreateRefused::NameInUse(session.id)),
             None => Ok(None),
         }
+    }
+
+    fn held(&self, tenant: &str) -> Held {
+        let live = self.sessions.values().filter(|s| *s.tenant == *tenant && !matches!(s.phase(), Phase::Ended(_)));
+        let promised = self.promised.values().filter(|(whose, _)| **whose == *tenant).map(|(_, resources)| resources);
+        let mut held = Held::default();
+        for resources in live.map(|s| &s.spec.resources).chain(promised) {
+            held.add(resources.cpu_millis.into(), resources.memory_bytes);
+        }
+        held
+    }
+
+    /// Whether another session is within a tenant's share.
+    fn check_share(&self, tenant: &str, share: &Share, resources: &Resources) -> Result<(), CreateRefused> {
+        if *share == Share::default() {
+            return Ok(());
+        }
+        let (cpu_millis, memory_bytes) = (resources.cpu_millis.into(), resources.memory_bytes);
+        share.admits(&self.held(tenant), cpu_millis, memory_bytes).map_err(CreateRefused::OverShare)
     }
 
     fn make_room_for_ended(&mut self) {

@@ -10,12 +10,14 @@ use super::docs::Head;
 pub mod admin;
 pub mod contexts;
 pub mod executions;
+pub mod keys;
 pub mod notebooks;
 pub mod pools;
 pub mod runs;
 pub mod sessions;
 pub mod stream;
 pub mod templates;
+pub mod usage;
 
 /// All routes of the API, with the document they make.
 pub fn routes() -> OpenApiRouter<App> {
@@ -46,6 +48,9 @@ pub fn routes() -> OpenApiRouter<App> {
         .routes(routes!(notebooks::get_notebook, notebooks::delete_notebook))
         .routes(routes!(templates::list_templates))
         .routes(routes!(pools::list_pools))
+        .routes(routes!(keys::create_key, keys::list_keys))
+        .routes(routes!(keys::revoke_key))
+        .routes(routes!(usage::get_usage))
         .routes(routes!(admin::drain_server))
         .routes(routes!(admin::reconcile_server))
 }
