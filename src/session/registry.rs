@@ -180,7 +180,18 @@ impl Registry {
     ) -> Result<Created, CreateRefused> {
         let need = Need::from(&spec.resources);
         self.capacity.can_ever_hold(need).map_err(CreateRefused::TooLarge)?;
-        let promise = self.promise(tenant, share, &spec.resources)?;
+        let promise = {
+            let mut inner = self.inner();
+            // What is there is no more of the tenant's.
+            if let Some(found) = inner.named(tenant, &spec, reuse)? {
+                will_be(once, found.id);
+                return Ok(Created::Reused(found));
+            }
+            inner.check_share(tenant, share, &spec.resources)?;
+            let number = Uuid::new_v4();
+            inner.promised.insert(number, (Arc::clone(tenant), spec.resources));
+            Promise { registry: self, number }
+        };
         self.pool.give_up(self.capacity.short_of(need));
         let place = self.capacity.place(tenant, Need::from(&spec.resources)).await.map_err(CreateRefused::Full)?;
         let mut inner = self.inner();
@@ -197,14 +208,6 @@ impl Registry {
         // At the same moment, so that it is counted once.
         inner.promised.remove(&promise.number);
         Ok(Created::New(session))
-    }
-
-    fn promise(&self, tenant: &Arc<str>, share: &Share, resources: &Resources) -> Result<Promise<'_>, CreateRefused> {
-        let mut inner = self.inner();
-        inner.check_share(tenant, share, resources)?;
-        let number = Uuid::new_v4();
-        inner.promised.insert(number, (Arc::clone(tenant), *resources));
-        Ok(Promise { registry: self, number })
     }
 
     /// What a tenant holds, creates that wait included.
