@@ -146,9 +146,34 @@ pub fn load(inputs: &Inputs) -> Result<Loaded, Mistakes> {
         merge.lay(layers::read_file(&file));
     }
     let variables = layers::read_environment(&inputs.environment, &merge.schema);
+    let flags: Vec<Entry> = inputs.overrides.iter().map(entry_of).collect();
+    if let Some(folder) = templates_folder(&merge, variables.0.iter().chain(&flags)) {
+        merge.lay(layers::read_templates(&folder));
+    }
     merge.lay(variables);
-    merge.lay((inputs.overrides.iter().map(entry_of).collect(), Vec::new()));
+    merge.lay((flags, Vec::new()));
     finish(merge)
+}
+
+/// Where templates stand in files of their own, by what was laid and what is to be laid later.
+fn templates_folder<'a>(merge: &Merge, later: impl Iterator<Item = &'a Entry>) -> Option<PathBuf> {
+    let key = key_of("templates_dir");
+    let said = later.filter(|entry| entry.key == key).last().and_then(|entry| match &entry.given {
+        Given::Text(path) => Some((path.clone(), &entry.source)),
+        Given::Typed(_) | Given::Section => None,
+    });
+    let (path, source) = match said {
+        Some(said) => said,
+        None => {
+            let leaf = merge.leaves.get(&key)?;
+            (leaf.value.as_str()?.to_owned(), &leaf.source)
+        }
+    };
+    let beside = match source {
+        Source::File(file, _) => file.parent(),
+        _ => None,
+    };
+    (!path.is_empty()).then(|| beside.map_or_else(|| PathBuf::from(&path), |folder| folder.join(&path)))
 }
 
 fn entry_of(given: &Override) -> Entry {

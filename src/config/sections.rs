@@ -22,6 +22,8 @@ use crate::domain::spec::{
 #[serde(deny_unknown_fields)]
 pub(super) struct Document {
     pub default_template: String,
+    #[expect(dead_code, reason = "read for its form; it says where more of the document stands")]
+    pub templates_dir: String,
     pub keys: Vec<KeySection>,
     pub server: Server,
     pub auth: Auth,
