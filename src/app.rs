@@ -13,8 +13,10 @@ use crate::config::{Config, DrainContainers, PullPolicy};
 use crate::domain::ids::InstallationId;
 use crate::domain::spec::{self, SessionRequest, Template};
 use crate::engine::docker::{DockerEngine, DockerSettings, GuestFile};
+use crate::engine::metered::Metered;
 use crate::engine::{Engine, EngineError, Pull};
 use crate::http::{self, App};
+use crate::metrics::Metrics;
 use crate::service::Service;
 use crate::service::admin::Admin;
 use crate::service::keys::{self, KeyRing, Principal, Scope};
@@ -110,10 +112,12 @@ pub enum StartError {
         source: EngineError,
     },
     /// The address can't be listened on.
-    #[error("can't listen on {address}: {source}\n  `server.listen` in the configuration, or --listen, says where to")]
+    #[error("can't listen on {address}: {source}\n  `{key}` in the configuration says where to")]
     Listen {
         /// The address.
         address: SocketAddr,
+        /// The key that names it.
+        key: &'static str,
         /// Why.
         source: io::Error,
     },
@@ -187,11 +191,12 @@ impl Plane {
         if let Some(image) = image {
             docker.prepare(&image).await.map_err(|e| engine_error(config, e))?;
         }
-        let engine: Arc<dyn Engine> = Arc::new(docker);
+        let metrics = Metrics::new();
+        let engine: Arc<dyn Engine> = Arc::new(Metered::new(docker, metrics.clone()));
         let instance = config.engine.instance.clone();
         let pool = Pool::new(if owns_instance { pool_plans(config) } else { Vec::new() });
-        let registry =
-            Arc::new(Registry::new(Arc::clone(&engine), archive.clone(), state, instance, settings, limits, pool));
+        let registry = Registry::new(Arc::clone(&engine), archive.clone(), state, instance, settings, limits, pool);
+        let registry = Arc::new(registry.counting(metrics));
         let stop = CancellationToken::new();
         registry.take_over(left);
         let mut service = Service::new(
@@ -248,10 +253,11 @@ impl Plane {
 /// See [`StartError`].
 pub async fn serve(config: &Config, stop: Stop, ready: impl FnOnce(SocketAddr)) -> Result<(), StartError> {
     let address = config.server.listen;
-    let listen_error = |source| StartError::Listen { address, source };
+    let listen_error = |source| StartError::Listen { address, key: "server.listen", source };
     // Bound first: a second server finds out before it touches the engine.
     let listener = TcpListener::bind(address).await.map_err(listen_error)?;
     let local = listener.local_addr().map_err(listen_error)?;
+    let admin = admin_listener(config).await?;
     let keys = key_ring(&config.server.key_file())?;
     let _lock = lock(&config.server.data_dir)?;
     let plane = Plane::start(config, true).await?;
@@ -266,6 +272,9 @@ pub async fn serve(config: &Config, stop: Stop, ready: impl FnOnce(SocketAddr)) 
     };
     ready(local);
     let closing = CancellationToken::new();
+    if let Some(admin) = admin {
+        task::spawn("admin listener", http::admin::serve(admin, app.clone(), closing.clone()));
+    }
     let door = http::serve(listener, app, closing.clone());
     let operator = plane.drain.clone();
     let drain = async {
@@ -287,6 +296,15 @@ pub async fn serve(config: &Config, stop: Stop, ready: impl FnOnce(SocketAddr)) 
         served = door => served.map_err(listen_error),
         () = drain => Ok(()),
     }
+}
+
+/// The admin listener, where there is to be one.
+async fn admin_listener(config: &Config) -> Result<Option<TcpListener>, StartError> {
+    let Some(address) = config.server.admin_listen else { return Ok(None) };
+    let listener = TcpListener::bind(address).await;
+    let listener = listener.map_err(|source| StartError::Listen { address, key: "server.admin_listen", source })?;
+    tracing::info!(%address, "the admin listener answers GET /metrics");
+    Ok(Some(listener))
 }
 
 /// Copies the database of sessions to a file that is not there yet.

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use super::merge::Merge;
-use super::sections::{Bounds, Document, TemplateSection};
+use super::sections::{Bounds, Document, Server, TemplateSection};
 use super::source::{Key, Mistake, Source, dotted, key_of};
 use crate::domain::spec::{self, KERNEL_FLOOR, MIB};
 
@@ -72,6 +72,7 @@ impl Checker<'_> {
                 )
             });
         }
+        self.admin(server);
         self.require(!server.data_dir.as_os_str().is_empty(), &["server.data_dir"], || {
             "name a folder: there is neither HOME nor XDG_DATA_HOME to derive one from".to_owned()
         });
@@ -79,6 +80,23 @@ impl Checker<'_> {
             "allowed are 4KiB to 64MiB".to_owned()
         });
         self.positive(server.request_timeout, "server.request_timeout");
+    }
+
+    fn admin(&mut self, server: &Server) {
+        let Some(admin) = server.admin_listen else { return };
+        let key = "server.admin_listen";
+        let may_be = admin.ip().is_loopback() || server.admin_allow_remote;
+        self.require(may_be, &[key, "server.admin_allow_remote"], || {
+            format!(
+                "{admin} is reachable from other machines, and the admin listener asks for no key. Listen on loopback \
+                 (127.0.0.1:{}), or accept it with server.admin_allow_remote = true",
+                admin.port()
+            )
+        });
+        // Port 0 is any free one.
+        self.require(admin != server.listen || admin.port() == 0, &[key, "server.listen"], || {
+            format!("{admin} is where the API listens (server.listen): the admin listener needs a port of its own")
+        });
     }
 
     fn engine(&mut self, document: &Document) {

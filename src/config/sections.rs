@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use serde::Deserialize;
 
-use super::units::{address, duration, optional_path, size};
+use super::units::{address, duration, optional_address, optional_path, size};
 use crate::domain::spec::{self, KernelTransport, NetworkMode, OutputLimits, Resources, Template, Timeouts};
 
 /// The whole document, all layers merged and templates with what they inherit.
@@ -42,6 +42,11 @@ pub struct Server {
     pub api_key_file: Option<PathBuf>,
     /// Whether plain HTTP may leave the machine.
     pub allow_plain_http: bool,
+    /// Where the admin listener is, if there is one.
+    #[serde(deserialize_with = "optional_address")]
+    pub admin_listen: Option<SocketAddr>,
+    /// Whether the admin listener, which asks for no key, may be reached from other machines.
+    pub admin_allow_remote: bool,
     /// Largest body of a request, in bytes.
     #[serde(deserialize_with = "size")]
     pub max_body: u64,

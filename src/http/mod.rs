@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use axum::Router;
-use axum::extract::{Request, State};
+use axum::extract::{MatchedPath, Request, State};
 use axum::http::{HeaderName, HeaderValue, header};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
@@ -22,6 +22,7 @@ use crate::service::Service;
 use crate::service::keys::KeyRing;
 use crate::session;
 
+pub mod admin;
 pub mod docs;
 pub mod extract;
 pub mod problem;
@@ -32,6 +33,9 @@ use problem::Problem;
 
 /// Longest request id taken from a caller.
 const MAX_REQUEST_ID: usize = 128;
+
+/// The route of a request that none matches.
+const NO_ROUTE: &str = "none";
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
@@ -60,7 +64,7 @@ pub struct Bounds {
 /// All routes.
 pub fn router(app: App) -> Router {
     let (v1, document) = v1::routes().split_for_parts();
-    Router::new()
+    let routes = Router::new()
         .merge(v1)
         .merge(docs::routes(document))
         .route("/livez", get(livez))
@@ -68,11 +72,17 @@ pub fn router(app: App) -> Router {
         .fallback(|| async { Problem::new(problem::NOT_FOUND, "there is no such path; /docs lists all") })
         .method_not_allowed_fallback(|| async {
             Problem::new(problem::METHOD_NOT_ALLOWED, "/docs lists the methods of each path")
-        })
+        });
+    layered(routes, app)
+}
+
+/// What every request goes through, whichever door it comes in by.
+fn layered(routes: Router<App>, app: App) -> Router {
+    routes
         .layer(CatchPanicLayer::custom(|_| {
             Problem::new(problem::INTERNAL, "the request made the server panic").into_response()
         }))
-        .layer(middleware::from_fn(finish))
+        .layer(middleware::from_fn_with_state(app.clone(), finish))
         .with_state(app)
 }
 
@@ -81,13 +91,17 @@ pub fn router(app: App) -> Router {
 /// # Errors
 /// When the listener breaks.
 pub async fn serve(listener: TcpListener, app: App, stop: CancellationToken) -> std::io::Result<()> {
+    serve_router(listener, router(app), stop).await
+}
+
+async fn serve_router(listener: TcpListener, router: Router, stop: CancellationToken) -> std::io::Result<()> {
     // Without this, small answers wait for the other side's delayed acknowledgement: 40 ms each.
     let listener = listener.tap_io(|stream| {
         if let Err(error) = stream.set_nodelay(true) {
             tracing::debug!(%error, "a connection keeps its delay");
         }
     });
-    let service = router(app).into_make_service_with_connect_info::<SocketAddr>();
+    let service = router.into_make_service_with_connect_info::<SocketAddr>();
     axum::serve(listener, service).with_graceful_shutdown(stop.cancelled_owned()).await
 }
 
@@ -105,10 +119,14 @@ async fn readyz(State(app): State<App>) -> Result<Answer<serde_json::Value>, Pro
 }
 
 /// Gives every request an id, every problem that id, every answer its headers, and the log one line.
-async fn finish(request: Request, next: Next) -> Response {
+async fn finish(State(app): State<App>, request: Request, next: Next) -> Response {
     let started = Instant::now();
     let id = request_id(&request);
     let (method, path) = (request.method().clone(), request.uri().path().to_owned());
+    let route = request
+        .extensions()
+        .get::<MatchedPath>()
+        .map_or_else(|| Arc::from(NO_ROUTE), |matched| Arc::from(matched.as_str()));
     let mut response = next.run(request).await;
     if let Some(problem) = response.extensions_mut().remove::<Arc<Problem>>() {
         let problem = Problem { request_id: id.clone(), ..Problem::clone(&problem) };
@@ -120,7 +138,9 @@ async fn finish(request: Request, next: Next) -> Response {
     }
     headers.insert(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
     headers.entry(header::CACHE_CONTROL).or_insert(HeaderValue::from_static("no-store"));
-    let (status, elapsed_ms) = (response.status().as_u16(), started.elapsed().as_secs_f64() * 1000.0);
+    let (status, took) = (response.status().as_u16(), started.elapsed());
+    app.service.metrics().request_answered(&route, method.as_str(), status, took);
+    let elapsed_ms = took.as_secs_f64() * 1000.0;
     tracing::info!(%method, path, status, elapsed_ms, request_id = id, "request");
     response
 }

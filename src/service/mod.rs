@@ -19,6 +19,7 @@ use crate::domain::output::{Comm, JsonText};
 use crate::domain::spec::{self, FieldError, SessionRequest, SessionSpec, Template};
 use crate::engine::{Engine, EngineError, ImageInfo, Pull};
 use crate::kernel::link::LinkError;
+use crate::metrics::Metrics;
 use crate::session::capacity::Full;
 use crate::session::execution::{Execution, ExecutionRequest, OnTimeout, Stdin};
 use crate::session::once::{Begun, MAX_KEYS, Made, NotOnce, Once, Reservation};
@@ -839,6 +840,18 @@ impl Service {
     #[must_use]
     pub fn pools(&self) -> Vec<PoolView> {
         self.registry.pool().views()
+    }
+
+    /// What is counted.
+    #[must_use]
+    pub fn metrics(&self) -> &Metrics {
+        self.registry.metrics()
+    }
+
+    /// All figures of the server, in the text format of Prometheus.
+    #[must_use]
+    pub fn exposition(&self) -> String {
+        self.metrics().render(&self.registry.levels())
     }
 
     /// The template that is used when none is named.

@@ -8,7 +8,7 @@ use std::collections::hash_map::Entry;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use cellblock_wire::marker::LinkSecret;
 use jiff::Timestamp;
@@ -19,6 +19,7 @@ use crate::domain::ids::{ContextId, ExecutionId, SessionId};
 use crate::domain::lifecycle::EndReason;
 use crate::domain::output::{JsonText, RestartCause};
 use crate::domain::spec::SessionSpec;
+use crate::metrics::Commits;
 use crate::store::Archive;
 
 mod execution_form;
@@ -210,6 +211,7 @@ pub struct State {
     waiting: Waiting,
     commands: mpsc::Sender<Command>,
     is_written: Arc<AtomicBool>,
+    commits: Commits,
 }
 
 /// What one turn of a session's task has brought. It is committed whole.
@@ -337,10 +339,17 @@ impl State {
         let (commands, received) = mpsc::channel(QUEUE);
         let waiting = Waiting::default();
         let is_written = Arc::new(AtomicBool::new(true));
-        let writer = Writer { connection, waiting: waiting.clone(), first, is_written: Arc::clone(&is_written) };
+        let commits = Commits::default();
+        let writer = Writer {
+            connection,
+            waiting: waiting.clone(),
+            first,
+            is_written: Arc::clone(&is_written),
+            commits: commits.clone(),
+        };
         let thread = std::thread::Builder::new().name("state".to_owned());
         thread.spawn(move || writer.run(received)).map_err(|_| StateError::Unwritten)?;
-        Ok((Self { waiting, commands, is_written }, left))
+        Ok((Self { waiting, commands, is_written, commits }, left))
     }
 
     /// Has what a turn has brought committed: soon, or, where the guest has a copy until it is told otherwise, with what comes after it. Never waits.
@@ -393,6 +402,12 @@ impl State {
     /// A full queue has somebody in it who will have everything committed.
     fn wake(&self) {
         let _ = self.commands.try_send(Command::Commit);
+    }
+
+    /// What is counted of its commits.
+    #[must_use]
+    pub fn commits(&self) -> &Commits {
+        &self.commits
     }
 
     /// Whether the last commit was one.
@@ -507,6 +522,7 @@ struct Writer {
     waiting: Waiting,
     first: Option<Archive>,
     is_written: Arc<AtomicBool>,
+    commits: Commits,
 }
 
 impl Writer {
@@ -556,7 +572,9 @@ impl Writer {
         if let Some(archive) = self.first.as_ref().filter(|_| changes.executions.values().any(Pending::needs_archive)) {
             archive.flush_now();
         }
+        let began = Instant::now();
         let committed = self.write(&changes);
+        self.commits.committed(committed.is_ok(), began.elapsed());
         if committed.is_err() {
             self.waiting.changes().put_back(changes);
         }
