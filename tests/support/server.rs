@@ -329,6 +329,11 @@ impl Server {
         self.http.request(method, format!("{}{path}", self.url))
     }
 
+    /// A request without a key to another address.
+    pub fn bare_at(&self, method: Method, url: &str) -> RequestBuilder {
+        self.http.request(method, url)
+    }
+
     /// A request with the key.
     pub fn request(&self, method: Method, path: &str) -> RequestBuilder {
         self.bare(method, path).bearer_auth(&self.key)
