@@ -19,6 +19,7 @@ use crate::http::{self, App};
 use crate::metrics::Metrics;
 use crate::service::Service;
 use crate::service::admin::Admin;
+use crate::service::audit::{Audit, AuditBounds};
 use crate::service::keys::{self, KeyRing, Principal, Scope};
 use crate::session::capacity::Ceilings;
 use crate::session::pool::{self, Plan, Pool};
@@ -82,6 +83,14 @@ pub enum StartError {
         path: PathBuf,
         /// Why.
         source: StateError,
+    },
+    /// The audit's file can't be written.
+    #[error("the file {} can't be added to: {source}\n  `audit.file` in the configuration names it; empty, events are in the database only", path.display())]
+    Audit {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
     },
     /// The data folder can't be had.
     #[error("the data folder can't be locked with {}: {reason}\n  end the other server, or give this one a folder and an engine.instance of its own", path.display())]
@@ -195,6 +204,7 @@ impl Plane {
         let engine: Arc<dyn Engine> = Arc::new(Metered::new(docker, metrics.clone()));
         let instance = config.engine.instance.clone();
         let pool = Pool::new(if owns_instance { pool_plans(config) } else { Vec::new() });
+        let audit = state.clone().map(|state| audit(config, state)).transpose()?;
         let registry = Registry::new(Arc::clone(&engine), archive.clone(), state, instance, settings, limits, pool);
         let registry = Arc::new(registry.counting(metrics));
         let stop = CancellationToken::new();
@@ -207,6 +217,11 @@ impl Plane {
             pull,
             archive.clone(),
         );
+        if let Some(audit) = audit {
+            service = service.audited(Arc::clone(&audit));
+            let told = stop.clone();
+            task::spawn("audit", async move { audit.stay_within_bounds(told).await });
+        }
         let after_drain = match config.drain.containers {
             DrainContainers::Keep if owns_instance => AfterDrain::Keep,
             _ => AfterDrain::Remove,
@@ -418,6 +433,19 @@ fn archive(config: &Config) -> Result<Archive, StartError> {
 fn open_state(config: &Config, archive: Option<Archive>) -> Result<(State, Left), StartError> {
     let folder = &config.server.data_dir;
     State::open(folder, archive).map_err(|source| StartError::State { path: state::path_in(folder), source })
+}
+
+fn audit(config: &Config, state: State) -> Result<Arc<Audit>, StartError> {
+    let section = &config.audit;
+    if let Some(path) = &section.file {
+        state.copy_audit_to(path).map_err(|source| StartError::Audit { path: path.clone(), source })?;
+    }
+    let bounds = AuditBounds {
+        record_code: section.record_code,
+        retention: section.retention_time,
+        events: section.retention_count.into(),
+    };
+    Ok(Arc::new(Audit::new(state, bounds)))
 }
 
 fn settings(config: &Config) -> Settings {

@@ -153,6 +153,7 @@ impl Checker<'_> {
             // The guest starts no more kernels than that.
             ("limits.contexts", limits.contexts, 32),
             ("executions.retention_count", executions.retention_count, 10_000_000),
+            ("audit.retention_count", document.audit.retention_count, 100_000_000),
         ] {
             self.require((1..=most).contains(&value), &[key], || format!("{value} is not within 1 to {most}"));
         }
@@ -163,6 +164,7 @@ impl Checker<'_> {
         self.positive(executions.interrupt_grace, "executions.interrupt_grace");
         self.positive(executions.queue_timeout, "executions.queue_timeout");
         self.positive(executions.retention_time, "executions.retention_time");
+        self.positive(document.audit.retention_time, "audit.retention_time");
         self.positive(executions.blob_retention, "executions.blob_retention");
         self.positive(executions.notebook_retention, "executions.notebook_retention");
         self.require((1024..=64 * MIB).contains(&executions.inline), &["executions.inline"], || {

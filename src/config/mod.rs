@@ -24,7 +24,7 @@ use std::path::{Path, PathBuf};
 
 pub use environment::Environment;
 pub use sections::{
-    Drain, DrainContainers, EngineSection, Executions, Guest, Limits, Log, LogFormat, PullPolicy, Server,
+    Audit, Drain, DrainContainers, EngineSection, Executions, Guest, Limits, Log, LogFormat, PullPolicy, Server,
 };
 pub use source::{Mistake, Mistakes, Source};
 pub use units::{parse_duration, parse_size};
@@ -49,6 +49,8 @@ pub struct Config {
     pub limits: Limits,
     /// Executions.
     pub executions: Executions,
+    /// Who has asked for what.
+    pub audit: Audit,
     /// What the server says about itself.
     pub log: Log,
     /// The enabled templates by name.
@@ -178,6 +180,7 @@ impl From<sections::Document> for Config {
             guest: document.guest,
             limits: document.limits,
             executions: document.executions,
+            audit: document.audit,
             log: document.log,
             templates: enabled.map(|(name, template)| (name.clone(), template.into_template(name))).collect(),
             default_template: document.default_template,

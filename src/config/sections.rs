@@ -22,6 +22,7 @@ pub(super) struct Document {
     pub guest: Guest,
     pub limits: Limits,
     pub executions: Executions,
+    pub audit: Audit,
     pub log: Log,
     #[expect(dead_code, reason = "read for its form; templates have their own copies of what is in it")]
     pub template_defaults: TemplateSection,
@@ -194,6 +195,22 @@ pub struct Executions {
     /// Bytes of all notebooks.
     #[serde(deserialize_with = "size")]
     pub notebooks_size: u64,
+}
+
+/// Who has asked for what.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Audit {
+    /// A file that events are copied to; none: they are in the database only.
+    #[serde(deserialize_with = "optional_path")]
+    pub file: Option<PathBuf>,
+    /// Whether code stands in them.
+    pub record_code: bool,
+    /// They go after this long.
+    #[serde(deserialize_with = "duration")]
+    pub retention_time: Duration,
+    /// The oldest beyond so many go earlier.
+    pub retention_count: u32,
 }
 
 /// What the server says about itself.

@@ -10,6 +10,7 @@ use axum::routing::get;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
+use super::operations::Operations;
 use super::problem::{self, Problem};
 use super::{App, livez, readyz};
 use crate::metrics;
@@ -21,7 +22,7 @@ pub fn router(app: App) -> Router {
         .route("/readyz", get(readyz))
         .route("/metrics", get(show_metrics))
         .fallback(|| async { Problem::new(problem::NOT_FOUND, "here are /livez, /readyz and /metrics only") });
-    super::layered(routes, app)
+    super::layered(routes, app, Operations::default())
 }
 
 /// Serves until it is told to stop.

@@ -22,6 +22,7 @@ use super::problem::{self, Problem};
 use super::{App, Bounds};
 use crate::domain::spec::{FieldError, escape_pointer};
 use crate::service::keys::Principal;
+use crate::service::trail;
 use crate::session::once::Once;
 
 /// Most mistakes told at once.
@@ -294,7 +295,9 @@ impl FromRequestParts<App> for Caller {
             )
         };
         let key = key_of(parts).ok_or_else(denied)?;
-        app.keys.principal(key).cloned().map(Self).ok_or_else(denied)
+        let who = app.keys.principal(key).cloned().ok_or_else(denied)?;
+        trail::note_caller(&who);
+        Ok(Self(who))
     }
 }
 

@@ -7,8 +7,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use axum::Router;
-use axum::extract::{MatchedPath, Request, State};
-use axum::http::{HeaderName, HeaderValue, header};
+use axum::body::HttpBody;
+use axum::extract::{ConnectInfo, MatchedPath, Request, State};
+use axum::http::{HeaderName, HeaderValue, StatusCode, header};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
@@ -20,15 +21,18 @@ use tower_http::catch_panic::CatchPanicLayer;
 use crate::domain::ids::RequestId;
 use crate::service::Service;
 use crate::service::keys::KeyRing;
+use crate::service::trail::{Answered, Origin, Trail};
 use crate::session;
 
 pub mod admin;
 pub mod docs;
 pub mod extract;
+mod operations;
 pub mod problem;
 pub mod v1;
 
 use extract::Answer;
+use operations::Operations;
 use problem::Problem;
 
 /// Longest request id taken from a caller.
@@ -64,6 +68,7 @@ pub struct Bounds {
 /// All routes.
 pub fn router(app: App) -> Router {
     let (v1, document) = v1::routes().split_for_parts();
+    let operations = Operations::of(&document);
     let routes = Router::new()
         .merge(v1)
         .merge(docs::routes(document))
@@ -73,16 +78,16 @@ pub fn router(app: App) -> Router {
         .method_not_allowed_fallback(|| async {
             Problem::new(problem::METHOD_NOT_ALLOWED, "/docs lists the methods of each path")
         });
-    layered(routes, app)
+    layered(routes, app, operations)
 }
 
 /// What every request goes through, whichever door it comes in by.
-fn layered(routes: Router<App>, app: App) -> Router {
+fn layered(routes: Router<App>, app: App, operations: Operations) -> Router {
     routes
         .layer(CatchPanicLayer::custom(|_| {
             Problem::new(problem::INTERNAL, "the request made the server panic").into_response()
         }))
-        .layer(middleware::from_fn_with_state(app.clone(), finish))
+        .layer(middleware::from_fn_with_state((app.clone(), Arc::new(operations)), finish))
         .with_state(app)
 }
 
@@ -118,18 +123,24 @@ async fn readyz(State(app): State<App>) -> Result<Answer<serde_json::Value>, Pro
     Ok(Answer(serde_json::json!({"status": "ok"})))
 }
 
-/// Gives every request an id, every problem that id, every answer its headers, and the log one line.
-async fn finish(State(app): State<App>, request: Request, next: Next) -> Response {
+/// Gives every request an id and a trail, every problem that id, every answer its headers, and the log one line.
+async fn finish(State((app, operations)): State<(App, Arc<Operations>)>, request: Request, next: Next) -> Response {
     let started = Instant::now();
     let id = request_id(&request);
-    let (method, path) = (request.method().clone(), request.uri().path().to_owned());
-    let route = request
-        .extensions()
-        .get::<MatchedPath>()
-        .map_or_else(|| Arc::from(NO_ROUTE), |matched| Arc::from(matched.as_str()));
-    let mut response = next.run(request).await;
+    let method = request.method().clone();
+    let matched = request.extensions().get::<MatchedPath>().cloned();
+    let route = matched.as_ref().map_or(NO_ROUTE, MatchedPath::as_str);
+    let address = request.extensions().get::<ConnectInfo<SocketAddr>>().map(|ConnectInfo(peer)| peer.ip());
+    let has_key = request.headers().contains_key(header::AUTHORIZATION) || request.headers().contains_key("x-api-key");
+    let bytes_in = request.body().size_hint().exact();
+    let path = request.uri().path().to_owned();
+    let origin = Origin { address, request: id.clone(), path, action: operations.worth_an_event(&method, route) };
+    let trail = Trail::new(origin, app.service.audit());
+    let mut response = trail.follow(next.run(request)).await;
+    let mut code = None;
     if let Some(problem) = response.extensions_mut().remove::<Arc<Problem>>() {
         let problem = Problem { request_id: id.clone(), ..Problem::clone(&problem) };
+        code = Some(problem.code);
         response = problem.render();
     }
     let headers = response.headers_mut();
@@ -138,10 +149,27 @@ async fn finish(State(app): State<App>, request: Request, next: Next) -> Respons
     }
     headers.insert(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
     headers.entry(header::CACHE_CONTROL).or_insert(HeaderValue::from_static("no-store"));
-    let (status, took) = (response.status().as_u16(), started.elapsed());
-    app.service.metrics().request_answered(&route, method.as_str(), status, took);
-    let elapsed_ms = took.as_secs_f64() * 1000.0;
-    tracing::info!(%method, path, status, elapsed_ms, request_id = id, "request");
+    let (status, took) = (response.status(), started.elapsed());
+    app.service.metrics().request_answered(route, method.as_str(), status.as_u16(), took);
+    let is_key_refused = status == StatusCode::UNAUTHORIZED && has_key;
+    let made = response.headers().get(header::LOCATION).and_then(|path| path.to_str().ok()).map(str::to_owned);
+    trail.end(Answered { status: status.as_u16(), problem: code, is_key_refused, made });
+    let told = trail.told();
+    tracing::info!(
+        %method,
+        route,
+        status = status.as_u16(),
+        problem = code,
+        elapsed_ms = took.as_secs_f64() * 1000.0,
+        request_id = id,
+        tenant = told.tenant.as_deref(),
+        session = told.session.map(tracing::field::display),
+        execution = told.execution.map(tracing::field::display),
+        address = address.map(tracing::field::display),
+        bytes_in,
+        bytes_out = response.body().size_hint().exact(),
+        "request"
+    );
     response
 }
 

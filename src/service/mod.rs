@@ -32,9 +32,12 @@ use crate::store::{Archive, Blob};
 use crate::task;
 
 pub mod admin;
+pub mod audit;
 pub mod keys;
+pub mod trail;
 
 use admin::Admin;
+use audit::Audit;
 use keys::Principal;
 
 /// Longest wait that a caller may ask for.
@@ -246,6 +249,8 @@ pub struct Service {
     engine_seen: tokio::sync::Mutex<Option<(Instant, bool)>>,
     /// What operators' commands work with, where there are any.
     admin: Option<Admin>,
+    /// Where events of requests go, if they are kept.
+    audit: Option<Arc<Audit>>,
 }
 
 impl std::fmt::Debug for dyn Engine {
@@ -266,7 +271,20 @@ impl Service {
         archive: Option<Archive>,
     ) -> Self {
         let (engine_seen, notebook_room) = (tokio::sync::Mutex::default(), Arc::new(Semaphore::new(NOTEBOOK_ROOM)));
-        Self { registry, engine, templates, default_template, pull, archive, notebook_room, engine_seen, admin: None }
+        let (admin, audit) = (None, None);
+        Self { registry, engine, templates, default_template, pull, archive, notebook_room, engine_seen, admin, audit }
+    }
+
+    /// The same, which keeps events of requests.
+    #[must_use]
+    pub fn audited(self, audit: Arc<Audit>) -> Self {
+        Self { audit: Some(audit), ..self }
+    }
+
+    /// Where events of requests go, if they are kept.
+    #[must_use]
+    pub fn audit(&self) -> Option<Arc<Audit>> {
+        self.audit.clone()
     }
 
     /// Creates a session, or finds the live one of that name. With `wait` it answers once the session is ready, or has failed
@@ -358,12 +376,13 @@ impl Service {
                 self.registry.create(&who.tenant, spec, request.reuse, lasting, once).await?
             }
         };
+        let (Created::New(session) | Created::Reused(session)) = &created;
+        trail::note_session(session.id);
         if let Created::Reused(session) = &created {
             // It counts as activity, and comes after what its task is about to do: it may have been claimed at this moment.
             session.keep_alive().await?;
         }
         if wait {
-            let (Created::New(session) | Created::Reused(session)) = &created;
             self.wait_until_started(session).await?;
         }
         self.kept().await?;
@@ -429,6 +448,7 @@ impl Service {
     /// # Errors
     /// [`Error::NotFound`].
     pub fn session(&self, who: &Principal, id: SessionId) -> Result<Session, Error> {
+        trail::note_session(id);
         self.registry.session(&who.tenant, id).ok_or(Error::NotFound("session"))
     }
 
@@ -461,6 +481,7 @@ impl Service {
         who.require_sessions()?;
         let sessions = self.list_sessions(who, filter, None);
         let live: Vec<_> = sessions.into_iter().filter(|s| !s.is_over()).collect();
+        trail::note_sessions(live.iter().map(|session| session.id));
         live.iter().for_each(|s| s.end(EndReason::Deleted));
         futures_util::future::join_all(live.iter().map(wait_for_end)).await;
         self.registry.settle().await;
@@ -528,6 +549,7 @@ impl Service {
     ) -> Result<Session, Error> {
         who.require_sessions()?;
         let session = self.session(who, id)?;
+        context.into_iter().for_each(trail::note_context);
         session.interrupt(context).await?;
         Ok(session)
     }
@@ -539,6 +561,7 @@ impl Service {
     pub async fn restart(&self, who: &Principal, id: SessionId, context: Option<ContextId>) -> Result<Session, Error> {
         who.require_sessions()?;
         let session = self.session(who, id)?;
+        context.into_iter().for_each(trail::note_context);
         session.restart(context).await?;
         Ok(session)
     }
@@ -591,6 +614,7 @@ impl Service {
             if let Some(once) = &once {
                 once.will_be(Made::Context(id, context));
             }
+            trail::note_context(context);
             let created = session.create_context(context, kernelspec, cwd).await.map_err(Error::from);
             match once {
                 Some(once) => service.settle_key(once, &created).await.and(created),
@@ -611,6 +635,7 @@ impl Service {
         context: ContextId,
     ) -> Result<ContextView, Error> {
         who.require_sessions()?;
+        trail::note_context(context);
         let deleted = self.session(who, id)?.delete_context(context).await?;
         self.kept().await?;
         Ok(deleted)
@@ -733,6 +758,7 @@ impl Service {
     /// [`Error::NotFound`].
     pub async fn delete_notebook(&self, who: &Principal, id: SessionId) -> Result<(), Error> {
         who.require_sessions()?;
+        trail::note_session(id);
         let archive = self.archive.as_ref().ok_or(Error::NotFound("notebook"))?;
         if archive.delete_notebook(&who.tenant, id).await { Ok(()) } else { Err(Error::NotFound("notebook")) }
     }
@@ -751,6 +777,7 @@ impl Service {
         who.require_sessions()?;
         let session = self.session(who, id)?;
         self.accepts()?;
+        trail::note_code(&request.code);
         let (context, request) = (request.context, resolve_execution(&session.spec, request)?);
         let service = Arc::clone(self);
         // What was accepted is kept even if its caller leaves at this moment.
@@ -761,6 +788,8 @@ impl Service {
             }
             let accepted = session.execute(id, context, request).await.map_err(Error::from);
             if let Ok(execution) = &accepted {
+                trail::note_execution(id);
+                trail::note_context(execution.place.context);
                 service.registry.keep(execution);
             }
             let kept = match once {
@@ -781,6 +810,7 @@ impl Service {
     /// # Errors
     /// [`Error::NotFound`].
     pub fn execution(&self, who: &Principal, id: ExecutionId) -> Result<Arc<Execution>, Error> {
+        trail::note_execution(id);
         self.registry.execution(&who.tenant, id).ok_or(Error::NotFound("execution"))
     }
 
@@ -1011,9 +1041,10 @@ fn unreachable_guest(id: SessionId, error: &LinkError) -> Error {
 /// Performs something to its end, whether or not anybody waits for it. Nothing is answered only if it panicked.
 async fn carry_on<T: Send + 'static>(name: &'static str, work: impl Future<Output = T> + Send + 'static) -> Option<T> {
     let (answer, answered) = tokio::sync::oneshot::channel();
+    let trail = trail::current();
     task::spawn(name, async move {
         // Whoever asked may have left.
-        let _ = answer.send(work.await);
+        let _ = answer.send(trail::follow(trail, work).await);
     });
     answered.await.ok()
 }

@@ -8,6 +8,7 @@ use super::App;
 use super::docs::Head;
 
 pub mod admin;
+pub mod audit;
 pub mod contexts;
 pub mod executions;
 pub mod notebooks;
@@ -46,6 +47,7 @@ pub fn routes() -> OpenApiRouter<App> {
         .routes(routes!(notebooks::get_notebook, notebooks::delete_notebook))
         .routes(routes!(templates::list_templates))
         .routes(routes!(pools::list_pools))
+        .routes(routes!(audit::list_audit))
         .routes(routes!(admin::drain_server))
         .routes(routes!(admin::reconcile_server))
 }

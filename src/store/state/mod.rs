@@ -5,6 +5,7 @@
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
+use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -22,6 +23,7 @@ use crate::domain::spec::SessionSpec;
 use crate::metrics::Commits;
 use crate::store::Archive;
 
+mod audit;
 mod execution_form;
 mod executions;
 mod form;
@@ -29,6 +31,7 @@ mod keys;
 #[cfg(test)]
 mod tests;
 
+pub use audit::{AuditEvent, AuditQuery};
 use executions::Pending;
 pub use executions::{Birth, ExecutionChange, ExecutionRecord, Logged, Progress, RunningRecord};
 pub use keys::{KeyRecord, Made};
@@ -38,7 +41,7 @@ const FILE: &str = "state.db";
 /// Marks the file as ours, in its header (`PRAGMA application_id`): "cell".
 const APPLICATION_ID: i32 = 0x6365_6c6c;
 /// How the tables are made: each step brings the database from the version of its place to the next.
-const MIGRATIONS: [&str; 3] = [SESSIONS, executions::TABLES, keys::TABLE];
+const MIGRATIONS: [&str; 4] = [SESSIONS, executions::TABLES, keys::TABLE, audit::TABLE];
 const SESSIONS: &str = "CREATE TABLE sessions (
         id TEXT PRIMARY KEY,
         revision INTEGER NOT NULL,
@@ -212,6 +215,7 @@ pub struct State {
     commands: mpsc::Sender<Command>,
     is_written: Arc<AtomicBool>,
     commits: Commits,
+    folder: Arc<Path>,
 }
 
 /// What one turn of a session's task has brought. It is committed whole.
@@ -254,6 +258,11 @@ struct Changes {
     keys: HashMap<(Arc<str>, String), Option<KeyRecord>>,
     forget_keys_before: Option<Timestamp>,
     forget_before: Option<Timestamp>,
+    /// In their order.
+    audit: Vec<AuditEvent>,
+    forget_audit: Option<(Timestamp, u64)>,
+    /// Where events are copied to from now on.
+    audit_file: Option<File>,
 }
 
 #[derive(Debug)]
@@ -298,6 +307,9 @@ impl Changes {
             && self.keys.is_empty()
             && self.forget_keys_before.is_none()
             && self.forget_before.is_none()
+            && self.audit.is_empty()
+            && self.forget_audit.is_none()
+            && self.audit_file.is_none()
     }
 
     /// What could not be committed goes before what came meanwhile.
@@ -319,6 +331,9 @@ impl Changes {
         }
         self.forget_keys_before = self.forget_keys_before.or(earlier.forget_keys_before);
         self.forget_before = self.forget_before.or(earlier.forget_before);
+        let later = std::mem::replace(&mut self.audit, earlier.audit);
+        self.audit.extend(later);
+        self.forget_audit = self.forget_audit.or(earlier.forget_audit);
     }
 }
 
@@ -346,10 +361,11 @@ impl State {
             first,
             is_written: Arc::clone(&is_written),
             commits: commits.clone(),
+            audit_file: None,
         };
         let thread = std::thread::Builder::new().name("state".to_owned());
         thread.spawn(move || writer.run(received)).map_err(|_| StateError::Unwritten)?;
-        Ok((Self { waiting, commands, is_written, commits }, left))
+        Ok((Self { waiting, commands, is_written, commits, folder: Arc::from(folder) }, left))
     }
 
     /// Has what a turn has brought committed: soon, or, where the guest has a copy until it is told otherwise, with what comes after it. Never waits.
@@ -523,6 +539,7 @@ struct Writer {
     first: Option<Archive>,
     is_written: Arc<AtomicBool>,
     commits: Commits,
+    audit_file: Option<File>,
 }
 
 impl Writer {
@@ -565,9 +582,12 @@ impl Writer {
 
     /// Commits everything that waits, or puts it back.
     fn commit(&mut self) -> rusqlite::Result<()> {
-        let changes = std::mem::take(&mut *self.waiting.changes());
+        let mut changes = std::mem::take(&mut *self.waiting.changes());
         if changes.is_empty() {
             return Ok(());
+        }
+        if let Some(file) = changes.audit_file.take() {
+            self.audit_file = Some(file);
         }
         if let Some(archive) = self.first.as_ref().filter(|_| changes.executions.values().any(Pending::needs_archive)) {
             archive.flush_now();
@@ -577,6 +597,10 @@ impl Writer {
         self.commits.committed(committed.is_ok(), began.elapsed());
         if committed.is_err() {
             self.waiting.changes().put_back(changes);
+        } else if let Some(file) = &mut self.audit_file
+            && let Err(error) = audit::copy(&changes.audit, file)
+        {
+            tracing::error!(%error, "audit events are in the database, but not in audit.file");
         }
         committed
     }
@@ -597,6 +621,12 @@ impl Writer {
                 Some(record) => keys::write(record, &transaction)?,
                 None => keys::forget(tenant, key, &transaction)?,
             }
+        }
+        for event in &changes.audit {
+            audit::write(event, &transaction)?;
+        }
+        if let Some(bounds) = changes.forget_audit {
+            audit::forget(bounds, &transaction)?;
         }
         if let Some(before) = changes.forget_keys_before {
             keys::forget_before(before, &transaction)?;
