@@ -21,6 +21,7 @@ use crate::service::Service;
 use crate::service::admin::Admin;
 use crate::service::audit::{Audit, AuditBounds};
 use crate::service::keys::{self, KeyRing, Principal, Scope};
+use crate::service::log::LogLevel;
 use crate::session::capacity::Ceilings;
 use crate::session::pool::{self, Plan, Pool};
 use crate::session::reconcile::Reconciler;
@@ -179,6 +180,10 @@ impl Plane {
     /// # Errors
     /// See [`StartError`].
     pub async fn start(config: &Config, owns_instance: bool) -> Result<Self, StartError> {
+        Self::start_logging(config, owns_instance, None).await
+    }
+
+    async fn start_logging(config: &Config, owns_instance: bool, log: Option<LogLevel>) -> Result<Self, StartError> {
         let pull = match config.engine.pull {
             PullPolicy::Never => Pull::Never,
             PullPolicy::Missing => Pull::Missing,
@@ -217,6 +222,9 @@ impl Plane {
             pull,
             archive.clone(),
         );
+        if let Some(log) = log {
+            service = service.logging(log);
+        }
         if let Some(audit) = audit {
             service = service.audited(Arc::clone(&audit));
             let told = stop.clone();
@@ -262,11 +270,17 @@ impl Plane {
     }
 }
 
-/// Serves until it is told to stop, then ends all sessions or leaves them to the next process. `ready` is called with the address once requests are answered.
+/// Serves until it is told to stop, then ends all sessions or leaves them to the next process. `log` is how much the log tells, if that can be changed; `ready` is
+/// called with the address once requests are answered.
 ///
 /// # Errors
 /// See [`StartError`].
-pub async fn serve(config: &Config, stop: Stop, ready: impl FnOnce(SocketAddr)) -> Result<(), StartError> {
+pub async fn serve(
+    config: &Config,
+    stop: Stop,
+    log: Option<LogLevel>,
+    ready: impl FnOnce(SocketAddr),
+) -> Result<(), StartError> {
     let address = config.server.listen;
     let listen_error = |source| StartError::Listen { address, key: "server.listen", source };
     // Bound first: a second server finds out before it touches the engine.
@@ -275,7 +289,7 @@ pub async fn serve(config: &Config, stop: Stop, ready: impl FnOnce(SocketAddr)) 
     let admin = admin_listener(config).await?;
     let keys = key_ring(&config.server.key_file())?;
     let _lock = lock(&config.server.data_dir)?;
-    let plane = Plane::start(config, true).await?;
+    let plane = Plane::start_logging(config, true, log).await?;
     let app = App {
         service: Arc::clone(&plane.service),
         keys: Arc::new(keys),

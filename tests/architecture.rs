@@ -22,7 +22,7 @@ const LAYERS: [(&str, &[&str]); 15] = [
     ("cli", &["domain", "config"]),
     ("app", &["domain", "task", "metrics", "config", "engine", "http", "service", "session", "store"]),
     ("run", &["domain", "cli", "config", "app", "http", "service", "session"]),
-    ("main", &["task", "cli", "config", "app", "run", "http"]),
+    ("main", &["task", "cli", "config", "app", "run", "http", "service"]),
 ];
 
 /// Crates that only some modules may name. Paths are prefixes of a file's module path.

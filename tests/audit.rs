@@ -147,9 +147,33 @@ fn requests_are_logged(log: &str, session: &str) {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_log_tells_more_or_less_while_the_server_runs() {
+    let (server, _) = Server::spawn(SETTINGS).await;
+    let set = async |level: &str| {
+        let request = server.request(Method::PUT, "/v1/admin/log").json(&json!({"level": level}));
+        server.send(request).await
+    };
+    let ask =
+        async |id: &str| server.send(server.request(Method::GET, "/v1/templates").header("x-request-id", id)).await;
+    assert_eq!(server.get("/v1/admin/log").await.json, json!({"level": "trace"}));
+    assert_eq!(set("warn,h2=off").await.json, json!({"level": "warn,h2=off"}));
+    ask("unheard").await;
+    let refused = set("loud").await;
+    refused.problem(422, "spec-rejected");
+    assert_eq!(refused.pointers(), ["/level"]);
+    assert_eq!(server.get("/v1/admin/log").await.json, json!({"level": "warn,h2=off"}), "a mistake changes nothing");
+    assert_eq!(set("info").await.status, 200);
+    ask("heard").await;
+    let log = std::fs::read_to_string(server.data().parent().unwrap().join("log")).unwrap();
+    assert!(log.contains("\"request_id\":\"heard\"") && !log.contains("unheard"), "{log}");
+    server.finish().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_audit_is_for_operators() {
     let server = Server::start_with_tenants(SETTINGS).await;
     server.get("/v1/audit").await.problem(403, "forbidden");
+    server.get("/v1/admin/log").await.problem(403, "forbidden");
     server.send(server.foreign(Method::GET, "/v1/audit")).await.problem(403, "forbidden");
     server.send(server.bare(Method::GET, "/v1/audit")).await.problem(401, "unauthenticated");
     server.finish().await.unwrap();

@@ -182,8 +182,8 @@ impl Checker<'_> {
 
     fn log(&mut self, document: &Document) {
         let level = &document.log.level;
-        self.require(level.split(',').all(is_directive), &["log.level"], || {
-            format!("{level:?} is not made of off, error, warn, info, debug and trace, such as \"info,cellblock::engine=debug\"")
+        self.require(check_log_level(level).is_ok(), &["log.level"], || {
+            check_log_level(level).err().unwrap_or_default()
         });
     }
 
@@ -346,6 +346,19 @@ fn mib(bytes: u64) -> String {
         0 => format!("{}MiB", bytes / MIB),
         _ => format!("{bytes}B"),
     }
+}
+
+/// Checks a level of the log.
+///
+/// # Errors
+/// A sentence that says what is allowed.
+pub fn check_log_level(level: &str) -> Result<(), String> {
+    if level.split(',').all(is_directive) {
+        return Ok(());
+    }
+    Err(format!(
+        "{level:?} is not made of off, error, warn, info, debug and trace, such as \"info,cellblock::engine=debug\""
+    ))
 }
 
 /// Whether a text may be part of a container's name and of a DNS label.

@@ -22,6 +22,7 @@ mod units;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+pub use check::check_log_level;
 pub use environment::Environment;
 pub use sections::{
     Audit, Drain, DrainContainers, EngineSection, Executions, Guest, Limits, Log, LogFormat, PullPolicy, Server,

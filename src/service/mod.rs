@@ -34,11 +34,13 @@ use crate::task;
 pub mod admin;
 pub mod audit;
 pub mod keys;
+pub mod log;
 pub mod trail;
 
 use admin::Admin;
 use audit::Audit;
 use keys::Principal;
+use log::LogLevel;
 
 /// Longest wait that a caller may ask for.
 pub const MAX_WAIT: Duration = Duration::from_secs(300);
@@ -251,6 +253,8 @@ pub struct Service {
     admin: Option<Admin>,
     /// Where events of requests go, if they are kept.
     audit: Option<Arc<Audit>>,
+    /// How much the log tells, where that can be changed.
+    log: Option<LogLevel>,
 }
 
 impl std::fmt::Debug for dyn Engine {
@@ -271,8 +275,19 @@ impl Service {
         archive: Option<Archive>,
     ) -> Self {
         let (engine_seen, notebook_room) = (tokio::sync::Mutex::default(), Arc::new(Semaphore::new(NOTEBOOK_ROOM)));
-        let (admin, audit) = (None, None);
-        Self { registry, engine, templates, default_template, pull, archive, notebook_room, engine_seen, admin, audit }
+        Self {
+            registry,
+            engine,
+            templates,
+            default_template,
+            pull,
+            archive,
+            notebook_room,
+            engine_seen,
+            admin: None,
+            audit: None,
+            log: None,
+        }
     }
 
     /// The same, which keeps events of requests.

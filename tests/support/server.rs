@@ -119,7 +119,7 @@ impl Server {
             let ready = |address| {
                 let _ = address_in.send(address);
             };
-            let served = app::serve(&serving, told, ready).await;
+            let served = app::serve(&serving, told, None, ready).await;
             let _ = ended_in.send(served.map_err(|e| e.to_string()));
         });
         let Ok(address) = address.await else {

@@ -48,6 +48,7 @@ pub fn routes() -> OpenApiRouter<App> {
         .routes(routes!(templates::list_templates))
         .routes(routes!(pools::list_pools))
         .routes(routes!(audit::list_audit))
+        .routes(routes!(admin::get_log_level, admin::set_log_level))
         .routes(routes!(admin::drain_server))
         .routes(routes!(admin::reconcile_server))
 }
