@@ -244,3 +244,42 @@ async fn admin_listener_answers_its_own_only(server: &Server, admin: SocketAddr)
     assert_eq!((status("/v1/sessions").await, status("/docs").await), (404, 404));
     server.get("/metrics").await.problem(404, "not-found");
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_session_tells_what_it_uses_and_is_not_resumed_for_it() {
+    let server = Server::start_with_tenants(&SETTINGS.replace("min = 1\nmax = 1", "")).await;
+    let cell = server.create(json!({})).await;
+    let path = cell.path("/metrics");
+    let before = server.get(&path).await;
+    assert_eq!(before.status, 200, "{}", before.text);
+    let of = |view: &Value, name: &str| view[name].as_f64().unwrap_or_else(|| panic!("{name} in {view}"));
+    let limits =
+        ["memory_limit_bytes", "cpu_limit", "pids_limit", "disk_limit_bytes"].map(|name| of(&before.json, name));
+    assert_eq!(limits, [f64::from(160 << 20), 1.0, 128.0, f64::from(16 << 20)]);
+    assert!((1.0..128.0).contains(&of(&before.json, "pids")));
+    assert!((8e6..160e6).contains(&of(&before.json, "memory_bytes")));
+
+    cell.run("open('four', 'wb').write(b'x' * (4 << 20)); held = b'y' * (32 << 20); n = sum(range(10**6))").await;
+    let after = server.get(&path).await.json;
+    assert!(of(&after, "memory_bytes") - of(&before.json, "memory_bytes") > 30e6);
+    assert!(of(&after, "memory_peak_bytes") >= of(&after, "memory_bytes"));
+    assert!(of(&after, "cpu_seconds") > of(&before.json, "cpu_seconds"));
+    assert_eq!(of(&after, "disk_bytes") - of(&before.json, "disk_bytes"), f64::from(4 << 20));
+
+    let request =
+        server.request(Method::GET, &format!("{path}?interval_seconds=1")).header("accept", "text/event-stream");
+    let mut follow = server.events_of(request).await;
+    for _ in 0..2 {
+        let seen = follow.next().await.expect("an event");
+        assert_eq!((seen.kind.as_str(), &seen.data["pids_limit"]), ("metrics", &json!(128)));
+    }
+    assert_eq!(server.post(&cell.path("/pause"), &Value::Null).await.status, 200);
+    follow.rest().await;
+    server.get(&path).await.problem(409, "state-conflict");
+    assert_eq!(cell.look().await["state"], "paused");
+    server.send(server.foreign(Method::GET, &path)).await.problem(404, "not-found");
+    server.get(&format!("{path}?interval_seconds=0")).await.problem(400, "invalid-request");
+    cell.delete().await;
+    server.get(&path).await.problem(410, "session-ended");
+    server.finish().await.unwrap();
+}

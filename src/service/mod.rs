@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use cellblock_wire::link::FileEntry;
+use cellblock_wire::link::{FileEntry, Stats};
 use hyper::body::Incoming;
 use serde_json::json;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
@@ -16,7 +16,7 @@ use tokio_util::sync::CancellationToken;
 use crate::domain::ids::{ContextId, ExecutionId, SessionId};
 use crate::domain::lifecycle::{EndReason, Phase};
 use crate::domain::output::{Comm, JsonText};
-use crate::domain::spec::{self, FieldError, SessionRequest, SessionSpec, Template};
+use crate::domain::spec::{self, FieldError, Resources, SessionRequest, SessionSpec, Template};
 use crate::engine::{Engine, EngineError, ImageInfo, Pull};
 use crate::kernel::link::LinkError;
 use crate::metrics::Metrics;
@@ -208,6 +208,17 @@ pub enum Question {
     Inspect(Option<u64>, u8),
     /// Whether it is complete.
     IsComplete,
+}
+
+/// What a session uses, and may use.
+#[derive(Debug, Clone, Copy)]
+pub struct SessionMetrics {
+    /// When it was looked at.
+    pub at: jiff::Timestamp,
+    /// What it uses, by what its container shows.
+    pub used: Stats,
+    /// What it may use.
+    pub limits: Resources,
 }
 
 /// Which sessions are meant.
@@ -870,6 +881,20 @@ impl Service {
             LinkError::Refused { .. } => Error::NotFound("file"),
             error => unreachable_guest(id, &error),
         })
+    }
+
+    /// What a session uses at this moment. A paused one is not resumed for it, and it is no activity.
+    ///
+    /// # Errors
+    /// See [`Error`].
+    pub async fn session_metrics(&self, who: &Principal, id: SessionId) -> Result<SessionMetrics, Error> {
+        let session = self.session(who, id)?;
+        if matches!(session.phase(), Phase::Pausing | Phase::Paused) {
+            let message = "the session is paused, and looking into it would resume it; POST …/resume does";
+            return Err(Error::StateConflict(message.to_owned()));
+        }
+        let used = session.link().await?.stats().await.map_err(|error| unreachable_guest(id, &error))?;
+        Ok(SessionMetrics { at: jiff::Timestamp::now(), used, limits: session.spec.resources })
     }
 
     /// The templates, each with what the engine knows of its image.

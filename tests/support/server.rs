@@ -739,7 +739,9 @@ impl Follow {
         }
         let field = |name: &str| block.lines().find_map(|l| l.strip_prefix(name)).map(|v| v.trim_start().to_owned());
         let data = serde_json::from_str(&field("data:")?).expect("data that is JSON");
-        Some(Seen { kind: field("event:")?, seq: field("id:")?.parse().expect("a number"), data, at })
+        // Events that can't be taken up again have no number.
+        let seq = field("id:").map_or(0, |id| id.parse().expect("a number"));
+        Some(Seen { kind: field("event:")?, seq, data, at })
     }
 }
 

@@ -11,6 +11,7 @@ pub mod admin;
 pub mod audit;
 pub mod contexts;
 pub mod executions;
+pub mod metrics;
 pub mod notebooks;
 pub mod pools;
 pub mod runs;
@@ -24,6 +25,7 @@ pub fn routes() -> OpenApiRouter<App> {
         .routes(routes!(sessions::create_session, sessions::list_sessions, sessions::delete_sessions))
         .routes(routes!(sessions::get_session, sessions::patch_session, sessions::delete_session))
         .routes(routes!(sessions::wait_session))
+        .routes(routes!(metrics::get_session_metrics))
         .routes(routes!(sessions::keepalive_session))
         .routes(routes!(sessions::pause_session))
         .routes(routes!(sessions::resume_session))
