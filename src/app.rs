@@ -14,12 +14,16 @@ use crate::domain::ids::InstallationId;
 use crate::domain::quota::QuotaTable;
 use crate::domain::spec::{self, PoolPlan, Template};
 use crate::engine::docker::{DockerEngine, DockerSettings, GuestFile};
+use crate::engine::metered::Metered;
 use crate::engine::{Engine, EngineError, Pull};
 use crate::http::door::{Door, Tries};
 use crate::http::{self, App};
+use crate::metrics::Metrics;
 use crate::service::Service;
 use crate::service::admin::Admin;
+use crate::service::audit::{Audit, AuditBounds};
 use crate::service::keys::{self, ConfiguredKey, KeyError, KeyHash, KeyRing, Principal, Scope};
+use crate::service::log::LogLevel;
 use crate::service::quotas::Quotas;
 use crate::session::capacity::Ceilings;
 use crate::session::pool::{self, Plan, Pool};
@@ -94,6 +98,14 @@ pub enum StartError {
         /// Why.
         source: StateError,
     },
+    /// The audit's file can't be written.
+    #[error("the file {} can't be added to: {source}\n  `audit.file` in the configuration names it; empty, events are in the database only", path.display())]
+    Audit {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
     /// The data folder can't be had.
     #[error("the data folder can't be locked with {}: {reason}\n  end the other server, or give this one a folder and an engine.instance of its own", path.display())]
     Locked {
@@ -123,10 +135,12 @@ pub enum StartError {
         source: EngineError,
     },
     /// The address can't be listened on.
-    #[error("can't listen on {address}: {source}\n  `server.listen` in the configuration, or --listen, says where to")]
+    #[error("can't listen on {address}: {source}\n  `{key}` in the configuration says where to")]
     Listen {
         /// The address.
         address: SocketAddr,
+        /// The key that names it.
+        key: &'static str,
         /// Why.
         source: io::Error,
     },
@@ -181,6 +195,10 @@ impl Plane {
     /// # Errors
     /// See [`StartError`].
     pub async fn start(config: &Config, owns_instance: bool) -> Result<Self, StartError> {
+        Self::start_logging(config, owns_instance, None).await
+    }
+
+    async fn start_logging(config: &Config, owns_instance: bool, log: Option<LogLevel>) -> Result<Self, StartError> {
         let pull = match config.engine.pull {
             PullPolicy::Never => Pull::Never,
             PullPolicy::Missing => Pull::Missing,
@@ -202,15 +220,17 @@ impl Plane {
         if let Some(image) = image {
             docker.prepare(&image).await.map_err(|e| engine_error(config, e))?;
         }
-        let engine: Arc<dyn Engine> = Arc::new(docker);
+        let metrics = Metrics::new();
+        let engine: Arc<dyn Engine> = Arc::new(Metered::new(docker, metrics.clone()));
         let instance = config.engine.instance.clone();
         let keys = Arc::new(KeyRing::new(state.clone(), std::mem::take(&mut left.api_keys)));
         // Who runs code on this machine without a server is no tenant.
         let table = if owns_instance { config.quotas.clone() } else { QuotaTable::default() };
         let quotas = Quotas::new(table, state.clone(), std::mem::take(&mut left.usage));
         let pool = Pool::new(if owns_instance { pool_plans(config) } else { Vec::new() });
-        let registry =
-            Arc::new(Registry::new(Arc::clone(&engine), archive.clone(), state, instance, settings, limits, pool));
+        let audit = state.clone().map(|state| audit(config, state)).transpose()?;
+        let registry = Registry::new(Arc::clone(&engine), archive.clone(), state, instance, settings, limits, pool);
+        let registry = Arc::new(registry.counting(metrics));
         let stop = CancellationToken::new();
         registry.take_over(left);
         let mut service = Service::new(
@@ -223,6 +243,14 @@ impl Plane {
         )
         .with_keys(Arc::clone(&keys))
         .with_quotas(Arc::new(quotas));
+        if let Some(log) = log {
+            service = service.logging(log);
+        }
+        if let Some(audit) = audit {
+            service = service.audited(Arc::clone(&audit));
+            let told = stop.clone();
+            task::spawn("audit", async move { audit.stay_within_bounds(told).await });
+        }
         let after_drain = match config.drain.containers {
             DrainContainers::Keep if owns_instance => AfterDrain::Keep,
             _ => AfterDrain::Remove,
@@ -263,19 +291,26 @@ impl Plane {
     }
 }
 
-/// Serves until it is told to stop, then ends all sessions or leaves them to the next process. `ready` is called with the address once requests are answered.
+/// Serves until it is told to stop, then ends all sessions or leaves them to the next process. `log` is how much the log tells, if that can be changed; `ready` is
+/// called with the address once requests are answered.
 ///
 /// # Errors
 /// See [`StartError`].
-pub async fn serve(config: &Config, stop: Stop, ready: impl FnOnce(SocketAddr)) -> Result<(), StartError> {
+pub async fn serve(
+    config: &Config,
+    stop: Stop,
+    log: Option<LogLevel>,
+    ready: impl FnOnce(SocketAddr),
+) -> Result<(), StartError> {
     let address = config.server.listen;
-    let listen_error = |source| StartError::Listen { address, source };
+    let listen_error = |source| StartError::Listen { address, key: "server.listen", source };
     // Bound first: a second server finds out before it touches the engine.
     let listener = TcpListener::bind(address).await.map_err(listen_error)?;
     let local = listener.local_addr().map_err(listen_error)?;
+    let admin = admin_listener(config).await?;
     let keys = configured_keys(config)?;
     let _lock = lock(&config.server.data_dir)?;
-    let plane = Plane::start(config, true).await?;
+    let plane = Plane::start_logging(config, true, log).await?;
     for key in keys {
         let name = key.name.clone();
         plane.keys.add(key).map_err(|reason| StartError::ConfiguredKey { name, reason })?;
@@ -292,6 +327,9 @@ pub async fn serve(config: &Config, stop: Stop, ready: impl FnOnce(SocketAddr)) 
     };
     ready(local);
     let closing = CancellationToken::new();
+    if let Some(admin) = admin {
+        task::spawn("admin listener", http::admin::serve(admin, app.clone(), closing.clone()));
+    }
     let door = http::serve(listener, app, closing.clone());
     let operator = plane.drain.clone();
     let drain = async {
@@ -313,6 +351,15 @@ pub async fn serve(config: &Config, stop: Stop, ready: impl FnOnce(SocketAddr)) 
         served = door => served.map_err(listen_error),
         () = drain => Ok(()),
     }
+}
+
+/// The admin listener, where there is to be one.
+async fn admin_listener(config: &Config) -> Result<Option<TcpListener>, StartError> {
+    let Some(address) = config.server.admin_listen else { return Ok(None) };
+    let listener = TcpListener::bind(address).await;
+    let listener = listener.map_err(|source| StartError::Listen { address, key: "server.admin_listen", source })?;
+    tracing::info!(%address, "the admin listener answers GET /metrics");
+    Ok(Some(listener))
 }
 
 /// Copies the database of sessions to a file that is not there yet.
@@ -426,6 +473,19 @@ fn archive(config: &Config) -> Result<Archive, StartError> {
 fn open_state(config: &Config, archive: Option<Archive>) -> Result<(State, Left), StartError> {
     let folder = &config.server.data_dir;
     State::open(folder, archive).map_err(|source| StartError::State { path: state::path_in(folder), source })
+}
+
+fn audit(config: &Config, state: State) -> Result<Arc<Audit>, StartError> {
+    let section = &config.audit;
+    if let Some(path) = &section.file {
+        state.copy_audit_to(path).map_err(|source| StartError::Audit { path: path.clone(), source })?;
+    }
+    let bounds = AuditBounds {
+        record_code: section.record_code,
+        retention: section.retention_time,
+        events: section.retention_count.into(),
+    };
+    Ok(Arc::new(Audit::new(state, bounds)))
 }
 
 fn settings(config: &Config) -> Settings {

@@ -10,6 +10,7 @@ use tracing_subscriber::EnvFilter;
 
 use cellblock::cli::{self, Cli, Command};
 use cellblock::config::{self, Config, Environment, Inputs, Log, LogFormat};
+use cellblock::service::log::LogLevel;
 use cellblock::{app, http, run, task};
 
 /// The exit status for a configuration with mistakes.
@@ -50,16 +51,19 @@ fn load(inputs: &Inputs) -> Result<Config, u8> {
 }
 
 async fn serve(config: &Config) -> u8 {
-    if let Err(error) = start_log(&config.log) {
-        eprintln!("cellblock: {error}");
-        return BAD_CONFIG;
-    }
+    let log = match start_log(&config.log) {
+        Ok(log) => log,
+        Err(error) => {
+            eprintln!("cellblock: {error}");
+            return BAD_CONFIG;
+        }
+    };
     let stop = app::Stop::default();
     listen_to_signals(stop.clone());
     let ready = |address| {
         tracing::info!(%address, version = env!("CARGO_PKG_VERSION"), "listening; GET /docs shows the API");
     };
-    match app::serve(config, stop, ready).await {
+    match app::serve(config, stop, Some(log), ready).await {
         Ok(()) => cli::OK,
         Err(error) => {
             eprintln!("cellblock: {error}");
@@ -122,14 +126,31 @@ fn listen_to_signals(stop: app::Stop) {
     });
 }
 
-fn start_log(log: &Log) -> Result<(), String> {
-    let filter = EnvFilter::try_new(&log.level).map_err(|e| format!("log.level is not understood: {e}"))?;
+/// Begins to write the log, and says how its level is changed.
+fn start_log(log: &Log) -> Result<LogLevel, String> {
     let to_terminal = std::io::stderr().is_terminal();
-    let subscriber =
-        tracing_subscriber::fmt().with_env_filter(filter).with_ansi(to_terminal).with_writer(std::io::stderr);
+    let subscriber = tracing_subscriber::fmt()
+        .with_env_filter(filter(&log.level)?)
+        .with_ansi(to_terminal)
+        .with_writer(std::io::stderr);
+    // Each form of line has a handle of its own type.
     match log.format {
-        LogFormat::Text => subscriber.init(),
-        LogFormat::Json => subscriber.json().flatten_event(true).init(),
+        LogFormat::Text => {
+            let subscriber = subscriber.with_filter_reloading();
+            let handle = subscriber.reload_handle();
+            subscriber.init();
+            Ok(LogLevel::new(log.level.clone(), move |level| handle.reload(filter(level)?).map_err(|e| e.to_string())))
+        }
+        LogFormat::Json => {
+            let subscriber = subscriber.json().flatten_event(true).with_filter_reloading();
+            let handle = subscriber.reload_handle();
+            subscriber.init();
+            Ok(LogLevel::new(log.level.clone(), move |level| handle.reload(filter(level)?).map_err(|e| e.to_string())))
+        }
     }
-    Ok(())
+}
+
+fn filter(level: &str) -> Result<EnvFilter, String> {
+    config::check_log_level(level)?;
+    EnvFilter::try_new(level).map_err(|e| format!("{level:?} is not understood: {e}"))
 }

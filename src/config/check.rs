@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use super::merge::Merge;
-use super::sections::{Bounds, Document, TemplateSection};
+use super::sections::{Bounds, Document, Server, TemplateSection};
 use super::source::{Key, Mistake, Source, dotted, key_of};
 use crate::domain::spec::{self, KERNEL_FLOOR, MIB, PoolSize};
 
@@ -77,6 +77,7 @@ impl Checker<'_> {
                 )
             });
         }
+        self.admin(server);
         self.require(!server.data_dir.as_os_str().is_empty(), &["server.data_dir"], || {
             "name a folder: there is neither HOME nor XDG_DATA_HOME to derive one from".to_owned()
         });
@@ -116,6 +117,23 @@ impl Checker<'_> {
                 self.require(false, &["keys"], || format!("key {} ({:?}): {mistake}", at + 1, key.name));
             }
         }
+    }
+
+    fn admin(&mut self, server: &Server) {
+        let Some(admin) = server.admin_listen else { return };
+        let key = "server.admin_listen";
+        let may_be = admin.ip().is_loopback() || server.admin_allow_remote;
+        self.require(may_be, &[key, "server.admin_allow_remote"], || {
+            format!(
+                "{admin} is reachable from other machines, and the admin listener asks for no key. Listen on loopback \
+                 (127.0.0.1:{}), or accept it with server.admin_allow_remote = true",
+                admin.port()
+            )
+        });
+        // Port 0 is any free one.
+        self.require(admin != server.listen || admin.port() == 0, &[key, "server.listen"], || {
+            format!("{admin} is where the API listens (server.listen): the admin listener needs a port of its own")
+        });
     }
 
     fn engine(&mut self, document: &Document) {
@@ -172,6 +190,7 @@ impl Checker<'_> {
             // The guest starts no more kernels than that.
             ("limits.contexts", limits.contexts, 32),
             ("executions.retention_count", executions.retention_count, 10_000_000),
+            ("audit.retention_count", document.audit.retention_count, 100_000_000),
         ] {
             self.require((1..=most).contains(&value), &[key], || format!("{value} is not within 1 to {most}"));
         }
@@ -182,6 +201,7 @@ impl Checker<'_> {
         self.positive(executions.interrupt_grace, "executions.interrupt_grace");
         self.positive(executions.queue_timeout, "executions.queue_timeout");
         self.positive(executions.retention_time, "executions.retention_time");
+        self.positive(document.audit.retention_time, "audit.retention_time");
         self.positive(executions.blob_retention, "executions.blob_retention");
         self.positive(executions.notebook_retention, "executions.notebook_retention");
         self.require((1024..=64 * MIB).contains(&executions.inline), &["executions.inline"], || {
@@ -225,8 +245,8 @@ impl Checker<'_> {
 
     fn log(&mut self, document: &Document) {
         let level = &document.log.level;
-        self.require(level.split(',').all(is_directive), &["log.level"], || {
-            format!("{level:?} is not made of off, error, warn, info, debug and trace, such as \"info,cellblock::engine=debug\"")
+        self.require(check_log_level(level).is_ok(), &["log.level"], || {
+            check_log_level(level).err().unwrap_or_default()
         });
     }
 
@@ -421,6 +441,19 @@ fn mib(bytes: u64) -> String {
         0 => format!("{}MiB", bytes / MIB),
         _ => format!("{bytes}B"),
     }
+}
+
+/// Checks a level of the log.
+///
+/// # Errors
+/// A sentence that says what is allowed.
+pub fn check_log_level(level: &str) -> Result<(), String> {
+    if level.split(',').all(is_directive) {
+        return Ok(());
+    }
+    Err(format!(
+        "{level:?} is not made of off, error, warn, info, debug and trace, such as \"info,cellblock::engine=debug\""
+    ))
 }
 
 /// Whether a text may be part of a container's name and of a DNS label.

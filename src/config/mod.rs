@@ -22,10 +22,11 @@ mod units;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+pub use check::check_log_level;
 pub use environment::Environment;
 pub use sections::{
-    Auth, Drain, DrainContainers, EngineSection, Executions, Guest, KeySection, Limits, Log, LogFormat, PullPolicy,
-    Server,
+    Audit, Auth, Drain, DrainContainers, EngineSection, Executions, Guest, KeySection, Limits, Log, LogFormat,
+    PullPolicy, Server,
 };
 pub use source::{Mistake, Mistakes, Source};
 pub use units::{parse_duration, parse_size};
@@ -57,6 +58,8 @@ pub struct Config {
     pub quotas: QuotaTable,
     /// Executions.
     pub executions: Executions,
+    /// Who has asked for what.
+    pub audit: Audit,
     /// What the server says about itself.
     pub log: Log,
     /// The enabled templates by name.
@@ -217,6 +220,7 @@ impl From<sections::Document> for Config {
                 tenants: document.tenants.into_iter().map(|(name, tenant)| (name, tenant.quota.quota())).collect(),
             },
             executions: document.executions,
+            audit: document.audit,
             log: document.log,
             templates: enabled.map(|(name, template)| (name.clone(), template.into_template(name))).collect(),
             default_template: document.default_template,

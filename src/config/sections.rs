@@ -9,7 +9,7 @@ use std::time::Duration;
 use jiff::Timestamp;
 use serde::Deserialize;
 
-use super::units::{address, duration, key_hash, moment, optional_path, scopes, size};
+use super::units::{address, duration, key_hash, moment, optional_address, optional_path, scopes, size};
 use crate::domain::access::{KeyHash, Scope};
 use crate::domain::quota::{Quota, Rate, Share};
 use crate::domain::spec::{
@@ -34,6 +34,7 @@ pub(super) struct Document {
     pub classes: BTreeMap<String, Class>,
     pub tenants: BTreeMap<String, Tenant>,
     pub executions: Executions,
+    pub audit: Audit,
     pub log: Log,
     #[expect(dead_code, reason = "read for its form; templates have their own copies of what is in it")]
     pub template_defaults: TemplateSection,
@@ -54,6 +55,11 @@ pub struct Server {
     pub api_key_file: Option<PathBuf>,
     /// Whether plain HTTP may leave the machine.
     pub allow_plain_http: bool,
+    /// Where the admin listener is, if there is one.
+    #[serde(deserialize_with = "optional_address")]
+    pub admin_listen: Option<SocketAddr>,
+    /// Whether the admin listener, which asks for no key, may be reached from other machines.
+    pub admin_allow_remote: bool,
     /// Largest body of a request, in bytes.
     #[serde(deserialize_with = "size")]
     pub max_body: u64,
@@ -280,6 +286,22 @@ pub struct Executions {
     /// Bytes of all notebooks.
     #[serde(deserialize_with = "size")]
     pub notebooks_size: u64,
+}
+
+/// Who has asked for what.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Audit {
+    /// A file that events are copied to; none: they are in the database only.
+    #[serde(deserialize_with = "optional_path")]
+    pub file: Option<PathBuf>,
+    /// Whether code stands in them.
+    pub record_code: bool,
+    /// They go after this long.
+    #[serde(deserialize_with = "duration")]
+    pub retention_time: Duration,
+    /// The oldest beyond so many go earlier.
+    pub retention_count: u32,
 }
 
 /// What the server says about itself.

@@ -281,6 +281,19 @@ fn listening_beyond_loopback_must_be_meant() {
 }
 
 #[test]
+fn an_admin_listener_beyond_loopback_must_be_meant_and_is_apart() {
+    let (key, message) = one_mistake("server.admin_listen = '0.0.0.0:9090'");
+    assert_eq!(key, "server.admin_listen");
+    assert!(message.contains("server.admin_allow_remote = true"), "{message}");
+    assert_eq!(mistakes("[server]\nadmin_listen = '0.0.0.0:9090'\nadmin_allow_remote = true", &[]), []);
+    let (_, message) = one_mistake("server.admin_listen = '127.0.0.1:8080'");
+    assert!(message.contains("a port of its own"), "{message}");
+    let loaded = loaded("server.admin_listen = '[::1]:9090'", &[]);
+    assert_eq!(loaded.config.server.admin_listen, "[::1]:9090".parse().ok());
+    assert_eq!(self::loaded("", &[]).config.server.admin_listen, None);
+}
+
+#[test]
 fn rules_between_keys() {
     for (text, key, words) in [
         ("default_template = 'none'", "default_template", "enabled templates: data, python"),

@@ -12,6 +12,7 @@ use serde::de::{Deserialize, Deserializer, Error, Visitor};
 use crate::domain::access::{KeyHash, Scope};
 
 const DURATION: &str = "a duration with its unit, such as \"500ms\", \"30s\", \"15m\", \"4h\" or \"7d\"";
+const ADDRESS: &str = "an IP address and a port, such as \"127.0.0.1:8080\" or \"[::1]:8080\"";
 const SIZE: &str = "a size with its unit, such as \"64KiB\", \"512MiB\" or \"1GiB\"";
 
 /// Parses `"30s"`, `"1h30m"`; units `ms`, `s`, `m`, `h`, `d`.
@@ -127,9 +128,17 @@ pub(super) fn size<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u64, D:
 }
 
 pub(super) fn address<'de, D: Deserializer<'de>>(deserializer: D) -> Result<SocketAddr, D::Error> {
-    const EXPECTING: &str = "an IP address and a port, such as \"127.0.0.1:8080\" or \"[::1]:8080\"";
-    let parse = |text: &str| text.parse().map_err(|_| format!("{text:?} is not {EXPECTING}"));
-    deserializer.deserialize_any(Text { expecting: EXPECTING, units: None, parse })
+    deserializer.deserialize_any(Text { expecting: ADDRESS, units: None, parse: parse_address })
+}
+
+/// An address; empty means none.
+pub(super) fn optional_address<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<SocketAddr>, D::Error> {
+    let parse = |text: &str| if text.is_empty() { Ok(None) } else { parse_address(text).map(Some) };
+    deserializer.deserialize_any(Text { expecting: ADDRESS, units: None, parse })
+}
+
+fn parse_address(text: &str) -> Result<SocketAddr, String> {
+    text.parse().map_err(|_| format!("{text:?} is not {ADDRESS}"))
 }
 
 /// A path; empty means none.

@@ -17,6 +17,7 @@ use crate::domain::spec::Resources;
 
 pub mod docker;
 pub mod lockdown;
+pub mod metered;
 
 /// A byte stream in both directions. Dropping it closes it whole, at once.
 pub trait Duplex: AsyncRead + AsyncWrite + Send + Unpin {}

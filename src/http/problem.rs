@@ -10,7 +10,6 @@ use serde::Serialize;
 use utoipa::ToSchema;
 
 use super::rate::{Limit, seconds};
-use crate::domain::lifecycle::EndReason;
 use crate::domain::spec::FieldError;
 use crate::service::{self, Error};
 use crate::session::StartFault;
@@ -180,7 +179,7 @@ impl From<Error> for Problem {
             Error::NameInUse(_) => Self::new(NAME_IN_USE, format!("{detail}; say \"if_exists\": \"reuse\" to get it")),
             Error::NotReady => Self::new(SESSION_NOT_READY, format!("{detail}; wait with GET …/wait?state=ready")),
             Error::SessionEnded(reason) => {
-                let reason = end_reason(reason);
+                let reason = reason.word();
                 let mut problem = Self::new(SESSION_ENDED, format!("{detail} ({reason}); create a new one"));
                 problem.end_reason = Some(reason);
                 problem
@@ -231,20 +230,5 @@ fn start_code(fault: StartFault) -> Code {
         StartFault::SetupFailed => SETUP_FAILED,
         StartFault::TimedOut => START_TIMED_OUT,
         StartFault::Unkept => STORAGE_UNAVAILABLE,
-    }
-}
-
-/// The public word for a reason.
-#[must_use]
-pub fn end_reason(reason: EndReason) -> &'static str {
-    match reason {
-        EndReason::Deleted => "deleted",
-        EndReason::Idle => "idle",
-        EndReason::Lifetime => "lifetime",
-        EndReason::Oom => "oom",
-        EndReason::KernelDied => "kernel_died",
-        EndReason::Lost => "lost",
-        EndReason::Drained => "drained",
-        EndReason::StartFailed => "start_failed",
     }
 }

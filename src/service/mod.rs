@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use cellblock_wire::link::FileEntry;
+use cellblock_wire::link::{FileEntry, Stats};
 use hyper::body::Incoming;
 use serde_json::json;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
@@ -17,9 +17,10 @@ use crate::domain::ids::{ContextId, ExecutionId, SessionId};
 use crate::domain::lifecycle::{EndReason, Phase};
 use crate::domain::output::{Comm, JsonText};
 use crate::domain::quota::{Exceeded, Held, Quota, Rate};
-use crate::domain::spec::{self, FieldError, SessionRequest, SessionSpec, Template};
+use crate::domain::spec::{self, FieldError, Resources, SessionRequest, SessionSpec, Template};
 use crate::engine::{Engine, EngineError, ImageInfo, Pull};
 use crate::kernel::link::LinkError;
+use crate::metrics::Metrics;
 use crate::session::capacity::Full;
 use crate::session::execution::{Execution, ExecutionRequest, OnTimeout, Stdin};
 use crate::session::once::{Begun, MAX_KEYS, Made, NotOnce, Once, Reservation};
@@ -32,12 +33,17 @@ use crate::store::{Archive, Blob};
 use crate::task;
 
 pub mod admin;
+pub mod audit;
 pub mod issuing;
 pub mod keys;
+pub mod log;
 pub mod quotas;
+pub mod trail;
 
 use admin::Admin;
+use audit::Audit;
 use keys::{KeyRing, Principal};
+use log::LogLevel;
 use quotas::{LATER, Quotas, RateState, Running};
 
 /// Longest wait that a caller may ask for.
@@ -227,6 +233,17 @@ pub enum Question {
     IsComplete,
 }
 
+/// What a session uses, and may use.
+#[derive(Debug, Clone, Copy)]
+pub struct SessionMetrics {
+    /// When it was looked at.
+    pub at: jiff::Timestamp,
+    /// What it uses, by what its container shows.
+    pub used: Stats,
+    /// What it may use.
+    pub limits: Resources,
+}
+
 /// Which sessions are meant.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Filter {
@@ -291,6 +308,10 @@ pub struct Service {
     keys: Arc<KeyRing>,
     /// What tenants may have and do.
     quotas: Arc<Quotas>,
+    /// Where events of requests go, if they are kept.
+    audit: Option<Arc<Audit>>,
+    /// How much the log tells, where that can be changed.
+    log: Option<LogLevel>,
 }
 
 impl std::fmt::Debug for dyn Engine {
@@ -323,7 +344,21 @@ impl Service {
             admin: None,
             keys: Arc::default(),
             quotas: Arc::default(),
+            audit: None,
+            log: None,
         }
+    }
+
+    /// The same, which keeps events of requests.
+    #[must_use]
+    pub fn audited(self, audit: Arc<Audit>) -> Self {
+        Self { audit: Some(audit), ..self }
+    }
+
+    /// Where events of requests go, if they are kept.
+    #[must_use]
+    pub fn audit(&self) -> Option<Arc<Audit>> {
+        self.audit.clone()
     }
 
     /// Creates a session, or finds the live one of that name. With `wait` it answers once the session is ready, or has failed
@@ -418,6 +453,8 @@ impl Service {
                 self.registry.create(tenant, spec, request.reuse, lasting, once).await?
             }
         };
+        let (Created::New(session) | Created::Reused(session)) = &created;
+        trail::note_session(session.id);
         if let Created::Reused(session) = &created {
             if !who.admits(&session.spec.template) {
                 return Err(Error::NameInUse(session.id));
@@ -426,7 +463,6 @@ impl Service {
             session.keep_alive().await?;
         }
         if wait {
-            let (Created::New(session) | Created::Reused(session)) = &created;
             self.wait_until_started(session).await?;
         }
         self.kept().await?;
@@ -494,6 +530,7 @@ impl Service {
     /// # Errors
     /// [`Error::NotFound`] or [`Error::Forbidden`].
     pub fn session(&self, who: &Principal, id: SessionId) -> Result<Session, Error> {
+        trail::note_session(id);
         who.require_read()?;
         let session = self.registry.session(&who.tenant, id).filter(|session| who.admits(&session.spec.template));
         session.ok_or(Error::NotFound("session"))
@@ -536,6 +573,7 @@ impl Service {
         who.require_sessions()?;
         let sessions = self.list_sessions(who, filter, None)?;
         let live: Vec<_> = sessions.into_iter().filter(|s| !s.is_over()).collect();
+        trail::note_sessions(live.iter().map(|session| session.id));
         live.iter().for_each(|s| s.end(EndReason::Deleted));
         futures_util::future::join_all(live.iter().map(wait_for_end)).await;
         self.registry.settle().await;
@@ -603,6 +641,7 @@ impl Service {
     ) -> Result<Session, Error> {
         who.require_sessions()?;
         let session = self.session(who, id)?;
+        context.into_iter().for_each(trail::note_context);
         session.interrupt(context).await?;
         Ok(session)
     }
@@ -614,6 +653,7 @@ impl Service {
     pub async fn restart(&self, who: &Principal, id: SessionId, context: Option<ContextId>) -> Result<Session, Error> {
         who.require_sessions()?;
         let session = self.session(who, id)?;
+        context.into_iter().for_each(trail::note_context);
         session.restart(context).await?;
         Ok(session)
     }
@@ -666,6 +706,7 @@ impl Service {
             if let Some(once) = &once {
                 once.will_be(Made::Context(id, context));
             }
+            trail::note_context(context);
             let created = session.create_context(context, kernelspec, cwd).await.map_err(Error::from);
             match once {
                 Some(once) => service.settle_key(once, &created).await.and(created),
@@ -686,6 +727,7 @@ impl Service {
         context: ContextId,
     ) -> Result<ContextView, Error> {
         who.require_sessions()?;
+        trail::note_context(context);
         let deleted = self.session(who, id)?.delete_context(context).await?;
         self.kept().await?;
         Ok(deleted)
@@ -817,6 +859,7 @@ impl Service {
     /// [`Error::NotFound`].
     pub async fn delete_notebook(&self, who: &Principal, id: SessionId) -> Result<(), Error> {
         who.require_sessions()?;
+        trail::note_session(id);
         self.require_notebook(who, id)?;
         let archive = self.archive.as_ref().ok_or(Error::NotFound("notebook"))?;
         if archive.delete_notebook(&who.tenant, id).await { Ok(()) } else { Err(Error::NotFound("notebook")) }
@@ -879,6 +922,7 @@ impl Service {
         who.require_sessions()?;
         let session = self.session(who, id)?;
         self.accepts()?;
+        trail::note_code(&request.code);
         let (context, request) = (request.context, resolve_execution(&session.spec, request)?);
         let running = self.quotas.begin_execution(&who.tenant, self.stored(&who.tenant), jiff::Timestamp::now())?;
         let service = Arc::clone(self);
@@ -890,6 +934,8 @@ impl Service {
             }
             let accepted = session.execute(id, context, request).await.map_err(Error::from);
             if let Ok(execution) = &accepted {
+                trail::note_execution(id);
+                trail::note_context(execution.place.context);
                 service.registry.keep(execution);
                 count(running, &session, Arc::clone(execution));
             }
@@ -911,6 +957,7 @@ impl Service {
     /// # Errors
     /// [`Error::NotFound`] or [`Error::Forbidden`].
     pub fn execution(&self, who: &Principal, id: ExecutionId) -> Result<Arc<Execution>, Error> {
+        trail::note_execution(id);
         who.require_read()?;
         let execution = self.registry.execution(&who.tenant, id);
         let is_meant = |execution: &Arc<Execution>| self.session(who, execution.place.session).is_ok();
@@ -960,6 +1007,20 @@ impl Service {
         })
     }
 
+    /// What a session uses at this moment. A paused one is not resumed for it, and it is no activity.
+    ///
+    /// # Errors
+    /// See [`Error`].
+    pub async fn session_metrics(&self, who: &Principal, id: SessionId) -> Result<SessionMetrics, Error> {
+        let session = self.session(who, id)?;
+        if matches!(session.phase(), Phase::Pausing | Phase::Paused) {
+            let message = "the session is paused, and looking into it would resume it; POST …/resume does";
+            return Err(Error::StateConflict(message.to_owned()));
+        }
+        let used = session.link().await?.stats().await.map_err(|error| unreachable_guest(id, &error))?;
+        Ok(SessionMetrics { at: jiff::Timestamp::now(), used, limits: session.spec.resources })
+    }
+
     /// The templates that a key allows, each with what the engine knows of its image.
     pub async fn templates(&self, who: &Principal) -> Vec<TemplateView> {
         let looks = self.templates.values().filter(|template| who.admits(&template.name)).map(|template| async move {
@@ -973,6 +1034,18 @@ impl Service {
     #[must_use]
     pub fn pools(&self, who: &Principal) -> Vec<PoolView> {
         self.registry.pool().views().into_iter().filter(|pool| who.admits(&pool.template)).collect()
+    }
+
+    /// What is counted.
+    #[must_use]
+    pub fn metrics(&self) -> &Metrics {
+        self.registry.metrics()
+    }
+
+    /// All figures of the server, in the text format of Prometheus.
+    #[must_use]
+    pub fn exposition(&self) -> String {
+        self.metrics().render(&self.registry.levels())
     }
 
     /// The template that is used when none is named.
@@ -1132,9 +1205,10 @@ fn unreachable_guest(id: SessionId, error: &LinkError) -> Error {
 /// Performs something to its end, whether or not anybody waits for it. Nothing is answered only if it panicked.
 async fn carry_on<T: Send + 'static>(name: &'static str, work: impl Future<Output = T> + Send + 'static) -> Option<T> {
     let (answer, answered) = tokio::sync::oneshot::channel();
+    let trail = trail::current();
     task::spawn(name, async move {
         // Whoever asked may have left.
-        let _ = answer.send(work.await);
+        let _ = answer.send(trail::follow(trail, work).await);
     });
     answered.await.ok()
 }

@@ -120,7 +120,7 @@ impl Server {
             let ready = |address| {
                 let _ = address_in.send(address);
             };
-            let served = app::serve(&serving, told, ready).await;
+            let served = app::serve(&serving, told, None, ready).await;
             let _ = ended_in.send(served.map_err(|e| e.to_string()));
         });
         let Ok(address) = address.await else {
@@ -334,6 +334,11 @@ impl Server {
     /// A request without a key.
     pub fn bare(&self, method: Method, path: &str) -> RequestBuilder {
         self.http.request(method, format!("{}{path}", self.url))
+    }
+
+    /// A request without a key to another address.
+    pub fn bare_at(&self, method: Method, url: &str) -> RequestBuilder {
+        self.http.request(method, url)
     }
 
     /// A request with the key.
@@ -741,7 +746,9 @@ impl Follow {
         }
         let field = |name: &str| block.lines().find_map(|l| l.strip_prefix(name)).map(|v| v.trim_start().to_owned());
         let data = serde_json::from_str(&field("data:")?).expect("data that is JSON");
-        Some(Seen { kind: field("event:")?, seq: field("id:")?.parse().expect("a number"), data, at })
+        // Events that can't be taken up again have no number.
+        let seq = field("id:").map_or(0, |id| id.parse().expect("a number"));
+        Some(Seen { kind: field("event:")?, seq, data, at })
     }
 }
 
