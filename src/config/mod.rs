@@ -24,7 +24,7 @@ use std::path::{Path, PathBuf};
 
 pub use environment::Environment;
 pub use sections::{
-    Drain, DrainContainers, EngineSection, Executions, Guest, Limits, Log, LogFormat, PullPolicy, Server,
+    Drain, DrainContainers, EngineSection, Executions, GuardSection, Guest, Limits, Log, LogFormat, PullPolicy, Server,
 };
 pub use source::{Mistake, Mistakes, Source};
 pub use units::{parse_duration, parse_size};
@@ -43,6 +43,8 @@ pub struct Config {
     pub drain: Drain,
     /// The Docker engine.
     pub engine: EngineSection,
+    /// What holds the engine for a server that does not.
+    pub guard: GuardSection,
     /// PID 1 of sessions.
     pub guest: Guest,
     /// How much of everything.
@@ -175,6 +177,7 @@ impl From<sections::Document> for Config {
             server: document.server,
             drain: document.drain,
             engine: document.engine,
+            guard: document.guard,
             guest: document.guest,
             limits: document.limits,
             executions: document.executions,

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use serde::Deserialize;
 
-use super::units::{address, duration, optional_path, size};
+use super::units::{address, duration, optional_number, optional_path, size};
 use crate::domain::spec::{self, KernelTransport, NetworkMode, OutputLimits, Resources, Template, Timeouts};
 
 /// The whole document, all layers merged and templates with what they inherit.
@@ -19,6 +19,7 @@ pub(super) struct Document {
     pub server: Server,
     pub drain: Drain,
     pub engine: EngineSection,
+    pub guard: GuardSection,
     pub guest: Guest,
     pub limits: Limits,
     pub executions: Executions,
@@ -83,7 +84,7 @@ pub enum DrainContainers {
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct EngineSection {
-    /// `unix:///path`, `tcp://host:port`, `http://…` or `https://…`. Never empty.
+    /// `unix:///path`, `tcp://host:port`, `http://…`, `https://…` or `guard:///path`. Never empty.
     pub host: String,
     /// Folder with `ca.pem`, `cert.pem` and `key.pem`.
     #[serde(deserialize_with = "optional_path")]
@@ -115,6 +116,27 @@ pub enum PullPolicy {
     Never,
     /// Pull it.
     Missing,
+}
+
+impl EngineSection {
+    /// The socket of the guard that has the engine, where one stands between.
+    #[must_use]
+    pub fn guard(&self) -> Option<PathBuf> {
+        self.host.strip_prefix("guard://").map(PathBuf::from)
+    }
+}
+
+/// `cellblock guard`.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct GuardSection {
+    /// The socket that it listens on.
+    pub socket: PathBuf,
+    /// Who may call it beside its own user.
+    #[serde(deserialize_with = "optional_number")]
+    pub user: Option<u32>,
+    /// Containers that it makes at once, and again in each minute.
+    pub creates_per_minute: u32,
 }
 
 /// PID 1 of sessions.

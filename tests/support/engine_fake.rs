@@ -218,6 +218,10 @@ impl Engine for FakeEngine {
         })
     }
 
+    async fn prepare(&self, _image: &str) -> Result<(), EngineError> {
+        self.reachable("prepare").map(drop)
+    }
+
     async fn ensure(&self, spec: &CellSpec) -> Result<ByteStream, EngineError> {
         let attempt = "make a cell";
         let faults = self.reachable(attempt)?;
@@ -306,7 +310,12 @@ impl Engine for FakeEngine {
         let cells = self.cells.lock().unwrap();
         Ok(cells
             .values()
-            .map(|c| Observed { name: c.spec.name.clone(), session: Some(c.spec.session), state: c.state })
+            .map(|c| Observed {
+                name: c.spec.name.clone(),
+                session: Some(c.spec.session),
+                state: c.state,
+                promised: Some((&c.spec.resources).into()),
+            })
             .collect())
     }
 
