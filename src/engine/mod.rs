@@ -5,7 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use async_trait::async_trait;
 use cellblock_wire::link::Report;
@@ -312,8 +312,13 @@ pub trait Engine: Send + Sync + 'static {
     /// All cells of this instance.
     async fn list(&self) -> Result<Vec<Observed>, EngineError>;
 
-    /// Events of this instance's cells. Never ends: it reconnects by itself.
-    fn watch(&self) -> BoxStream<'static, EngineEvent>;
+    /// Events of this instance's cells from now on. Never ends: it reconnects by itself.
+    fn watch(&self) -> BoxStream<'static, EngineEvent> {
+        self.watch_since(SystemTime::now())
+    }
+
+    /// The same from an earlier moment on, as far as the engine remembers.
+    fn watch_since(&self, since: SystemTime) -> BoxStream<'static, EngineEvent>;
 }
 
 #[cfg(test)]

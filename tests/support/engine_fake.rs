@@ -5,7 +5,7 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::convert::Infallible;
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use async_trait::async_trait;
 use bytes::{Bytes, BytesMut};
@@ -319,7 +319,7 @@ impl Engine for FakeEngine {
             .collect())
     }
 
-    fn watch(&self) -> BoxStream<'static, EngineEvent> {
+    fn watch_since(&self, _since: SystemTime) -> BoxStream<'static, EngineEvent> {
         tokio_stream::wrappers::BroadcastStream::new(self.events.subscribe()).filter_map(|e| async { e.ok() }).boxed()
     }
 }

@@ -6,6 +6,7 @@
 use std::ops::RangeInclusive;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::SystemTime;
 
 use async_trait::async_trait;
 use bollard::Docker;
@@ -390,8 +391,8 @@ impl Engine for DockerEngine {
         Ok(all)
     }
 
-    fn watch(&self) -> BoxStream<'static, EngineEvent> {
-        events::watch(self.shared.docker.clone(), self.shared.settings.instance.clone())
+    fn watch_since(&self, since: SystemTime) -> BoxStream<'static, EngineEvent> {
+        events::watch(self.shared.docker.clone(), self.shared.settings.instance.clone(), since)
     }
 }
 

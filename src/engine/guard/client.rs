@@ -2,7 +2,7 @@
 
 use std::io;
 use std::path::PathBuf;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use async_trait::async_trait;
 use cellblock_wire::link::Report;
@@ -26,6 +26,8 @@ const MAKE: Duration = Duration::from_secs(180);
 /// A pull.
 const PULL: Duration = Duration::from_secs(31 * 60);
 
+/// A stream of events that breaks off is taken up again this much earlier.
+const OVERLAP: Duration = Duration::from_secs(2);
 const SHORTEST_PAUSE: Duration = Duration::from_millis(100);
 const LONGEST_PAUSE: Duration = Duration::from_secs(5);
 
@@ -98,14 +100,18 @@ impl GuardEngine {
         }
     }
 
-    async fn open_watch(&self) -> Result<UnixStream, EngineError> {
-        Ok(self.open::<()>("watching cells", LOOK, Call::Watch).await?.1)
+    async fn open_watch(&self, since: SystemTime) -> Result<UnixStream, EngineError> {
+        let since = since.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+        let since_ms = u64::try_from(since.as_millis()).unwrap_or_default();
+        Ok(self.open::<()>("watching cells", LOOK, Call::Watch { since_ms }).await?.1)
     }
 }
 
 struct Watch {
     engine: GuardEngine,
     stream: Option<UnixStream>,
+    /// What happened before was told.
+    since: SystemTime,
     pause: Option<Duration>,
 }
 
@@ -118,7 +124,7 @@ impl Watch {
                     if let Some(pause) = self.pause {
                         tokio::time::sleep(pause).await;
                     }
-                    match self.engine.open_watch().await {
+                    match self.engine.open_watch(self.since).await {
                         Ok(stream) => self.stream.insert(stream),
                         Err(error) => {
                             self.reopen_later(&error.to_string());
@@ -143,7 +149,10 @@ impl Watch {
         let pause = self.pause.map_or(SHORTEST_PAUSE, |pause| (pause * 2).min(LONGEST_PAUSE));
         tracing::debug!(why, ?pause, "the guard's event stream broke off");
         self.pause = Some(pause);
-        self.stream = None;
+        if self.stream.take().is_some() {
+            // A little is told twice, and nothing is lost.
+            self.since = self.since.max(SystemTime::now() - OVERLAP);
+        }
     }
 }
 
@@ -216,8 +225,8 @@ impl Engine for GuardEngine {
         Ok(seen.into_iter().filter_map(|seen| seen.read(&self.instance)).collect())
     }
 
-    fn watch(&self) -> BoxStream<'static, EngineEvent> {
-        let watch = Watch { engine: self.clone(), stream: None, pause: None };
+    fn watch_since(&self, since: SystemTime) -> BoxStream<'static, EngineEvent> {
+        let watch = Watch { engine: self.clone(), stream: None, since, pause: None };
         stream::unfold(watch, |mut watch| async move {
             let event = watch.next().await;
             Some((event, watch))

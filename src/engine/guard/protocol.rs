@@ -80,8 +80,10 @@ pub(super) enum Call {
     },
     Sweep,
     List,
-    /// Behind the answer come [`Happened`]s, for as long as the connection lasts.
-    Watch,
+    /// Behind the answer come [`Happened`]s, for as long as the connection lasts, from this many milliseconds after the beginning of 1970 on.
+    Watch {
+        since_ms: u64,
+    },
 }
 
 /// A [`CellSpec`].

@@ -6,7 +6,7 @@ use std::io;
 use std::os::unix::fs::{DirBuilderExt, FileTypeExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use futures_util::StreamExt;
 use serde::Serialize;
@@ -195,7 +195,7 @@ impl Guard {
         match call {
             Call::Ensure { cell } => open(stream, self.ensure(cell), stop).await,
             Call::Link { name } => open(stream, self.link(name), stop).await,
-            Call::Watch => self.watch(stream, stop).await,
+            Call::Watch { since_ms } => self.watch(stream, since_ms, stop).await,
             Call::Info => tell(stream, self.engine.info()).await,
             Call::ResolveImage { reference, pull } => tell(stream, self.resolve_image(&reference, pull)).await,
             Call::Prepare { image } => tell(stream, self.prepare(&image)).await,
@@ -315,8 +315,9 @@ impl Guard {
         Ok(listed.iter().map(Seen::from).collect())
     }
 
-    async fn watch(&self, mut stream: UnixStream, stop: &CancellationToken) {
-        let mut events = self.engine.watch();
+    async fn watch(&self, mut stream: UnixStream, since_ms: u64, stop: &CancellationToken) {
+        let since = SystemTime::UNIX_EPOCH.checked_add(Duration::from_millis(since_ms));
+        let mut events = self.engine.watch_since(since.unwrap_or_else(SystemTime::now));
         if answer(&mut stream, Ok(())).await.is_err() {
             return;
         }
@@ -468,6 +469,55 @@ async fn hung_up(stream: &ReadHalf<'_>) {
         match stream.ready(Interest::WRITABLE).await {
             Ok(ready) if !ready.is_write_closed() => tokio::time::sleep(LOOK).await,
             _ => return,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A peer, and the far end of a cell's stream, with a relay between that ends by itself.
+    fn relay() -> (UnixStream, tokio::io::DuplexStream, tokio::task::JoinHandle<()>) {
+        let (peer, ours) = UnixStream::pair().unwrap();
+        let (cell, far) = tokio::io::duplex(1024);
+        (peer, far, task::spawn("relay", pass_on(ours, Box::new(cell))))
+    }
+
+    #[tokio::test]
+    async fn who_has_said_all_still_hears_the_rest() {
+        let (mut peer, mut far, relay) = relay();
+        peer.write_all(b"question").await.unwrap();
+        peer.shutdown().await.unwrap();
+        let mut said = Vec::new();
+        far.read_to_end(&mut said).await.unwrap();
+        assert_eq!(said, b"question", "the end is passed on");
+        let answering = async move {
+            far.write_all(&[7; 100_000]).await.unwrap();
+            drop(far);
+        };
+        let mut heard = Vec::new();
+        let (read, ()) = tokio::join!(peer.read_to_end(&mut heard), answering);
+        read.unwrap();
+        assert_eq!(heard.len(), 100_000);
+        relay.await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn who_goes_away_takes_the_cells_stream_along_whatever_is_on_its_way() {
+        for (what, shut, stuck) in [("silent", false, false), ("half closed", true, false), ("stuck", false, true)] {
+            let (mut peer, far, relay) = relay();
+            if shut {
+                peer.shutdown().await.unwrap();
+            }
+            if stuck {
+                // More than the cell takes, which reads nothing.
+                peer.write_all(&[7; 20_000]).await.unwrap();
+            }
+            drop(peer);
+            let ended = tokio::time::timeout(Duration::from_secs(20), relay).await;
+            ended.unwrap_or_else(|_| panic!("{what}: the cell's stream stays open")).unwrap();
+            drop(far);
         }
     }
 }
