@@ -215,7 +215,9 @@ impl Guard {
         let is_listed = self.policy.lists(reference);
         if !is_listed && !self.books().knows_image(reference) {
             let detail = format!("{reference:.200} is none of the images of the guard's templates");
-            return Err(rejected("looking for an image", detail));
+            let error = rejected("looking for an image", detail);
+            tracing::warn!(%error, "refused a call");
+            return Err(error);
         }
         let pull = if is_listed && self.policy.pull == Pull::Missing { pull } else { Pull::Never };
         let image = self.engine.resolve_image(reference, pull).await?;
