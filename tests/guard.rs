@@ -428,6 +428,25 @@ async fn a_socket_has_one_guard_and_a_dead_ones_is_taken_over() {
     assert_eq!(std::fs::read_to_string(&file).unwrap(), "kept");
 }
 
+#[test]
+fn a_start_that_can_not_be_says_what_to_do() {
+    let folder = tempfile::tempdir().unwrap();
+    let data = folder.path().join("data");
+    let nowhere = "engine.host=guard:///nonexistent/guard.sock";
+    let serve = ["serve", "--listen", "127.0.0.1:0", "--data-dir", data.to_str().unwrap(), "--set", nowhere];
+    let table: [(&[&str], &str); 3] = [
+        (&["guard", "--set", nowhere], "a guard needs the engine's own address"),
+        (&["guard", "--check", "--socket", "/nonexistent/guard.sock"], "does `cellblock guard` run there"),
+        (&serve, "does `cellblock guard` run there"),
+    ];
+    for (arguments, words) in table {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_cellblock"));
+        let output = command.args(arguments).env("CELLBLOCK_CONFIG", "/dev/null").output().unwrap();
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(!output.status.success() && said.contains(words), "{arguments:?}: {said}");
+    }
+}
+
 /// `cellblock guard`, killed when this is dropped.
 struct Program(std::process::Child);
 
