@@ -147,6 +147,27 @@ async fn a_stream_that_is_dropped_is_closed_whole_behind_the_guard_too() {
     .await;
 }
 
+#[tokio::test]
+async fn a_guard_that_ends_closes_its_streams_and_leaves_the_cells() {
+    on_docker(scripted_guest(), |bench| async move {
+        let guarded = guarded_by(&bench, policy(&bench)).await;
+        let cell = spec(&bench, &guarded).await;
+        let mut stream = guarded.engine.ensure(&cell).await.expect("a cell");
+        echo(&mut stream, secret()).await;
+        guarded.stop.cancel();
+        let end = tokio::time::timeout(NEVER, stream.read(&mut [0])).await.expect("the end of the stream");
+        assert!(matches!(end, Ok(0) | Err(_)), "{end:?}");
+        let refused = guarded.engine.link(&cell.name).await.err();
+        assert!(matches!(refused, Some(EngineError::Unavailable { .. })), "{refused:?}");
+        // The next one has it all.
+        let next = guarded_by(&bench, policy(&bench)).await;
+        let mut stream = next.engine.link(&cell.name).await.expect("a link");
+        echo(&mut stream, secret()).await;
+        next.engine.remove(&cell.name).await.expect("a removal");
+    })
+    .await;
+}
+
 /// MiB a second out of a cell and into it.
 async fn speed(mut stream: ByteStream) -> (f64, f64) {
     const MEBIBYTES: usize = 256;
