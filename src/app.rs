@@ -14,6 +14,7 @@ use crate::domain::ids::InstallationId;
 use crate::domain::quota::QuotaTable;
 use crate::domain::spec::{self, PoolPlan, Template};
 use crate::engine::docker::{DockerEngine, DockerSettings, GuestFile};
+use crate::engine::guard::{self, BindError, Guard, GuardEngine, Permitted, Policy};
 use crate::engine::metered::Metered;
 use crate::engine::{Engine, EngineError, Pull};
 use crate::http::door::{Door, Tries};
@@ -57,6 +58,32 @@ pub enum StartError {
         host: String,
         /// Why.
         source: EngineError,
+    },
+    /// The guard that has the engine is not there, or can't be used.
+    #[error(
+        "the guard at {} can't be used: {source}\n  does `cellblock guard` run there, with the same engine.instance, and is this user its guard.user?",
+        socket.display()
+    )]
+    Guard {
+        /// Where it was looked for.
+        socket: PathBuf,
+        /// Why.
+        source: EngineError,
+    },
+    /// A guard was told to use a guard.
+    #[error(
+        "engine.host = \"{host}\" is a guard's socket; a guard needs the engine's own address, such as unix:///var/run/docker.sock"
+    )]
+    GuardOfGuard {
+        /// What was configured.
+        host: String,
+    },
+    /// A guard can't listen.
+    #[error("the guard can't listen on {source}\n  `guard.socket` in the configuration says where to")]
+    GuardSocket {
+        /// Where, and why.
+        #[from]
+        source: BindError,
     },
     /// The guest's binary is not there.
     #[error("the guest binary {} can't be read: {source}\n  `make server` builds it; `guest.binary` in the configuration says where it is", path.display())]
@@ -199,11 +226,9 @@ impl Plane {
     }
 
     async fn start_logging(config: &Config, owns_instance: bool, log: Option<LogLevel>) -> Result<Self, StartError> {
-        let pull = match config.engine.pull {
-            PullPolicy::Never => Pull::Never,
-            PullPolicy::Missing => Pull::Missing,
-        };
-        let docker = connect(config).await?;
+        let pull = pull(config);
+        let metrics = Metrics::new();
+        let engine: Arc<dyn Engine> = Arc::new(Metered::new(connect(config).await?, metrics.clone()));
         let (settings, limits) = (settings(config), limits(config));
         // One process works with a data folder; whoever shares an instance keeps nothing.
         let archive = if owns_instance { Some(archive(config)?) } else { None };
@@ -213,15 +238,13 @@ impl Plane {
             (None, Left::default())
         };
         let installation = if owns_instance { Some(installation_id(config)?) } else { None };
-        let image = first_image(&docker, config).await;
+        let image = first_image(engine.as_ref(), config).await;
         if let Some(installation) = installation {
-            claim(&docker, config, installation).await?;
+            claim(engine.as_ref(), config, installation).await?;
         }
         if let Some(image) = image {
-            docker.prepare(&image).await.map_err(|e| engine_error(config, e))?;
+            engine.prepare(&image).await.map_err(|e| engine_error(config, e))?;
         }
-        let metrics = Metrics::new();
-        let engine: Arc<dyn Engine> = Arc::new(Metered::new(docker, metrics.clone()));
         let instance = config.engine.instance.clone();
         let keys = Arc::new(KeyRing::new(state.clone(), std::mem::take(&mut left.api_keys)));
         // Who runs code on this machine without a server is no tenant.
@@ -371,11 +394,50 @@ pub fn backup(config: &Config, to: &Path) -> Result<(), StartError> {
     state::backup(folder, to).map_err(|source| StartError::State { path: state::path_in(folder), source })
 }
 
-/// Connects to the engine that the configuration names, with the guest's files at hand.
+/// Holds the engine for a server that does not, until it is told to stop. `ready` is called with the socket once calls are answered.
 ///
 /// # Errors
 /// See [`StartError`].
-pub async fn connect(config: &Config) -> Result<DockerEngine, StartError> {
+pub async fn guard(config: &Config, stop: Stop, ready: impl FnOnce(&Path)) -> Result<(), StartError> {
+    if config.engine.guard().is_some() {
+        return Err(StartError::GuardOfGuard { host: config.engine.host.clone() });
+    }
+    let socket = &config.guard.socket;
+    let failed = |error: io::Error| BindError { path: socket.clone(), reason: error.to_string() };
+    let own = tokio::net::UnixStream::pair().and_then(|(one, _other)| one.peer_cred()).map_err(failed)?.uid();
+    let users: Vec<u32> = [Some(own), config.guard.user].into_iter().flatten().collect();
+    // Listened on first: a second guard finds out before it touches the engine.
+    let listener = guard::bind(socket, users.iter().any(|user| *user != own)).await?;
+    let engine: Arc<dyn Engine> = Arc::new(connect_docker(config).await?);
+    let guard = Guard::new(engine, policy(config)).await.map_err(|e| engine_error(config, e))?;
+    ready(socket);
+    Arc::new(guard).serve(listener, users, stop.asked).await;
+    Ok(())
+}
+
+/// Asks the guard of this machine whether it and its engine answer.
+///
+/// # Errors
+/// See [`StartError`].
+pub async fn check_guard(config: &Config) -> Result<(), StartError> {
+    connect_guard(&config.guard.socket, config).await.map(drop)
+}
+
+/// The engine that the configuration names, or the guard that has it.
+async fn connect(config: &Config) -> Result<Arc<dyn Engine>, StartError> {
+    match config.engine.guard() {
+        Some(socket) => Ok(Arc::new(connect_guard(&socket, config).await?)),
+        None => Ok(Arc::new(connect_docker(config).await?)),
+    }
+}
+
+async fn connect_guard(socket: &Path, config: &Config) -> Result<GuardEngine, StartError> {
+    let connected = GuardEngine::connect(socket.to_owned(), &config.engine.instance).await;
+    connected.map_err(|source| StartError::Guard { socket: socket.to_owned(), source })
+}
+
+/// With the guest's files at hand.
+async fn connect_docker(config: &Config) -> Result<DockerEngine, StartError> {
     let section = &config.engine;
     let settings = DockerSettings {
         host: Some(section.host.clone()),
@@ -388,6 +450,32 @@ pub async fn connect(config: &Config) -> Result<DockerEngine, StartError> {
         starts_at_once: config.limits.concurrent_starts as usize,
     };
     DockerEngine::connect(settings).await.map_err(|e| engine_error(config, e))
+}
+
+/// What a guard permits: what the server that it stands before would ask for.
+fn policy(config: &Config) -> Policy {
+    let permitted = |template: &Template| Permitted {
+        image: template.image.clone(),
+        runtime: template.runtime.clone(),
+        most: template.max_resources,
+    };
+    let ceilings = ceilings(config);
+    Policy {
+        instance: config.engine.instance.clone(),
+        templates: config.templates.values().map(permitted).collect(),
+        pull: pull(config),
+        cells: ceilings.sessions,
+        cpu_millis: ceilings.cpu_millis,
+        memory_bytes: ceilings.memory_bytes,
+        creates_per_minute: config.guard.creates_per_minute,
+    }
+}
+
+fn pull(config: &Config) -> Pull {
+    match config.engine.pull {
+        PullPolicy::Never => Pull::Never,
+        PullPolicy::Missing => Pull::Missing,
+    }
 }
 
 /// No round of the reconciler begins after this. Where nothing stays, the instance's name is free then.
@@ -409,10 +497,10 @@ async fn end_rounds(reconciler: &Reconciler, after: AfterDrain) {
 
 /// The id of the first template image that is there, the default template's before others. Without one nothing can start yet: each create says so, and the
 /// first one that can puts the guest in place.
-async fn first_image(docker: &DockerEngine, config: &Config) -> Option<String> {
+async fn first_image(engine: &dyn Engine, config: &Config) -> Option<String> {
     let default = config.templates.get(&config.default_template);
     for template in default.into_iter().chain(config.templates.values()) {
-        match docker.resolve_image(&template.image, Pull::Never).await {
+        match engine.resolve_image(&template.image, Pull::Never).await {
             Ok(image) => return Some(image.id),
             Err(error) => tracing::warn!(template = template.name, %error, "a template's image is not there"),
         }
@@ -421,8 +509,8 @@ async fn first_image(docker: &DockerEngine, config: &Config) -> Option<String> {
 }
 
 /// Takes the instance's name. Before anything else is done on the engine: what is there may be another installation's.
-async fn claim(docker: &DockerEngine, config: &Config, installation: InstallationId) -> Result<(), StartError> {
-    match docker.claim(installation).await {
+async fn claim(engine: &dyn Engine, config: &Config, installation: InstallationId) -> Result<(), StartError> {
+    match engine.claim(installation).await {
         Ok(()) => Ok(()),
         // Nothing can run there yet. The reconciler tries again.
         Err(EngineError::Absent { .. }) => {
@@ -444,6 +532,9 @@ fn installation_id(config: &Config) -> Result<InstallationId, StartError> {
 }
 
 fn engine_error(config: &Config, source: EngineError) -> StartError {
+    if let Some(socket) = config.engine.guard() {
+        return StartError::Guard { socket, source };
+    }
     StartError::Engine { host: config.engine.host.clone(), source }
 }
 
@@ -514,18 +605,22 @@ fn pool_plans(config: &Config) -> Vec<Plan> {
 
 fn limits(config: &Config) -> Limits {
     Limits {
-        ceilings: Ceilings {
-            sessions: config.limits.sessions as usize,
-            cpu_millis: Some((config.limits.cpu * 1000.0) as u64).filter(|millis| *millis > 0),
-            memory_bytes: Some(config.limits.memory).filter(|bytes| *bytes > 0),
-            starts: config.limits.concurrent_starts as usize,
-            waiting: config.limits.queued_creates as usize,
-            patience: config.limits.create_wait,
-        },
+        ceilings: ceilings(config),
         session_retention: config.limits.session_retention,
         execution_retention: config.executions.retention_time,
         executions: config.executions.retention_count as usize,
         execution_bytes: config.executions.retention_size,
+    }
+}
+
+fn ceilings(config: &Config) -> Ceilings {
+    Ceilings {
+        sessions: config.limits.sessions as usize,
+        cpu_millis: Some((config.limits.cpu * 1000.0) as u64).filter(|millis| *millis > 0),
+        memory_bytes: Some(config.limits.memory).filter(|bytes| *bytes > 0),
+        starts: config.limits.concurrent_starts as usize,
+        waiting: config.limits.queued_creates as usize,
+        patience: config.limits.create_wait,
     }
 }
 

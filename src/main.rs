@@ -28,6 +28,10 @@ async fn main() -> ExitCode {
             Ok(config) => serve(&config).await,
             Err(code) => code,
         },
+        Command::Guard(args) => match load(&args.inputs(&environment)) {
+            Ok(config) => guard(&config, args.check).await,
+            Err(code) => code,
+        },
         Command::Run(args) => match load(&args.config.inputs(&environment)) {
             Ok(config) => run_once(args, cli.json, config).await,
             Err(code) => code,
@@ -63,13 +67,24 @@ async fn serve(config: &Config) -> u8 {
     let ready = |address| {
         tracing::info!(%address, version = env!("CARGO_PKG_VERSION"), "listening; GET /docs shows the API");
     };
-    match app::serve(config, stop, Some(log), ready).await {
-        Ok(()) => cli::OK,
-        Err(error) => {
-            eprintln!("cellblock: {error}");
-            cli::FAILED
-        }
+    exit_code(app::serve(config, stop, Some(log), ready).await)
+}
+
+async fn guard(config: &Config, check: bool) -> u8 {
+    if check {
+        return exit_code(app::check_guard(config).await);
     }
+    if let Err(error) = start_log(&config.log) {
+        eprintln!("cellblock: {error}");
+        return BAD_CONFIG;
+    }
+    let stop = app::Stop::default();
+    listen_to_signals(stop.clone());
+    let ready = |socket: &Path| {
+        let (socket, instance) = (socket.display(), &config.engine.instance);
+        tracing::info!(%socket, instance, version = env!("CARGO_PKG_VERSION"), "guarding the engine");
+    };
+    exit_code(app::guard(config, stop, ready).await)
 }
 
 async fn run_once(args: &cli::RunArgs, json: bool, config: Config) -> u8 {
@@ -83,7 +98,11 @@ async fn run_once(args: &cli::RunArgs, json: bool, config: Config) -> u8 {
 }
 
 fn backup(config: &Config, to: &Path) -> u8 {
-    match app::backup(config, to) {
+    exit_code(app::backup(config, to))
+}
+
+fn exit_code(outcome: Result<(), app::StartError>) -> u8 {
+    match outcome {
         Ok(()) => cli::OK,
         Err(error) => {
             eprintln!("cellblock: {error}");

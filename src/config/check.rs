@@ -33,6 +33,9 @@ pub(super) fn check(document: &Document, merge: &Merge) -> Vec<Mistake> {
     checker.mistakes
 }
 
+/// The longest path of a unix socket.
+const LONGEST_SOCKET: usize = 107;
+
 struct Checker<'a> {
     merge: &'a Merge,
     mistakes: Vec<Mistake>,
@@ -140,9 +143,13 @@ impl Checker<'_> {
         let engine = &document.engine;
         let host = engine.host.as_str();
         let over_tcp = ["tcp://", "http://", "https://"].iter().find_map(|scheme| host.strip_prefix(scheme));
-        let is_host = over_tcp.is_some_and(|rest| !rest.is_empty()) || host.starts_with("unix:///");
+        let is_local = host.starts_with("unix:///") || host.starts_with("guard:///");
+        let is_host = over_tcp.is_some_and(|rest| !rest.is_empty()) || is_local;
         self.require(is_host, &["engine.host"], || {
-            format!("{host:?} is none of unix:///path, tcp://host:port, http://host:port and https://host:port")
+            format!(
+                "{host:?} is none of unix:///path, tcp://host:port, http://host:port, https://host:port and \
+                 guard:///path"
+            )
         });
         let certificates = engine.tls_cert_dir.as_deref().map(|dir| dir.display().to_string());
         self.require(certificates.is_none() || over_tcp.is_some(), &["engine.tls_cert_dir", "engine.host"], || {
@@ -161,6 +168,13 @@ impl Checker<'_> {
         });
         self.positive(engine.start_timeout, "engine.start_timeout");
         self.uids(document);
+        let (guard, socket) = (&document.guard, document.guard.socket.as_os_str());
+        self.require(guard.socket.is_absolute() && socket.len() <= LONGEST_SOCKET, &["guard.socket"], || {
+            format!("{socket:?} is not an absolute path of at most {LONGEST_SOCKET} bytes")
+        });
+        self.require((1..=1_000_000).contains(&guard.creates_per_minute), &["guard.creates_per_minute"], || {
+            format!("{} is not within 1 to 1000000", guard.creates_per_minute)
+        });
     }
 
     fn uids(&mut self, document: &Document) {

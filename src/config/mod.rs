@@ -25,8 +25,8 @@ use std::path::{Path, PathBuf};
 pub use check::check_log_level;
 pub use environment::Environment;
 pub use sections::{
-    Audit, Auth, Drain, DrainContainers, EngineSection, Executions, Guest, KeySection, Limits, Log, LogFormat,
-    PullPolicy, Server,
+    Audit, Auth, Drain, DrainContainers, EngineSection, Executions, GuardSection, Guest, KeySection, Limits, Log,
+    LogFormat, PullPolicy, Server,
 };
 pub use source::{Mistake, Mistakes, Source};
 pub use units::{parse_duration, parse_size};
@@ -50,6 +50,8 @@ pub struct Config {
     pub drain: Drain,
     /// The Docker engine.
     pub engine: EngineSection,
+    /// What holds the engine for a server that does not.
+    pub guard: GuardSection,
     /// PID 1 of sessions.
     pub guest: Guest,
     /// How much of everything.
@@ -213,6 +215,7 @@ impl From<sections::Document> for Config {
             auth: document.auth,
             drain: document.drain,
             engine: document.engine,
+            guard: document.guard,
             guest: document.guest,
             limits: document.limits,
             quotas: QuotaTable {

@@ -9,7 +9,9 @@ use std::time::Duration;
 use jiff::Timestamp;
 use serde::Deserialize;
 
-use super::units::{address, duration, key_hash, moment, optional_address, optional_path, scopes, size};
+use super::units::{
+    address, duration, key_hash, moment, optional_address, optional_number, optional_path, scopes, size,
+};
 use crate::domain::access::{KeyHash, Scope};
 use crate::domain::quota::{Quota, Rate, Share};
 use crate::domain::spec::{
@@ -29,6 +31,7 @@ pub(super) struct Document {
     pub auth: Auth,
     pub drain: Drain,
     pub engine: EngineSection,
+    pub guard: GuardSection,
     pub guest: Guest,
     pub limits: Limits,
     pub classes: BTreeMap<String, Class>,
@@ -137,7 +140,7 @@ pub enum DrainContainers {
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct EngineSection {
-    /// `unix:///path`, `tcp://host:port`, `http://…` or `https://…`. Never empty.
+    /// `unix:///path`, `tcp://host:port`, `http://…`, `https://…` or `guard:///path`. Never empty.
     pub host: String,
     /// Folder with `ca.pem`, `cert.pem` and `key.pem`.
     #[serde(deserialize_with = "optional_path")]
@@ -169,6 +172,27 @@ pub enum PullPolicy {
     Never,
     /// Pull it.
     Missing,
+}
+
+impl EngineSection {
+    /// The socket of the guard that has the engine, where one stands between.
+    #[must_use]
+    pub fn guard(&self) -> Option<PathBuf> {
+        self.host.strip_prefix("guard://").map(PathBuf::from)
+    }
+}
+
+/// `cellblock guard`.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct GuardSection {
+    /// The socket that it listens on.
+    pub socket: PathBuf,
+    /// Who may call it beside its own user.
+    #[serde(deserialize_with = "optional_number")]
+    pub user: Option<u32>,
+    /// Containers that it makes at once, and again in each minute.
+    pub creates_per_minute: u32,
 }
 
 /// PID 1 of sessions.

@@ -53,6 +53,7 @@ fn defaults_have_no_mistakes_and_are_as_documented() {
     assert_eq!(config.engine.host, "unix:///var/run/docker.sock");
     assert_eq!(config.engine.docker_config, Some(PathBuf::from("/home/ada/.docker")));
     assert_eq!(config.guest.binary, None);
+    assert_eq!((config.engine.guard(), config.guard.user), (None, None));
     let (python, data) = (&config.templates["python"], &config.templates["data"]);
     assert_eq!((python.default_resources.memory_bytes, data.default_resources.memory_bytes), (512 * MIB, 1024 * MIB));
     assert_eq!(python.default_resources.cpu_millis, 1000);
@@ -301,6 +302,10 @@ fn rules_between_keys() {
         ("engine.uid_last = 40009", "engine.uid_last", "40000 to 40009 are 10 users"),
         ("engine.host = 'ssh://x'", "engine.host", "is none of unix:///path"),
         ("engine.tls_cert_dir = '/c'", "engine.tls_cert_dir", "for an engine over TCP"),
+        ("engine.host = 'guard://x'", "engine.host", "guard:///path"),
+        ("guard.socket = 'guard.sock'", "guard.socket", "not an absolute path"),
+        ("guard.user = 'ada'", "guard.user", "is not a whole number"),
+        ("guard.creates_per_minute = 0", "guard.creates_per_minute", "not within 1"),
         ("templates.data.env.'1A' = 'x'", "templates.data.env.1A", "no digit first"),
         ("templates.data.env.LD_PRELOAD = 'x'", "templates.data.env.LD_PRELOAD", "is reserved"),
         ("[templates.Mine]\nimage = 'x'", "templates.Mine", "a template's name"),
@@ -398,6 +403,14 @@ fn a_tenant_has_what_its_class_has_and_a_class_what_the_default_one_has() {
         told.lines().any(|line| line.starts_with("tenants.acme.sessions = 2") && line.ends_with(":4, classes.trial")),
         "{told}"
     );
+}
+
+#[test]
+fn a_guard_is_named_by_its_socket_and_its_caller_by_number() {
+    let text = "engine.host = 'guard:///run/x.sock'\n[guard]\nuser = '65532'";
+    let config = loaded(text, &[("CELLBLOCK__GUARD__SOCKET", "/run/y.sock")]).config;
+    assert_eq!(config.engine.guard(), Some(PathBuf::from("/run/x.sock")));
+    assert_eq!((config.guard.user, config.guard.socket), (Some(65_532), PathBuf::from("/run/y.sock")));
 }
 
 #[test]

@@ -163,6 +163,13 @@ pub(super) fn moment<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Optio
     text.parse().map(Some).map_err(wrong)
 }
 
+/// A whole number in quotes; empty means none.
+pub(super) fn optional_number<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<u32>, D::Error> {
+    let text = String::deserialize(deserializer)?;
+    let number = Some(text.trim()).filter(|text| !text.is_empty()).map(str::parse).transpose();
+    number.map_err(|_| D::Error::custom(format!("{text:?} is not a whole number from 0 to 4294967295")))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -2,8 +2,9 @@
 
 use std::io;
 use std::pin::Pin;
+use std::sync::Arc;
 use std::task::{Context, Poll, ready};
-use std::time::Instant;
+use std::time::{Instant, SystemTime};
 
 use async_trait::async_trait;
 use cellblock_wire::link::Report;
@@ -15,14 +16,14 @@ use crate::domain::ids::InstallationId;
 use crate::metrics::Metrics;
 
 /// An engine whose calls are counted.
-pub struct Metered<E> {
-    engine: E,
+pub struct Metered {
+    engine: Arc<dyn Engine>,
     metrics: Metrics,
 }
 
-impl<E: Engine> Metered<E> {
+impl Metered {
     /// Counts the calls to `engine`.
-    pub fn new(engine: E, metrics: Metrics) -> Self {
+    pub fn new(engine: Arc<dyn Engine>, metrics: Metrics) -> Self {
         Self { engine, metrics }
     }
 
@@ -60,13 +61,17 @@ impl EngineError {
 }
 
 #[async_trait]
-impl<E: Engine> Engine for Metered<E> {
+impl Engine for Metered {
     async fn info(&self) -> Result<EngineInfo, EngineError> {
         self.count("info", self.engine.info()).await
     }
 
     async fn resolve_image(&self, reference: &str, pull: Pull) -> Result<ImageInfo, EngineError> {
         self.count("resolve_image", self.engine.resolve_image(reference, pull)).await
+    }
+
+    async fn prepare(&self, image: &str) -> Result<(), EngineError> {
+        self.count("prepare", self.engine.prepare(image)).await
     }
 
     async fn ensure(&self, cell: &CellSpec) -> Result<ByteStream, EngineError> {
@@ -113,8 +118,8 @@ impl<E: Engine> Engine for Metered<E> {
         self.count("list", self.engine.list()).await
     }
 
-    fn watch(&self) -> BoxStream<'static, EngineEvent> {
-        self.engine.watch()
+    fn watch_since(&self, since: SystemTime) -> BoxStream<'static, EngineEvent> {
+        self.engine.watch_since(since)
     }
 }
 

@@ -209,7 +209,8 @@ impl Server {
         Self::spawn_in(self.config.clone(), Arc::clone(&self.folder), address).await
     }
 
-    async fn spawn_in(config: Config, folder: Arc<tempfile::TempDir>, address: SocketAddr) -> (Arc<Self>, u32) {
+    /// Starts the program with what [`configuration`] has made, at an address that is free.
+    pub async fn spawn_in(config: Config, folder: Arc<tempfile::TempDir>, address: SocketAddr) -> (Arc<Self>, u32) {
         let mut command = Command::new(env!("CARGO_BIN_EXE_cellblock"));
         let log = folder.path().join("log");
         let log = std::fs::OpenOptions::new().create(true).append(true).open(log).expect("a file");
