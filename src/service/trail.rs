@@ -95,6 +95,12 @@ impl Trail {
         TRAIL.scope(Arc::clone(self), work).await
     }
 
+    /// Where it came from.
+    #[must_use]
+    pub fn origin(&self) -> &Origin {
+        &self.origin
+    }
+
     /// What is known by now.
     #[must_use]
     pub fn told(&self) -> Told {
