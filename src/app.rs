@@ -9,19 +9,22 @@ use std::time::Duration;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
-use crate::config::{Config, DrainContainers, PullPolicy};
+use crate::config::{Config, DrainContainers, KeySection, PullPolicy};
 use crate::domain::ids::InstallationId;
-use crate::domain::spec::{self, SessionRequest, Template};
+use crate::domain::quota::QuotaTable;
+use crate::domain::spec::{self, PoolPlan, Template};
 use crate::engine::docker::{DockerEngine, DockerSettings, GuestFile};
 use crate::engine::metered::Metered;
 use crate::engine::{Engine, EngineError, Pull};
+use crate::http::door::{Door, Tries};
 use crate::http::{self, App};
 use crate::metrics::Metrics;
 use crate::service::Service;
 use crate::service::admin::Admin;
 use crate::service::audit::{Audit, AuditBounds};
-use crate::service::keys::{self, KeyRing, Principal, Scope};
+use crate::service::keys::{self, ConfiguredKey, KeyError, KeyHash, KeyRing, Principal, Scope};
 use crate::service::log::LogLevel;
+use crate::service::quotas::Quotas;
 use crate::session::capacity::Ceilings;
 use crate::session::pool::{self, Plan, Pool};
 use crate::session::reconcile::Reconciler;
@@ -37,6 +40,8 @@ const DRAIN_REMOVAL: Duration = Duration::from_secs(30);
 const LAST_ANSWERS: Duration = Duration::from_secs(3);
 /// The tenant of the key that is made at the first start.
 const FIRST_TENANT: &str = "default";
+/// Its name among others.
+const FIRST_KEY: &str = "api-key-file";
 /// Our launcher for `ipykernel`, beside the guest in its volume.
 const IPYKERNEL_LAUNCHER: &[u8] = include_bytes!("../crates/guest/launcher/ipykernel_launcher.py");
 
@@ -68,6 +73,14 @@ pub enum StartError {
         path: PathBuf,
         /// Why, and what to do.
         reason: String,
+    },
+    /// A key of the configuration can't be taken.
+    #[error("the API key \"{name}\" of the configuration can't be used: {reason}")]
+    ConfiguredKey {
+        /// Its name.
+        name: String,
+        /// Why.
+        reason: KeyError,
     },
     /// What is kept in the data folder can't be used.
     #[error("notebooks and blobs can't be kept in the data folder {}: {source}", path.display())]
@@ -163,6 +176,8 @@ impl Stop {
 pub struct Plane {
     /// Every command of the product.
     pub service: Arc<Service>,
+    /// Who may ask, as far as the database knows.
+    pub keys: Arc<KeyRing>,
     registry: Arc<Registry>,
     archive: Option<Archive>,
     after_drain: AfterDrain,
@@ -192,7 +207,7 @@ impl Plane {
         let (settings, limits) = (settings(config), limits(config));
         // One process works with a data folder; whoever shares an instance keeps nothing.
         let archive = if owns_instance { Some(archive(config)?) } else { None };
-        let (state, left) = if owns_instance {
+        let (state, mut left) = if owns_instance {
             open_state(config, archive.clone()).map(|(s, l)| (Some(s), l))?
         } else {
             (None, Left::default())
@@ -208,6 +223,10 @@ impl Plane {
         let metrics = Metrics::new();
         let engine: Arc<dyn Engine> = Arc::new(Metered::new(docker, metrics.clone()));
         let instance = config.engine.instance.clone();
+        let keys = Arc::new(KeyRing::new(state.clone(), std::mem::take(&mut left.api_keys)));
+        // Who runs code on this machine without a server is no tenant.
+        let table = if owns_instance { config.quotas.clone() } else { QuotaTable::default() };
+        let quotas = Quotas::new(table, state.clone(), std::mem::take(&mut left.usage));
         let pool = Pool::new(if owns_instance { pool_plans(config) } else { Vec::new() });
         let audit = state.clone().map(|state| audit(config, state)).transpose()?;
         let registry = Registry::new(Arc::clone(&engine), archive.clone(), state, instance, settings, limits, pool);
@@ -221,7 +240,9 @@ impl Plane {
             config.default_template.clone(),
             pull,
             archive.clone(),
-        );
+        )
+        .with_keys(Arc::clone(&keys))
+        .with_quotas(Arc::new(quotas));
         if let Some(log) = log {
             service = service.logging(log);
         }
@@ -252,7 +273,7 @@ impl Plane {
         } else {
             reconcile::remove_ended(engine.as_ref()).await.map_err(|e| engine_error(config, e))?;
         }
-        Ok(Self { service: Arc::new(service), registry, archive, after_drain, stop, reconciler, drain })
+        Ok(Self { service: Arc::new(service), keys, registry, archive, after_drain, stop, reconciler, drain })
     }
 
     /// Gives what runs a grace, and ends every session and waits until their containers are gone, or leaves them to the next process, as the
@@ -287,12 +308,17 @@ pub async fn serve(
     let listener = TcpListener::bind(address).await.map_err(listen_error)?;
     let local = listener.local_addr().map_err(listen_error)?;
     let admin = admin_listener(config).await?;
-    let keys = key_ring(&config.server.key_file())?;
+    let keys = configured_keys(config)?;
     let _lock = lock(&config.server.data_dir)?;
     let plane = Plane::start_logging(config, true, log).await?;
+    for key in keys {
+        let name = key.name.clone();
+        plane.keys.add(key).map_err(|reason| StartError::ConfiguredKey { name, reason })?;
+    }
+    let tries = Tries { most: config.auth.failures, within: config.auth.failure_window };
     let app = App {
         service: Arc::clone(&plane.service),
-        keys: Arc::new(keys),
+        door: Arc::new(Door::new(Arc::clone(&plane.keys), tries)),
         instance: Arc::from(config.engine.instance.as_str()),
         bounds: http::Bounds {
             body: usize::try_from(config.server.max_body).unwrap_or(usize::MAX),
@@ -474,14 +500,16 @@ fn settings(config: &Config) -> Settings {
     }
 }
 
-/// What is kept ready: of each template with a pool what a caller gets who asks for nothing.
+/// What is kept ready.
 fn pool_plans(config: &Config) -> Vec<Plan> {
-    let templates = config.templates.values().filter(|template| template.pool.max > 0);
-    let plan = |template: &Template| {
-        let spec = spec::resolve(template, &SessionRequest::default()).ok()?;
-        Some(Plan { spec, image: template.image.clone(), size: template.pool })
+    let plans = |template: &Template| {
+        let plan = |PoolPlan { request, size }: &PoolPlan| {
+            let spec = spec::resolve(template, request).ok().filter(|_| size.max > 0)?;
+            Some(Plan { spec, image: template.image.clone(), size: *size })
+        };
+        template.pools.iter().filter_map(plan).collect::<Vec<_>>()
     };
-    templates.filter_map(plan).collect()
+    config.templates.values().flat_map(plans).collect()
 }
 
 fn limits(config: &Config) -> Limits {
@@ -515,31 +543,50 @@ fn lock(folder: &Path) -> Result<std::fs::File, StartError> {
     Ok(file)
 }
 
-/// Reads the first key, or makes it. The file is its owner's alone.
-fn key_ring(path: &Path) -> Result<KeyRing, StartError> {
-    let failed = |reason: String| StartError::Key { path: path.to_owned(), reason };
-    let key = match std::fs::read_to_string(path) {
-        Ok(key) => {
-            check_mode(path).map_err(failed)?;
-            key
-        }
-        Err(error) if error.kind() == io::ErrorKind::NotFound => create_key(path).map_err(|e| failed(e.to_string()))?,
-        Err(error) => return Err(failed(error.to_string())),
+/// The first key, which is made where there is none, and those of the configuration.
+fn configured_keys(config: &Config) -> Result<Vec<ConfiguredKey>, StartError> {
+    let path = config.server.key_file();
+    let failed = |reason: String| StartError::Key { path: path.clone(), reason };
+    let hash = match std::fs::exists(&path) {
+        Ok(false) => hash_of(&create_key(&path).map_err(|e| failed(e.to_string()))?),
+        _ => read_key(&path),
     };
-    let mut ring = KeyRing::default();
-    let principal = Principal { tenant: Arc::from(FIRST_TENANT), scopes: Arc::new([Scope::Sessions, Scope::Admin]) };
-    ring.add(key.trim(), principal).map_err(|e| failed(format!("{e}; remove the file to have a new one made")))?;
-    Ok(ring)
+    let hash = hash.map_err(|reason| failed(format!("{reason}, or remove it to have a new one made")))?;
+    let principal = Principal::new(FIRST_TENANT, [Scope::Sessions, Scope::Admin]);
+    let first = ConfiguredKey { hash, name: FIRST_KEY.to_owned(), principal, expires_at: None };
+    let others = config.keys.iter().map(configured_key);
+    std::iter::once(Ok(first)).chain(others).collect()
+}
+
+fn configured_key(section: &KeySection) -> Result<ConfiguredKey, StartError> {
+    let hash = match (section.hash, &section.file) {
+        (Some(hash), _) => hash,
+        (None, Some(path)) => read_key(path).map_err(|reason| StartError::Key { path: path.clone(), reason })?,
+        // A section has one of both.
+        (None, None) => {
+            return Err(StartError::ConfiguredKey { name: section.name.clone(), reason: KeyError::Malformed });
+        }
+    };
+    let templates = section.templates.as_deref().map(Arc::from);
+    let principal = Principal { templates, ..Principal::new(section.tenant.as_str(), section.scopes.as_slice()) };
+    Ok(ConfiguredKey { hash, name: section.name.clone(), principal, expires_at: section.expires_at })
+}
+
+/// Reads a key from a file that nobody else may read. An error says what to do about it.
+fn read_key(path: &Path) -> Result<KeyHash, String> {
+    let key = std::fs::read_to_string(path).map_err(|e| e.to_string())?;
+    check_mode(path)?;
+    hash_of(key.trim())
+}
+
+fn hash_of(key: &str) -> Result<KeyHash, String> {
+    keys::hash(key).ok_or_else(|| format!("{}: put one in", KeyError::Malformed))
 }
 
 fn check_mode(path: &Path) -> Result<(), String> {
     use std::os::unix::fs::PermissionsExt;
     let mode = std::fs::metadata(path).map_err(|e| e.to_string())?.permissions().mode() & 0o777;
-    if mode & 0o077 == 0 {
-        Ok(())
-    } else {
-        Err(format!("others may read it (mode {mode:03o}); `chmod 600` it, or remove it to have a new one made"))
-    }
+    if mode & 0o077 == 0 { Ok(()) } else { Err(format!("others may read it (mode {mode:03o}): `chmod 600` it")) }
 }
 
 fn create_key(path: &Path) -> io::Result<String> {

@@ -78,6 +78,9 @@ async fn everything_that_changes_something_is_told_but_no_code_and_no_key() {
     server.send(request.header("x-request-id", "mine")).await.problem(404, "not-found");
     cell.look().await;
     cell.delete().await;
+    let made = server.post("/v1/keys", &json!({"name": "mine", "scopes": ["read"]})).await.json;
+    let key_place = format!("/v1/keys/{}", text(&made["id"]));
+    assert_eq!(server.delete(&key_place).await.status, 204);
 
     let all = events(&server, "").await;
     let expected = [
@@ -89,6 +92,8 @@ async fn everything_that_changes_something_is_told_but_no_code_and_no_key() {
         ("create_execution", "spec-rejected"),
         ("delete_session", "not-found"),
         ("delete_session", "ok"),
+        ("create_key", "ok"),
+        ("revoke_key", "ok"),
     ];
     assert_eq!(what(&all), expected);
     let first = &all[1];
@@ -104,6 +109,8 @@ async fn everything_that_changes_something_is_told_but_no_code_and_no_key() {
     assert_eq!((&all[0]["target"], &all[7]["target"]), (&json!(place), &json!(place)));
     assert_eq!((&all[4]["request_id"], &all[6]["request_id"]), (&json!("left"), &json!("mine")));
     assert!(text(&all[4]["execution_id"]).starts_with("exe") && all[4]["status"].is_null(), "{}", all[4]);
+    assert_eq!((&all[8]["target"], &all[9]["target"]), (&json!(key_place), &json!(key_place)));
+    assert!(text(&all[0]["key"]).starts_with("key") && all[3]["key"].is_null(), "{} {}", all[0], all[3]);
     filters_hold(&server, &cell.id, &all).await;
 
     let log = std::fs::read_to_string(server.data().parent().unwrap().join("log")).unwrap();
@@ -113,7 +120,7 @@ async fn everything_that_changes_something_is_told_but_no_code_and_no_key() {
     assert!(copied.lines().all(|line| serde_json::from_str::<Value>(line).is_ok()));
     let digits = server.key.trim_start_matches("cb_").to_owned();
     for (place, told) in [("the log", log), ("audit.file", copied), ("the audit", json!(all).to_string())] {
-        for secret in [MARK, &digits, wrong.trim_start_matches("cb_")] {
+        for secret in [MARK, &digits, text(&made["key"]).trim_start_matches("cb_"), wrong.trim_start_matches("cb_")] {
             let line = told.lines().find(|line| line.contains(secret));
             assert_eq!(line, None, "{place} tells what it must not");
         }
@@ -124,7 +131,7 @@ async fn everything_that_changes_something_is_told_but_no_code_and_no_key() {
 async fn filters_hold(server: &Arc<Server>, session: &str, all: &[Value]) {
     assert_eq!(events(server, &format!("&session={session}")).await.len(), 6);
     assert_eq!(events(server, "&action=create_execution").await.len(), 4);
-    assert_eq!(events(server, "&tenant=default").await.len(), 7);
+    assert_eq!(events(server, "&tenant=default").await.len(), 9);
     assert_eq!(events(server, "&tenant=other").await, Vec::<Value>::new());
     let since = text(&all[5]["at"]);
     let later: Vec<_> = all.iter().filter(|event| text(&event["at"]) >= since).cloned().collect();

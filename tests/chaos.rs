@@ -21,6 +21,8 @@ const PLACES: usize = 2;
 /// Callers at once where faults come at random, for this long.
 const CALLERS: usize = 3;
 const STORM: Duration = Duration::from_secs(15);
+/// How long the engine is stopped: longer than any answer of it or of a guest is waited for.
+const STALLED: Duration = Duration::from_secs(32);
 const SETTINGS: &str = r#"
 [limits]
 sessions = 2
@@ -175,9 +177,11 @@ async fn events(way: &Way) {
     for fault in [Break, Fail, HalfClose(5)] {
         way.proxy.fault(EVENTS, fault, 3);
         let cell = way.cell(&way.create().await);
-        // The present watch ends, and with it the links of sessions.
+        cell.run("x = 1").await;
+        // The present watch ends, and with it the links of sessions, which are opened again.
         assert!(way.proxy.cut() > 0);
-        cell.wait("ended").await;
+        assert_eq!(cell.value("x + 1").await, "2");
+        cell.delete().await;
         let other = way.cell(&way.create().await);
         let options = bollard::query_parameters::KillContainerOptionsBuilder::default().signal("SIGKILL").build();
         way.server.docker.kill_container(&other.containers().await[0], Some(options)).await.unwrap();
@@ -208,12 +212,18 @@ async fn away(way: &Way) {
     assert_eq!(refused.problem(503, "engine-unavailable")["retryable"], true);
     way.server.post("/v1/admin/reconcile", &Value::Null).await.problem(503, "engine-unavailable");
     way.server.get("/readyz").await.problem(503, "engine-unavailable");
-    cell.works().await;
+    let printed = cell.background("import time\nfor i in range(30):\n    print(i)\n    time.sleep(0.2)").await;
     way.proxy.cut();
-    // It can't be seen to be gone, so it has not ended.
-    cell.wait("ending").await;
-    way.proxy.calm();
-    cell.wait("ended").await;
+    // It can't be seen to be gone, so it has not ended, and what is asked waits.
+    let meanwhile = async {
+        tokio::time::sleep(2 * SECOND).await;
+        assert_eq!(cell.look().await["state"], "busy");
+        way.proxy.calm();
+        prints_all(way, &printed, 30).await;
+    };
+    let (asked, ()) = tokio::join!(cell.value("i + 1"), meanwhile);
+    assert_eq!(asked, "30");
+    cell.delete().await;
     way.is_whole("the engine was away").await;
 }
 
@@ -247,6 +257,47 @@ async fn hanging(way: &Way) {
     assert!(began.elapsed() < 9 * SECOND, "{:?}", began.elapsed());
     assert!(way.proxy.calm() >= 3);
     way.is_whole("the engine hung").await;
+}
+
+/// What was printed is there, without a gap or a repeat.
+async fn prints_all(way: &Way, execution: &str, count: usize) {
+    let events = way.server.follow(execution, 0).await.rest().await;
+    let expected: String = (0..count).map(|i| format!("{i}\n")).collect();
+    assert_eq!(server::joined(&events, "stdout"), expected);
+    assert_eq!(way.server.ended(execution).await["status"], "ok");
+}
+
+/// The engine stops in the middle of everything, for longer than any answer is waited for, and goes on: sessions go on too.
+async fn stalled(way: &Way, time: Duration) {
+    let (one, other) = (way.cell(&way.create().await), way.cell(&way.create().await));
+    other.run("x = 41").await;
+    let count = time.as_secs() as usize + 10;
+    let code = format!("import time\nfor i in range({count}):\n    print(i)\n    time.sleep(1)");
+    let printed = one.background_until_output(&code).await;
+    way.proxy.stall(true);
+    let began = Instant::now();
+    let meanwhile = async {
+        tokio::time::sleep(SECOND).await;
+        way.server.get("/readyz").await.problem(503, "engine-unavailable");
+        // Whatever concerns no container is answered as ever.
+        let looked = Instant::now();
+        assert_eq!((one.look().await["state"].clone(), looked.elapsed() < SECOND), (json!("busy"), true));
+        tokio::time::sleep(time.saturating_sub(began.elapsed())).await;
+        way.proxy.stall(false);
+        Instant::now()
+    };
+    let request = json!({"code": "x + 1", "timeout_seconds": 300});
+    let (answer, goes_on) = tokio::join!(other.execute(request), meanwhile);
+    println!("after {time:?} without an engine: an answer in {:?}", goes_on.elapsed());
+    let value = &answer["results"][0]["data"]["text/plain"];
+    assert_eq!((&answer["status"], value), (&json!("ok"), &json!("42")), "{answer}");
+    prints_all(way, &printed, count).await;
+    for cell in [one, other] {
+        assert_eq!(cell.look().await["end_reason"], Value::Null);
+        cell.works().await;
+        cell.delete().await;
+    }
+    way.is_whole("the engine was stopped").await;
 }
 
 /// One caller, who is content with any true answer.
@@ -328,6 +379,7 @@ async fn nothing_is_lost_on_a_bad_way_to_the_engine() {
         away(&one).await;
     };
     let slow = async {
+        stalled(&other, STALLED).await;
         too_late(&other).await;
         hanging(&other).await;
     };
@@ -335,4 +387,12 @@ async fn nothing_is_lost_on_a_bad_way_to_the_engine() {
     for way in [one, other] {
         way.server.finish().await.unwrap();
     }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "takes two minutes; `make soak` runs it"]
+async fn an_engine_that_stops_for_a_minute_costs_nothing() {
+    let way = Way::open().await;
+    stalled(&way, Duration::from_secs(75)).await;
+    way.server.finish().await.unwrap();
 }

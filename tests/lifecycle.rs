@@ -32,7 +32,7 @@ use tokio_util::sync::CancellationToken;
 
 const INSTANCE: &str = "fake";
 /// How long anything here may take before it counts as never.
-const NEVER: Duration = Duration::from_secs(20);
+const NEVER: Duration = Duration::from_secs(40);
 
 struct Bench {
     engine: Arc<FakeEngine>,
@@ -90,7 +90,7 @@ impl Bench {
         let templates = BTreeMap::from([("t".to_owned(), template)]);
         let service = Service::new(Arc::clone(&registry), shared, templates, "t".to_owned(), Pull::Never, None);
         let service = Arc::new(service);
-        let who = Principal { tenant: Arc::from("one"), scopes: Arc::new([Scope::Sessions]) };
+        let who = Principal::new("one", [Scope::Sessions]);
         let installation = InstallationId::from_uuid(uuid::Uuid::from_u128(1));
         Self { engine, registry, service, who, installation }
     }
@@ -160,7 +160,7 @@ fn template() -> Template {
         setup: String::new(),
         on_kernel_death: OnKernelDeath::Restart,
         on_guest_lost: OnGuestLost::End,
-        pool: cellblock::domain::spec::PoolSize::default(),
+        pools: Vec::new(),
         on_idle: OnIdle::Delete,
     }
 }
@@ -265,8 +265,12 @@ async fn a_caller_that_goes_away_changes_nothing() {
     let request = SessionRequest { name: Some("kept".to_owned()), ..SessionRequest::default() };
     let creating = bench.service.create_session(&bench.who, &request, true, None);
     assert!(tokio::time::timeout(Duration::from_millis(50), creating).await.is_err(), "it was too quick to be left");
-    let [session] =
-        bench.service.list_sessions(&bench.who, &cellblock::service::Filter::default(), None).try_into().unwrap();
+    let [session] = bench
+        .service
+        .list_sessions(&bench.who, &cellblock::service::Filter::default(), None)
+        .unwrap()
+        .try_into()
+        .unwrap();
     bounded(session.wait_for(|s| s.phase == Phase::Ready)).await;
     assert_eq!(bench.run(&session, "hello", 5.0).await.status(), Status::Ok);
 }
@@ -915,6 +919,71 @@ async fn a_link_that_is_lost_while_others_pause_is_opened_again() {
 }
 
 #[tokio::test]
+async fn a_link_that_breaks_costs_a_session_nothing() {
+    let bench = Bench::new();
+    let session = bench.create().await.unwrap();
+    let cell = cell_of(&session);
+    let running = bench.start(&session, "hang", 10.0).await.unwrap();
+    let waiting = bench.start(&session, "print once", 10.0).await.unwrap();
+    // The engine is away, and nothing is decided while it is.
+    bench.engine.faults(|f| f.unreachable = true);
+    bench.engine.cut_links(&cell);
+    bench.reconciler().round().await.unwrap_err();
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    assert_eq!((session.phase(), running.status()), (Phase::Ready, Status::Running));
+    // What is asked meanwhile is done afterwards.
+    bench.service.cancel(&bench.who, running.id).unwrap();
+    bench.engine.faults(|f| f.unreachable = false);
+    bounded(running.ended()).await;
+    bounded(waiting.ended()).await;
+    assert_eq!((running.status(), waiting.status()), (Status::Cancelled, Status::Ok));
+    goes_on_with(&bench, &session, 3).await;
+}
+
+/// Each thing that a guest is told, done and not heard to be done, is done once.
+#[tokio::test]
+async fn what_is_said_again_is_done_once() {
+    let bench = Bench::new();
+    let session = bench.create().await.unwrap();
+    let cell = cell_of(&session);
+    bench.engine.lose_answers(&cell, 1);
+    let execution = bench.run(&session, "print once", 5.0).await;
+    assert_eq!((execution.outcome().stdout.as_str(), bench.engine.answers_to_lose(&cell)), ("once", 0));
+    // An interrupt.
+    let running = bench.start(&session, "hang", 10.0).await.unwrap();
+    bounded(async {
+        while running.status() != Status::Running {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    })
+    .await;
+    bench.engine.lose_answers(&cell, 1);
+    bench.service.cancel(&bench.who, running.id).unwrap();
+    bounded(running.ended()).await;
+    assert_eq!((running.status(), bench.engine.answers_to_lose(&cell)), (Status::Cancelled, 0));
+    goes_on_with(&bench, &session, 3).await;
+    // The end of a kernel, the start of another, and what it is asked first.
+    bench.engine.lose_answers(&cell, 3);
+    bounded(bench.service.restart(&bench.who, session.id, None)).await.unwrap();
+    assert_eq!((bench.engine.answers_to_lose(&cell), bench.engine.kernels_started()), (0, 2));
+    assert_eq!(bench.run(&session, "hello", 5.0).await.outcome().execution_count, Some(1));
+}
+
+#[tokio::test]
+async fn an_engine_that_stays_away_for_longer_than_a_lease_has_lost_its_sessions() {
+    let bench = Bench::with(|settings, _| settings.orphan_timeout = Duration::from_secs(2));
+    let session = bench.create().await.unwrap();
+    let running = bench.start(&session, "hang", 10.0).await.unwrap();
+    bench.engine.faults(|f| f.unreachable = true);
+    bench.engine.cut_links(&cell_of(&session));
+    bounded(running.ended()).await;
+    assert_eq!((running.status(), session.phase()), (Status::Lost, Phase::Ending(EndReason::Lost)));
+    bench.engine.faults(|f| f.unreachable = false);
+    assert_eq!(end_of(&session).await, EndReason::Lost);
+    assert_eq!(bench.cells().await, 0);
+}
+
+#[tokio::test]
 async fn what_no_event_has_told_is_seen_by_the_next_round() {
     let bench = Bench::new();
     let session = bench.create().await.unwrap();
@@ -971,8 +1040,12 @@ async fn nothing_is_accepted_while_the_database_can_not_be_written() {
 }
 
 async fn goes_on(bench: &Bench, session: &Session) {
+    goes_on_with(bench, session, 2).await;
+}
+
+async fn goes_on_with(bench: &Bench, session: &Session, count: u64) {
     let execution = bench.run(session, "hello", 5.0).await;
-    assert_eq!((execution.status(), execution.outcome().execution_count), (Status::Ok, Some(2)));
+    assert_eq!((execution.status(), execution.outcome().execution_count), (Status::Ok, Some(count)));
     assert_eq!((session.phase(), bench.engine.kernels_started()), (Phase::Ready, 1), "the kernel is the same");
 }
 

@@ -180,3 +180,34 @@ async fn a_killed_server_leaves_nothing_of_its_pool() {
     assert_eq!(second.containers("").await.len(), 3, "the claimed one, and a pool of its own");
     second.finish().await.unwrap();
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_pool_holds_what_its_resources_are_asked_for() {
+    let other = "other = [{ memory = \"224MiB\", pids = 64, max = 1, min = 1 }]\n[templates.bare]";
+    let server = Server::start(&SETTINGS.replace("min = 2", "min = 1").replace("[templates.bare]", other)).await;
+    let both_ready = async {
+        loop {
+            let pools = server.get("/v1/pools").await.json["pools"].clone();
+            if pools.as_array().unwrap().iter().all(|pool| pool["ready"] == 1) {
+                return pools;
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    };
+    let pools = tokio::time::timeout(Duration::from_secs(60), both_ready).await.unwrap();
+    let resources: Vec<_> = pools.as_array().unwrap().iter().map(|p| p["resources"]["memory_mb"].clone()).collect();
+    assert_eq!(resources, [160, 224]);
+    for (asked, source, memory) in [
+        (json!({}), "warm", 160),
+        (json!({"memory_mb": 224, "pids": 64}), "warm", 224),
+        (json!({"memory_mb": 224}), "cold", 224),
+    ] {
+        let cell = server.create(json!({"resources": asked})).await;
+        let view = &cell.view;
+        assert_eq!((&view["source"], &view["resources"]["memory_mb"]), (&json!(source), &json!(memory)), "{view}");
+        let seen = "open(next(p for p in ('/sys/fs/cgroup/memory/memory.limit_in_bytes', '/sys/fs/cgroup/memory.max') if os.path.exists(p))).read()";
+        let limit = cell.value(&format!("import os\nint({seen}) >> 20")).await;
+        assert_eq!(limit, memory.to_string(), "as its container has it");
+    }
+    server.finish().await.unwrap();
+}

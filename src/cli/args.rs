@@ -51,6 +51,9 @@ pub enum Command {
     Resume(SessionsArgs),
     /// List templates with their images.
     Images(ServerArgs),
+    /// Make, list and revoke API keys; needs a key of scope admin.
+    #[command(subcommand)]
+    Keys(KeysCommand),
     /// Run code once, in a container that is thrown away; needs Docker but no server.
     Run(RunArgs),
     /// Check the configuration; print every value and where it came from, or every mistake.
@@ -193,6 +196,62 @@ pub struct SessionsArgs {
     /// Ids or names.
     #[arg(value_name = "SESSION", required = true)]
     pub sessions: Vec<String>,
+    /// The server.
+    #[command(flatten)]
+    pub server: ServerArgs,
+}
+
+/// What to do with API keys.
+#[derive(Debug, Clone, Subcommand)]
+pub enum KeysCommand {
+    /// Make a key and print it: it is shown this once.
+    Create(CreateKeyArgs),
+    /// List keys, of all tenants.
+    List(ListKeysArgs),
+    /// Revoke keys: no request with them is accepted any more.
+    Revoke(RevokeKeysArgs),
+}
+
+/// Make a key.
+#[derive(Debug, Clone, Args)]
+pub struct CreateKeyArgs {
+    /// A name for people.
+    #[arg(value_name = "NAME")]
+    pub name: String,
+    /// Whose it is to be; the tenant of the key that asks without it.
+    #[arg(long, value_name = "TENANT")]
+    pub tenant: Option<String>,
+    /// What it is to allow: sessions, read or admin; may be repeated.
+    #[arg(long = "scope", value_name = "SCOPE", value_parser = ["sessions", "read", "admin"], default_value = "sessions")]
+    pub scopes: Vec<String>,
+    /// Allow this template only; may be repeated.
+    #[arg(long = "template", value_name = "NAME")]
+    pub templates: Vec<String>,
+    /// It is not valid any more after this long, such as 12h or 90d.
+    #[arg(long, value_name = "TIME", value_parser = seconds)]
+    pub expires: Option<Duration>,
+    /// The server.
+    #[command(flatten)]
+    pub server: ServerArgs,
+}
+
+/// List keys.
+#[derive(Debug, Clone, Args)]
+pub struct ListKeysArgs {
+    /// Only this tenant's.
+    #[arg(long, value_name = "TENANT")]
+    pub tenant: Option<String>,
+    /// The server.
+    #[command(flatten)]
+    pub server: ServerArgs,
+}
+
+/// Revoke keys.
+#[derive(Debug, Clone, Args)]
+pub struct RevokeKeysArgs {
+    /// Ids.
+    #[arg(value_name = "ID", required = true)]
+    pub ids: Vec<String>,
     /// The server.
     #[command(flatten)]
     pub server: ServerArgs,
@@ -396,6 +455,10 @@ mod tests {
             "cellblock rm",
             "cellblock pause",
             "cellblock resume",
+            "cellblock keys",
+            "cellblock keys create",
+            "cellblock keys create ci --scope root",
+            "cellblock keys revoke",
             "cellblock rm chat --all",
             "cellblock rm chat --label a=b",
             "cellblock rm --label a=b",

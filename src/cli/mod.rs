@@ -5,6 +5,7 @@ mod args;
 mod client;
 mod commands;
 mod images;
+mod keys;
 mod problem;
 mod render;
 #[cfg(test)]
@@ -39,6 +40,7 @@ pub async fn perform(cli: &Cli, environment: &Environment) -> Option<u8> {
         Command::Pause(args) => commands::pause(args, cli.json, environment).await,
         Command::Resume(args) => commands::resume(args, cli.json, environment).await,
         Command::Images(args) => commands::images(args, cli.json, environment).await,
+        Command::Keys(command) => keys::perform(command, cli.json, environment).await,
         Command::Health(args) => commands::health(args, cli.json, environment).await,
         Command::CheckConfig(args) => check_config(args, cli.json, environment),
         Command::Completions { shell } => completions(*shell),

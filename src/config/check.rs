@@ -5,20 +5,25 @@ use std::time::Duration;
 use super::merge::Merge;
 use super::sections::{Bounds, Document, Server, TemplateSection};
 use super::source::{Key, Mistake, Source, dotted, key_of};
-use crate::domain::spec::{self, KERNEL_FLOOR, MIB};
+use crate::domain::spec::{self, KERNEL_FLOOR, MIB, PoolSize};
 
 /// A container lives at least so long without hearing of a server, which it does when it is asked whether it lives.
 const LEAST_LEASE: Duration = Duration::from_secs(15);
+/// What names of keys and tenants are.
+const NAME: &str = "allowed are 1 to 64 letters, digits, \".\", \"_\" and \"-\"";
 
 /// Checks everything, each rule by itself.
 pub(super) fn check(document: &Document, merge: &Merge) -> Vec<Mistake> {
     let mut checker = Checker { merge, mistakes: Vec::new() };
     checker.server(document);
+    checker.keys(document);
     checker.engine(document);
     checker.amounts(document);
+    checker.quotas(document);
     checker.log(document);
     checker.default_template(document);
-    let least: u32 = document.templates.values().filter(|t| t.enabled).map(|t| t.pool.min).sum();
+    let least: u32 =
+        document.templates.values().filter(|t| t.enabled).flat_map(|t| t.pool.plans()).map(|p| p.size.min).sum();
     checker.require(least <= document.limits.sessions, &["limits.sessions"], || {
         format!("the pools of all templates are to hold {least} sessions at least, which is more: lower pool.min")
     });
@@ -97,6 +102,38 @@ impl Checker<'_> {
         self.require(admin != server.listen || admin.port() == 0, &[key, "server.listen"], || {
             format!("{admin} is where the API listens (server.listen): the admin listener needs a port of its own")
         });
+    }
+
+    fn keys(&mut self, document: &Document) {
+        let auth = &document.auth;
+        self.require((1..=1_000_000).contains(&auth.failures), &["auth.failures"], || {
+            format!("{} is not within 1 to 1000000", auth.failures)
+        });
+        self.positive(auth.failure_window, "auth.failure_window");
+        let offered = |name: &String| document.templates.get(name).is_some_and(|template| template.enabled);
+        for (at, key) in document.keys.iter().enumerate() {
+            let before = &document.keys[..at];
+            let unknown = key.templates.iter().flatten().find(|name| !offered(name));
+            let mistakes = [
+                (!spec::is_name(&key.name)).then(|| format!("name: {NAME}")),
+                (!spec::is_name(&key.tenant)).then(|| format!("tenant: {NAME}")),
+                key.scopes.is_empty().then(|| "scopes: name one at least".to_owned()),
+                key.templates
+                    .as_ref()
+                    .is_some_and(Vec::is_empty)
+                    .then(|| "templates: name one, or leave it out".to_owned()),
+                unknown.map(|name| format!("templates: {name:?} is none of the enabled templates")),
+                (key.hash.is_some() == key.file.is_some()).then(|| "give either hash or file".to_owned()),
+                before.iter().any(|other| other.name == key.name).then(|| "another key has this name".to_owned()),
+                before
+                    .iter()
+                    .any(|other| other.hash.is_some() && other.hash == key.hash)
+                    .then(|| "another key has this hash".to_owned()),
+            ];
+            for mistake in mistakes.into_iter().flatten() {
+                self.require(false, &["keys"], || format!("key {} ({:?}): {mistake}", at + 1, key.name));
+            }
+        }
     }
 
     fn engine(&mut self, document: &Document) {
@@ -180,6 +217,32 @@ impl Checker<'_> {
         });
     }
 
+    fn quotas(&mut self, document: &Document) {
+        let classes = document.classes.iter().map(|(name, class)| ("classes", name, class));
+        let tenants = document.tenants.iter().map(|(name, tenant)| ("tenants", name, &tenant.quota));
+        for (kind, name, quota) in classes.chain(tenants) {
+            let key = |field: &str| format!("{kind}.{name}.{field}");
+            self.require(spec::is_name(name), &[&format!("{kind}.{name}")], || NAME.to_owned());
+            self.require(quota.cpu == 0.0 || (0.05..=1e6).contains(&quota.cpu), &[&key("cpu")], || {
+                format!("{} is not within 0.05 to 1000000, nor 0 for no limit", quota.cpu)
+            });
+            let rate = quota.requests_per_second;
+            self.require(rate == 0.0 || (0.001..=1e6).contains(&rate), &[&key("requests_per_second")], || {
+                format!("{rate} is not within 0.001 to 1000000, nor 0 for no limit")
+            });
+            self.require(quota.request_burst <= 1_000_000, &[&key("request_burst")], || {
+                format!("{} is above 1000000", quota.request_burst)
+            });
+        }
+        let known = document.classes.keys().map(String::as_str).collect::<Vec<_>>().join(", ");
+        for (name, tenant) in &document.tenants {
+            let class = &tenant.class;
+            self.require(document.classes.contains_key(class), &[&format!("tenants.{name}.class")], || {
+                format!("{class:?} is none of the classes that have a key of their own: {known}")
+            });
+        }
+    }
+
     fn log(&mut self, document: &Document) {
         let level = &document.log.level;
         self.require(check_log_level(level).is_ok(), &["log.level"], || {
@@ -205,6 +268,38 @@ impl Checker<'_> {
         });
         self.require(max <= sessions, &[&keys[1], "limits.sessions"], || {
             format!("{max} don't fit into the {sessions} of limits.sessions, which callers need too")
+        });
+        self.other_pools(name, template, sessions);
+    }
+
+    /// Pools of other resources: what a caller could ask for, and each something else.
+    fn other_pools(&mut self, name: &str, template: &TemplateSection, sessions: u32) {
+        let key = format!("templates.{name}.pool.other");
+        let resolved = template.clone().into_template(name.to_owned());
+        let mut kinds = Vec::new();
+        for (at, plan) in resolved.pools.iter().enumerate() {
+            let number = at.max(1);
+            match spec::resolve(&resolved, &plan.request) {
+                Ok(spec) if kinds.contains(&spec.resources) => self.require(false, &[&key], || {
+                    format!("number {number} has the resources of another pool: give it others, or leave it out")
+                }),
+                Ok(spec) => kinds.push(spec.resources),
+                // Of the first, the template's own resources are the mistake, which is told there.
+                Err(errors) if at > 0 => errors.into_iter().for_each(|error| {
+                    self.require(false, &[&key], || {
+                        format!("number {number}, {}: {}", &error.pointer[1..], error.message)
+                    })
+                }),
+                Err(_) => {}
+            }
+            let PoolSize { min, max } = plan.size;
+            self.require(at == 0 || (min <= max && max <= sessions), &[&key, "limits.sessions"], || {
+                format!("number {number} is to hold {min} to {max}: min is at most max, and max at most limits.sessions, {sessions}")
+            });
+        }
+        let sizes = template.pool.other.iter().flat_map(|pool| [pool.memory, pool.disk]).flatten();
+        self.require(sizes.into_iter().all(|size| size.0 % MIB == 0), &[&key], || {
+            "memory and disk are whole MiB, as callers ask for them".to_owned()
         });
     }
 

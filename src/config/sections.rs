@@ -6,21 +6,33 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use jiff::Timestamp;
 use serde::Deserialize;
 
-use super::units::{address, duration, optional_address, optional_path, size};
-use crate::domain::spec::{self, KernelTransport, NetworkMode, OutputLimits, Resources, Template, Timeouts};
+use super::units::{address, duration, key_hash, moment, optional_address, optional_path, scopes, size};
+use crate::domain::access::{KeyHash, Scope};
+use crate::domain::quota::{Quota, Rate, Share};
+use crate::domain::spec::{
+    self, KernelTransport, MIB, NetworkMode, OutputLimits, PoolPlan, PoolSize, Resources, SessionRequest, Template,
+    Timeouts,
+};
 
 /// The whole document, all layers merged and templates with what they inherit.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Document {
     pub default_template: String,
+    #[expect(dead_code, reason = "read for its form; it says where more of the document stands")]
+    pub templates_dir: String,
+    pub keys: Vec<KeySection>,
     pub server: Server,
+    pub auth: Auth,
     pub drain: Drain,
     pub engine: EngineSection,
     pub guest: Guest,
     pub limits: Limits,
+    pub classes: BTreeMap<String, Class>,
+    pub tenants: BTreeMap<String, Tenant>,
     pub executions: Executions,
     pub audit: Audit,
     pub log: Log,
@@ -65,6 +77,42 @@ impl Server {
     pub fn key_file(&self) -> PathBuf {
         self.api_key_file.clone().unwrap_or_else(|| self.data_dir.join("api-key"))
     }
+}
+
+/// An API key of the configuration.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct KeySection {
+    /// For people.
+    pub name: String,
+    /// Whose it is.
+    pub tenant: String,
+    /// What it allows.
+    #[serde(deserialize_with = "scopes")]
+    pub scopes: Vec<Scope>,
+    /// The templates that it allows; none: all.
+    #[serde(default)]
+    pub templates: Option<Vec<String>>,
+    /// It is none any more from then on.
+    #[serde(default, deserialize_with = "moment")]
+    pub expires_at: Option<Timestamp>,
+    /// Of the key; this or a file.
+    #[serde(default, deserialize_with = "key_hash")]
+    pub hash: Option<KeyHash>,
+    /// A file with the key.
+    #[serde(default)]
+    pub file: Option<PathBuf>,
+}
+
+/// Keys that are not valid.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Auth {
+    /// So many may come from one address …
+    pub failures: u32,
+    /// … within this time.
+    #[serde(deserialize_with = "duration")]
+    pub failure_window: Duration,
 }
 
 /// What happens when the server stops.
@@ -157,6 +205,49 @@ pub struct Limits {
     pub concurrent_starts: u32,
     /// Contexts of one session.
     pub contexts: u32,
+}
+
+/// What a tenant may have and do; 0 is no limit.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Class {
+    pub sessions: u32,
+    pub cpu: f64,
+    #[serde(deserialize_with = "size")]
+    pub memory: u64,
+    pub executions: u32,
+    #[serde(deserialize_with = "size")]
+    pub storage: u64,
+    pub cpu_seconds_a_day: u64,
+    pub requests_per_second: f64,
+    pub request_burst: u32,
+}
+
+/// A tenant, with what it has of its class. Other fields are refused by the schema.
+#[derive(Debug, Clone, Deserialize)]
+pub(super) struct Tenant {
+    pub class: String,
+    #[serde(flatten)]
+    pub quota: Class,
+}
+
+impl Class {
+    pub(super) fn quota(&self) -> Quota {
+        // Amounts are checked to be small elsewhere; until then casts saturate.
+        let burst = if self.request_burst == 0 { self.requests_per_second.ceil() as u32 } else { self.request_burst };
+        let rate = Rate { per_second: self.requests_per_second, burst: burst.max(1) };
+        Quota {
+            share: Share {
+                sessions: Some(self.sessions).filter(|most| *most > 0),
+                cpu_millis: Some((self.cpu * 1000.0).round() as u64).filter(|most| *most > 0),
+                memory_bytes: Some(self.memory).filter(|most| *most > 0),
+            },
+            executions: Some(self.executions).filter(|most| *most > 0),
+            stored_bytes: Some(self.storage).filter(|most| *most > 0),
+            cpu_seconds_a_day: Some(self.cpu_seconds_a_day).filter(|most| *most > 0),
+            requests: Some(rate).filter(|rate| rate.per_second > 0.0),
+        }
+    }
 }
 
 /// Executions.
@@ -283,11 +374,51 @@ pub(super) enum OnGuestLost {
 }
 
 /// Sessions that are made before anybody asks.
-#[derive(Debug, Clone, Copy, Deserialize)]
+#[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Pool {
     pub min: u32,
     pub max: u32,
+    pub other: Vec<OtherPool>,
+}
+
+/// The same with resources other than the template's own.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct OtherPool {
+    pub cpu: Option<f64>,
+    pub memory: Option<Size>,
+    pub disk: Option<Size>,
+    pub pids: Option<u64>,
+    #[serde(default)]
+    pub min: u32,
+    pub max: u32,
+}
+
+#[derive(Debug, Clone, Copy, Deserialize)]
+pub(super) struct Size(#[serde(deserialize_with = "size")] pub u64);
+
+impl Pool {
+    /// All of them, the template's own first.
+    pub(super) fn plans(&self) -> Vec<PoolPlan> {
+        let own = PoolPlan { request: SessionRequest::default(), size: PoolSize { min: self.min, max: self.max } };
+        let other = self.other.iter().map(OtherPool::plan);
+        std::iter::once(own).chain(other).collect()
+    }
+}
+
+impl OtherPool {
+    fn plan(&self) -> PoolPlan {
+        let whole = |size: Size| size.0 / MIB;
+        let request = SessionRequest {
+            cpu: self.cpu,
+            memory_mb: self.memory.map(whole),
+            disk_mb: self.disk.map(whole),
+            pids: self.pids,
+            ..SessionRequest::default()
+        };
+        PoolPlan { request, size: PoolSize { min: self.min, max: self.max } }
+    }
 }
 
 #[derive(Debug, Clone, Copy, Deserialize)]
@@ -384,7 +515,7 @@ impl TemplateSection {
                 OnGuestLost::End => spec::OnGuestLost::End,
                 OnGuestLost::Replace => spec::OnGuestLost::Replace,
             },
-            pool: spec::PoolSize { min: self.pool.min, max: self.pool.max },
+            pools: self.pool.plans(),
             on_idle: match self.on_idle {
                 OnIdle::Delete => spec::OnIdle::Delete,
                 OnIdle::Pause => spec::OnIdle::Pause,

@@ -6,7 +6,10 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use jiff::Timestamp;
 use serde::de::{Deserialize, Deserializer, Error, Visitor};
+
+use crate::domain::access::{KeyHash, Scope};
 
 const DURATION: &str = "a duration with its unit, such as \"500ms\", \"30s\", \"15m\", \"4h\" or \"7d\"";
 const ADDRESS: &str = "an IP address and a port, such as \"127.0.0.1:8080\" or \"[::1]:8080\"";
@@ -142,6 +145,22 @@ fn parse_address(text: &str) -> Result<SocketAddr, String> {
 pub(super) fn optional_path<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<PathBuf>, D::Error> {
     let path = String::deserialize(deserializer)?;
     Ok(Some(path).filter(|p| !p.is_empty()).map(PathBuf::from))
+}
+
+/// What a key allows.
+pub(super) fn scopes<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<Scope>, D::Error> {
+    let names = Vec::<String>::deserialize(deserializer)?;
+    names.iter().map(|name| name.parse().map_err(D::Error::custom)).collect()
+}
+
+pub(super) fn key_hash<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<KeyHash>, D::Error> {
+    String::deserialize(deserializer)?.parse().map(Some).map_err(D::Error::custom)
+}
+
+pub(super) fn moment<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Timestamp>, D::Error> {
+    let text = String::deserialize(deserializer)?;
+    let wrong = |_| D::Error::custom(format!("{text:?} is not a moment such as \"2027-01-01T00:00:00Z\""));
+    text.parse().map(Some).map_err(wrong)
 }
 
 #[cfg(test)]

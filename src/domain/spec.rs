@@ -128,8 +128,17 @@ pub struct PoolSize {
     pub max: u32,
 }
 
+/// Sessions of one kind that are made before anybody asks for them.
+#[derive(Debug, Clone, PartialEq)]
+pub struct PoolPlan {
+    /// What they are: what a caller gets who asks for the same.
+    pub request: SessionRequest,
+    /// How many there are.
+    pub size: PoolSize,
+}
+
 /// An image and its limits, as an operator writes it.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Template {
     /// Its name.
     pub name: String,
@@ -164,7 +173,7 @@ pub struct Template {
     /// What happens when a guest does not answer.
     pub on_guest_lost: OnGuestLost,
     /// Sessions that are made before anybody asks for them.
-    pub pool: PoolSize,
+    pub pools: Vec<PoolPlan>,
     /// What happens to a session that is idle, if its caller does not say.
     pub on_idle: OnIdle,
 }

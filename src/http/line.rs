@@ -51,6 +51,7 @@ impl Drop for Line {
             elapsed_ms = took.as_secs_f64() * 1000.0,
             request_id = origin.request,
             tenant = told.tenant.as_deref(),
+            key = told.key.map(tracing::field::display),
             session = told.session.map(tracing::field::display),
             execution = told.execution.map(tracing::field::display),
             address = origin.address.map(tracing::field::display),

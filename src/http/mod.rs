@@ -20,18 +20,20 @@ use tower_http::catch_panic::CatchPanicLayer;
 
 use crate::domain::ids::RequestId;
 use crate::service::Service;
-use crate::service::keys::KeyRing;
 use crate::service::trail::{Answered, Origin, Trail};
 use crate::session;
 
 pub mod admin;
 pub mod docs;
+pub mod door;
 pub mod extract;
 mod line;
 mod operations;
 pub mod problem;
+pub mod rate;
 pub mod v1;
 
+use door::Door;
 use extract::Answer;
 use line::Line;
 use operations::Operations;
@@ -51,7 +53,7 @@ pub struct App {
     /// The product.
     pub service: Arc<Service>,
     /// Who may ask.
-    pub keys: Arc<KeyRing>,
+    pub door: Arc<Door>,
     /// This server's name among others on the same engine.
     pub instance: Arc<str>,
     /// What a request may cost before it is understood.
@@ -126,7 +128,7 @@ async fn readyz(State(app): State<App>) -> Result<Answer<serde_json::Value>, Pro
 }
 
 /// Gives every request an id and a trail, every problem that id, every answer its headers, and the log one line.
-async fn finish(State((app, operations)): State<(App, Arc<Operations>)>, request: Request, next: Next) -> Response {
+async fn finish(State((app, operations)): State<(App, Arc<Operations>)>, mut request: Request, next: Next) -> Response {
     let id = request_id(&request);
     let method = request.method().clone();
     let matched = request.extensions().get::<MatchedPath>();
@@ -136,6 +138,8 @@ async fn finish(State((app, operations)): State<(App, Arc<Operations>)>, request
     let (action, path) = (operations.worth_an_event(&method, &route), request.uri().path().to_owned());
     let trail = Trail::new(Origin { address, request: id.clone(), path, action }, app.service.audit());
     let mut line = Line::new(method, route, Arc::clone(&trail), request.body().size_hint().exact());
+    let rate = rate::Slot::default();
+    request.extensions_mut().insert(Arc::clone(&rate));
     let mut response = trail.follow(next.run(request)).await;
     let mut code = None;
     if let Some(problem) = response.extensions_mut().remove::<Arc<Problem>>() {
@@ -144,6 +148,9 @@ async fn finish(State((app, operations)): State<(App, Arc<Operations>)>, request
         response = problem.render();
     }
     let headers = response.headers_mut();
+    if let Some(limit) = rate.get() {
+        limit.write(headers);
+    }
     if let Ok(value) = HeaderValue::from_str(&id) {
         headers.insert(REQUEST_ID, value);
     }

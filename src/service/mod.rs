@@ -16,6 +16,7 @@ use tokio_util::sync::CancellationToken;
 use crate::domain::ids::{ContextId, ExecutionId, SessionId};
 use crate::domain::lifecycle::{EndReason, Phase};
 use crate::domain::output::{Comm, JsonText};
+use crate::domain::quota::{Exceeded, Held, Quota, Rate};
 use crate::domain::spec::{self, FieldError, Resources, SessionRequest, SessionSpec, Template};
 use crate::engine::{Engine, EngineError, ImageInfo, Pull};
 use crate::kernel::link::LinkError;
@@ -33,14 +34,17 @@ use crate::task;
 
 pub mod admin;
 pub mod audit;
+pub mod issuing;
 pub mod keys;
 pub mod log;
+pub mod quotas;
 pub mod trail;
 
 use admin::Admin;
 use audit::Audit;
-use keys::Principal;
+use keys::{KeyRing, Principal};
 use log::LogLevel;
+use quotas::{LATER, Quotas, RateState, Running};
 
 /// Longest wait that a caller may ask for.
 pub const MAX_WAIT: Duration = Duration::from_secs(300);
@@ -60,6 +64,8 @@ const NOTEBOOK_ROOM: usize = 256 * 1024;
 const MAX_BUFFERS: usize = 32;
 /// A kernel answers a question within this time; it has none while it runs code.
 const QUESTION: Duration = Duration::from_secs(10);
+/// A container may have used this much more than its time of CPUs: it is counted by other clocks, and in slices.
+const CPU_SLACK: Duration = Duration::from_secs(1);
 /// A deleted session is waited for this long; its removal goes on after that.
 const END_WAIT: Duration = Duration::from_secs(30);
 
@@ -93,6 +99,22 @@ pub enum Error {
     /// The request's key does not allow it.
     #[error("{}", not_once(*.0))]
     NotOnce(NotOnce),
+    /// The tenant has as much as it may.
+    #[error("the tenant has as much as it may of {}, {}", .exceeded.name, .exceeded.limit)]
+    OverQuota {
+        /// Of what.
+        exceeded: Exceeded,
+        /// When there may be more.
+        retry_after: Duration,
+    },
+    /// The tenant asks too often.
+    #[error("the tenant may send {} requests a second, and {} at once", .rate.per_second, .rate.burst)]
+    RateLimited {
+        /// How often it may.
+        rate: Rate,
+        /// When it may again.
+        retry_after: Duration,
+    },
     /// Too much is on its way to others.
     #[error("too many notebooks are being fetched")]
     NotebooksBusy,
@@ -159,6 +181,7 @@ impl From<CreateRefused> for Error {
         match refused {
             CreateRefused::Full(Full { retry_after }) => Self::AtCapacity { retry_after },
             CreateRefused::TooLarge(errors) => Self::SpecRejected(errors),
+            CreateRefused::OverShare(exceeded) => Self::OverQuota { exceeded, retry_after: LATER },
             CreateRefused::NameInUse(id) => Self::NameInUse(id),
             CreateRefused::Draining => Self::Draining,
         }
@@ -238,6 +261,25 @@ impl Filter {
     }
 }
 
+/// What a tenant uses, and how much it may.
+#[derive(Debug, Clone)]
+pub struct Usage {
+    /// The tenant.
+    pub tenant: Arc<str>,
+    /// How much it may.
+    pub quota: Quota,
+    /// What it holds.
+    pub held: Held,
+    /// Executions that run or wait.
+    pub executions: u32,
+    /// Bytes of its blobs and notebooks.
+    pub stored_bytes: u64,
+    /// CPU time of executions that have ended today.
+    pub cpu_today: Duration,
+    /// When today ends.
+    pub day_ends_at: jiff::Timestamp,
+}
+
 /// A template and what the engine knows of its image.
 #[derive(Debug, Clone)]
 pub struct TemplateView {
@@ -266,6 +308,10 @@ pub struct Service {
     audit: Option<Arc<Audit>>,
     /// How much the log tells, where that can be changed.
     log: Option<LogLevel>,
+    /// Who may ask.
+    keys: Arc<KeyRing>,
+    /// What tenants may have and do.
+    quotas: Arc<Quotas>,
 }
 
 impl std::fmt::Debug for dyn Engine {
@@ -298,6 +344,8 @@ impl Service {
             admin: None,
             audit: None,
             log: None,
+            keys: Arc::default(),
+            quotas: Arc::default(),
         }
     }
 
@@ -393,18 +441,24 @@ impl Service {
     ) -> Result<Created, Error> {
         who.require_sessions()?;
         self.accepts()?;
-        let (template, mut spec) = self.specify(request)?;
+        let (template, mut spec) = self.specify(who, request)?;
         // What is there already needs nothing of the engine.
-        let created = match self.registry.find(&who.tenant, &spec, request.reuse, lasting, once).await? {
+        let quota = self.quotas.of(&who.tenant);
+        check_size(&quota, &spec)?;
+        let tenant = (&who.tenant, &quota.share);
+        let created = match self.registry.find(tenant, &spec, request.reuse, lasting, once).await? {
             Some(created) => created,
             None => {
                 spec.image = self.resolve_image(template).await?.id;
-                self.registry.create(&who.tenant, spec, request.reuse, lasting, once).await?
+                self.registry.create(tenant, spec, request.reuse, lasting, once).await?
             }
         };
         let (Created::New(session) | Created::Reused(session)) = &created;
         trail::note_session(session.id);
         if let Created::Reused(session) = &created {
+            if !who.admits(&session.spec.template) {
+                return Err(Error::NameInUse(session.id));
+            }
             // It counts as activity, and comes after what its task is about to do: it may have been claimed at this moment.
             session.keep_alive().await?;
         }
@@ -416,14 +470,16 @@ impl Service {
     }
 
     /// What a session would be, but for its image.
-    fn specify(&self, request: &SessionRequest) -> Result<(&Template, SessionSpec), Error> {
+    fn specify(&self, who: &Principal, request: &SessionRequest) -> Result<(&Template, SessionSpec), Error> {
         let name = request.template.as_ref().unwrap_or(&self.default_template);
-        let template = self.templates.get(name).ok_or_else(|| {
-            let known = self.templates.keys().map(|t| format!("\"{t}\"")).collect::<Vec<_>>().join(", ");
-            Error::SpecRejected(vec![FieldError::new(
-                "/template",
-                format!("there is no template of that name; there are {known}"),
-            )])
+        let template = self.templates.get(name).filter(|template| who.admits(&template.name)).ok_or_else(|| {
+            let known = self.templates.keys().filter(|name| who.admits(name));
+            let known = known.map(|t| format!("\"{t}\"")).collect::<Vec<_>>().join(", ");
+            let message = match request.template {
+                Some(_) => format!("there is no template of that name; there are {known}"),
+                None => format!("the key does not allow the default template; name one of {known}"),
+            };
+            Error::SpecRejected(vec![FieldError::new("/template", message)])
         })?;
         Ok((template, spec::resolve(template, request).map_err(Error::SpecRejected)?))
     }
@@ -472,17 +528,27 @@ impl Service {
     /// A tenant's session, live or kept.
     ///
     /// # Errors
-    /// [`Error::NotFound`].
+    /// [`Error::NotFound`] or [`Error::Forbidden`].
     pub fn session(&self, who: &Principal, id: SessionId) -> Result<Session, Error> {
         trail::note_session(id);
-        self.registry.session(&who.tenant, id).ok_or(Error::NotFound("session"))
+        who.require_read()?;
+        let session = self.registry.session(&who.tenant, id).filter(|session| who.admits(&session.spec.template));
+        session.ok_or(Error::NotFound("session"))
     }
 
     /// A tenant's sessions in the order of their creation, after one of them.
-    #[must_use]
-    pub fn list_sessions(&self, who: &Principal, filter: &Filter, after: Option<SessionId>) -> Vec<Session> {
+    ///
+    /// # Errors
+    /// [`Error::Forbidden`].
+    pub fn list_sessions(
+        &self,
+        who: &Principal,
+        filter: &Filter,
+        after: Option<SessionId>,
+    ) -> Result<Vec<Session>, Error> {
+        who.require_read()?;
         let sessions = self.registry.sessions(&who.tenant, after);
-        sessions.into_iter().filter(|s| filter.admits(s)).collect()
+        Ok(sessions.into_iter().filter(|s| who.admits(&s.spec.template) && filter.admits(s)).collect())
     }
 
     /// Ends a session; answers once its container is gone. Ending one that has ended is no error.
@@ -505,7 +571,7 @@ impl Service {
     /// See [`Error`].
     pub async fn delete_sessions(&self, who: &Principal, filter: &Filter) -> Result<Vec<Session>, Error> {
         who.require_sessions()?;
-        let sessions = self.list_sessions(who, filter, None);
+        let sessions = self.list_sessions(who, filter, None)?;
         let live: Vec<_> = sessions.into_iter().filter(|s| !s.is_over()).collect();
         trail::note_sessions(live.iter().map(|session| session.id));
         live.iter().for_each(|s| s.end(EndReason::Deleted));
@@ -738,9 +804,11 @@ impl Service {
         abandoned: CancellationToken,
         once: Option<Reservation>,
     ) -> Result<Arc<Execution>, Error> {
+        who.require_sessions()?;
         // Before anything starts: the session's specification is what the request is held against.
-        let spec = self.specify(&session)?.1;
+        let spec = self.specify(who, &session)?.1;
         resolve_execution(&spec, request.clone())?;
+        self.quotas.check_execution(&who.tenant, self.stored(&who.tenant), jiff::Timestamp::now())?;
         let (service, who) = (Arc::clone(self), who.clone());
         let accepted = carry_on("run", async move {
             let created = service.create(&who, &session, true, Lasting::Never, None).await?;
@@ -759,8 +827,13 @@ impl Service {
     /// A long content of an execution's result.
     ///
     /// # Errors
-    /// [`Error::NotFound`].
+    /// [`Error::NotFound`] or [`Error::Forbidden`].
     pub async fn blob(&self, who: &Principal, id: ExecutionId, number: u32) -> Result<Blob, Error> {
+        who.require_read()?;
+        // What is not known of it any more is not known to be of a template that the key allows.
+        if who.templates.is_some() {
+            self.execution(who, id).map_err(|_| Error::NotFound("blob"))?;
+        }
         let archive = self.archive.as_ref().ok_or(Error::NotFound("blob"))?;
         archive.blob(&who.tenant, id, number).await.ok_or(Error::NotFound("blob"))
     }
@@ -768,8 +841,10 @@ impl Service {
     /// A session's notebook, as `nbformat` 4.5 has it; for a while after the session has ended too.
     ///
     /// # Errors
-    /// [`Error::NotFound`].
+    /// [`Error::NotFound`] or [`Error::Forbidden`].
     pub async fn notebook(&self, who: &Principal, id: SessionId) -> Result<Notebook, Error> {
+        who.require_read()?;
+        self.require_notebook(who, id)?;
         let archive = self.archive.as_ref().ok_or(Error::NotFound("notebook"))?;
         let bytes = archive.notebook(&who.tenant, id).await.ok_or(Error::NotFound("notebook"))?;
         // One that is larger than all the room has it to itself.
@@ -785,8 +860,52 @@ impl Service {
     pub async fn delete_notebook(&self, who: &Principal, id: SessionId) -> Result<(), Error> {
         who.require_sessions()?;
         trail::note_session(id);
+        self.require_notebook(who, id)?;
         let archive = self.archive.as_ref().ok_or(Error::NotFound("notebook"))?;
         if archive.delete_notebook(&who.tenant, id).await { Ok(()) } else { Err(Error::NotFound("notebook")) }
+    }
+
+    /// Holds tenants to these quotas, with what an earlier process has left going on.
+    #[must_use]
+    pub fn with_quotas(self, quotas: Arc<Quotas>) -> Self {
+        for (session, execution) in self.registry.unfinished_executions() {
+            count(quotas.go_on(&session.tenant), &session, execution);
+        }
+        Self { quotas, ..self }
+    }
+
+    /// Counts a request of a tenant's. Says what is left, where there is a limit.
+    ///
+    /// # Errors
+    /// [`Error::RateLimited`].
+    pub fn request(&self, who: &Principal) -> Result<Option<RateState>, Error> {
+        self.quotas.request(&who.tenant, Instant::now())
+    }
+
+    /// What the caller's tenant uses, and how much it may.
+    #[must_use]
+    pub fn usage(&self, who: &Principal) -> Usage {
+        let now = jiff::Timestamp::now();
+        let used = self.quotas.used(&who.tenant, now);
+        Usage {
+            tenant: Arc::clone(&who.tenant),
+            quota: self.quotas.of(&who.tenant),
+            held: self.registry.held(&who.tenant),
+            executions: used.executions,
+            stored_bytes: self.stored(&who.tenant),
+            cpu_today: used.cpu,
+            day_ends_at: quotas::midnight_after(now),
+        }
+    }
+
+    fn stored(&self, tenant: &str) -> u64 {
+        self.archive.as_ref().map_or(0, |archive| archive.stored(tenant))
+    }
+
+    /// A session that is not known any more is not known to be of a template that the key allows.
+    fn require_notebook(&self, who: &Principal, id: SessionId) -> Result<(), Error> {
+        let is_there = who.templates.is_none() || self.session(who, id).is_ok();
+        if is_there { Ok(()) } else { Err(Error::NotFound("notebook")) }
     }
 
     /// Runs code in a session, or lets it wait for its turn. It goes on whether or not anybody listens.
@@ -805,6 +924,7 @@ impl Service {
         self.accepts()?;
         trail::note_code(&request.code);
         let (context, request) = (request.context, resolve_execution(&session.spec, request)?);
+        let running = self.quotas.begin_execution(&who.tenant, self.stored(&who.tenant), jiff::Timestamp::now())?;
         let service = Arc::clone(self);
         // What was accepted is kept even if its caller leaves at this moment.
         let accepted = carry_on("execute", async move {
@@ -817,6 +937,7 @@ impl Service {
                 trail::note_execution(id);
                 trail::note_context(execution.place.context);
                 service.registry.keep(execution);
+                count(running, &session, Arc::clone(execution));
             }
             let kept = match once {
                 Some(once) => service.settle_key(once, &accepted).await,
@@ -834,10 +955,13 @@ impl Service {
     /// An execution, running or kept.
     ///
     /// # Errors
-    /// [`Error::NotFound`].
+    /// [`Error::NotFound`] or [`Error::Forbidden`].
     pub fn execution(&self, who: &Principal, id: ExecutionId) -> Result<Arc<Execution>, Error> {
         trail::note_execution(id);
-        self.registry.execution(&who.tenant, id).ok_or(Error::NotFound("execution"))
+        who.require_read()?;
+        let execution = self.registry.execution(&who.tenant, id);
+        let is_meant = |execution: &Arc<Execution>| self.session(who, execution.place.session).is_ok();
+        execution.filter(is_meant).ok_or(Error::NotFound("execution"))
     }
 
     /// Takes an execution back: out of the queue, or by an interrupt. One that has ended stays as it is.
@@ -897,19 +1021,19 @@ impl Service {
         Ok(SessionMetrics { at: jiff::Timestamp::now(), used, limits: session.spec.resources })
     }
 
-    /// The templates, each with what the engine knows of its image.
-    pub async fn templates(&self) -> Vec<TemplateView> {
-        let looks = self.templates.values().map(|template| async move {
+    /// The templates that a key allows, each with what the engine knows of its image.
+    pub async fn templates(&self, who: &Principal) -> Vec<TemplateView> {
+        let looks = self.templates.values().filter(|template| who.admits(&template.name)).map(|template| async move {
             let image = self.engine.resolve_image(&template.image, Pull::Never).await.ok();
             TemplateView { template: template.clone(), image }
         });
         futures_util::future::join_all(looks).await
     }
 
-    /// The pools of sessions that are made before anybody asks.
+    /// The pools of sessions that are made before anybody asks, of the templates that a key allows.
     #[must_use]
-    pub fn pools(&self) -> Vec<PoolView> {
-        self.registry.pool().views()
+    pub fn pools(&self, who: &Principal) -> Vec<PoolView> {
+        self.registry.pool().views().into_iter().filter(|pool| who.admits(&pool.template)).collect()
     }
 
     /// What is counted.
@@ -1087,6 +1211,34 @@ async fn carry_on<T: Send + 'static>(name: &'static str, work: impl Future<Outpu
         let _ = answer.send(trail::follow(trail, work).await);
     });
     answered.await.ok()
+}
+
+/// Refuses a session that alone is more than its tenant may have.
+fn check_size(quota: &Quota, spec: &SessionSpec) -> Result<(), Error> {
+    let (cpu_millis, memory_bytes) = (spec.resources.cpu_millis.into(), spec.resources.memory_bytes);
+    quota.share.admits(&Held::default(), cpu_millis, memory_bytes).map_err(|Exceeded { name, limit }| {
+        let (field, most) = match name {
+            "cpu" => ("/resources/cpu", (limit as f64 / 1000.0).to_string()),
+            _ => ("/resources/memory_mb", (limit / spec::MIB).to_string()),
+        };
+        let message = format!("it is more than all sessions of the tenant may have together, {most}");
+        Error::SpecRejected(vec![FieldError::new(field, message)])
+    })
+}
+
+/// Counts an execution until it ends, and what it has used of CPUs then.
+fn count(running: Running, session: &Session, execution: Arc<Execution>) {
+    let cpu_millis = session.spec.resources.cpu_millis;
+    task::spawn("usage", async move {
+        execution.ended().await;
+        // The next process counts what goes on there.
+        if execution.status().is_final() {
+            let (told, duration) = execution.cpu_and_duration();
+            // What nobody has told is as much as it can have been.
+            let most = duration.mul_f64(f64::from(cpu_millis) / 1000.0);
+            running.used(told.map_or(most, |told| told.min(most.saturating_add(CPU_SLACK))), jiff::Timestamp::now());
+        }
+    });
 }
 
 /// Waits until a session's container is gone. Its removal goes on by itself if that takes too long.

@@ -12,7 +12,7 @@ use sha2::{Digest, Sha256};
 
 use super::audit::Audit;
 use super::keys::Principal;
-use crate::domain::ids::{ContextId, ExecutionId, SessionId};
+use crate::domain::ids::{ContextId, ExecutionId, KeyId, SessionId};
 use crate::store::state::AuditEvent;
 
 tokio::task_local! {
@@ -43,6 +43,8 @@ pub struct Origin {
 pub struct Told {
     /// Whose key it has.
     pub tenant: Option<Arc<str>>,
+    /// Which key that is.
+    pub key: Option<KeyId>,
     /// The session that it is about.
     pub session: Option<SessionId>,
     others: Vec<SessionId>,
@@ -136,7 +138,7 @@ impl Trail {
         let event = AuditEvent {
             at: now.round(Unit::Millisecond).unwrap_or(now),
             tenant: told.tenant.map(|tenant| tenant.to_string()),
-            key: None,
+            key: told.key.map(|id| id.to_string()),
             address: self.origin.address,
             request: self.origin.request.clone(),
             action,
@@ -183,7 +185,7 @@ pub(super) async fn follow<T>(trail: Option<Arc<Trail>>, work: impl Future<Outpu
 
 /// Notes who asks.
 pub fn note_caller(who: &Principal) {
-    note(|told| told.tenant = Some(Arc::clone(&who.tenant)));
+    note(|told| (told.tenant, told.key) = (Some(Arc::clone(&who.tenant)), who.key));
 }
 
 /// Notes which session a request is about.
@@ -262,7 +264,7 @@ mod tests {
     }
 
     fn known() {
-        note_caller(&Principal { tenant: Arc::from("one"), scopes: Arc::new([Scope::Sessions]) });
+        note_caller(&Principal::new("one", [Scope::Sessions]));
     }
 
     #[tokio::test]

@@ -4,7 +4,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use cellblock_wire::GENERATION;
 use cellblock_wire::link::Init;
@@ -33,7 +33,7 @@ pub(super) async fn boot(
     settings: Settings,
     env: BTreeMap<String, String>,
 ) -> Result<Booted, StartFailure> {
-    let init = Init { generation: GENERATION, orphan_timeout_seconds: settings.orphan_timeout.as_secs(), env };
+    let init = init(settings, env);
     let (link, _hello) = Link::open(stream, secret, &init).await.map_err(|e| link_failure(&cell, &e))?;
     let report = link.report().await.map_err(|e| link_failure(&cell, &e))?;
     engine.attest(&cell, &report).await.map_err(|e| engine_failure(&cell, &e))?;
@@ -41,40 +41,64 @@ pub(super) async fn boot(
     Ok(Booted { link, events })
 }
 
-/// Opens the link to a cell that was paused, or that an earlier process has left, and subscribes to what its guest was not told to forget. It is thawed
-/// first if it is frozen; it was attested before anything ran in it.
-pub(super) async fn adopt(
-    engine: Arc<dyn Engine>,
-    name: CellName,
-    secret: LinkSecret,
-    settings: Settings,
-    env: BTreeMap<String, String>,
-    words: &'static str,
-) -> Result<Booted, Verdict> {
-    let init = Init { generation: GENERATION, orphan_timeout_seconds: settings.orphan_timeout.as_secs(), env };
-    let end = tokio::time::Instant::now() + settings.start_timeout;
-    loop {
-        let taken = async {
-            engine.resume(&name).await.map_err(|e| e.to_string())?;
-            let stream = engine.link(&name).await.map_err(|e| e.to_string())?;
-            let (link, _hello) = Link::open(stream, secret, &init).await.map_err(|e| e.to_string())?;
-            let events = link.events(0).await.map_err(|e| e.to_string())?;
-            Ok::<_, String>(Booted { link, events })
-        };
-        let why = match taken.await {
-            Ok(booted) => return Ok(booted),
-            Err(why) => why,
-        };
-        tracing::warn!(cell = %name, why, "a cell could not be linked again");
-        match actor::look_at(engine.as_ref(), &name, Verdict::Unreachable(words)).await {
-            // An engine or a guest that is busy may answer the next time.
-            Verdict::Unreachable(_) | Verdict::Frozen if tokio::time::Instant::now() < end => {
-                tokio::time::sleep(ADOPT_AGAIN).await
+/// A cell that is there already, and how long its link is waited for.
+pub(super) struct Adoption {
+    pub(super) engine: Arc<dyn Engine>,
+    pub(super) name: CellName,
+    pub(super) secret: LinkSecret,
+    pub(super) init: Init,
+    /// Its guest answers within this time, once the engine does.
+    pub(super) guest_patience: Duration,
+    /// The engine answers within this time; after that the cell's lease has ended it.
+    pub(super) engine_patience: Duration,
+    /// What is said where the guest does not answer.
+    pub(super) words: &'static str,
+}
+
+impl Adoption {
+    /// Opens the link to a cell that was paused, whose link broke, or that an earlier process has left, and subscribes to what its guest was not told to
+    /// forget. It is thawed first if it is frozen; it was attested before anything ran in it.
+    pub(super) async fn adopt(self) -> Result<Booted, Verdict> {
+        let began = Instant::now();
+        let mut answers_since = None;
+        loop {
+            let why = match self.link().await {
+                Ok(booted) => return Ok(booted),
+                Err(why) => why,
+            };
+            tracing::warn!(cell = %self.name, why, "a cell could not be linked again");
+            let verdict = actor::look_at(self.engine.as_ref(), &self.name, Verdict::Unreachable(self.words)).await;
+            let is_hopeless = match verdict {
+                Verdict::EngineAway => {
+                    answers_since = None;
+                    began.elapsed() >= self.engine_patience
+                }
+                // A guest that is busy may answer the next time.
+                Verdict::Unreachable(_) | Verdict::Frozen => {
+                    answers_since.get_or_insert_with(Instant::now).elapsed() >= self.guest_patience
+                }
+                _ => true,
+            };
+            match verdict {
+                _ if !is_hopeless => tokio::time::sleep(ADOPT_AGAIN).await,
+                Verdict::Frozen => return Err(Verdict::Unreachable("its container could not be resumed")),
+                verdict => return Err(verdict),
             }
-            Verdict::Frozen => return Err(Verdict::Unreachable("its container could not be resumed")),
-            verdict => return Err(verdict),
         }
     }
+
+    async fn link(&self) -> Result<Booted, String> {
+        self.engine.resume(&self.name).await.map_err(|e| e.to_string())?;
+        let stream = self.engine.link(&self.name).await.map_err(|e| e.to_string())?;
+        let (link, _hello) = Link::open(stream, self.secret, &self.init).await.map_err(|e| e.to_string())?;
+        let events = link.events(0).await.map_err(|e| e.to_string())?;
+        Ok(Booted { link, events })
+    }
+}
+
+/// What a guest is told first.
+pub(super) fn init(settings: Settings, env: BTreeMap<String, String>) -> Init {
+    Init { generation: GENERATION, orphan_timeout_seconds: settings.orphan_timeout.as_secs(), env }
 }
 
 fn link_failure(cell: &CellSpec, error: &LinkError) -> StartFailure {

@@ -9,7 +9,7 @@
 //! ```text
 //! time limit, or a cancel ──▶ interrupt: a message, a second later a signal     (left out with on_timeout: restart)
 //!         interrupt_grace ──▶ Replacing: the guest ends the kernel with all its processes; a new one boots in the same cell
-//!      the guest is silent ──▶ the session's task looks at the cell: gone ends the session, alive is replaced or ends it (on_guest_lost)
+//!      the guest is silent ──▶ the session's task links it again, or finds it gone, which ends the session, or silent, which ends or replaces it (on_guest_lost)
 //! ```
 //!
 //! After an interrupt nothing new begins until the kernel has answered it, and a question after it (`Settling`, a second at most): a late
@@ -355,10 +355,14 @@ impl Context {
 
     /// The guest is heard again. What it tells of the time before is on its way.
     pub(super) fn is_linked(&mut self, now: Instant) {
+        let until = now + CATCH_UP;
         match &mut self.state {
-            State::Running(running) => running.catch_up(now, now + CATCH_UP),
+            State::Running(running) => running.catch_up(now, until),
             State::Adopting(adopting) => adopting.until = now + self.making.pace.boot,
-            _ => {}
+            State::Booting(booting) => booting.deadline = booting.deadline.max(until),
+            State::Settling(settling) => settling.until = settling.until.max(until),
+            State::Doubtful(told) => *told = (*told).max(until),
+            State::Idle | State::Replacing(_) | State::Dead => {}
         }
     }
 
@@ -759,7 +763,9 @@ impl Context {
     /// The guest would not start the kernel, or not pass a message on to it.
     pub(super) fn on_refusal(&mut self, act: &Act, refusal: &Refusal, now: Instant) {
         self.on_sent(act);
-        if act.kernel != self.kernel || !self.is_listening() {
+        // What was sent before is answered all the same.
+        let was_sent = matches!(act.kind, ActKind::Send(_)) && refusal.code == "exists";
+        if act.kernel != self.kernel || !self.is_listening() || was_sent {
             return;
         }
         let is_gone = refusal.code == "not-found";
@@ -772,8 +778,7 @@ impl Context {
             }
             ActKind::Send(id) => {
                 let State::Running(running) = &mut self.state else { return };
-                // It was sent before, by an earlier process.
-                if running.msg_id != *id || refusal.code == "exists" {
+                if running.msg_id != *id {
                     return;
                 }
                 if refusal.code == UNKEPT {

@@ -4,7 +4,7 @@
 //! most what its limits allow, whatever the guest says.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
 use tokio::sync::watch;
@@ -270,6 +270,14 @@ impl Execution {
             record.finished.unwrap_or(now).saturating_duration_since(started),
             record.report.clone(),
         )
+    }
+
+    /// What it has used of CPUs, as far as its guest has told, and how long it ran; nothing of a run that has not ended.
+    #[must_use]
+    pub fn cpu_and_duration(&self) -> (Option<Duration>, Duration) {
+        let record = self.record();
+        let duration = record.started.zip(record.finished).map(|(started, end)| end.saturating_duration_since(started));
+        (record.report.effects.cpu, duration.unwrap_or_default())
     }
 
     /// When it began to run.

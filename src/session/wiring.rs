@@ -20,6 +20,9 @@ const ACK_AFTER: Duration = Duration::from_millis(50);
 /// or after this many bytes: a guest's ring holds a few MiB, and what does not fit is cut.
 const ACK_BYTES: usize = 512 * 1024;
 
+/// An action can't be done once it has got no answer in time twice, or its link has broken that often.
+const HOPELESS: u32 = 4;
+
 /// The refusal of code that could not be committed: ours, before the guest is asked.
 pub(super) const UNKEPT: &str = "unkept";
 
@@ -72,10 +75,35 @@ pub(super) struct Starting {
     pub(super) state: Option<State>,
 }
 
+/// An action on its way.
+struct UnderWay {
+    /// The link that carries it.
+    round: u32,
+    action: Action,
+}
+
+/// An action that is being carried out: by which link, what it is, and what came of it.
+type Acting = BoxFuture<'static, (u32, Act, Result<Acted, LinkError>)>;
+
+/// How an action came to its end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Settled {
+    /// It is done, or was refused. Where it was said before, without an answer, it may have been done then.
+    Over { was_tried: bool },
+    /// The link that carried it is gone, and it waits for the next.
+    Again,
+    /// It got no answer, and is to be said again over another link.
+    Broken,
+    /// It got no answer too often.
+    Hopeless,
+}
+
 /// The link to a session's guest, while there is one.
 pub(super) struct Wiring {
     starting: Starting,
     link: Option<Link>,
+    /// How many links there have been.
+    round: u32,
     events: Option<Events>,
     last_seq: u64,
     acked: u64,
@@ -84,7 +112,9 @@ pub(super) struct Wiring {
     /// When a quiet session's events are acknowledged.
     ack_due: Option<Instant>,
     pending: VecDeque<Action>,
-    acting: bool,
+    under_way: Option<UnderWay>,
+    /// How far the first of what waits is from being hopeless.
+    failures: u32,
 }
 
 impl Wiring {
@@ -93,6 +123,7 @@ impl Wiring {
         Self {
             starting,
             link: None,
+            round: 0,
             events: None,
             last_seq: heard,
             acked: 0,
@@ -100,28 +131,35 @@ impl Wiring {
             acking: false,
             ack_due: None,
             pending: VecDeque::new(),
-            acting: false,
+            under_way: None,
+            failures: 0,
         }
     }
 
     /// What was planned before is done now. Events up to number `heard` have been taken note of before.
     pub(super) fn connect(&mut self, link: Link, events: Events, heard: u64) {
-        let pending = std::mem::take(&mut self.pending);
-        let fresh = Self::new(self.starting.clone(), heard);
-        *self = Self { link: Some(link), events: Some(events), pending, ..fresh };
+        (self.link, self.events) = (Some(link), Some(events));
+        self.round += 1;
+        (self.last_seq, self.acked, self.unacked_bytes) = (heard, 0, 0);
+        (self.acking, self.ack_due) = (false, None);
     }
 
-    pub(super) fn cut(&mut self) {
-        if let Some(link) = self.link.take() {
-            link.cut();
-        }
+    /// Breaks the link off, if there is one. What was to be done waits for the next.
+    pub(super) fn cut(&mut self) -> Option<Link> {
         self.events = None;
+        self.link.take().inspect(Link::cut)
+    }
+
+    /// Breaks the link off, and forgets what was to be done in a cell that goes.
+    pub(super) fn forget(&mut self) {
+        self.cut();
         self.pending.clear();
+        (self.under_way, self.failures) = (None, 0);
     }
 
     /// Whether nothing is on its way to the guest, and could be.
     pub(super) fn is_quiet(&self) -> bool {
-        self.link.is_some() && !self.acting && self.pending.is_empty()
+        self.link.is_some() && self.under_way.is_none() && self.pending.is_empty()
     }
 
     pub(super) fn link(&self) -> Option<&Link> {
@@ -159,15 +197,15 @@ impl Wiring {
     }
 
     /// The next action, if none is under way: their order is their meaning. Its end is to be told with [`Wiring::has_acted`].
-    pub(super) fn act(&mut self) -> Option<BoxFuture<'static, (Act, Result<Acted, LinkError>)>> {
-        if self.acting {
+    pub(super) fn act(&mut self) -> Option<Acting> {
+        if self.under_way.is_some() {
             return None;
         }
         let link = self.link.clone()?;
         let action = self.pending.pop_front()?;
-        self.acting = true;
-        let act = Act::of(&action);
-        Some(Box::pin(perform(link, action, self.starting.clone()).map(|result| (act, result))))
+        let (round, act) = (self.round, Act::of(&action));
+        self.under_way = Some(UnderWay { round, action: action.clone() });
+        Some(Box::pin(perform(link, action, self.starting.clone()).map(move |result| (round, act, result))))
     }
 
     /// The number of the newest event that was noted.
@@ -175,8 +213,34 @@ impl Wiring {
         self.last_seq
     }
 
-    pub(super) fn has_acted(&mut self) {
-        self.acting = false;
+    /// Takes note of an action's end. One without an answer may have been done: the guest knows what it has been told before.
+    pub(super) fn has_acted(&mut self, round: u32, result: &Result<Acted, LinkError>) -> Settled {
+        let Some(UnderWay { action, .. }) = self.under_way.take_if(|under_way| under_way.round == round) else {
+            return Settled::Over { was_tried: false };
+        };
+        let weight = match result {
+            Ok(_) | Err(LinkError::Refused { .. }) => {
+                return Settled::Over { was_tried: std::mem::take(&mut self.failures) > 0 };
+            }
+            Err(LinkError::TimedOut { .. }) => HOPELESS / 2,
+            Err(_) => 1,
+        };
+        let act = Act::of(&action);
+        let is_overtaken =
+            self.pending.iter().any(|next| matches!(next, Action::Delete { kernel } if *kernel == act.kernel));
+        if is_overtaken {
+            self.failures = 0;
+        } else {
+            self.failures += weight;
+            self.pending.push_front(action);
+        }
+        if round != self.round || self.link.is_none() {
+            Settled::Again
+        } else if self.failures >= HOPELESS {
+            Settled::Hopeless
+        } else {
+            Settled::Broken
+        }
     }
 
     /// An acknowledgement, if one is due. Its end is to be told with [`Wiring::has_acked`].

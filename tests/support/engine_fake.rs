@@ -2,7 +2,7 @@
 //! same contract as Docker (`tests/lifecycle.rs` runs the suite on it), and it can be told to fail.
 #![allow(dead_code, reason = "each test takes a part of it")]
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::convert::Infallible;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -114,6 +114,18 @@ impl FakeEngine {
         if let Some(cell) = self.cells.lock().unwrap().get(name) {
             cell.guest.cut.send_modify(|cut| *cut += 1);
         }
+    }
+
+    /// The next answers of a cell's guest are lost, and with each its link: what was asked is done.
+    pub fn lose_answers(&self, name: &CellName, count: u32) {
+        if let Some(cell) = self.cells.lock().unwrap().get(name) {
+            cell.guest.state.lock().unwrap().answers_lost = count;
+        }
+    }
+
+    /// How many answers of it are still to be lost.
+    pub fn answers_to_lose(&self, name: &CellName) -> u32 {
+        self.cells.lock().unwrap().get(name).map_or(0, |cell| cell.guest.state.lock().unwrap().answers_lost)
     }
 
     /// What a cell does, if it is there.
@@ -229,7 +241,9 @@ impl Engine for FakeEngine {
             let mut cells = self.cells.lock().unwrap();
             let cell = cells.entry(spec.name.clone()).or_insert_with(|| {
                 self.tell(&spec.name, EngineEventKind::Created);
-                Cell { spec: spec.clone(), state: CellState::Running, guest: Arc::default() }
+                let guest = Arc::<Guest>::default();
+                guest.state.lock().unwrap().deaf_to_deletions = faults.deaf_to_deletions;
+                Cell { spec: spec.clone(), state: CellState::Running, guest }
             });
             if cell.spec != *spec {
                 return Err(EngineError::Conflict { attempt, detail: "made from another specification".to_owned() });
@@ -331,6 +345,8 @@ struct GuestState {
     log: VecDeque<(Numbered, Vec<Bytes>)>,
     kernels: BTreeMap<String, Kernel>,
     started: usize,
+    answers_lost: u32,
+    deaf_to_deletions: bool,
 }
 
 #[derive(Default)]
@@ -340,6 +356,8 @@ struct Kernel {
     hanging: Option<(Bytes, bool)>,
     /// It does what it is interrupted for, and never says so.
     mute: bool,
+    /// The ids of the messages that it was sent.
+    seen: BTreeSet<String>,
 }
 
 impl Default for Guest {
@@ -382,6 +400,22 @@ async fn serve(guest: Arc<Guest>, mut stream: DuplexStream, faults: Faults) {
 type Answer = Response<UnsyncBoxBody<Bytes, Infallible>>;
 
 async fn answer(guest: &Arc<Guest>, faults: &Faults, request: Request<Incoming>) -> Answer {
+    let is_an_order = request.uri().path().starts_with("/kernels");
+    let answer = answer_heard(guest, faults, request).await;
+    let is_lost = is_an_order && {
+        let mut state = guest.state.lock().unwrap();
+        let is_lost = state.answers_lost > 0;
+        state.answers_lost -= u32::from(is_lost);
+        is_lost
+    };
+    if is_lost {
+        guest.cut.send_modify(|cut| *cut += 1);
+        return std::future::pending().await;
+    }
+    answer
+}
+
+async fn answer_heard(guest: &Arc<Guest>, faults: &Faults, request: Request<Incoming>) -> Answer {
     // What is frozen answers nothing.
     let _ = guest.frozen.subscribe().wait_for(|frozen| !frozen).await;
     let (method, path) = (request.method().to_string(), request.uri().path().to_owned());
@@ -400,7 +434,9 @@ async fn answer(guest: &Arc<Guest>, faults: &Faults, request: Request<Incoming>)
         ("GET", ["report"]) => json_answer(&Report::default()),
         ("POST", ["kernels"]) => {
             let start: StartKernel = serde_json::from_slice(&body).unwrap();
-            guest.start(&start.kernel, faults);
+            if !guest.state.lock().unwrap().kernels.contains_key(&start.kernel) {
+                guest.start(&start.kernel, faults);
+            }
             let [kernelspec, language, display_name] = ["fake", "fake", "Fake"].map(str::to_owned);
             json_answer(&KernelStarted { kernelspec, language, display_name })
         }
@@ -411,11 +447,14 @@ async fn answer(guest: &Arc<Guest>, faults: &Faults, request: Request<Incoming>)
             guest.take(kernel, &frame)
         }
         ("DELETE", ["kernels", kernel]) => {
-            if faults.deaf_to_deletions {
+            let is_deaf = guest.state.lock().unwrap().deaf_to_deletions;
+            if is_deaf {
                 return std::future::pending().await;
             }
-            guest.state.lock().unwrap().kernels.remove(*kernel);
-            json_answer(&KernelDeleted::default())
+            match guest.state.lock().unwrap().kernels.remove(*kernel) {
+                Some(_) => json_answer(&KernelDeleted::default()),
+                None => refuse("not-found"),
+            }
         }
         ("POST", ["ack" | "kernels", ..]) => empty(),
         _ => refuse("not-found"),
@@ -454,8 +493,12 @@ impl Guest {
     }
 
     fn take(&self, kernel: &str, frame: &Frame<Outbound>) -> Answer {
-        if !self.state.lock().unwrap().kernels.contains_key(kernel) {
-            return refuse("not-found");
+        let is_new =
+            self.state.lock().unwrap().kernels.get_mut(kernel).map(|k| k.seen.insert(frame.head.msg_id.clone()));
+        match is_new {
+            None => return refuse("not-found"),
+            Some(false) => return refuse("exists"),
+            Some(true) => {}
         }
         let header: Value = serde_json::from_slice(&frame.parts[0]).unwrap();
         let content: Value = serde_json::from_slice(&frame.parts[3]).unwrap();

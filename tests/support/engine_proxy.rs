@@ -43,6 +43,8 @@ struct Shared {
     late: Vec<u16>,
     /// Requests to which something is being done.
     busy: usize,
+    /// Nothing is passed on, in either direction.
+    stalled: bool,
 }
 
 struct Rule {
@@ -74,6 +76,17 @@ impl Proxy {
             let _ = stream.shutdown(Shutdown::Both);
         }
         open.len()
+    }
+
+    /// Passes nothing on any more, on connections that are open and on those to come, as an engine that is stopped would; or all of it again.
+    pub fn stall(&self, stalled: bool) {
+        self.shared().stalled = stalled;
+    }
+
+    fn wait_while_stalled(&self) {
+        while self.shared().stalled {
+            std::thread::sleep(Duration::from_millis(10));
+        }
     }
 
     /// Does something to the next so many requests of a kind, such as `POST /containers/*/start`; `*` is any one part of a path, `** /…` any request.
@@ -110,6 +123,7 @@ impl Proxy {
     /// One request: the engine is asked to close the connection after it, so that the next one is looked at as well.
     fn serve(&self, mut client: UnixStream, engine: &str) -> io::Result<()> {
         let Some((head, body)) = read_request(&mut client)? else { return Ok(()) };
+        self.wait_while_stalled();
         let fault = self.fault_of(&head);
         let served = self.serve_one(client, engine, &head, &body, fault);
         self.shared().busy -= usize::from(fault.is_some());
@@ -141,8 +155,11 @@ impl Proxy {
         let request = if is_stream(head) { head.as_bytes().to_vec() } else { closing(head) };
         server.write_all(&[&request, body].concat())?;
         let forth = is_stream(head).then_some((client.try_clone()?, server.try_clone()?));
-        let forth = forth.map(|(client, server)| std::thread::spawn(move || pass(client, server)));
-        if let Some(status) = answer(client, &server, fault)
+        let forth = forth.map(|(client, server)| {
+            let proxy = self.clone();
+            std::thread::spawn(move || proxy.pass(client, server))
+        });
+        if let Some(status) = self.answer(client, &server, fault)
             && fault.is_some()
         {
             self.shared().late.push(status);
@@ -156,6 +173,43 @@ impl Proxy {
         discard(server);
         self.shared().open.remove(&id);
         Ok(())
+    }
+
+    /// Passes the engine's answer on, as far as it is to arrive, and says its status if that is whole. Whoever asked may have gone.
+    fn answer(&self, mut client: UnixStream, server: &UnixStream, fault: Option<Fault>) -> Option<u16> {
+        let mut server = server;
+        match fault {
+            Some(Fault::Swallow) => {
+                let _ = io::copy(&mut server, &mut io::sink());
+                let _ = client.shutdown(Shutdown::Both);
+                None
+            }
+            Some(Fault::HalfClose(bytes)) => {
+                let _ = io::copy(&mut server.take(bytes as u64), &mut client);
+                let _ = client.shutdown(Shutdown::Write);
+                None
+            }
+            _ => {
+                // "HTTP/1.1 201"
+                let mut start = [0; 12];
+                server.read_exact(&mut start).ok()?;
+                if client.write_all(&start).is_ok() {
+                    self.pass(server.try_clone().ok()?, client);
+                }
+                std::str::from_utf8(&start[9..]).ok()?.parse().ok()
+            }
+        }
+    }
+
+    fn pass(&self, mut from: UnixStream, mut to: UnixStream) {
+        let mut buffer = vec![0; 64 * 1024];
+        while let Ok(read @ 1..) = from.read(&mut buffer) {
+            self.wait_while_stalled();
+            if to.write_all(&buffer[..read]).is_err() {
+                break;
+            }
+        }
+        let _ = to.shutdown(Shutdown::Write);
     }
 
     fn fault_of(&self, head: &str) -> Option<Fault> {
@@ -249,32 +303,6 @@ fn closing(head: &str) -> Vec<u8> {
     asked.into_bytes()
 }
 
-/// Passes the engine's answer on, as far as it is to arrive, and says its status if that is whole. Whoever asked may have gone.
-fn answer(mut client: UnixStream, server: &UnixStream, fault: Option<Fault>) -> Option<u16> {
-    let mut server = server;
-    match fault {
-        Some(Fault::Swallow) => {
-            let _ = io::copy(&mut server, &mut io::sink());
-            let _ = client.shutdown(Shutdown::Both);
-            None
-        }
-        Some(Fault::HalfClose(bytes)) => {
-            let _ = io::copy(&mut server.take(bytes as u64), &mut client);
-            let _ = client.shutdown(Shutdown::Write);
-            None
-        }
-        _ => {
-            // "HTTP/1.1 201"
-            let mut start = [0; 12];
-            server.read_exact(&mut start).ok()?;
-            if client.write_all(&start).is_ok() {
-                pass(server.try_clone().ok()?, client);
-            }
-            std::str::from_utf8(&start[9..]).ok()?.parse().ok()
-        }
-    }
-}
-
 fn fail(mut client: UnixStream) -> io::Result<()> {
     let body = r#"{"message": "told to fail"}"#;
     let length = body.len();
@@ -283,16 +311,6 @@ fn fail(mut client: UnixStream) -> io::Result<()> {
         "HTTP/1.1 500 Internal Server Error\r\nContent-Type: application/json\r\nContent-Length: {length}\r\nConnection: close\r\n\r\n{body}"
     )?;
     client.shutdown(Shutdown::Both)
-}
-
-fn pass(mut from: UnixStream, mut to: UnixStream) {
-    let mut buffer = vec![0; 64 * 1024];
-    while let Ok(read @ 1..) = from.read(&mut buffer) {
-        if to.write_all(&buffer[..read]).is_err() {
-            break;
-        }
-    }
-    let _ = to.shutdown(Shutdown::Write);
 }
 
 fn discard(mut from: UnixStream) {

@@ -17,8 +17,9 @@ use bollard::query_parameters::{
 };
 use cellblock::app::{self, Plane, Stop};
 use cellblock::config::{self, Config, Drain, DrainContainers, Environment, Inputs};
+use cellblock::http::door::{Door, Tries};
 use cellblock::http::{self, App, Bounds};
-use cellblock::service::keys::{self, KeyRing, Principal, Scope};
+use cellblock::service::keys::{self, ConfiguredKey, Principal, Scope};
 use cellblock::task;
 use futures_util::future::BoxFuture;
 use futures_util::{FutureExt, StreamExt};
@@ -133,18 +134,24 @@ impl Server {
     pub async fn start_with_tenants(settings: &str) -> Arc<Self> {
         let (folder, config) = configured(settings);
         let keys = [(); 3].map(|()| keys::generate().expect("random bytes"));
-        let mut ring = KeyRing::default();
-        for (key, (tenant, scopes)) in keys.iter().zip([("one", 1), ("two", 1), ("one", 0)]) {
-            let scopes = vec![Scope::Sessions; scopes].into();
-            ring.add(key, Principal { tenant: tenant.into(), scopes }).expect("a key");
-        }
         let plane = Plane::start(&config, true).await.unwrap_or_else(|e| panic!("the server did not start: {e}"));
+        for (key, (tenant, scopes)) in keys.iter().zip([("one", 1), ("two", 1), ("one", 0)]) {
+            let principal = Principal::new(tenant, vec![Scope::Sessions; scopes]);
+            let hash = keys::hash(key).expect("a key");
+            plane
+                .keys
+                .add(ConfiguredKey { hash, name: tenant.to_owned(), principal, expires_at: None })
+                .expect("a key");
+        }
         let listener = TcpListener::bind(config.server.listen).await.expect("an address");
         let address = listener.local_addr().expect("an address");
         let body = usize::try_from(config.server.max_body).expect("a size");
         let app = App {
             service: Arc::clone(&plane.service),
-            keys: Arc::new(ring),
+            door: Arc::new(Door::new(
+                Arc::clone(&plane.keys),
+                Tries { most: config.auth.failures, within: config.auth.failure_window },
+            )),
             instance: config.engine.instance.as_str().into(),
             bounds: Bounds { body, body_time: config.server.request_timeout },
         };

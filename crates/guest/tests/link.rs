@@ -74,6 +74,8 @@ async fn a_kernel_is_started_asked_and_deleted() {
         let mut cell = Cell::start();
         cell.attach().await;
         cell.start_kernel("k1", FAKE, transport, &[]).await;
+        // Said again because the answer was not heard: it is the same kernel.
+        cell.start_kernel("k1", FAKE, transport, &[]).await;
         // Sent before the channels are connected.
         execute(&mut cell, "k1", "m1", "echo 1+1", CAP).await;
         cell.until(|event| *event == Event::KernelConnected).await;

@@ -11,6 +11,7 @@ pub mod admin;
 pub mod audit;
 pub mod contexts;
 pub mod executions;
+pub mod keys;
 pub mod metrics;
 pub mod notebooks;
 pub mod pools;
@@ -18,6 +19,7 @@ pub mod runs;
 pub mod sessions;
 pub mod stream;
 pub mod templates;
+pub mod usage;
 
 /// All routes of the API, with the document they make.
 pub fn routes() -> OpenApiRouter<App> {
@@ -51,6 +53,9 @@ pub fn routes() -> OpenApiRouter<App> {
         .routes(routes!(pools::list_pools))
         .routes(routes!(audit::list_audit))
         .routes(routes!(admin::get_log_level, admin::set_log_level))
+        .routes(routes!(keys::create_key, keys::list_keys))
+        .routes(routes!(keys::revoke_key))
+        .routes(routes!(usage::get_usage))
         .routes(routes!(admin::drain_server))
         .routes(routes!(admin::reconcile_server))
 }

@@ -12,7 +12,7 @@ use utoipa::ToSchema;
 
 use crate::domain::ids::SessionId;
 use crate::domain::lifecycle::Phase;
-use crate::domain::spec::{FieldError, MIB, NetworkMode, OnIdle, SessionRequest};
+use crate::domain::spec::{FieldError, MIB, NetworkMode, OnIdle, Resources, SessionRequest};
 use crate::http::App;
 use crate::http::extract::{Answer, Body, Caller, Id, Keyed, Params, object};
 use crate::http::problem::{self, Problem};
@@ -220,6 +220,17 @@ pub struct ResourcesView {
     pids: u32,
 }
 
+impl From<Resources> for ResourcesView {
+    fn from(resources: Resources) -> Self {
+        Self {
+            cpu: f64::from(resources.cpu_millis) / 1000.0,
+            memory_mb: resources.memory_bytes / MIB,
+            disk_mb: resources.disk_bytes / MIB,
+            pids: resources.pids,
+        }
+    }
+}
+
 /// How long things may take.
 #[derive(Debug, Serialize, ToSchema)]
 pub struct TimeoutsView {
@@ -279,12 +290,7 @@ impl SessionView {
             last_active_at: time(snapshot.last_active),
             expires_at: time(snapshot.expires_at),
             idle_deadline: snapshot.idle_deadline.map(time),
-            resources: ResourcesView {
-                cpu: f64::from(spec.resources.cpu_millis) / 1000.0,
-                memory_mb: spec.resources.memory_bytes / MIB,
-                disk_mb: spec.resources.disk_bytes / MIB,
-                pids: spec.resources.pids,
-            },
+            resources: spec.resources.into(),
             timeouts: TimeoutsView {
                 idle_seconds: snapshot.attributes.idle.as_secs_f64(),
                 lifetime_seconds: spec.timeouts.lifetime.as_secs_f64(),
@@ -392,12 +398,9 @@ pub async fn list_sessions(
 ) -> Result<Answer<SessionPage>, Problem> {
     let params = params.only(&["state", "label", "name", "limit", "cursor"])?;
     let wanted = params.get("state").map(check_state).transpose()?;
-    let limit = params.parse::<usize>("limit", "1 to 200")?.unwrap_or(PAGE.0);
-    if limit == 0 || limit > PAGE.1 {
-        return Err(bad_parameter("limit", "allowed is 1 to 200"));
-    }
+    let limit = page_limit(&params)?;
     let after = params.parse::<SessionId>("cursor", "a value of next_cursor")?;
-    let sessions = app.service.list_sessions(&who, &filter(&params)?, after);
+    let sessions = app.service.list_sessions(&who, &filter(&params)?, after)?;
     let mut found = sessions.iter().filter(|s| wanted.is_none_or(|w| state(&s.snapshot()) == w));
     let page: Vec<_> = found.by_ref().take(limit).collect();
     let next_cursor = found.next().and(page.last()).map(|s| s.id.to_string());
@@ -553,6 +556,15 @@ pub async fn restart_session(
     Id(id): Id<SessionId>,
 ) -> Result<Answer<SessionView>, Problem> {
     Ok(Answer(SessionView::of(&app.service.restart(&who, id, None).await?)))
+}
+
+/// How many a page of a list has at most.
+pub(super) fn page_limit(params: &Params) -> Result<usize, Problem> {
+    let limit = params.parse::<usize>("limit", "1 to 200")?.unwrap_or(PAGE.0);
+    if limit == 0 || limit > PAGE.1 {
+        return Err(bad_parameter("limit", "allowed is 1 to 200"));
+    }
+    Ok(limit)
 }
 
 fn filter(params: &Params) -> Result<Filter, Problem> {

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::oneshot;
 
 use super::super::{COMMAND_QUEUE, Command, Refused};
-use super::{Actor, Booted, Context, Done, Verdict, boot};
+use super::{Actor, Booted, Context, Done, Verdict};
 use crate::domain::lifecycle::{EndReason, Event, Phase};
 use crate::domain::spec::OnIdle;
 use crate::engine::EngineError;
@@ -145,10 +145,7 @@ impl Actor {
     }
 
     pub(super) fn pause_cell(&mut self) {
-        let link = self.wiring.link().cloned();
-        if link.is_some() {
-            self.wiring.cut();
-        }
+        let link = self.wiring.cut();
         self.save();
         let (engine, name, state) = (Arc::clone(&self.engine), self.cell.name.clone(), self.leaving.state.clone());
         self.start(async move {
@@ -186,34 +183,22 @@ impl Actor {
     pub(super) fn resume_cell(&mut self) {
         self.save();
         let state = self.leaving.state.clone();
-        let words = "its container could not be resumed";
-        let adopting = boot::adopt(
-            Arc::clone(&self.engine),
-            self.cell.name.clone(),
-            self.secret,
-            self.settings,
-            self.env.clone(),
-            words,
-        );
+        let adoption = self.adoption(self.settings.start_timeout, "its container could not be resumed");
         self.start(async move {
             // Then the next process pauses it again, which is better than no answer now.
             if let Err(error) = committed(state).await {
                 tracing::warn!(%error, "a session is resumed that the next server would take for paused");
             }
-            Done::Resumed(adopting.await)
+            Done::Resumed(adoption.adopt().await)
         });
     }
 
     pub(super) fn on_resumed(&mut self, outcome: Result<Booted, Verdict>) {
         match outcome {
             Ok(booted) if self.phase == Phase::Resuming => {
-                let now = Instant::now();
-                // The guest tells again what it was not told to forget, which was noted before.
-                self.wiring.connect(booted.link, booted.events, self.wiring.last_seq());
-                self.contexts.values_mut().for_each(|context| context.is_linked(now));
+                self.connect_again(booted);
                 // Frozen time is no idle time.
-                self.last_active = now;
-                self.open_notebook();
+                self.last_active = Instant::now();
                 self.step(Event::CellResumed);
             }
             Ok(_) => {}
@@ -225,7 +210,7 @@ impl Actor {
     pub(super) fn on_found_frozen(&mut self) {
         match self.phase {
             // Whoever opens its link thaws it.
-            Phase::Ready if self.adopting => {}
+            Phase::Ready if self.linking.is_under_way => {}
             Phase::Ready if self.wiring.link().is_none() => {
                 self.freezing.answer(&Err(Refused::NotPaused));
                 self.step(Event::CellFrozen);
@@ -270,7 +255,7 @@ async fn committed(state: Option<State>) -> Result<(), EngineError> {
 }
 
 /// Waits until the stream of a link that was cut is closed: as long as it is open, the engine would open no other.
-async fn close(link: Option<Link>) {
+pub(super) async fn close(link: Option<Link>) {
     if let Some(link) = link {
         // One that is not is seen when the cell is linked again.
         let _ = tokio::time::timeout(CLOSED, link.closed()).await;

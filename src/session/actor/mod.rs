@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use cellblock_wire::frame::Frame;
-use cellblock_wire::link::{KernelDeleted, Numbered, Transport};
+use cellblock_wire::link::{KernelDeleted, Numbered, Refusal, Transport};
 use cellblock_wire::marker::LinkSecret;
 use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
@@ -22,7 +22,7 @@ use super::capacity;
 use super::context::{Context, Making, Notice, Pace};
 use super::execution::{End, Execution, Place};
 use super::keeping::Keeping;
-use super::wiring::{Act, ActKind, Acted, Starting, Wiring};
+use super::wiring::{Act, ActKind, Acted, Settled, Starting, Wiring};
 use super::{
     Attributes, COMMAND_QUEUE, Command, ContextView, Refused, Session, Settings, Snapshot, StartFailure, StartFault,
     instant,
@@ -41,9 +41,11 @@ mod commands;
 mod figures;
 mod freezing;
 mod leaving;
+mod linking;
 
 use freezing::Freezing;
 use leaving::Leaving;
+use linking::Linking;
 
 /// A failed removal is tried again after this long; doubled each time up to the maximum.
 const RETRY_FIRST: Duration = Duration::from_millis(500);
@@ -59,7 +61,8 @@ enum Done {
     Adopted(Result<Booted, Verdict>),
     Ensured(Result<ByteStream, StartFailure>),
     Booted(Result<Booted, StartFailure>),
-    Acted(Act, Result<Acted, LinkError>),
+    /// With the link that has carried it.
+    Acted(u32, Act, Result<Acted, LinkError>),
     Acked,
     Removed(Result<(), EngineError>),
     Paused(Result<(), EngineError>),
@@ -84,8 +87,10 @@ pub(super) enum Verdict {
     Frozen,
     /// It runs, where it should be frozen.
     Thawed,
-    /// It runs, or may, and its guest does not answer.
+    /// It runs, and its guest does not answer.
     Unreachable(&'static str),
+    /// Nothing can be said of it, since the engine does not answer.
+    EngineAway,
     /// It does not run any more.
     Gone(EndReason, &'static str),
 }
@@ -164,8 +169,7 @@ struct Actor {
     retry_after: Duration,
     leaving: Leaving,
     freezing: Freezing,
-    /// The cell of an earlier process is being taken over.
-    adopting: bool,
+    linking: Linking,
     /// Its share of the machine, given back with the task: its cell has been seen to be gone by then, or is the next process's.
     place: capacity::Place,
     created_at: Timestamp,
@@ -306,7 +310,7 @@ impl Actor {
             retry_after: RETRY_FIRST,
             leaving,
             freezing: Freezing::new(frozen_since(record.stage).unwrap_or(now)),
-            adopting: false,
+            linking: Linking::new(now),
             place,
             created_at: record.created_at,
             starting_since: now,
@@ -432,7 +436,7 @@ impl Actor {
         self.tend_freezing();
         self.take_from_contexts();
         if let Some(acting) = self.wiring.act() {
-            self.start(acting.map(|(act, result)| Done::Acted(act, result)));
+            self.start(acting.map(|(round, act, result)| Done::Acted(round, act, result)));
         }
         if let Some(acking) = self.wiring.acknowledge(self.is_busy()) {
             self.start(acking.map(|()| Done::Acked));
@@ -511,23 +515,9 @@ impl Actor {
         self.start(booting.map(Done::Booted));
     }
 
-    fn adopt_cell(&mut self) {
-        let words = "its container could not be taken over from the server before";
-        self.adopting = true;
-        let adopting = boot::adopt(
-            Arc::clone(&self.engine),
-            self.cell.name.clone(),
-            self.secret,
-            self.settings,
-            self.env.clone(),
-            words,
-        );
-        self.start(adopting.map(Done::Adopted));
-    }
-
     fn remove_cell(&mut self) {
         self.place.has_started();
-        self.wiring.cut();
+        self.wiring.forget();
         self.gone.clear();
         let (engine, name) = (Arc::clone(&self.engine), self.cell.name.clone());
         self.start(async move { Done::Removed(engine.remove(&name).await) });
@@ -545,7 +535,7 @@ impl Actor {
             _ => (Status::Cancelled, "its session ended"),
         };
         self.contexts.values_mut().for_each(|c| c.settle(status, StopStep::End, detail));
-        self.wiring.cut();
+        self.wiring.forget();
         if let Err(refused) = self.not_over() {
             self.refuse_waiting(&refused);
         }
@@ -575,16 +565,8 @@ impl Actor {
     }
 
     fn on_done(&mut self, done: Done) {
-        self.adopting &= !matches!(done, Done::Adopted(_));
         match done {
-            Done::Adopted(Ok(booted)) if self.phase == Phase::Ready => {
-                self.wiring.connect(booted.link, booted.events, self.wiring.last_seq());
-                let now = Instant::now();
-                self.contexts.values_mut().for_each(|context| context.is_linked(now));
-                self.open_notebook();
-            }
-            Done::Adopted(Ok(_)) => {}
-            Done::Adopted(Err(verdict)) => self.on_verdict(verdict),
+            Done::Adopted(outcome) => self.on_adopted(outcome),
             Done::Ensured(Ok(stream)) => {
                 self.step(Event::CellEnsured);
                 if self.phase == Phase::Connecting {
@@ -603,7 +585,7 @@ impl Actor {
                 self.lose_replacement();
                 self.step(Event::BootFailed);
             }
-            Done::Acted(act, result) => self.on_acted(&act, result),
+            Done::Acted(round, act, result) => self.on_acted(round, &act, result),
             Done::Acked => self.wiring.has_acked(),
             Done::Removed(Ok(())) => {
                 self.cells += u32::from(self.phase == Phase::Replacing);
@@ -619,6 +601,7 @@ impl Actor {
             Done::RetryDue => self.step(Event::RetryDue),
             // It was the session's own doing since.
             Done::Diagnosed(began, Verdict::Frozen | Verdict::Thawed) if began != self.phase => {}
+            Done::Diagnosed(_, Verdict::EngineAway) if self.phase == Phase::Ready => self.link_again(None),
             Done::Diagnosed(_, verdict) => self.on_verdict(verdict),
         }
     }
@@ -632,8 +615,11 @@ impl Actor {
                 self.loss = words;
                 self.step(Event::CellLost(reason));
             }
-            Verdict::Unreachable(words) => {
-                self.loss = words;
+            Verdict::Unreachable(_) | Verdict::EngineAway => {
+                self.loss = match verdict {
+                    Verdict::Unreachable(words) => words,
+                    _ => "the container engine could not be reached",
+                };
                 let replace = self.spec.on_guest_lost == OnGuestLost::Replace
                     && matches!(self.phase, Phase::Ready | Phase::Resuming);
                 self.step(if replace { Event::GuestLost } else { Event::CellLost(EndReason::Lost) });
@@ -657,7 +643,7 @@ impl Actor {
     }
 
     fn start_kernels(&mut self, booted: Booted) {
-        self.wiring.connect(booted.link, booted.events, 0);
+        self.connect(booted, 0);
         let now = Instant::now();
         // Less than the session's own time, so that a kernel's last words, or a setup's, are heard.
         let left = (self.starting_since + self.settings.start_timeout).saturating_duration_since(now).mul_f64(0.9);
@@ -669,18 +655,18 @@ impl Actor {
         }
     }
 
-    fn on_acted(&mut self, act: &Act, result: Result<Acted, LinkError>) {
-        self.wiring.has_acted();
-        self.answer_lines(act, &result);
-        let now = Instant::now();
-        let Some(context) = self.contexts.values_mut().find(|c| c.owns(&act.kernel)) else {
-            // It was deleted meanwhile; only a link that is gone concerns others.
-            return match result {
-                Ok(_) | Err(LinkError::Refused { .. }) => {}
-                Err(error) => self.lose_link(&error.to_string()),
-            };
+    fn on_acted(&mut self, round: u32, act: &Act, result: Result<Acted, LinkError>) {
+        let settled = self.wiring.has_acted(round, &result);
+        let answer = match result {
+            Ok(acted) => Ok(acted),
+            Err(LinkError::Refused { refusal, .. }) => Err(refusal),
+            Err(error) => return self.on_unanswered(settled, &error),
         };
-        match result {
+        self.answer_lines(act, &answer);
+        let now = Instant::now();
+        // It was deleted meanwhile.
+        let Some(context) = self.contexts.values_mut().find(|c| c.owns(&act.kernel)) else { return };
+        match answer {
             Ok(Acted::Sent) => context.on_sent(act),
             Ok(Acted::Started(started)) => {
                 (context.kernelspec, context.display_name) = (started.kernelspec, started.display_name);
@@ -690,21 +676,23 @@ impl Actor {
                 self.gone.push(Gone { kernel: act.kernel.clone(), gone, until: now + LAST_WORDS });
                 self.settle_gone(now);
             }
-            Err(LinkError::Refused { refusal, .. }) if act.kind == ActKind::Delete && refusal.code == "not-found" => {
-                // It was never there.
-                self.on_deleted(&act.kernel, KernelDeleted::default(), now);
+            Err(refusal) if act.kind == ActKind::Delete && refusal.code == "not-found" => {
+                // It was never there, or is gone since it was said the first time: then nobody knows what its last words are.
+                let last_seq = if settled == (Settled::Over { was_tried: true }) { u64::MAX } else { 0 };
+                let gone = KernelDeleted { last_seq, ..KernelDeleted::default() };
+                self.gone.push(Gone { kernel: act.kernel.clone(), gone, until: now + LAST_WORDS });
+                self.settle_gone(now);
             }
-            Err(LinkError::Refused { refusal, .. }) => context.on_refusal(act, &refusal, now),
-            Err(error) => self.lose_link(&error.to_string()),
+            Err(refusal) => context.on_refusal(act, &refusal, now),
         }
     }
 
-    fn answer_lines(&mut self, act: &Act, result: &Result<Acted, LinkError>) {
+    fn answer_lines(&mut self, act: &Act, result: &Result<Acted, Refusal>) {
         let is_it = |line: &mut Line| line.kernel == act.kernel && act.kind == ActKind::Send(line.msg_id.clone());
         for line in self.lines.extract_if(.., is_it) {
             let answer = match result {
                 Ok(_) => Ok(()),
-                Err(LinkError::Refused { refusal, .. }) if refusal.code == "exists" => Ok(()),
+                Err(refusal) if refusal.code == "exists" => Ok(()),
                 Err(_) => Err(Refused::NothingAsked),
             };
             // A caller that went away needs no answer.
@@ -747,16 +735,6 @@ impl Actor {
             Ok(None) => self.lose_link("its event stream ended"),
             Err(error) => self.lose_link(&error.to_string()),
         }
-    }
-
-    /// The guest can't be reached any more: finds out why.
-    fn lose_link(&mut self, why: &str) {
-        if !matches!(self.phase, Phase::Connecting | Phase::Ready) || self.wiring.link().is_none() {
-            return;
-        }
-        tracing::info!(session = %self.cell.session, why, "a session's link is gone");
-        self.wiring.cut();
-        self.diagnose(Verdict::Unreachable("the program in its container that runs kernels did not answer"));
     }
 
     /// Looks at the cell. `otherwise` is the verdict when it seems to run.
@@ -990,7 +968,7 @@ pub(super) async fn look_at(engine: &dyn Engine, name: &CellName, otherwise: Ver
             CellState::Running | CellState::Created => otherwise,
         },
         Err(_) => match otherwise {
-            Verdict::Unreachable(_) => Verdict::Unreachable("the container engine could not be reached"),
+            Verdict::Unreachable(_) => Verdict::EngineAway,
             Verdict::Thawed => Verdict::Well,
             otherwise => otherwise,
         },

@@ -16,13 +16,14 @@ use jiff::Timestamp;
 use rusqlite::{Connection, params};
 use tokio::sync::{mpsc, oneshot};
 
-use crate::domain::ids::{ContextId, ExecutionId, SessionId};
+use crate::domain::ids::{ContextId, ExecutionId, KeyId, SessionId};
 use crate::domain::lifecycle::EndReason;
 use crate::domain::output::{JsonText, RestartCause};
 use crate::domain::spec::SessionSpec;
 use crate::metrics::Commits;
 use crate::store::Archive;
 
+mod api_keys;
 mod audit;
 mod execution_form;
 mod executions;
@@ -30,18 +31,21 @@ mod form;
 mod keys;
 #[cfg(test)]
 mod tests;
+mod usage;
 
+pub use api_keys::ApiKeyRecord;
 pub use audit::{AuditEvent, AuditQuery};
 use executions::Pending;
 pub use executions::{Birth, ExecutionChange, ExecutionRecord, Logged, Progress, RunningRecord};
 pub use keys::{KeyRecord, Made};
+pub use usage::UsageRecord;
 
 /// The database's name in the data folder.
 const FILE: &str = "state.db";
 /// Marks the file as ours, in its header (`PRAGMA application_id`): "cell".
 const APPLICATION_ID: i32 = 0x6365_6c6c;
 /// How the tables are made: each step brings the database from the version of its place to the next.
-const MIGRATIONS: [&str; 4] = [SESSIONS, executions::TABLES, keys::TABLE, audit::TABLE];
+const MIGRATIONS: [&str; 6] = [SESSIONS, executions::TABLES, keys::TABLE, api_keys::TABLE, usage::TABLE, audit::TABLE];
 const SESSIONS: &str = "CREATE TABLE sessions (
         id TEXT PRIMARY KEY,
         revision INTEGER NOT NULL,
@@ -242,6 +246,10 @@ pub struct Left {
     pub heard: HashMap<SessionId, (u32, u64)>,
     /// Keys of requests.
     pub keys: Vec<KeyRecord>,
+    /// Keys of callers.
+    pub api_keys: Vec<ApiKeyRecord>,
+    /// What tenants have used.
+    pub usage: Vec<UsageRecord>,
 }
 
 /// What is to be committed: of each session the newest record only, so that many changes of one are one. It stays until it is committed.
@@ -257,6 +265,9 @@ struct Changes {
     /// Of each key of a tenant what it is for now, or that it is free.
     keys: HashMap<(Arc<str>, String), Option<KeyRecord>>,
     forget_keys_before: Option<Timestamp>,
+    /// Of each API key what it is, or that it is none any more.
+    api_keys: HashMap<KeyId, Option<ApiKeyRecord>>,
+    usage: HashMap<Arc<str>, UsageRecord>,
     forget_before: Option<Timestamp>,
     /// In their order.
     audit: Vec<AuditEvent>,
@@ -306,6 +317,8 @@ impl Changes {
             && self.forget_executions.is_empty()
             && self.keys.is_empty()
             && self.forget_keys_before.is_none()
+            && self.api_keys.is_empty()
+            && self.usage.is_empty()
             && self.forget_before.is_none()
             && self.audit.is_empty()
             && self.forget_audit.is_none()
@@ -330,6 +343,12 @@ impl Changes {
             self.keys.entry(key).or_insert(record);
         }
         self.forget_keys_before = self.forget_keys_before.or(earlier.forget_keys_before);
+        for (id, record) in earlier.api_keys {
+            self.api_keys.entry(id).or_insert(record);
+        }
+        for (tenant, record) in earlier.usage {
+            self.usage.entry(tenant).or_insert(record);
+        }
         self.forget_before = self.forget_before.or(earlier.forget_before);
         let later = std::mem::replace(&mut self.audit, earlier.audit);
         self.audit.extend(later);
@@ -350,6 +369,8 @@ impl State {
             executions: executions::read_all(&connection)?,
             heard: executions::read_heard(&connection)?,
             keys: keys::read_all(&connection)?,
+            api_keys: api_keys::read_all(&connection)?,
+            usage: usage::read_all(&connection)?,
         };
         let (commands, received) = mpsc::channel(QUEUE);
         let waiting = Waiting::default();
@@ -406,6 +427,24 @@ impl State {
     /// Frees keys from before a moment. Never waits.
     pub fn forget_keys(&self, before: Timestamp) {
         self.waiting.changes().forget_keys_before = Some(before);
+        self.wake();
+    }
+
+    /// Keeps an API key. Never waits.
+    pub fn put_api_key(&self, record: ApiKeyRecord) {
+        self.waiting.changes().api_keys.insert(record.id, Some(record));
+        self.wake();
+    }
+
+    /// Forgets an API key. Never waits.
+    pub fn forget_api_key(&self, id: KeyId) {
+        self.waiting.changes().api_keys.insert(id, None);
+        self.wake();
+    }
+
+    /// Keeps what a tenant has used, in place of what was kept of it before. Never waits.
+    pub fn put_usage(&self, record: UsageRecord) {
+        self.waiting.changes().usage.insert(Arc::clone(&record.tenant), record);
         self.wake();
     }
 
@@ -630,6 +669,15 @@ impl Writer {
         }
         if let Some(before) = changes.forget_keys_before {
             keys::forget_before(before, &transaction)?;
+        }
+        for (id, record) in &changes.api_keys {
+            match record {
+                Some(record) => api_keys::write(record, &transaction)?,
+                None => api_keys::forget(*id, &transaction)?,
+            }
+        }
+        for record in changes.usage.values() {
+            usage::write(record, &transaction)?;
         }
         for id in &changes.forget_executions {
             transaction.prepare_cached("DELETE FROM executions WHERE id = ?1")?.execute([id.to_string()])?;

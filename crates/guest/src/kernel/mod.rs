@@ -50,6 +50,8 @@ struct Handle {
     shared: Arc<Shared>,
     pid: i32,
     deletions: mpsc::Sender<Deletion>,
+    /// What its start was answered with.
+    started: KernelStarted,
 }
 
 #[derive(Default)]
@@ -114,12 +116,15 @@ impl Kernels {
         find_specs().into_iter().map(tell).collect()
     }
 
-    /// Starts a kernel's process and its task.
+    /// Starts a kernel's process and its task; one that was started before, where that answer was perhaps not heard, is left as it is.
     ///
     /// # Errors
     /// When the name or the kernelspec will not do, or the process can't be started.
     pub fn start(&self, request: &StartKernel) -> Result<KernelStarted, Refused> {
         let name = &request.kernel;
+        if let Some(started) = self.lock().kernels.get(name).map(|handle| handle.started.clone()) {
+            return Ok(started);
+        }
         self.check_name(name)?;
         let wanted = request.kernelspec.as_deref();
         let Some(spec) = find_specs().into_iter().find(|spec| wanted.is_none_or(|name| spec.name == name)) else {
@@ -145,7 +150,10 @@ impl Kernels {
         let signer = launched.signer.clone();
         let shared = Arc::new(Shared::new(name.clone(), signer, self.ring.clone(), account, exit.clone()));
         let (deletions, to_delete) = mpsc::channel(1);
-        let handle = Handle { shared: shared.clone(), pid: launched.tree.pid, deletions };
+        let FoundSpec { name: kernelspec, json, .. } = spec;
+        let started = KernelStarted { kernelspec, language: json.language, display_name: json.display_name };
+        let pid = launched.tree.pid;
+        let handle = Handle { shared: shared.clone(), pid, deletions, started: started.clone() };
         let mut table = self.lock();
         table.kernels.insert(name.clone(), handle);
         table.used.insert(name.clone());
@@ -153,8 +161,7 @@ impl Kernels {
         let deadline = Instant::now() + Duration::from_millis(request.connect_timeout_ms).min(MAX_CONNECT);
         let life = Life { shared, launched, exit, kernels: self.clone(), deadline };
         tokio::spawn(life.run(to_delete));
-        let FoundSpec { name: kernelspec, json, .. } = spec;
-        Ok(KernelStarted { kernelspec, language: json.language, display_name: json.display_name })
+        Ok(started)
     }
 
     fn check_name(&self, name: &str) -> Result<(), Refused> {
