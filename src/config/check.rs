@@ -87,23 +87,6 @@ impl Checker<'_> {
         self.positive(server.request_timeout, "server.request_timeout");
     }
 
-    fn admin(&mut self, server: &Server) {
-        let Some(admin) = server.admin_listen else { return };
-        let key = "server.admin_listen";
-        let may_be = admin.ip().is_loopback() || server.admin_allow_remote;
-        self.require(may_be, &[key, "server.admin_allow_remote"], || {
-            format!(
-                "{admin} is reachable from other machines, and the admin listener asks for no key. Listen on loopback \
-                 (127.0.0.1:{}), or accept it with server.admin_allow_remote = true",
-                admin.port()
-            )
-        });
-        // Port 0 is any free one.
-        self.require(admin != server.listen || admin.port() == 0, &[key, "server.listen"], || {
-            format!("{admin} is where the API listens (server.listen): the admin listener needs a port of its own")
-        });
-    }
-
     fn keys(&mut self, document: &Document) {
         let auth = &document.auth;
         self.require((1..=1_000_000).contains(&auth.failures), &["auth.failures"], || {
@@ -134,6 +117,23 @@ impl Checker<'_> {
                 self.require(false, &["keys"], || format!("key {} ({:?}): {mistake}", at + 1, key.name));
             }
         }
+    }
+
+    fn admin(&mut self, server: &Server) {
+        let Some(admin) = server.admin_listen else { return };
+        let key = "server.admin_listen";
+        let may_be = admin.ip().is_loopback() || server.admin_allow_remote;
+        self.require(may_be, &[key, "server.admin_allow_remote"], || {
+            format!(
+                "{admin} is reachable from other machines, and the admin listener asks for no key. Listen on loopback \
+                 (127.0.0.1:{}), or accept it with server.admin_allow_remote = true",
+                admin.port()
+            )
+        });
+        // Port 0 is any free one.
+        self.require(admin != server.listen || admin.port() == 0, &[key, "server.listen"], || {
+            format!("{admin} is where the API listens (server.listen): the admin listener needs a port of its own")
+        });
     }
 
     fn engine(&mut self, document: &Document) {

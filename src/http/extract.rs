@@ -290,11 +290,11 @@ impl FromRequestParts<App> for Caller {
 
     async fn from_request_parts(parts: &mut Parts, app: &App) -> Result<Self, Problem> {
         let who = app.door.admit(parts)?;
-        trail::note_caller(&who);
         if let (Some(state), Some(slot)) = (app.service.request(&who)?, parts.extensions.get::<Slot>()) {
             // A request is read once.
             let _ = slot.set(state.into());
         }
+        trail::note_caller(&who);
         Ok(Self(who))
     }
 }

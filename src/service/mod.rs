@@ -304,14 +304,14 @@ pub struct Service {
     engine_seen: tokio::sync::Mutex<Option<(Instant, bool)>>,
     /// What operators' commands work with, where there are any.
     admin: Option<Admin>,
-    /// Where events of requests go, if they are kept.
-    audit: Option<Arc<Audit>>,
-    /// How much the log tells, where that can be changed.
-    log: Option<LogLevel>,
     /// Who may ask.
     keys: Arc<KeyRing>,
     /// What tenants may have and do.
     quotas: Arc<Quotas>,
+    /// Where events of requests go, if they are kept.
+    audit: Option<Arc<Audit>>,
+    /// How much the log tells, where that can be changed.
+    log: Option<LogLevel>,
 }
 
 impl std::fmt::Debug for dyn Engine {
@@ -342,10 +342,10 @@ impl Service {
             notebook_room,
             engine_seen,
             admin: None,
-            audit: None,
-            log: None,
             keys: Arc::default(),
             quotas: Arc::default(),
+            audit: None,
+            log: None,
         }
     }
 

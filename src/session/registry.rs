@@ -154,8 +154,7 @@ impl Registry {
     ) -> Self {
         let (growth, capacity) = (Growth::default(), Capacity::new(limits.ceilings));
         let (requests, inner) = (Requests::new(state.clone()), Mutex::default());
-        let metrics = Metrics::new();
-        let tuning = RwLock::new(Tuning { settings, limits });
+        let (tuning, metrics) = (RwLock::new(Tuning { settings, limits }), Metrics::new());
         Self { engine, archive, state, instance, tuning, growth, capacity, pool, requests, metrics, inner }
     }
 

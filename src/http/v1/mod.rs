@@ -51,11 +51,11 @@ pub fn routes() -> OpenApiRouter<App> {
         .routes(routes!(notebooks::get_notebook, notebooks::delete_notebook))
         .routes(routes!(templates::list_templates))
         .routes(routes!(pools::list_pools))
-        .routes(routes!(audit::list_audit))
-        .routes(routes!(admin::get_log_level, admin::set_log_level))
         .routes(routes!(keys::create_key, keys::list_keys))
         .routes(routes!(keys::revoke_key))
         .routes(routes!(usage::get_usage))
+        .routes(routes!(audit::list_audit))
+        .routes(routes!(admin::get_log_level, admin::set_log_level))
         .routes(routes!(admin::drain_server))
         .routes(routes!(admin::reconcile_server))
 }
