@@ -162,12 +162,12 @@ pub enum StartError {
         source: EngineError,
     },
     /// The address can't be listened on.
-    #[error("can't listen on {address}: {source}\n  `{key}` in the configuration says where to")]
+    #[error("can't listen on {address}: {source}\n  {place} says where to")]
     Listen {
         /// The address.
         address: SocketAddr,
-        /// The key that names it.
-        key: &'static str,
+        /// What names it, for people.
+        place: &'static str,
         /// Why.
         source: io::Error,
     },
@@ -326,7 +326,8 @@ pub async fn serve(
     ready: impl FnOnce(SocketAddr),
 ) -> Result<(), StartError> {
     let address = config.server.listen;
-    let listen_error = |source| StartError::Listen { address, key: "server.listen", source };
+    let listen_error =
+        |source| StartError::Listen { address, place: "`server.listen` in the configuration, or --listen,", source };
     // Bound first: a second server finds out before it touches the engine.
     let listener = TcpListener::bind(address).await.map_err(listen_error)?;
     let local = listener.local_addr().map_err(listen_error)?;
@@ -380,7 +381,11 @@ pub async fn serve(
 async fn admin_listener(config: &Config) -> Result<Option<TcpListener>, StartError> {
     let Some(address) = config.server.admin_listen else { return Ok(None) };
     let listener = TcpListener::bind(address).await;
-    let listener = listener.map_err(|source| StartError::Listen { address, key: "server.admin_listen", source })?;
+    let listener = listener.map_err(|source| StartError::Listen {
+        address,
+        place: "`server.admin_listen` in the configuration",
+        source,
+    })?;
     tracing::info!(%address, "the admin listener answers GET /metrics");
     Ok(Some(listener))
 }

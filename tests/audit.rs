@@ -5,6 +5,7 @@
 mod server;
 
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use reqwest::Method;
 use serde_json::{Value, json};
@@ -62,12 +63,24 @@ async fn everything_that_changes_something_is_told_but_no_code_and_no_key() {
     let request = server.bare(Method::GET, "/v1/sessions").bearer_auth(&wrong);
     server.send(request).await.problem(401, "unauthenticated");
     server.send(server.bare(Method::GET, "/v1/sessions")).await.problem(401, "unauthenticated");
+    let left = server.request(Method::POST, &cell.path("/executions")).header("x-request-id", "left");
+    let body = json!({"code": format!("import time; time.sleep(1); '{MARK}'")});
+    let hung_up = left.json(&body).timeout(Duration::from_millis(300)).send().await;
+    assert!(hung_up.unwrap_err().is_timeout());
+    let end = Instant::now() + server::NEVER;
+    while !events(&server, "&action=create_execution").await.iter().any(|event| event["request_id"] == "left") {
+        assert!(Instant::now() < end, "a request whose caller has left is not told");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
     let long = json!({"code": MARK, "timeout_seconds": 1e9});
     server.post(&cell.path("/executions"), &long).await.problem(422, "spec-rejected");
     let request = server.request(Method::DELETE, "/v1/sessions/ses00000000000000000000000000");
     server.send(request.header("x-request-id", "mine")).await.problem(404, "not-found");
     cell.look().await;
     cell.delete().await;
+    let made = server.post("/v1/keys", &json!({"name": "mine", "scopes": ["read"]})).await.json;
+    let key_place = format!("/v1/keys/{}", text(&made["id"]));
+    assert_eq!(server.delete(&key_place).await.status, 204);
 
     let all = events(&server, "").await;
     let expected = [
@@ -75,9 +88,12 @@ async fn everything_that_changes_something_is_told_but_no_code_and_no_key() {
         ("create_execution", "ok"),
         ("create_execution", "ok"),
         ("refuse_key", "unauthenticated"),
+        ("create_execution", "unanswered"),
         ("create_execution", "spec-rejected"),
         ("delete_session", "not-found"),
         ("delete_session", "ok"),
+        ("create_key", "ok"),
+        ("revoke_key", "ok"),
     ];
     assert_eq!(what(&all), expected);
     let first = &all[1];
@@ -90,8 +106,11 @@ async fn everything_that_changes_something_is_told_but_no_code_and_no_key() {
     );
     assert_eq!((&all[3]["tenant"], &all[3]["address"]), (&Value::Null, &json!("127.0.0.1")));
     let place = format!("/v1/sessions/{}", cell.id);
-    assert_eq!((&all[0]["target"], &all[6]["target"]), (&json!(place), &json!(place)));
-    assert_eq!(all[5]["request_id"], "mine");
+    assert_eq!((&all[0]["target"], &all[7]["target"]), (&json!(place), &json!(place)));
+    assert_eq!((&all[4]["request_id"], &all[6]["request_id"]), (&json!("left"), &json!("mine")));
+    assert!(text(&all[4]["execution_id"]).starts_with("exe") && all[4]["status"].is_null(), "{}", all[4]);
+    assert_eq!((&all[8]["target"], &all[9]["target"]), (&json!(key_place), &json!(key_place)));
+    assert!(text(&all[0]["key"]).starts_with("key") && all[3]["key"].is_null(), "{} {}", all[0], all[3]);
     filters_hold(&server, &cell.id, &all).await;
 
     let log = std::fs::read_to_string(server.data().parent().unwrap().join("log")).unwrap();
@@ -101,7 +120,7 @@ async fn everything_that_changes_something_is_told_but_no_code_and_no_key() {
     assert!(copied.lines().all(|line| serde_json::from_str::<Value>(line).is_ok()));
     let digits = server.key.trim_start_matches("cb_").to_owned();
     for (place, told) in [("the log", log), ("audit.file", copied), ("the audit", json!(all).to_string())] {
-        for secret in [MARK, &digits, wrong.trim_start_matches("cb_")] {
+        for secret in [MARK, &digits, text(&made["key"]).trim_start_matches("cb_"), wrong.trim_start_matches("cb_")] {
             let line = told.lines().find(|line| line.contains(secret));
             assert_eq!(line, None, "{place} tells what it must not");
         }
@@ -110,11 +129,11 @@ async fn everything_that_changes_something_is_told_but_no_code_and_no_key() {
 }
 
 async fn filters_hold(server: &Arc<Server>, session: &str, all: &[Value]) {
-    assert_eq!(events(server, &format!("&session={session}")).await.len(), 5);
-    assert_eq!(events(server, "&action=create_execution").await.len(), 3);
-    assert_eq!(events(server, "&tenant=default").await.len(), 6);
+    assert_eq!(events(server, &format!("&session={session}")).await.len(), 6);
+    assert_eq!(events(server, "&action=create_execution").await.len(), 4);
+    assert_eq!(events(server, "&tenant=default").await.len(), 9);
     assert_eq!(events(server, "&tenant=other").await, Vec::<Value>::new());
-    let since = text(&all[4]["at"]);
+    let since = text(&all[5]["at"]);
     let later: Vec<_> = all.iter().filter(|event| text(&event["at"]) >= since).cloned().collect();
     assert_eq!(events(server, &format!("&since={since}")).await, later);
     assert_eq!(events(server, &format!("&until={since}")).await.len(), all.len() - later.len());
@@ -142,6 +161,8 @@ fn requests_are_logged(log: &str, session: &str) {
     assert!(first["elapsed_ms"].as_f64().unwrap() > 0.0);
     assert!(first["bytes_in"].as_u64().unwrap() > 10 && first["bytes_out"].as_u64().unwrap() > 100);
     assert_eq!((&ran[2]["status"], &ran[2]["problem"]), (&json!(422), &json!("spec-rejected")));
+    let left: Vec<_> = lines.iter().filter(|line| line["request_id"] == "left").collect();
+    assert_eq!((left.len(), left[0].get("status"), &left[0]["session"]), (1, None, &json!(session)));
     let foreign = of("/v1/sessions", "GET")[0];
     assert_eq!((&foreign["status"], foreign.get("tenant")), (&json!(401), None));
 }

@@ -4,7 +4,7 @@
 
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use axum::Router;
 use axum::body::HttpBody;
@@ -27,6 +27,7 @@ pub mod admin;
 pub mod docs;
 pub mod door;
 pub mod extract;
+mod line;
 mod operations;
 pub mod problem;
 pub mod rate;
@@ -34,6 +35,7 @@ pub mod v1;
 
 use door::Door;
 use extract::Answer;
+use line::Line;
 use operations::Operations;
 use problem::Problem;
 
@@ -127,19 +129,17 @@ async fn readyz(State(app): State<App>) -> Result<Answer<serde_json::Value>, Pro
 
 /// Gives every request an id and a trail, every problem that id, every answer its headers, and the log one line.
 async fn finish(State((app, operations)): State<(App, Arc<Operations>)>, mut request: Request, next: Next) -> Response {
-    let started = Instant::now();
     let id = request_id(&request);
     let method = request.method().clone();
-    let matched = request.extensions().get::<MatchedPath>().cloned();
-    let route = matched.as_ref().map_or(NO_ROUTE, MatchedPath::as_str);
+    let matched = request.extensions().get::<MatchedPath>();
+    let route: Arc<str> = matched.map_or_else(|| Arc::from(NO_ROUTE), |matched| Arc::from(matched.as_str()));
     let address = request.extensions().get::<ConnectInfo<SocketAddr>>().map(|ConnectInfo(peer)| peer.ip());
     let has_key = request.headers().contains_key(header::AUTHORIZATION) || request.headers().contains_key("x-api-key");
-    let bytes_in = request.body().size_hint().exact();
-    let path = request.uri().path().to_owned();
-    let origin = Origin { address, request: id.clone(), path, action: operations.worth_an_event(&method, route) };
+    let (action, path) = (operations.worth_an_event(&method, &route), request.uri().path().to_owned());
+    let trail = Trail::new(Origin { address, request: id.clone(), path, action }, app.service.audit());
+    let mut line = Line::new(method, route, Arc::clone(&trail), request.body().size_hint().exact());
     let rate = rate::Slot::default();
     request.extensions_mut().insert(Arc::clone(&rate));
-    let trail = Trail::new(origin, app.service.audit());
     let mut response = trail.follow(next.run(request)).await;
     let mut code = None;
     if let Some(problem) = response.extensions_mut().remove::<Arc<Problem>>() {
@@ -156,28 +156,12 @@ async fn finish(State((app, operations)): State<(App, Arc<Operations>)>, mut req
     }
     headers.insert(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
     headers.entry(header::CACHE_CONTROL).or_insert(HeaderValue::from_static("no-store"));
-    let (status, took) = (response.status(), started.elapsed());
-    app.service.metrics().request_answered(route, method.as_str(), status.as_u16(), took);
+    let made = headers.get(header::LOCATION).and_then(|path| path.to_str().ok()).map(str::to_owned);
+    let status = response.status();
+    let took = line.answered(status.as_u16(), code, response.body().size_hint().exact());
+    app.service.metrics().request_answered(&line.route, line.method.as_str(), status.as_u16(), took);
     let is_key_refused = status == StatusCode::UNAUTHORIZED && has_key;
-    let made = response.headers().get(header::LOCATION).and_then(|path| path.to_str().ok()).map(str::to_owned);
     trail.end(Answered { status: status.as_u16(), problem: code, is_key_refused, made });
-    let told = trail.told();
-    tracing::info!(
-        %method,
-        route,
-        status = status.as_u16(),
-        problem = code,
-        elapsed_ms = took.as_secs_f64() * 1000.0,
-        request_id = id,
-        tenant = told.tenant.as_deref(),
-        key = told.key.map(tracing::field::display),
-        session = told.session.map(tracing::field::display),
-        execution = told.execution.map(tracing::field::display),
-        address = address.map(tracing::field::display),
-        bytes_in,
-        bytes_out = response.body().size_hint().exact(),
-        "request"
-    );
     response
 }
 

@@ -97,6 +97,12 @@ impl Trail {
         TRAIL.scope(Arc::clone(self), work).await
     }
 
+    /// Where it came from.
+    #[must_use]
+    pub fn origin(&self) -> &Origin {
+        &self.origin
+    }
+
     /// What is known by now.
     #[must_use]
     pub fn told(&self) -> Told {
@@ -132,7 +138,7 @@ impl Trail {
         let event = AuditEvent {
             at: now.round(Unit::Millisecond).unwrap_or(now),
             tenant: told.tenant.map(|tenant| tenant.to_string()),
-            key: told.key.map(|key| key.to_string()),
+            key: told.key.map(|id| id.to_string()),
             address: self.origin.address,
             request: self.origin.request.clone(),
             action,
