@@ -17,3 +17,4 @@ pub mod service;
 pub mod session;
 pub mod store;
 pub mod task;
+pub mod tuning;
