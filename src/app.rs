@@ -10,7 +10,7 @@ use tokio::net::TcpListener;
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
-use crate::config::{Config, DrainContainers, Inputs, KeySection, Loaded, PullPolicy};
+use crate::config::{self, Config, DrainContainers, Inputs, KeySection, Loaded, PullPolicy};
 use crate::domain::ids::InstallationId;
 use crate::domain::quota::QuotaTable;
 use crate::domain::spec::Template;
@@ -436,7 +436,7 @@ pub fn backup(config: &Config, to: &Path) -> Result<(), StartError> {
 ///
 /// # Errors
 /// See [`StartError`].
-pub async fn guard(config: &Config, stop: Stop, ready: impl FnOnce(&Path)) -> Result<(), StartError> {
+pub async fn guard(config: &Config, process: Process, ready: impl FnOnce(&Path)) -> Result<(), StartError> {
     if config.engine.guard().is_some() {
         return Err(StartError::GuardOfGuard { host: config.engine.host.clone() });
     }
@@ -447,10 +447,41 @@ pub async fn guard(config: &Config, stop: Stop, ready: impl FnOnce(&Path)) -> Re
     // Listened on first: a second guard finds out before it touches the engine.
     let listener = guard::bind(socket, users.iter().any(|user| *user != own)).await?;
     let engine: Arc<dyn Engine> = Arc::new(connect_docker(config).await?);
-    let guard = Guard::new(engine, policy(config)).await.map_err(|e| engine_error(config, e))?;
+    let guard = Arc::new(Guard::new(engine, policy(config)).await.map_err(|e| engine_error(config, e))?);
     ready(socket);
-    Arc::new(guard).serve(listener, users, stop.asked).await;
-    Ok(())
+    let Process { stop, read, reload, .. } = process;
+    let told = Arc::clone(&guard);
+    let serving = guard.serve(listener, users, stop.asked);
+    let changing = async {
+        let Some((inputs, mut loaded)) = read else { return std::future::pending().await };
+        loop {
+            reload.notified().await;
+            change_guard(&told, &inputs, &mut loaded).await;
+        }
+    };
+    tokio::select! {
+        () = serving => Ok(()),
+        () = changing => Ok(()),
+    }
+}
+
+/// Reads the configuration again, and takes over what a guard can: all of it, or nothing.
+async fn change_guard(guard: &Guard, inputs: &Inputs, loaded: &mut Loaded) {
+    let again = inputs.clone();
+    let later = match task::blocking(move || config::load(&again)).await {
+        Some(Ok(later)) => later,
+        Some(Err(mistakes)) => return tracing::error!("nothing has changed: {mistakes}"),
+        None => return,
+    };
+    let fixed = |config: &Config| (config.engine.clone(), config.guard.socket.clone(), config.guard.user);
+    if fixed(&later.config) != fixed(&loaded.config) {
+        return tracing::error!(
+            "nothing has changed: engine.*, guard.socket and guard.user need a restart of the guard"
+        );
+    }
+    loaded.changes(&later).iter().for_each(|change| tracing::info!(%change, "the configuration has changed"));
+    guard.change(policy(&later.config)).await;
+    *loaded = later;
 }
 
 /// Asks the guard of this machine whether it and its engine answer.
