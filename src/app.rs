@@ -15,8 +15,8 @@ use crate::domain::quota::QuotaTable;
 use crate::domain::spec::{self, PoolPlan, Template};
 use crate::engine::docker::{DockerEngine, DockerSettings, GuestFile};
 use crate::engine::{Engine, EngineError, Pull};
-use crate::http::door::{Door, Tries};
-use crate::http::{self, App};
+use crate::http;
+use crate::http::tls::TlsError;
 use crate::service::Service;
 use crate::service::admin::Admin;
 use crate::service::keys::{self, ConfiguredKey, KeyError, KeyHash, KeyRing, Principal, Scope};
@@ -29,6 +29,8 @@ use crate::session::{Settings, reconcile};
 use crate::store::state::{self, Left, State, StateError};
 use crate::store::{Archive, ArchiveLimits, installation};
 use crate::task;
+
+pub mod front;
 
 /// Containers are gone within this time at an orderly end, or are left to the next start.
 const DRAIN_REMOVAL: Duration = Duration::from_secs(30);
@@ -78,6 +80,9 @@ pub enum StartError {
         /// Why.
         reason: KeyError,
     },
+    /// TLS can't be spoken.
+    #[error("TLS can't be spoken with server.tls_cert_file and server.tls_key_file: {0}")]
+    Tls(#[from] TlsError),
     /// What is kept in the data folder can't be used.
     #[error("notebooks and blobs can't be kept in the data folder {}: {source}", path.display())]
     Archive {
@@ -273,6 +278,7 @@ pub async fn serve(config: &Config, stop: Stop, ready: impl FnOnce(SocketAddr)) 
     // Bound first: a second server finds out before it touches the engine.
     let listener = TcpListener::bind(address).await.map_err(listen_error)?;
     let local = listener.local_addr().map_err(listen_error)?;
+    let connections = front::connections(config)?;
     let keys = configured_keys(config)?;
     let _lock = lock(&config.server.data_dir)?;
     let plane = Plane::start(config, true).await?;
@@ -280,19 +286,10 @@ pub async fn serve(config: &Config, stop: Stop, ready: impl FnOnce(SocketAddr)) 
         let name = key.name.clone();
         plane.keys.add(key).map_err(|reason| StartError::ConfiguredKey { name, reason })?;
     }
-    let tries = Tries { most: config.auth.failures, within: config.auth.failure_window };
-    let app = App {
-        service: Arc::clone(&plane.service),
-        door: Arc::new(Door::new(Arc::clone(&plane.keys), tries)),
-        instance: Arc::from(config.engine.instance.as_str()),
-        bounds: http::Bounds {
-            body: usize::try_from(config.server.max_body).unwrap_or(usize::MAX),
-            body_time: config.server.request_timeout,
-        },
-    };
+    let app = front::app(config, &plane);
     ready(local);
     let closing = CancellationToken::new();
-    let door = http::serve(listener, app, closing.clone());
+    let door = http::serve(listener, app, connections, closing.clone());
     let operator = plane.drain.clone();
     let drain = async {
         tokio::select! {
@@ -310,9 +307,10 @@ pub async fn serve(config: &Config, stop: Stop, ready: impl FnOnce(SocketAddr)) 
         tokio::time::sleep(LAST_ANSWERS).await;
     };
     tokio::select! {
-        served = door => served.map_err(listen_error),
-        () = drain => Ok(()),
+        () = door => {}
+        () = drain => {}
     }
+    Ok(())
 }
 
 /// Copies the database of sessions to a file that is not there yet.

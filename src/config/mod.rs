@@ -24,8 +24,8 @@ use std::path::{Path, PathBuf};
 
 pub use environment::Environment;
 pub use sections::{
-    Auth, Drain, DrainContainers, EngineSection, Executions, Guest, KeySection, Limits, Log, LogFormat, PullPolicy,
-    Server,
+    Auth, Drain, DrainContainers, EngineSection, Executions, ForwardedHeader, Guest, KeySection, Limits, Log,
+    LogFormat, PullPolicy, Server,
 };
 pub use source::{Mistake, Mistakes, Source};
 pub use units::{parse_duration, parse_size};

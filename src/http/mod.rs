@@ -1,18 +1,18 @@
 //! The front doors. Each translates between HTTP and [`Service`], and calls nothing below it.
 //!
-//! One router, one onion of layers: request id and log line outside, then panics. Bodies are bounded where they are read.
+//! One router, one onion of layers: request id and log line outside, then pages of other sites, then panics. Bodies are bounded where they are read, and
+//! connections in `listen`.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use axum::Router;
-use axum::extract::{Request, State};
+use axum::extract::{ConnectInfo, Request, State};
 use axum::http::{HeaderName, HeaderValue, header};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
-use axum::serve::ListenerExt;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 use tower_http::catch_panic::CatchPanicLayer;
@@ -24,13 +24,20 @@ use crate::session;
 pub mod docs;
 pub mod door;
 pub mod extract;
+pub mod listen;
+pub mod origins;
 pub mod problem;
 pub mod rate;
+pub mod remote;
+pub mod tls;
 pub mod v1;
 
 use door::Door;
 use extract::Answer;
+use listen::Connections;
+use origins::Origins;
 use problem::Problem;
+use remote::{Proxies, Remote};
 
 /// Longest request id taken from a caller.
 const MAX_REQUEST_ID: usize = 128;
@@ -48,6 +55,10 @@ pub struct App {
     pub instance: Arc<str>,
     /// What a request may cost before it is understood.
     pub bounds: Bounds,
+    /// Whose word about callers' addresses counts.
+    pub proxies: Proxies,
+    /// Pages of other sites that may use it.
+    pub origins: Origins,
 }
 
 /// What a request may cost before it is understood.
@@ -62,7 +73,7 @@ pub struct Bounds {
 /// All routes.
 pub fn router(app: App) -> Router {
     let (v1, document) = v1::routes().split_for_parts();
-    Router::new()
+    let router = Router::new()
         .merge(v1)
         .merge(docs::routes(document))
         .route("/livez", get(livez))
@@ -74,30 +85,23 @@ pub fn router(app: App) -> Router {
         .layer(CatchPanicLayer::custom(|_| {
             Problem::new(problem::INTERNAL, "the request made the server panic").into_response()
         }))
-        .layer(middleware::from_fn(finish))
-        .with_state(app)
+        .layer(middleware::from_fn_with_state(app.clone(), origins::check));
+    let router = match app.origins.layer() {
+        Some(cors) => router.layer(cors),
+        None => router,
+    };
+    router.layer(middleware::from_fn_with_state(app.proxies.clone(), finish)).with_state(app)
 }
 
 /// Serves until it is told to stop; requests under way may end.
-///
-/// # Errors
-/// When the listener breaks.
-pub async fn serve(listener: TcpListener, app: App, stop: CancellationToken) -> std::io::Result<()> {
-    // Without this, small answers wait for the other side's delayed acknowledgement: 40 ms each.
-    let listener = listener.tap_io(|stream| {
-        if let Err(error) = stream.set_nodelay(true) {
-            tracing::debug!(%error, "a connection keeps its delay");
-        }
-    });
-    let service = router(app).into_make_service_with_connect_info::<SocketAddr>();
-    axum::serve(listener, service).with_graceful_shutdown(stop.cancelled_owned()).await
+pub async fn serve(listener: TcpListener, app: App, connections: Connections, stop: CancellationToken) {
+    let proxies = app.proxies.clone();
+    listen::run(listener, router(app), proxies, connections, stop).await;
 }
 
 /// Whether the process answers.
 async fn livez(State(app): State<App>) -> Answer<serde_json::Value> {
-    Answer(
-        serde_json::json!({"status": "ok", "service": "cellblock", "version": env!("CARGO_PKG_VERSION"), "instance": &*app.instance}),
-    )
+    Answer(serde_json::json!({"status": "ok", "service": "cellblock", "instance": &*app.instance}))
 }
 
 /// Whether new work is accepted and the engine answers.
@@ -107,16 +111,24 @@ async fn readyz(State(app): State<App>) -> Result<Answer<serde_json::Value>, Pro
 }
 
 /// Gives every request an id, every problem that id, every answer its headers, and the log one line.
-async fn finish(mut request: Request, next: Next) -> Response {
+async fn finish(State(proxies): State<Proxies>, mut request: Request, next: Next) -> Response {
     let started = Instant::now();
     let id = request_id(&request);
+    let peer = request.extensions().get::<ConnectInfo<SocketAddr>>().map(|ConnectInfo(peer)| peer.ip());
+    let remote = peer.map(|peer| proxies.caller(peer, request.headers()));
+    if let Some(address) = remote {
+        request.extensions_mut().insert(Remote(address));
+    }
     let (method, path) = (request.method().clone(), request.uri().path().to_owned());
     let rate = rate::Slot::default();
     request.extensions_mut().insert(Arc::clone(&rate));
     let mut response = next.run(request).await;
     if let Some(problem) = response.extensions_mut().remove::<Arc<Problem>>() {
         let problem = Problem { request_id: id.clone(), ..Problem::clone(&problem) };
-        response = problem.render();
+        // What other layers have added to its headers stays.
+        let (mut head, _) = response.into_parts();
+        head.headers.remove(header::CONTENT_LENGTH);
+        response = Response::from_parts(head, problem.render().into_body());
     }
     let headers = response.headers_mut();
     if let Some(limit) = rate.get() {
@@ -128,7 +140,8 @@ async fn finish(mut request: Request, next: Next) -> Response {
     headers.insert(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
     headers.entry(header::CACHE_CONTROL).or_insert(HeaderValue::from_static("no-store"));
     let (status, elapsed_ms) = (response.status().as_u16(), started.elapsed().as_secs_f64() * 1000.0);
-    tracing::info!(%method, path, status, elapsed_ms, request_id = id, "request");
+    let remote = remote.map(tracing::field::display);
+    tracing::info!(%method, path, status, remote, elapsed_ms, request_id = id, "request");
     response
 }
 
