@@ -215,7 +215,7 @@ async fn who_does_not_read_is_cut_off(server: Arc<Server>) {
 async fn what_takes_long_is_not_cut_off(server: Arc<Server>) {
     let cell = server.cell().await;
     let path = cell.path("/executions");
-    let body = json!({"code": "import time; time.sleep(4); 'slept'"}).to_string();
+    let body = json!({"code": "import time; time.sleep(3); 'slept'"}).to_string();
     let head = format!(
         "POST {path} HTTP/1.1\r\nhost: box\r\nauthorization: Bearer {}\r\nconnection: close\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n",
         server.key,

@@ -236,6 +236,8 @@ impl Host {
         let (mut before, mut closing) = (0, false);
         loop {
             tokio::select! {
+                // What has come is heard before it counts as late: it may be the server that is.
+                biased;
                 ended = connection.as_mut() => {
                     if let Err(error) = ended {
                         tracing::debug!(error, "a connection ended early");
