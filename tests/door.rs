@@ -631,3 +631,28 @@ async fn over_tls() {
         cellblock::app::serve(&config, cellblock::app::Stop::default(), |_| panic!("it can't be ready")).await;
     assert!(refused.is_err_and(|error| error.to_string().contains("cert.pem")));
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn without_a_good_key_the_server_does_not_start() {
+    let good = format!("cb_{}", "0f".repeat(32));
+    for (key, mode, said) in [
+        ("", 0o600, "put one in"),
+        ("\n", 0o600, "put one in"),
+        ("cb_0f0f", 0o600, "put one in"),
+        (&good[..good.len() - 1], 0o600, "put one in"),
+        ("changeme", 0o600, "put one in"),
+        (good.as_str(), 0o644, "chmod 600"),
+        (good.as_str(), 0o640, "chmod 600"),
+    ] {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("key");
+        std::fs::write(&file, key).unwrap();
+        std::fs::set_permissions(&file, std::fs::Permissions::from_mode(mode)).unwrap();
+        let (_folder, config) = server::configuration(&format!("[server]\napi_key_file = {file:?}\n"));
+        let started = cellblock::app::serve(&config, cellblock::app::Stop::default(), |_| panic!("it can't be ready"));
+        let refused = tokio::time::timeout(NEVER, started).await.expect("an answer in time");
+        let Err(error @ cellblock::app::StartError::Key { .. }) = refused else { panic!("{key:?}: {refused:?}") };
+        let words = error.to_string();
+        assert!(words.contains(said) && (key.is_empty() || key == "\n" || !words.contains(key)), "{words}");
+    }
+}
