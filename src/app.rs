@@ -3,32 +3,39 @@
 use std::io;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use tokio::net::TcpListener;
+use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
-use crate::config::{Config, DrainContainers, KeySection, PullPolicy};
+use crate::config::{Config, DrainContainers, Inputs, KeySection, Loaded, PullPolicy};
 use crate::domain::ids::InstallationId;
 use crate::domain::quota::QuotaTable;
-use crate::domain::spec::{self, PoolPlan, Template};
+use crate::domain::spec::Template;
 use crate::engine::docker::{DockerEngine, DockerSettings, GuestFile};
+use crate::engine::guard::{self, BindError, Guard, GuardEngine, Permitted, Policy};
+use crate::engine::metered::Metered;
 use crate::engine::{Engine, EngineError, Pull};
 use crate::http;
 use crate::http::tls::TlsError;
+use crate::metrics::Metrics;
 use crate::service::Service;
-use crate::service::admin::Admin;
+use crate::service::admin::{Admin, Reload};
+use crate::service::audit::{Audit, AuditBounds};
 use crate::service::keys::{self, ConfiguredKey, KeyError, KeyHash, KeyRing, Principal, Scope};
+use crate::service::log::LogLevel;
+use crate::service::offer::Offer;
 use crate::service::quotas::Quotas;
-use crate::session::capacity::Ceilings;
-use crate::session::pool::{self, Plan, Pool};
+use crate::session::pool::{self, Pool};
+use crate::session::reconcile;
 use crate::session::reconcile::Reconciler;
-use crate::session::registry::{AfterDrain, Limits, Registry};
-use crate::session::{Settings, reconcile};
+use crate::session::registry::{AfterDrain, Registry};
 use crate::store::state::{self, Left, State, StateError};
 use crate::store::{Archive, ArchiveLimits, installation};
 use crate::task;
+use crate::tuning::{self, Reloader, ceilings, limits, pool_plans, settings};
 
 pub mod front;
 
@@ -55,6 +62,32 @@ pub enum StartError {
         host: String,
         /// Why.
         source: EngineError,
+    },
+    /// The guard that has the engine is not there, or can't be used.
+    #[error(
+        "the guard at {} can't be used: {source}\n  does `cellblock guard` run there, with the same engine.instance, and is this user its guard.user?",
+        socket.display()
+    )]
+    Guard {
+        /// Where it was looked for.
+        socket: PathBuf,
+        /// Why.
+        source: EngineError,
+    },
+    /// A guard was told to use a guard.
+    #[error(
+        "engine.host = \"{host}\" is a guard's socket; a guard needs the engine's own address, such as unix:///var/run/docker.sock"
+    )]
+    GuardOfGuard {
+        /// What was configured.
+        host: String,
+    },
+    /// A guard can't listen.
+    #[error("the guard can't listen on {source}\n  `guard.socket` in the configuration says where to")]
+    GuardSocket {
+        /// Where, and why.
+        #[from]
+        source: BindError,
     },
     /// The guest's binary is not there.
     #[error("the guest binary {} can't be read: {source}\n  `make server` builds it; `guest.binary` in the configuration says where it is", path.display())]
@@ -99,6 +132,14 @@ pub enum StartError {
         /// Why.
         source: StateError,
     },
+    /// The audit's file can't be written.
+    #[error("the file {} can't be added to: {source}\n  `audit.file` in the configuration names it; empty, events are in the database only", path.display())]
+    Audit {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
     /// The data folder can't be had.
     #[error("the data folder can't be locked with {}: {reason}\n  end the other server, or give this one a folder and an engine.instance of its own", path.display())]
     Locked {
@@ -128,10 +169,12 @@ pub enum StartError {
         source: EngineError,
     },
     /// The address can't be listened on.
-    #[error("can't listen on {address}: {source}\n  `server.listen` in the configuration, or --listen, says where to")]
+    #[error("can't listen on {address}: {source}\n  {place} says where to")]
     Listen {
         /// The address.
         address: SocketAddr,
+        /// What names it, for people.
+        place: &'static str,
         /// Why.
         source: io::Error,
     },
@@ -163,6 +206,19 @@ impl Stop {
     }
 }
 
+/// What the server has of the process that it runs in.
+#[derive(Debug, Default)]
+pub struct Process {
+    /// Asks it to stop.
+    pub stop: Stop,
+    /// How much the log tells, if that can be changed.
+    pub log: Option<LogLevel>,
+    /// Where its configuration was read from, and what was read; without it, nothing can be read again.
+    pub read: Option<(Inputs, Loaded)>,
+    /// Asks it to read its configuration again.
+    pub reload: Arc<Notify>,
+}
+
 /// A running control plane without a front door.
 pub struct Plane {
     /// Every command of the product.
@@ -186,11 +242,14 @@ impl Plane {
     /// # Errors
     /// See [`StartError`].
     pub async fn start(config: &Config, owns_instance: bool) -> Result<Self, StartError> {
-        let pull = match config.engine.pull {
-            PullPolicy::Never => Pull::Never,
-            PullPolicy::Missing => Pull::Missing,
-        };
-        let docker = connect(config).await?;
+        Self::start_in(config, owns_instance, Process::default()).await
+    }
+
+    async fn start_in(config: &Config, owns_instance: bool, process: Process) -> Result<Self, StartError> {
+        let Process { log, read, .. } = process;
+        let pull = pull(config);
+        let metrics = Metrics::new();
+        let engine: Arc<dyn Engine> = Arc::new(Metered::new(connect(config).await?, metrics.clone()));
         let (settings, limits) = (settings(config), limits(config));
         // One process works with a data folder; whoever shares an instance keeps nothing.
         let archive = if owns_instance { Some(archive(config)?) } else { None };
@@ -200,34 +259,37 @@ impl Plane {
             (None, Left::default())
         };
         let installation = if owns_instance { Some(installation_id(config)?) } else { None };
-        let image = first_image(&docker, config).await;
+        let image = first_image(engine.as_ref(), config).await;
         if let Some(installation) = installation {
-            claim(&docker, config, installation).await?;
+            claim(engine.as_ref(), config, installation).await?;
         }
         if let Some(image) = image {
-            docker.prepare(&image).await.map_err(|e| engine_error(config, e))?;
+            engine.prepare(&image).await.map_err(|e| engine_error(config, e))?;
         }
-        let engine: Arc<dyn Engine> = Arc::new(docker);
         let instance = config.engine.instance.clone();
         let keys = Arc::new(KeyRing::new(state.clone(), std::mem::take(&mut left.api_keys)));
         // Who runs code on this machine without a server is no tenant.
         let table = if owns_instance { config.quotas.clone() } else { QuotaTable::default() };
-        let quotas = Quotas::new(table, state.clone(), std::mem::take(&mut left.usage));
+        let quotas = Arc::new(Quotas::new(table, state.clone(), std::mem::take(&mut left.usage)));
+        let offer = Offer::new(tuning::choice(config));
         let pool = Pool::new(if owns_instance { pool_plans(config) } else { Vec::new() });
-        let registry =
-            Arc::new(Registry::new(Arc::clone(&engine), archive.clone(), state, instance, settings, limits, pool));
+        let audit = state.clone().map(|state| audit(config, state)).transpose()?;
+        let registry = Registry::new(Arc::clone(&engine), archive.clone(), state, instance, settings, limits, pool);
+        let registry = Arc::new(registry.counting(metrics));
         let stop = CancellationToken::new();
         registry.take_over(left);
-        let mut service = Service::new(
-            Arc::clone(&registry),
-            Arc::clone(&engine),
-            config.templates.clone(),
-            config.default_template.clone(),
-            pull,
-            archive.clone(),
-        )
-        .with_keys(Arc::clone(&keys))
-        .with_quotas(Arc::new(quotas));
+        let mut service =
+            Service::new(Arc::clone(&registry), Arc::clone(&engine), offer.clone(), pull, archive.clone())
+                .with_keys(Arc::clone(&keys))
+                .with_quotas(Arc::clone(&quotas));
+        if let Some(log) = &log {
+            service = service.logging(log.clone());
+        }
+        if let Some(audit) = audit {
+            service = service.audited(Arc::clone(&audit));
+            let told = stop.clone();
+            task::spawn("audit", async move { audit.stay_within_bounds(told).await });
+        }
         let after_drain = match config.drain.containers {
             DrainContainers::Keep if owns_instance => AfterDrain::Keep,
             _ => AfterDrain::Remove,
@@ -240,7 +302,12 @@ impl Plane {
             let (running, told) = (Arc::clone(&own), stop.clone());
             task::spawn("reconcile", async move { running.run(told).await });
             task::spawn("pools", pool::run(Arc::clone(&engine), Arc::clone(&registry), stop.clone()));
+            let reload = read.map(|(inputs, loaded)| -> Arc<dyn Reload> {
+                let (registry, loaded) = (Arc::clone(&registry), Mutex::new(loaded));
+                Arc::new(Reloader { inputs, loaded, registry, offer, quotas, log })
+            });
             service = service.administered(Admin {
+                reload,
                 reconciler: Arc::clone(&own),
                 drain: drain.clone(),
                 grace: config.server.drain_timeout,
@@ -272,16 +339,19 @@ impl Plane {
 ///
 /// # Errors
 /// See [`StartError`].
-pub async fn serve(config: &Config, stop: Stop, ready: impl FnOnce(SocketAddr)) -> Result<(), StartError> {
+pub async fn serve(config: &Config, process: Process, ready: impl FnOnce(SocketAddr)) -> Result<(), StartError> {
+    let (stop, reload) = (process.stop.clone(), Arc::clone(&process.reload));
     let address = config.server.listen;
-    let listen_error = |source| StartError::Listen { address, source };
+    let listen_error =
+        |source| StartError::Listen { address, place: "`server.listen` in the configuration, or --listen,", source };
     // Bound first: a second server finds out before it touches the engine.
     let listener = TcpListener::bind(address).await.map_err(listen_error)?;
     let local = listener.local_addr().map_err(listen_error)?;
     let connections = front::connections(config)?;
+    let admin = admin_listener(config).await?;
     let keys = configured_keys(config)?;
     let _lock = lock(&config.server.data_dir)?;
-    let plane = Plane::start(config, true).await?;
+    let plane = Plane::start_in(config, true, process).await?;
     for key in keys {
         let name = key.name.clone();
         plane.keys.add(key).map_err(|reason| StartError::ConfiguredKey { name, reason })?;
@@ -289,6 +359,20 @@ pub async fn serve(config: &Config, stop: Stop, ready: impl FnOnce(SocketAddr)) 
     let app = front::app(config, &plane);
     ready(local);
     let closing = CancellationToken::new();
+    let (service, closed) = (Arc::clone(&plane.service), closing.clone());
+    task::spawn("reload", async move {
+        let asked = async {
+            loop {
+                reload.notified().await;
+                reload_aloud(&service).await;
+            }
+        };
+        // Whichever ends first.
+        let _ = closed.run_until_cancelled(asked).await;
+    });
+    if let Some(admin) = admin {
+        task::spawn("admin listener", http::admin::serve(admin, app.clone(), connections.plain(), closing.clone()));
+    }
     let door = http::serve(listener, app, connections, closing.clone());
     let operator = plane.drain.clone();
     let drain = async {
@@ -313,6 +397,30 @@ pub async fn serve(config: &Config, stop: Stop, ready: impl FnOnce(SocketAddr)) 
     Ok(())
 }
 
+/// Reads the configuration again for somebody who reads the log.
+async fn reload_aloud(service: &Service) {
+    match service.reload_by_signal().await {
+        Ok(changes) => tracing::info!(changes = changes.len(), "the configuration was read again"),
+        Err(mistakes) => {
+            mistakes.iter().for_each(|mistake| tracing::error!("{mistake}"));
+            tracing::error!(mistakes = mistakes.len(), "the configuration was not taken over, and nothing has changed");
+        }
+    }
+}
+
+/// The admin listener, where there is to be one.
+async fn admin_listener(config: &Config) -> Result<Option<TcpListener>, StartError> {
+    let Some(address) = config.server.admin_listen else { return Ok(None) };
+    let listener = TcpListener::bind(address).await;
+    let listener = listener.map_err(|source| StartError::Listen {
+        address,
+        place: "`server.admin_listen` in the configuration",
+        source,
+    })?;
+    tracing::info!(%address, "the admin listener answers GET /metrics");
+    Ok(Some(listener))
+}
+
 /// Copies the database of sessions to a file that is not there yet.
 ///
 /// # Errors
@@ -322,11 +430,50 @@ pub fn backup(config: &Config, to: &Path) -> Result<(), StartError> {
     state::backup(folder, to).map_err(|source| StartError::State { path: state::path_in(folder), source })
 }
 
-/// Connects to the engine that the configuration names, with the guest's files at hand.
+/// Holds the engine for a server that does not, until it is told to stop. `ready` is called with the socket once calls are answered.
 ///
 /// # Errors
 /// See [`StartError`].
-pub async fn connect(config: &Config) -> Result<DockerEngine, StartError> {
+pub async fn guard(config: &Config, stop: Stop, ready: impl FnOnce(&Path)) -> Result<(), StartError> {
+    if config.engine.guard().is_some() {
+        return Err(StartError::GuardOfGuard { host: config.engine.host.clone() });
+    }
+    let socket = &config.guard.socket;
+    let failed = |error: io::Error| BindError { path: socket.clone(), reason: error.to_string() };
+    let own = tokio::net::UnixStream::pair().and_then(|(one, _other)| one.peer_cred()).map_err(failed)?.uid();
+    let users: Vec<u32> = [Some(own), config.guard.user].into_iter().flatten().collect();
+    // Listened on first: a second guard finds out before it touches the engine.
+    let listener = guard::bind(socket, users.iter().any(|user| *user != own)).await?;
+    let engine: Arc<dyn Engine> = Arc::new(connect_docker(config).await?);
+    let guard = Guard::new(engine, policy(config)).await.map_err(|e| engine_error(config, e))?;
+    ready(socket);
+    Arc::new(guard).serve(listener, users, stop.asked).await;
+    Ok(())
+}
+
+/// Asks the guard of this machine whether it and its engine answer.
+///
+/// # Errors
+/// See [`StartError`].
+pub async fn check_guard(config: &Config) -> Result<(), StartError> {
+    connect_guard(&config.guard.socket, config).await.map(drop)
+}
+
+/// The engine that the configuration names, or the guard that has it.
+async fn connect(config: &Config) -> Result<Arc<dyn Engine>, StartError> {
+    match config.engine.guard() {
+        Some(socket) => Ok(Arc::new(connect_guard(&socket, config).await?)),
+        None => Ok(Arc::new(connect_docker(config).await?)),
+    }
+}
+
+async fn connect_guard(socket: &Path, config: &Config) -> Result<GuardEngine, StartError> {
+    let connected = GuardEngine::connect(socket.to_owned(), &config.engine.instance).await;
+    connected.map_err(|source| StartError::Guard { socket: socket.to_owned(), source })
+}
+
+/// With the guest's files at hand.
+async fn connect_docker(config: &Config) -> Result<DockerEngine, StartError> {
     let section = &config.engine;
     let settings = DockerSettings {
         host: Some(section.host.clone()),
@@ -339,6 +486,32 @@ pub async fn connect(config: &Config) -> Result<DockerEngine, StartError> {
         starts_at_once: config.limits.concurrent_starts as usize,
     };
     DockerEngine::connect(settings).await.map_err(|e| engine_error(config, e))
+}
+
+/// What a guard permits: what the server that it stands before would ask for.
+fn policy(config: &Config) -> Policy {
+    let permitted = |template: &Template| Permitted {
+        image: template.image.clone(),
+        runtime: template.runtime.clone(),
+        most: template.max_resources,
+    };
+    let ceilings = ceilings(config);
+    Policy {
+        instance: config.engine.instance.clone(),
+        templates: config.templates.values().map(permitted).collect(),
+        pull: pull(config),
+        cells: ceilings.sessions,
+        cpu_millis: ceilings.cpu_millis,
+        memory_bytes: ceilings.memory_bytes,
+        creates_per_minute: config.guard.creates_per_minute,
+    }
+}
+
+fn pull(config: &Config) -> Pull {
+    match config.engine.pull {
+        PullPolicy::Never => Pull::Never,
+        PullPolicy::Missing => Pull::Missing,
+    }
 }
 
 /// No round of the reconciler begins after this. Where nothing stays, the instance's name is free then.
@@ -360,10 +533,10 @@ async fn end_rounds(reconciler: &Reconciler, after: AfterDrain) {
 
 /// The id of the first template image that is there, the default template's before others. Without one nothing can start yet: each create says so, and the
 /// first one that can puts the guest in place.
-async fn first_image(docker: &DockerEngine, config: &Config) -> Option<String> {
+async fn first_image(engine: &dyn Engine, config: &Config) -> Option<String> {
     let default = config.templates.get(&config.default_template);
     for template in default.into_iter().chain(config.templates.values()) {
-        match docker.resolve_image(&template.image, Pull::Never).await {
+        match engine.resolve_image(&template.image, Pull::Never).await {
             Ok(image) => return Some(image.id),
             Err(error) => tracing::warn!(template = template.name, %error, "a template's image is not there"),
         }
@@ -372,8 +545,8 @@ async fn first_image(docker: &DockerEngine, config: &Config) -> Option<String> {
 }
 
 /// Takes the instance's name. Before anything else is done on the engine: what is there may be another installation's.
-async fn claim(docker: &DockerEngine, config: &Config, installation: InstallationId) -> Result<(), StartError> {
-    match docker.claim(installation).await {
+async fn claim(engine: &dyn Engine, config: &Config, installation: InstallationId) -> Result<(), StartError> {
+    match engine.claim(installation).await {
         Ok(()) => Ok(()),
         // Nothing can run there yet. The reconciler tries again.
         Err(EngineError::Absent { .. }) => {
@@ -395,6 +568,9 @@ fn installation_id(config: &Config) -> Result<InstallationId, StartError> {
 }
 
 fn engine_error(config: &Config, source: EngineError) -> StartError {
+    if let Some(socket) = config.engine.guard() {
+        return StartError::Guard { socket, source };
+    }
     StartError::Engine { host: config.engine.host.clone(), source }
 }
 
@@ -426,45 +602,17 @@ fn open_state(config: &Config, archive: Option<Archive>) -> Result<(State, Left)
     State::open(folder, archive).map_err(|source| StartError::State { path: state::path_in(folder), source })
 }
 
-fn settings(config: &Config) -> Settings {
-    Settings {
-        start_timeout: config.engine.start_timeout,
-        interrupt_grace: config.executions.interrupt_grace,
-        orphan_timeout: config.engine.orphan_timeout,
-        queued_executions: config.limits.queued_executions as usize,
-        queue_timeout: config.executions.queue_timeout,
-        contexts: config.limits.contexts as usize,
-        inline: usize::try_from(config.executions.inline).unwrap_or(usize::MAX),
+fn audit(config: &Config, state: State) -> Result<Arc<Audit>, StartError> {
+    let section = &config.audit;
+    if let Some(path) = &section.file {
+        state.copy_audit_to(path).map_err(|source| StartError::Audit { path: path.clone(), source })?;
     }
-}
-
-/// What is kept ready.
-fn pool_plans(config: &Config) -> Vec<Plan> {
-    let plans = |template: &Template| {
-        let plan = |PoolPlan { request, size }: &PoolPlan| {
-            let spec = spec::resolve(template, request).ok().filter(|_| size.max > 0)?;
-            Some(Plan { spec, image: template.image.clone(), size: *size })
-        };
-        template.pools.iter().filter_map(plan).collect::<Vec<_>>()
+    let bounds = AuditBounds {
+        record_code: section.record_code,
+        retention: section.retention_time,
+        events: section.retention_count.into(),
     };
-    config.templates.values().flat_map(plans).collect()
-}
-
-fn limits(config: &Config) -> Limits {
-    Limits {
-        ceilings: Ceilings {
-            sessions: config.limits.sessions as usize,
-            cpu_millis: Some((config.limits.cpu * 1000.0) as u64).filter(|millis| *millis > 0),
-            memory_bytes: Some(config.limits.memory).filter(|bytes| *bytes > 0),
-            starts: config.limits.concurrent_starts as usize,
-            waiting: config.limits.queued_creates as usize,
-            patience: config.limits.create_wait,
-        },
-        session_retention: config.limits.session_retention,
-        execution_retention: config.executions.retention_time,
-        executions: config.executions.retention_count as usize,
-        execution_bytes: config.executions.retention_size,
-    }
+    Ok(Arc::new(Audit::new(state, bounds)))
 }
 
 /// Refuses a data folder that another server works with: two of one instance would end each other's sessions. Held while the file is.

@@ -3,13 +3,16 @@
 use std::io::IsTerminal;
 use std::path::Path;
 use std::process::ExitCode;
+use std::sync::Arc;
 
 use clap::Parser;
 use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::Notify;
 use tracing_subscriber::EnvFilter;
 
 use cellblock::cli::{self, Cli, Command};
-use cellblock::config::{self, Config, Environment, Inputs, Log, LogFormat};
+use cellblock::config::{self, Config, Environment, Inputs, Loaded, Log, LogFormat};
+use cellblock::service::log::LogLevel;
 use cellblock::{app, http, run, task};
 
 /// The exit status for a configuration with mistakes.
@@ -23,8 +26,15 @@ async fn main() -> ExitCode {
         return code.into();
     }
     let code = match &cli.command {
-        Command::Serve(args) => match load(&args.inputs(&environment)) {
-            Ok(config) => serve(&config).await,
+        Command::Serve(args) => {
+            let inputs = args.inputs(&environment);
+            match read(&inputs) {
+                Ok(loaded) => serve(inputs, loaded).await,
+                Err(code) => code,
+            }
+        }
+        Command::Guard(args) => match load(&args.inputs(&environment)) {
+            Ok(config) => guard(&config, args.check).await,
             Err(code) => code,
         },
         Command::Run(args) => match load(&args.config.inputs(&environment)) {
@@ -43,29 +53,49 @@ async fn main() -> ExitCode {
 }
 
 fn load(inputs: &Inputs) -> Result<Config, u8> {
-    config::load(inputs).map(|loaded| loaded.config).map_err(|mistakes| {
+    read(inputs).map(|loaded| loaded.config)
+}
+
+fn read(inputs: &Inputs) -> Result<Loaded, u8> {
+    config::load(inputs).map_err(|mistakes| {
         eprintln!("{mistakes}");
         BAD_CONFIG
     })
 }
 
-async fn serve(config: &Config) -> u8 {
+async fn serve(inputs: Inputs, loaded: Loaded) -> u8 {
+    let config = loaded.config.clone();
+    let log = match start_log(&config.log) {
+        Ok(log) => log,
+        Err(error) => {
+            eprintln!("cellblock: {error}");
+            return BAD_CONFIG;
+        }
+    };
+    let process = app::Process { log: Some(log), read: Some((inputs, loaded)), ..app::Process::default() };
+    listen_to_signals(process.stop.clone());
+    listen_to_hangups(Arc::clone(&process.reload));
+    let ready = |address| {
+        tracing::info!(%address, version = env!("CARGO_PKG_VERSION"), "listening; GET /docs shows the API");
+    };
+    exit_code(app::serve(&config, process, ready).await)
+}
+
+async fn guard(config: &Config, check: bool) -> u8 {
+    if check {
+        return exit_code(app::check_guard(config).await);
+    }
     if let Err(error) = start_log(&config.log) {
         eprintln!("cellblock: {error}");
         return BAD_CONFIG;
     }
     let stop = app::Stop::default();
     listen_to_signals(stop.clone());
-    let ready = |address| {
-        tracing::info!(%address, version = env!("CARGO_PKG_VERSION"), "listening; GET /docs shows the API");
+    let ready = |socket: &Path| {
+        let (socket, instance) = (socket.display(), &config.engine.instance);
+        tracing::info!(%socket, instance, version = env!("CARGO_PKG_VERSION"), "guarding the engine");
     };
-    match app::serve(config, stop, ready).await {
-        Ok(()) => cli::OK,
-        Err(error) => {
-            eprintln!("cellblock: {error}");
-            cli::FAILED
-        }
-    }
+    exit_code(app::guard(config, stop, ready).await)
 }
 
 async fn run_once(args: &cli::RunArgs, json: bool, config: Config) -> u8 {
@@ -79,7 +109,11 @@ async fn run_once(args: &cli::RunArgs, json: bool, config: Config) -> u8 {
 }
 
 fn backup(config: &Config, to: &Path) -> u8 {
-    match app::backup(config, to) {
+    exit_code(app::backup(config, to))
+}
+
+fn exit_code(outcome: Result<(), app::StartError>) -> u8 {
+    match outcome {
         Ok(()) => cli::OK,
         Err(error) => {
             eprintln!("cellblock: {error}");
@@ -122,14 +156,44 @@ fn listen_to_signals(stop: app::Stop) {
     });
 }
 
-fn start_log(log: &Log) -> Result<(), String> {
-    let filter = EnvFilter::try_new(&log.level).map_err(|e| format!("log.level is not understood: {e}"))?;
+/// SIGHUP has the configuration read again.
+fn listen_to_hangups(reload: Arc<Notify>) {
+    task::spawn("hangups", async move {
+        let Ok(mut hangup) = signal(SignalKind::hangup()) else {
+            tracing::error!("SIGHUP can't be received; POST /v1/admin/reload does the same");
+            return;
+        };
+        while hangup.recv().await.is_some() {
+            reload.notify_one();
+        }
+    });
+}
+
+/// Begins to write the log, and says how its level is changed.
+fn start_log(log: &Log) -> Result<LogLevel, String> {
     let to_terminal = std::io::stderr().is_terminal();
-    let subscriber =
-        tracing_subscriber::fmt().with_env_filter(filter).with_ansi(to_terminal).with_writer(std::io::stderr);
+    let subscriber = tracing_subscriber::fmt()
+        .with_env_filter(filter(&log.level)?)
+        .with_ansi(to_terminal)
+        .with_writer(std::io::stderr);
+    // Each form of line has a handle of its own type.
     match log.format {
-        LogFormat::Text => subscriber.init(),
-        LogFormat::Json => subscriber.json().flatten_event(true).init(),
+        LogFormat::Text => {
+            let subscriber = subscriber.with_filter_reloading();
+            let handle = subscriber.reload_handle();
+            subscriber.init();
+            Ok(LogLevel::new(log.level.clone(), move |level| handle.reload(filter(level)?).map_err(|e| e.to_string())))
+        }
+        LogFormat::Json => {
+            let subscriber = subscriber.json().flatten_event(true).with_filter_reloading();
+            let handle = subscriber.reload_handle();
+            subscriber.init();
+            Ok(LogLevel::new(log.level.clone(), move |level| handle.reload(filter(level)?).map_err(|e| e.to_string())))
+        }
     }
-    Ok(())
+}
+
+fn filter(level: &str) -> Result<EnvFilter, String> {
+    config::check_log_level(level)?;
+    EnvFilter::try_new(level).map_err(|e| format!("{level:?} is not understood: {e}"))
 }

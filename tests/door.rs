@@ -628,7 +628,7 @@ async fn over_tls() {
     // Nor does a server start with it.
     let (_folder, config) = server::configuration(&settings);
     let refused =
-        cellblock::app::serve(&config, cellblock::app::Stop::default(), |_| panic!("it can't be ready")).await;
+        cellblock::app::serve(&config, cellblock::app::Process::default(), |_| panic!("it can't be ready")).await;
     assert!(refused.is_err_and(|error| error.to_string().contains("cert.pem")));
 }
 
@@ -649,7 +649,8 @@ async fn without_a_good_key_the_server_does_not_start() {
         std::fs::write(&file, key).unwrap();
         std::fs::set_permissions(&file, std::fs::Permissions::from_mode(mode)).unwrap();
         let (_folder, config) = server::configuration(&format!("[server]\napi_key_file = {file:?}\n"));
-        let started = cellblock::app::serve(&config, cellblock::app::Stop::default(), |_| panic!("it can't be ready"));
+        let started =
+            cellblock::app::serve(&config, cellblock::app::Process::default(), |_| panic!("it can't be ready"));
         let refused = tokio::time::timeout(NEVER, started).await.expect("an answer in time");
         let Err(error @ cellblock::app::StartError::Key { .. }) = refused else { panic!("{key:?}: {refused:?}") };
         let words = error.to_string();

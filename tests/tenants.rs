@@ -70,6 +70,7 @@ fn routes() -> Vec<(&'static str, &'static str, About, Value)> {
         ("POST", "/v1/executions/{id}/cancel", Change, none.clone()),
         ("POST", "/v1/executions/{id}/input", Change, json!({"text": "x"})),
         ("POST", "/v1/sessions/{id}/restart", Change, none.clone()),
+        ("GET", "/v1/sessions/{id}/metrics", Look, none.clone()),
         ("GET", "/v1/sessions/{id}/notebook", Look, none.clone()),
         ("DELETE", "/v1/sessions/{id}/contexts/{context}", Change, none.clone()),
         ("DELETE", "/v1/sessions/{id}/notebook", Change, none.clone()),
@@ -78,7 +79,11 @@ fn routes() -> Vec<(&'static str, &'static str, About, Value)> {
         ("POST", "/v1/keys", Operate, key),
         ("GET", "/v1/keys", Operate, none.clone()),
         ("DELETE", "/v1/keys/{id}", Operate, none.clone()),
+        ("GET", "/v1/audit", Operate, none.clone()),
+        ("GET", "/v1/admin/log", Operate, none.clone()),
+        ("PUT", "/v1/admin/log", Operate, json!({"level": "warn"})),
         ("POST", "/v1/admin/reconcile", Operate, none.clone()),
+        ("POST", "/v1/admin/reload", Operate, none.clone()),
         ("POST", "/v1/admin/drain", Drain, none),
     ]
 }

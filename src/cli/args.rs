@@ -39,6 +39,8 @@ pub struct Cli {
 pub enum Command {
     /// Start the server.
     Serve(ServeArgs),
+    /// Hold the engine for a server that does not: its engine.host is then guard:// and this one's socket.
+    Guard(GuardArgs),
     /// List sessions.
     Ps(PsArgs),
     /// Run code in a session and show its output as it comes.
@@ -115,6 +117,32 @@ impl ServeArgs {
             Some(value) => inputs.with(flag, key, value),
             None => inputs,
         })
+    }
+}
+
+/// Hold the engine for a server.
+#[derive(Debug, Clone, Default, Args)]
+pub struct GuardArgs {
+    /// Configuration.
+    #[command(flatten)]
+    pub config: ConfigArgs,
+    /// Path of the socket to listen on; the key guard.socket.
+    #[arg(long, value_name = "PATH")]
+    pub socket: Option<String>,
+    /// Ask the guard that listens there whether it and its engine answer: exit code 0 or 125.
+    #[arg(long)]
+    pub check: bool,
+}
+
+impl GuardArgs {
+    /// The inputs of [`config::load`].
+    #[must_use]
+    pub fn inputs(&self, environment: &Environment) -> Inputs {
+        let inputs = self.config.inputs(environment);
+        match &self.socket {
+            Some(socket) => inputs.with("--socket", "guard.socket", socket),
+            None => inputs,
+        }
     }
 }
 

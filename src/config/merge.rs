@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use serde::Deserialize;
 use toml::{Table, Value};
 
-use super::layers::{Entry, Given, parse_toml};
+use super::layers::{Entry, Given, parse_template, parse_toml};
 use super::schema::{Known, Schema};
 use super::sections::Document;
 use super::source::{Key, Mistake, Source, dotted, key_of};
@@ -16,6 +16,12 @@ pub(super) const DEFAULTS: &str = include_str!("../../config/default.toml");
 
 /// The class of tenants that are not named.
 pub(super) const DEFAULT_CLASS: &str = "default";
+
+/// The templates that are compiled in.
+const TEMPLATES: [(&str, &str); 2] = [
+    ("data", include_str!("../../config/templates/data.toml")),
+    ("python", include_str!("../../config/templates/python.toml")),
+];
 
 /// A value with its source.
 #[derive(Debug, Clone, PartialEq)]
@@ -43,7 +49,12 @@ pub(super) struct Merge {
 impl Merge {
     /// The compiled-in defaults alone. A test holds that they have no mistakes.
     pub(super) fn new() -> Self {
-        let (entries, mistakes) = parse_toml(DEFAULTS, |_| Source::Default);
+        let (mut entries, mut mistakes) = parse_toml(DEFAULTS, |_| Source::Default);
+        for (name, text) in TEMPLATES {
+            let (own, wrong) = parse_template(name, text, |_| Source::Default);
+            entries.extend(own);
+            mistakes.extend(wrong);
+        }
         let leaf = |entry: Entry| match entry.given {
             Given::Typed(value) => Some((entry.key, Leaf { value, source: entry.source })),
             Given::Text(_) | Given::Section => None,

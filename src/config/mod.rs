@@ -8,6 +8,7 @@
 //! Each layer is read into leaves that remember their source (`layers`); each leaf is checked by itself against the
 //! sections as serde knows them (`merge`); then rules between keys are checked (`check`).
 
+mod change;
 mod check;
 mod environment;
 mod layers;
@@ -22,10 +23,12 @@ mod units;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+pub use change::Change;
+pub use check::check_log_level;
 pub use environment::Environment;
 pub use sections::{
-    Auth, Drain, DrainContainers, EngineSection, Executions, ForwardedHeader, Guest, KeySection, Limits, Log,
-    LogFormat, PullPolicy, Server,
+    Audit, Auth, Drain, DrainContainers, EngineSection, Executions, ForwardedHeader, GuardSection, Guest, KeySection,
+    Limits, Log, LogFormat, PullPolicy, Server,
 };
 pub use source::{Mistake, Mistakes, Source};
 pub use units::{parse_duration, parse_size};
@@ -49,6 +52,8 @@ pub struct Config {
     pub drain: Drain,
     /// The Docker engine.
     pub engine: EngineSection,
+    /// What holds the engine for a server that does not.
+    pub guard: GuardSection,
     /// PID 1 of sessions.
     pub guest: Guest,
     /// How much of everything.
@@ -57,6 +62,8 @@ pub struct Config {
     pub quotas: QuotaTable,
     /// Executions.
     pub executions: Executions,
+    /// Who has asked for what.
+    pub audit: Audit,
     /// What the server says about itself.
     pub log: Log,
     /// The enabled templates by name.
@@ -146,9 +153,34 @@ pub fn load(inputs: &Inputs) -> Result<Loaded, Mistakes> {
         merge.lay(layers::read_file(&file));
     }
     let variables = layers::read_environment(&inputs.environment, &merge.schema);
+    let flags: Vec<Entry> = inputs.overrides.iter().map(entry_of).collect();
+    if let Some(folder) = templates_folder(&merge, variables.0.iter().chain(&flags)) {
+        merge.lay(layers::read_templates(&folder));
+    }
     merge.lay(variables);
-    merge.lay((inputs.overrides.iter().map(entry_of).collect(), Vec::new()));
+    merge.lay((flags, Vec::new()));
     finish(merge)
+}
+
+/// Where templates stand in files of their own, by what was laid and what is to be laid later.
+fn templates_folder<'a>(merge: &Merge, later: impl Iterator<Item = &'a Entry>) -> Option<PathBuf> {
+    let key = key_of("templates_dir");
+    let said = later.filter(|entry| entry.key == key).last().and_then(|entry| match &entry.given {
+        Given::Text(path) => Some((path.clone(), &entry.source)),
+        Given::Typed(_) | Given::Section => None,
+    });
+    let (path, source) = match said {
+        Some(said) => said,
+        None => {
+            let leaf = merge.leaves.get(&key)?;
+            (leaf.value.as_str()?.to_owned(), &leaf.source)
+        }
+    };
+    let beside = match source {
+        Source::File(file, _) => file.parent(),
+        _ => None,
+    };
+    (!path.is_empty()).then(|| beside.map_or_else(|| PathBuf::from(&path), |folder| folder.join(&path)))
 }
 
 fn entry_of(given: &Override) -> Entry {
@@ -185,6 +217,7 @@ impl From<sections::Document> for Config {
             auth: document.auth,
             drain: document.drain,
             engine: document.engine,
+            guard: document.guard,
             guest: document.guest,
             limits: document.limits,
             quotas: QuotaTable {
@@ -192,6 +225,7 @@ impl From<sections::Document> for Config {
                 tenants: document.tenants.into_iter().map(|(name, tenant)| (name, tenant.quota.quota())).collect(),
             },
             executions: document.executions,
+            audit: document.audit,
             log: document.log,
             templates: enabled.map(|(name, template)| (name.clone(), template.into_template(name))).collect(),
             default_template: document.default_template,

@@ -10,7 +10,10 @@ use ipnet::IpNet;
 use jiff::Timestamp;
 use serde::Deserialize;
 
-use super::units::{address, duration, key_hash, moment, networks, optional_path, scopes, size, texts};
+use super::units::{
+    address, duration, key_hash, moment, networks, optional_address, optional_number, optional_path, scopes, size,
+    texts,
+};
 use crate::domain::access::{KeyHash, Scope};
 use crate::domain::quota::{Quota, Rate, Share};
 use crate::domain::spec::{
@@ -23,16 +26,20 @@ use crate::domain::spec::{
 #[serde(deny_unknown_fields)]
 pub(super) struct Document {
     pub default_template: String,
+    #[expect(dead_code, reason = "read for its form; it says where more of the document stands")]
+    pub templates_dir: String,
     pub keys: Vec<KeySection>,
     pub server: Server,
     pub auth: Auth,
     pub drain: Drain,
     pub engine: EngineSection,
+    pub guard: GuardSection,
     pub guest: Guest,
     pub limits: Limits,
     pub classes: BTreeMap<String, Class>,
     pub tenants: BTreeMap<String, Tenant>,
     pub executions: Executions,
+    pub audit: Audit,
     pub log: Log,
     #[expect(dead_code, reason = "read for its form; templates have their own copies of what is in it")]
     pub template_defaults: TemplateSection,
@@ -80,6 +87,11 @@ pub struct Server {
     /// What is sent is taken within this time.
     #[serde(deserialize_with = "duration")]
     pub write_timeout: Duration,
+    /// Where the admin listener is, if there is one.
+    #[serde(deserialize_with = "optional_address")]
+    pub admin_listen: Option<SocketAddr>,
+    /// Whether the admin listener, which asks for no key, may be reached from other machines.
+    pub admin_allow_remote: bool,
     /// Largest body of a request, in bytes.
     #[serde(deserialize_with = "size")]
     pub max_body: u64,
@@ -167,7 +179,7 @@ pub enum DrainContainers {
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct EngineSection {
-    /// `unix:///path`, `tcp://host:port`, `http://…` or `https://…`. Never empty.
+    /// `unix:///path`, `tcp://host:port`, `http://…`, `https://…` or `guard:///path`. Never empty.
     pub host: String,
     /// Folder with `ca.pem`, `cert.pem` and `key.pem`.
     #[serde(deserialize_with = "optional_path")]
@@ -199,6 +211,27 @@ pub enum PullPolicy {
     Never,
     /// Pull it.
     Missing,
+}
+
+impl EngineSection {
+    /// The socket of the guard that has the engine, where one stands between.
+    #[must_use]
+    pub fn guard(&self) -> Option<PathBuf> {
+        self.host.strip_prefix("guard://").map(PathBuf::from)
+    }
+}
+
+/// `cellblock guard`.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct GuardSection {
+    /// The socket that it listens on.
+    pub socket: PathBuf,
+    /// Who may call it beside its own user.
+    #[serde(deserialize_with = "optional_number")]
+    pub user: Option<u32>,
+    /// Containers that it makes at once, and again in each minute.
+    pub creates_per_minute: u32,
 }
 
 /// PID 1 of sessions.
@@ -316,6 +349,22 @@ pub struct Executions {
     /// Bytes of all notebooks.
     #[serde(deserialize_with = "size")]
     pub notebooks_size: u64,
+}
+
+/// Who has asked for what.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Audit {
+    /// A file that events are copied to; none: they are in the database only.
+    #[serde(deserialize_with = "optional_path")]
+    pub file: Option<PathBuf>,
+    /// Whether code stands in them.
+    pub record_code: bool,
+    /// They go after this long.
+    #[serde(deserialize_with = "duration")]
+    pub retention_time: Duration,
+    /// The oldest beyond so many go earlier.
+    pub retention_count: u32,
 }
 
 /// What the server says about itself.

@@ -1,6 +1,5 @@
 //! Layers, mistakes and the two files that are shipped.
 
-use std::collections::BTreeSet;
 use std::io::Write as _;
 use std::time::Duration;
 
@@ -54,6 +53,7 @@ fn defaults_have_no_mistakes_and_are_as_documented() {
     assert_eq!(config.engine.host, "unix:///var/run/docker.sock");
     assert_eq!(config.engine.docker_config, Some(PathBuf::from("/home/ada/.docker")));
     assert_eq!(config.guest.binary, None);
+    assert_eq!((config.engine.guard(), config.guard.user), (None, None));
     let (python, data) = (&config.templates["python"], &config.templates["data"]);
     assert_eq!((python.default_resources.memory_bytes, data.default_resources.memory_bytes), (512 * MIB, 1024 * MIB));
     assert_eq!(python.default_resources.cpu_millis, 1000);
@@ -79,8 +79,43 @@ fn default_file_and_sections_have_the_same_keys() {
 }
 
 #[test]
+fn templates_stand_in_files_of_their_own() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = |name: &str, text: &str| std::fs::write(folder.path().join(name), text).unwrap();
+    std::fs::create_dir(folder.path().join("templates")).unwrap();
+    file(
+        "config.toml",
+        "templates_dir = 'templates'\n[templates.small]\nimage = 'old'\n[templates.kept]\nimage = 'x'\n",
+    );
+    file("templates/small.toml", "image = 'small'\n[default]\npids = 40\n");
+    file("templates/python.toml", "enabled = false\n");
+    file("templates/notes.txt", "no template");
+    let inputs = |variables| Inputs {
+        files: vec![folder.path().join("config.toml")],
+        environment: environment(variables),
+        ..Inputs::default()
+    };
+    let config = load(&inputs(&[("CELLBLOCK__TEMPLATES__SMALL__DEFAULT__PIDS", "41")])).unwrap().config;
+    assert_eq!(config.templates.keys().collect::<Vec<_>>(), ["data", "kept", "small"]);
+    let small = &config.templates["small"];
+    assert_eq!((small.image.as_str(), small.default_resources.pids), ("small", 41));
+
+    file("templates/wrong.toml", "imaeg = 'x'\n[default\n");
+    let Err(Mistakes(found)) = load(&inputs(&[])) else { panic!("wrong.toml was taken") };
+    let told: Vec<String> = found.iter().map(ToString::to_string).collect();
+    let path = folder.path().join("templates/wrong.toml");
+    let at = |text: &str| {
+        format!("templates.wrong.imaeg ({}:1): there is no such key; did you mean {text}?", path.display())
+    };
+    assert!(told.contains(&at("templates.wrong.image")), "{told:?}");
+    assert!(told.iter().any(|m| m.contains("wrong.toml:2") && m.contains("not TOML")), "{told:?}");
+
+    let missing = load(&inputs(&[("CELLBLOCK__TEMPLATES_DIR", "/nowhere")])).unwrap_err();
+    assert!(missing.to_string().contains("/nowhere"), "{missing}");
+}
+
+#[test]
 fn every_key_of_the_default_file_is_explained() {
-    let sections: BTreeSet<&str> = ["[templates.python]", "[templates.data]"].into();
     let (mut explained, mut section) = (false, "");
     for line in DEFAULTS.lines() {
         match line.trim() {
@@ -88,7 +123,7 @@ fn every_key_of_the_default_file_is_explained() {
             "" => explained = false,
             head if head.starts_with('[') => section = head,
             key => {
-                assert!(explained || sections.contains(section), "{section} {key} has no comment");
+                assert!(explained, "{section} {key} has no comment");
                 explained = false;
             }
         }
@@ -265,6 +300,19 @@ fn lists_may_come_as_one_text() {
 }
 
 #[test]
+fn an_admin_listener_beyond_loopback_must_be_meant_and_is_apart() {
+    let (key, message) = one_mistake("server.admin_listen = '0.0.0.0:9090'");
+    assert_eq!(key, "server.admin_listen");
+    assert!(message.contains("server.admin_allow_remote = true"), "{message}");
+    assert_eq!(mistakes("[server]\nadmin_listen = '0.0.0.0:9090'\nadmin_allow_remote = true", &[]), []);
+    let (_, message) = one_mistake("server.admin_listen = '127.0.0.1:8080'");
+    assert!(message.contains("a port of its own"), "{message}");
+    let loaded = loaded("server.admin_listen = '[::1]:9090'", &[]);
+    assert_eq!(loaded.config.server.admin_listen, "[::1]:9090".parse().ok());
+    assert_eq!(self::loaded("", &[]).config.server.admin_listen, None);
+}
+
+#[test]
 fn rules_between_keys() {
     for (text, key, words) in [
         ("default_template = 'none'", "default_template", "enabled templates: data, python"),
@@ -272,6 +320,10 @@ fn rules_between_keys() {
         ("engine.uid_last = 40009", "engine.uid_last", "40000 to 40009 are 10 users"),
         ("engine.host = 'ssh://x'", "engine.host", "is none of unix:///path"),
         ("engine.tls_cert_dir = '/c'", "engine.tls_cert_dir", "for an engine over TCP"),
+        ("engine.host = 'guard://x'", "engine.host", "guard:///path"),
+        ("guard.socket = 'guard.sock'", "guard.socket", "not an absolute path"),
+        ("guard.user = 'ada'", "guard.user", "is not a whole number"),
+        ("guard.creates_per_minute = 0", "guard.creates_per_minute", "not within 1"),
         ("templates.data.env.'1A' = 'x'", "templates.data.env.1A", "no digit first"),
         ("templates.data.env.LD_PRELOAD = 'x'", "templates.data.env.LD_PRELOAD", "is reserved"),
         ("[templates.Mine]\nimage = 'x'", "templates.Mine", "a template's name"),
@@ -380,6 +432,14 @@ fn a_tenant_has_what_its_class_has_and_a_class_what_the_default_one_has() {
         told.lines().any(|line| line.starts_with("tenants.acme.sessions = 2") && line.ends_with(":4, classes.trial")),
         "{told}"
     );
+}
+
+#[test]
+fn a_guard_is_named_by_its_socket_and_its_caller_by_number() {
+    let text = "engine.host = 'guard:///run/x.sock'\n[guard]\nuser = '65532'";
+    let config = loaded(text, &[("CELLBLOCK__GUARD__SOCKET", "/run/y.sock")]).config;
+    assert_eq!(config.engine.guard(), Some(PathBuf::from("/run/x.sock")));
+    assert_eq!((config.guard.user, config.guard.socket), (Some(65_532), PathBuf::from("/run/y.sock")));
 }
 
 #[test]

@@ -13,6 +13,7 @@ use serde::de::{Deserialize, Deserializer, Error, SeqAccess, Visitor};
 use crate::domain::access::{KeyHash, Scope};
 
 const DURATION: &str = "a duration with its unit, such as \"500ms\", \"30s\", \"15m\", \"4h\" or \"7d\"";
+const ADDRESS: &str = "an IP address and a port, such as \"127.0.0.1:8080\" or \"[::1]:8080\"";
 const SIZE: &str = "a size with its unit, such as \"64KiB\", \"512MiB\" or \"1GiB\"";
 
 /// Parses `"30s"`, `"1h30m"`; units `ms`, `s`, `m`, `h`, `d`.
@@ -128,9 +129,17 @@ pub(super) fn size<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u64, D:
 }
 
 pub(super) fn address<'de, D: Deserializer<'de>>(deserializer: D) -> Result<SocketAddr, D::Error> {
-    const EXPECTING: &str = "an IP address and a port, such as \"127.0.0.1:8080\" or \"[::1]:8080\"";
-    let parse = |text: &str| text.parse().map_err(|_| format!("{text:?} is not {EXPECTING}"));
-    deserializer.deserialize_any(Text { expecting: EXPECTING, units: None, parse })
+    deserializer.deserialize_any(Text { expecting: ADDRESS, units: None, parse: parse_address })
+}
+
+/// An address; empty means none.
+pub(super) fn optional_address<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<SocketAddr>, D::Error> {
+    let parse = |text: &str| if text.is_empty() { Ok(None) } else { parse_address(text).map(Some) };
+    deserializer.deserialize_any(Text { expecting: ADDRESS, units: None, parse })
+}
+
+fn parse_address(text: &str) -> Result<SocketAddr, String> {
+    text.parse().map_err(|_| format!("{text:?} is not {ADDRESS}"))
 }
 
 /// A path; empty means none.
@@ -192,6 +201,13 @@ pub(super) fn networks<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec
         address.or_else(|_| text.parse()).map_err(|_| wrong())
     };
     texts(deserializer)?.iter().map(network).collect()
+}
+
+/// A whole number in quotes; empty means none.
+pub(super) fn optional_number<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<u32>, D::Error> {
+    let text = String::deserialize(deserializer)?;
+    let number = Some(text.trim()).filter(|text| !text.is_empty()).map(str::parse).transpose();
+    number.map_err(|_| D::Error::custom(format!("{text:?} is not a whole number from 0 to 4294967295")))
 }
 
 #[cfg(test)]

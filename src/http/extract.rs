@@ -23,6 +23,7 @@ use super::rate::Slot;
 use super::{App, Bounds};
 use crate::domain::spec::{FieldError, escape_pointer};
 use crate::service::keys::Principal;
+use crate::service::trail;
 use crate::session::once::Once;
 
 /// Most mistakes told at once.
@@ -293,6 +294,7 @@ impl FromRequestParts<App> for Caller {
             // A request is read once.
             let _ = slot.set(state.into());
         }
+        trail::note_caller(&who);
         Ok(Self(who))
     }
 }

@@ -64,6 +64,14 @@ pub struct Connections {
     pub tls: Option<Arc<Tls>>,
 }
 
+impl Connections {
+    /// The same where anybody may speak without TLS.
+    #[must_use]
+    pub fn plain(&self) -> Self {
+        Self { plain_from_proxies_only: false, tls: None, ..self.clone() }
+    }
+}
+
 /// Takes connections until it is told to stop, and waits until what is under way on them has ended.
 pub(super) async fn run(
     listener: TcpListener,

@@ -5,11 +5,12 @@
 
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use axum::Router;
-use axum::extract::{ConnectInfo, Request, State};
-use axum::http::{HeaderName, HeaderValue, header};
+use axum::body::HttpBody;
+use axum::extract::{ConnectInfo, MatchedPath, Request, State};
+use axum::http::{HeaderName, HeaderValue, StatusCode, header};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
@@ -19,12 +20,16 @@ use tower_http::catch_panic::CatchPanicLayer;
 
 use crate::domain::ids::RequestId;
 use crate::service::Service;
+use crate::service::trail::{Answered, Origin, Trail};
 use crate::session;
 
+pub mod admin;
 pub mod docs;
 pub mod door;
 pub mod extract;
+mod line;
 pub mod listen;
+mod operations;
 pub mod origins;
 pub mod problem;
 pub mod rate;
@@ -34,13 +39,18 @@ pub mod v1;
 
 use door::Door;
 use extract::Answer;
+use line::Line;
 use listen::Connections;
+use operations::Operations;
 use origins::Origins;
 use problem::Problem;
 use remote::{Proxies, Remote};
 
 /// Longest request id taken from a caller.
 const MAX_REQUEST_ID: usize = 128;
+
+/// The route of a request that none matches.
+const NO_ROUTE: &str = "none";
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
@@ -73,7 +83,8 @@ pub struct Bounds {
 /// All routes.
 pub fn router(app: App) -> Router {
     let (v1, document) = v1::routes().split_for_parts();
-    let router = Router::new()
+    let operations = Operations::of(&document);
+    let routes = Router::new()
         .merge(v1)
         .merge(docs::routes(document))
         .route("/livez", get(livez))
@@ -82,15 +93,22 @@ pub fn router(app: App) -> Router {
         .method_not_allowed_fallback(|| async {
             Problem::new(problem::METHOD_NOT_ALLOWED, "/docs lists the methods of each path")
         })
+        .layer(middleware::from_fn_with_state(app.clone(), origins::check));
+    let routes = match app.origins.layer() {
+        Some(cors) => routes.layer(cors),
+        None => routes,
+    };
+    layered(routes, app, operations)
+}
+
+/// What every request goes through, whichever door it comes in by.
+fn layered(routes: Router<App>, app: App, operations: Operations) -> Router {
+    routes
         .layer(CatchPanicLayer::custom(|_| {
             Problem::new(problem::INTERNAL, "the request made the server panic").into_response()
         }))
-        .layer(middleware::from_fn_with_state(app.clone(), origins::check));
-    let router = match app.origins.layer() {
-        Some(cors) => router.layer(cors),
-        None => router,
-    };
-    router.layer(middleware::from_fn_with_state(app.proxies.clone(), finish)).with_state(app)
+        .layer(middleware::from_fn_with_state((app.clone(), Arc::new(operations)), finish))
+        .with_state(app)
 }
 
 /// Serves until it is told to stop; requests under way may end.
@@ -110,21 +128,28 @@ async fn readyz(State(app): State<App>) -> Result<Answer<serde_json::Value>, Pro
     Ok(Answer(serde_json::json!({"status": "ok"})))
 }
 
-/// Gives every request an id, every problem that id, every answer its headers, and the log one line.
-async fn finish(State(proxies): State<Proxies>, mut request: Request, next: Next) -> Response {
-    let started = Instant::now();
+/// Gives every request an id and a trail, every problem that id, every answer its headers, and the log one line.
+async fn finish(State((app, operations)): State<(App, Arc<Operations>)>, mut request: Request, next: Next) -> Response {
     let id = request_id(&request);
+    let method = request.method().clone();
+    let matched = request.extensions().get::<MatchedPath>();
+    let route: Arc<str> = matched.map_or_else(|| Arc::from(NO_ROUTE), |matched| Arc::from(matched.as_str()));
     let peer = request.extensions().get::<ConnectInfo<SocketAddr>>().map(|ConnectInfo(peer)| peer.ip());
-    let remote = peer.map(|peer| proxies.caller(peer, request.headers()));
-    if let Some(address) = remote {
+    let address = peer.map(|peer| app.proxies.caller(peer, request.headers()));
+    if let Some(address) = address {
         request.extensions_mut().insert(Remote(address));
     }
-    let (method, path) = (request.method().clone(), request.uri().path().to_owned());
+    let has_key = request.headers().contains_key(header::AUTHORIZATION) || request.headers().contains_key("x-api-key");
+    let (action, path) = (operations.worth_an_event(&method, &route), request.uri().path().to_owned());
+    let trail = Trail::new(Origin { address, request: id.clone(), path, action }, app.service.audit());
+    let mut line = Line::new(method, route, Arc::clone(&trail), request.body().size_hint().exact());
     let rate = rate::Slot::default();
     request.extensions_mut().insert(Arc::clone(&rate));
-    let mut response = next.run(request).await;
+    let mut response = trail.follow(next.run(request)).await;
+    let mut code = None;
     if let Some(problem) = response.extensions_mut().remove::<Arc<Problem>>() {
         let problem = Problem { request_id: id.clone(), ..Problem::clone(&problem) };
+        code = Some(problem.code);
         // What other layers have added to its headers stays.
         let (mut head, _) = response.into_parts();
         head.headers.remove(header::CONTENT_LENGTH);
@@ -139,9 +164,12 @@ async fn finish(State(proxies): State<Proxies>, mut request: Request, next: Next
     }
     headers.insert(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
     headers.entry(header::CACHE_CONTROL).or_insert(HeaderValue::from_static("no-store"));
-    let (status, elapsed_ms) = (response.status().as_u16(), started.elapsed().as_secs_f64() * 1000.0);
-    let remote = remote.map(tracing::field::display);
-    tracing::info!(%method, path, status, remote, elapsed_ms, request_id = id, "request");
+    let made = headers.get(header::LOCATION).and_then(|path| path.to_str().ok()).map(str::to_owned);
+    let status = response.status();
+    let took = line.answered(status.as_u16(), code, response.body().size_hint().exact());
+    app.service.metrics().request_answered(&line.route, line.method.as_str(), status.as_u16(), took);
+    let is_key_refused = status == StatusCode::UNAUTHORIZED && has_key;
+    trail.end(Answered { status: status.as_u16(), problem: code, is_key_refused, made });
     response
 }
 

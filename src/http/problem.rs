@@ -10,7 +10,6 @@ use serde::Serialize;
 use utoipa::ToSchema;
 
 use super::rate::{Limit, seconds};
-use crate::domain::lifecycle::EndReason;
 use crate::domain::spec::FieldError;
 use crate::service::{self, Error};
 use crate::session::StartFault;
@@ -96,6 +95,7 @@ codes! {
     PAYLOAD_TOO_LARGE "payload-too-large" PAYLOAD_TOO_LARGE "The body is too large" false;
     UNSUPPORTED_MEDIA_TYPE "unsupported-media-type" UNSUPPORTED_MEDIA_TYPE "The body is not JSON" false;
     SPEC_REJECTED "spec-rejected" UNPROCESSABLE_ENTITY "The request asks for what is not allowed" false;
+    CONFIG_REJECTED "config-rejected" UNPROCESSABLE_ENTITY "The configuration has mistakes" false;
     SETUP_FAILED "setup-failed" UNPROCESSABLE_ENTITY "The setup code failed" false;
     IMAGE_REJECTED "image-rejected" UNPROCESSABLE_ENTITY "The template's image can't be used" false;
     IDEMPOTENCY_IN_FLIGHT "idempotency-in-flight" CONFLICT "The first request with this key is not answered yet" true;
@@ -175,12 +175,16 @@ impl From<Error> for Problem {
         let detail = error.to_string();
         match error {
             Error::SpecRejected(fields) => Self::new(SPEC_REJECTED, detail).with_fields(fields),
+            Error::ConfigRejected(mistakes) => {
+                let fields = mistakes.into_iter().map(|mistake| FieldError::new("", mistake)).collect();
+                Self::new(CONFIG_REJECTED, detail).with_fields(fields)
+            }
             Error::NotFound(_) => Self::new(NOT_FOUND, detail),
             Error::Forbidden(_) => Self::new(FORBIDDEN, detail),
             Error::NameInUse(_) => Self::new(NAME_IN_USE, format!("{detail}; say \"if_exists\": \"reuse\" to get it")),
             Error::NotReady => Self::new(SESSION_NOT_READY, format!("{detail}; wait with GET …/wait?state=ready")),
             Error::SessionEnded(reason) => {
-                let reason = end_reason(reason);
+                let reason = reason.word();
                 let mut problem = Self::new(SESSION_ENDED, format!("{detail} ({reason}); create a new one"));
                 problem.end_reason = Some(reason);
                 problem
@@ -231,20 +235,5 @@ fn start_code(fault: StartFault) -> Code {
         StartFault::SetupFailed => SETUP_FAILED,
         StartFault::TimedOut => START_TIMED_OUT,
         StartFault::Unkept => STORAGE_UNAVAILABLE,
-    }
-}
-
-/// The public word for a reason.
-#[must_use]
-pub fn end_reason(reason: EndReason) -> &'static str {
-    match reason {
-        EndReason::Deleted => "deleted",
-        EndReason::Idle => "idle",
-        EndReason::Lifetime => "lifetime",
-        EndReason::Oom => "oom",
-        EndReason::KernelDied => "kernel_died",
-        EndReason::Lost => "lost",
-        EndReason::Drained => "drained",
-        EndReason::StartFailed => "start_failed",
     }
 }

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use cellblock_wire::link::FileEntry;
+use cellblock_wire::link::{FileEntry, Stats};
 use hyper::body::Incoming;
 use serde_json::json;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
@@ -17,9 +17,10 @@ use crate::domain::ids::{ContextId, ExecutionId, SessionId};
 use crate::domain::lifecycle::{EndReason, Phase};
 use crate::domain::output::{Comm, JsonText};
 use crate::domain::quota::{Exceeded, Held, Quota, Rate};
-use crate::domain::spec::{self, FieldError, SessionRequest, SessionSpec, Template};
+use crate::domain::spec::{self, FieldError, Resources, SessionRequest, SessionSpec, Template};
 use crate::engine::{Engine, EngineError, ImageInfo, Pull};
 use crate::kernel::link::LinkError;
+use crate::metrics::Metrics;
 use crate::session::capacity::Full;
 use crate::session::execution::{Execution, ExecutionRequest, OnTimeout, Stdin};
 use crate::session::once::{Begun, MAX_KEYS, Made, NotOnce, Once, Reservation};
@@ -32,12 +33,19 @@ use crate::store::{Archive, Blob};
 use crate::task;
 
 pub mod admin;
+pub mod audit;
 pub mod issuing;
 pub mod keys;
+pub mod log;
+pub mod offer;
 pub mod quotas;
+pub mod trail;
 
 use admin::Admin;
+use audit::Audit;
 use keys::{KeyRing, Principal};
+use log::LogLevel;
+use offer::Offer;
 use quotas::{LATER, Quotas, RateState, Running};
 
 /// Longest wait that a caller may ask for.
@@ -69,6 +77,9 @@ pub enum Error {
     /// Fields of the request break a rule of the template.
     #[error("the request asks for what is not allowed")]
     SpecRejected(Vec<FieldError>),
+    /// The configuration can't be taken over as it stands now; a line for each reason.
+    #[error("the configuration was not taken over, and nothing has changed")]
+    ConfigRejected(Vec<String>),
     /// There is no such thing, or it is somebody else's.
     #[error("there is no such {0}")]
     NotFound(&'static str),
@@ -227,6 +238,17 @@ pub enum Question {
     IsComplete,
 }
 
+/// What a session uses, and may use.
+#[derive(Debug, Clone, Copy)]
+pub struct SessionMetrics {
+    /// When it was looked at.
+    pub at: jiff::Timestamp,
+    /// What it uses, by what its container shows.
+    pub used: Stats,
+    /// What it may use.
+    pub limits: Resources,
+}
+
 /// Which sessions are meant.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Filter {
@@ -277,8 +299,7 @@ pub struct TemplateView {
 pub struct Service {
     registry: Arc<Registry>,
     engine: Arc<dyn Engine>,
-    templates: BTreeMap<String, Template>,
-    default_template: String,
+    offer: Offer,
     pull: Pull,
     archive: Option<Archive>,
     /// KiB of notebooks that may be on their way at once: callers may read slowly.
@@ -291,6 +312,10 @@ pub struct Service {
     keys: Arc<KeyRing>,
     /// What tenants may have and do.
     quotas: Arc<Quotas>,
+    /// Where events of requests go, if they are kept.
+    audit: Option<Arc<Audit>>,
+    /// How much the log tells, where that can be changed.
+    log: Option<LogLevel>,
 }
 
 impl std::fmt::Debug for dyn Engine {
@@ -305,8 +330,7 @@ impl Service {
     pub fn new(
         registry: Arc<Registry>,
         engine: Arc<dyn Engine>,
-        templates: BTreeMap<String, Template>,
-        default_template: String,
+        offer: Offer,
         pull: Pull,
         archive: Option<Archive>,
     ) -> Self {
@@ -314,8 +338,7 @@ impl Service {
         Self {
             registry,
             engine,
-            templates,
-            default_template,
+            offer,
             pull,
             archive,
             notebook_room,
@@ -323,7 +346,21 @@ impl Service {
             admin: None,
             keys: Arc::default(),
             quotas: Arc::default(),
+            audit: None,
+            log: None,
         }
+    }
+
+    /// The same, which keeps events of requests.
+    #[must_use]
+    pub fn audited(self, audit: Arc<Audit>) -> Self {
+        Self { audit: Some(audit), ..self }
+    }
+
+    /// Where events of requests go, if they are kept.
+    #[must_use]
+    pub fn audit(&self) -> Option<Arc<Audit>> {
+        self.audit.clone()
     }
 
     /// Creates a session, or finds the live one of that name. With `wait` it answers once the session is ready, or has failed
@@ -414,10 +451,12 @@ impl Service {
         let created = match self.registry.find(tenant, &spec, request.reuse, lasting, once).await? {
             Some(created) => created,
             None => {
-                spec.image = self.resolve_image(template).await?.id;
+                spec.image = self.resolve_image(&template).await?.id;
                 self.registry.create(tenant, spec, request.reuse, lasting, once).await?
             }
         };
+        let (Created::New(session) | Created::Reused(session)) = &created;
+        trail::note_session(session.id);
         if let Created::Reused(session) = &created {
             if !who.admits(&session.spec.template) {
                 return Err(Error::NameInUse(session.id));
@@ -426,7 +465,6 @@ impl Service {
             session.keep_alive().await?;
         }
         if wait {
-            let (Created::New(session) | Created::Reused(session)) = &created;
             self.wait_until_started(session).await?;
         }
         self.kept().await?;
@@ -434,10 +472,11 @@ impl Service {
     }
 
     /// What a session would be, but for its image.
-    fn specify(&self, who: &Principal, request: &SessionRequest) -> Result<(&Template, SessionSpec), Error> {
-        let name = request.template.as_ref().unwrap_or(&self.default_template);
-        let template = self.templates.get(name).filter(|template| who.admits(&template.name)).ok_or_else(|| {
-            let known = self.templates.keys().filter(|name| who.admits(name));
+    fn specify(&self, who: &Principal, request: &SessionRequest) -> Result<(Template, SessionSpec), Error> {
+        let choice = self.offer.now();
+        let name = request.template.as_ref().unwrap_or(&choice.default);
+        let template = choice.templates.get(name).filter(|template| who.admits(&template.name)).ok_or_else(|| {
+            let known = choice.templates.keys().filter(|name| who.admits(name));
             let known = known.map(|t| format!("\"{t}\"")).collect::<Vec<_>>().join(", ");
             let message = match request.template {
                 Some(_) => format!("there is no template of that name; there are {known}"),
@@ -445,7 +484,7 @@ impl Service {
             };
             Error::SpecRejected(vec![FieldError::new("/template", message)])
         })?;
-        Ok((template, spec::resolve(template, request).map_err(Error::SpecRejected)?))
+        Ok((template.clone(), spec::resolve(template, request).map_err(Error::SpecRejected)?))
     }
 
     async fn resolve_image(&self, template: &Template) -> Result<ImageInfo, Error> {
@@ -494,6 +533,7 @@ impl Service {
     /// # Errors
     /// [`Error::NotFound`] or [`Error::Forbidden`].
     pub fn session(&self, who: &Principal, id: SessionId) -> Result<Session, Error> {
+        trail::note_session(id);
         who.require_read()?;
         let session = self.registry.session(&who.tenant, id).filter(|session| who.admits(&session.spec.template));
         session.ok_or(Error::NotFound("session"))
@@ -536,6 +576,7 @@ impl Service {
         who.require_sessions()?;
         let sessions = self.list_sessions(who, filter, None)?;
         let live: Vec<_> = sessions.into_iter().filter(|s| !s.is_over()).collect();
+        trail::note_sessions(live.iter().map(|session| session.id));
         live.iter().for_each(|s| s.end(EndReason::Deleted));
         futures_util::future::join_all(live.iter().map(wait_for_end)).await;
         self.registry.settle().await;
@@ -603,6 +644,7 @@ impl Service {
     ) -> Result<Session, Error> {
         who.require_sessions()?;
         let session = self.session(who, id)?;
+        context.into_iter().for_each(trail::note_context);
         session.interrupt(context).await?;
         Ok(session)
     }
@@ -614,6 +656,7 @@ impl Service {
     pub async fn restart(&self, who: &Principal, id: SessionId, context: Option<ContextId>) -> Result<Session, Error> {
         who.require_sessions()?;
         let session = self.session(who, id)?;
+        context.into_iter().for_each(trail::note_context);
         session.restart(context).await?;
         Ok(session)
     }
@@ -666,6 +709,7 @@ impl Service {
             if let Some(once) = &once {
                 once.will_be(Made::Context(id, context));
             }
+            trail::note_context(context);
             let created = session.create_context(context, kernelspec, cwd).await.map_err(Error::from);
             match once {
                 Some(once) => service.settle_key(once, &created).await.and(created),
@@ -686,6 +730,7 @@ impl Service {
         context: ContextId,
     ) -> Result<ContextView, Error> {
         who.require_sessions()?;
+        trail::note_context(context);
         let deleted = self.session(who, id)?.delete_context(context).await?;
         self.kept().await?;
         Ok(deleted)
@@ -817,6 +862,7 @@ impl Service {
     /// [`Error::NotFound`].
     pub async fn delete_notebook(&self, who: &Principal, id: SessionId) -> Result<(), Error> {
         who.require_sessions()?;
+        trail::note_session(id);
         self.require_notebook(who, id)?;
         let archive = self.archive.as_ref().ok_or(Error::NotFound("notebook"))?;
         if archive.delete_notebook(&who.tenant, id).await { Ok(()) } else { Err(Error::NotFound("notebook")) }
@@ -879,6 +925,7 @@ impl Service {
         who.require_sessions()?;
         let session = self.session(who, id)?;
         self.accepts()?;
+        trail::note_code(&request.code);
         let (context, request) = (request.context, resolve_execution(&session.spec, request)?);
         let running = self.quotas.begin_execution(&who.tenant, self.stored(&who.tenant), jiff::Timestamp::now())?;
         let service = Arc::clone(self);
@@ -890,6 +937,8 @@ impl Service {
             }
             let accepted = session.execute(id, context, request).await.map_err(Error::from);
             if let Ok(execution) = &accepted {
+                trail::note_execution(id);
+                trail::note_context(execution.place.context);
                 service.registry.keep(execution);
                 count(running, &session, Arc::clone(execution));
             }
@@ -911,6 +960,7 @@ impl Service {
     /// # Errors
     /// [`Error::NotFound`] or [`Error::Forbidden`].
     pub fn execution(&self, who: &Principal, id: ExecutionId) -> Result<Arc<Execution>, Error> {
+        trail::note_execution(id);
         who.require_read()?;
         let execution = self.registry.execution(&who.tenant, id);
         let is_meant = |execution: &Arc<Execution>| self.session(who, execution.place.session).is_ok();
@@ -960,12 +1010,28 @@ impl Service {
         })
     }
 
+    /// What a session uses at this moment. A paused one is not resumed for it, and it is no activity.
+    ///
+    /// # Errors
+    /// See [`Error`].
+    pub async fn session_metrics(&self, who: &Principal, id: SessionId) -> Result<SessionMetrics, Error> {
+        let session = self.session(who, id)?;
+        if matches!(session.phase(), Phase::Pausing | Phase::Paused) {
+            let message = "the session is paused, and looking into it would resume it; POST …/resume does";
+            return Err(Error::StateConflict(message.to_owned()));
+        }
+        let used = session.link().await?.stats().await.map_err(|error| unreachable_guest(id, &error))?;
+        Ok(SessionMetrics { at: jiff::Timestamp::now(), used, limits: session.spec.resources })
+    }
+
     /// The templates that a key allows, each with what the engine knows of its image.
     pub async fn templates(&self, who: &Principal) -> Vec<TemplateView> {
-        let looks = self.templates.values().filter(|template| who.admits(&template.name)).map(|template| async move {
-            let image = self.engine.resolve_image(&template.image, Pull::Never).await.ok();
-            TemplateView { template: template.clone(), image }
-        });
+        let choice = self.offer.now();
+        let looks =
+            choice.templates.values().filter(|template| who.admits(&template.name)).map(|template| async move {
+                let image = self.engine.resolve_image(&template.image, Pull::Never).await.ok();
+                TemplateView { template: template.clone(), image }
+            });
         futures_util::future::join_all(looks).await
     }
 
@@ -975,10 +1041,22 @@ impl Service {
         self.registry.pool().views().into_iter().filter(|pool| who.admits(&pool.template)).collect()
     }
 
+    /// What is counted.
+    #[must_use]
+    pub fn metrics(&self) -> &Metrics {
+        self.registry.metrics()
+    }
+
+    /// All figures of the server, in the text format of Prometheus.
+    #[must_use]
+    pub fn exposition(&self) -> String {
+        self.metrics().render(&self.registry.levels())
+    }
+
     /// The template that is used when none is named.
     #[must_use]
-    pub fn default_template(&self) -> &str {
-        &self.default_template
+    pub fn default_template(&self) -> String {
+        self.offer.now().default.clone()
     }
 
     /// Whether new work is accepted and the engine answers.
@@ -1132,9 +1210,10 @@ fn unreachable_guest(id: SessionId, error: &LinkError) -> Error {
 /// Performs something to its end, whether or not anybody waits for it. Nothing is answered only if it panicked.
 async fn carry_on<T: Send + 'static>(name: &'static str, work: impl Future<Output = T> + Send + 'static) -> Option<T> {
     let (answer, answered) = tokio::sync::oneshot::channel();
+    let trail = trail::current();
     task::spawn(name, async move {
         // Whoever asked may have left.
-        let _ = answer.send(work.await);
+        let _ = answer.send(trail::follow(trail, work).await);
     });
     answered.await.ok()
 }

@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::{Notify, oneshot};
 
 use crate::domain::spec::{FieldError, MIB, Resources};
+use crate::metrics::{Ceiling, Levels};
 
 #[cfg(test)]
 mod tests;
@@ -224,6 +225,19 @@ impl Capacity {
             // The time is over, or somebody with fewer in the line has come.
             _ => Err(self.book().full()),
         }
+    }
+
+    /// How much is promised, and who waits.
+    pub(super) fn look(&self, levels: &mut Levels) {
+        let mut book = self.book();
+        book.leave_out_the_gone();
+        let Ceilings { sessions, cpu_millis, memory_bytes, .. } = book.ceilings;
+        (levels.waiting, levels.starting) = (book.waiting(), book.starting);
+        levels.places = Ceiling { promised: book.sessions as f64, most: Some(sessions as f64) };
+        let cpus = |millis: u64| millis as f64 / 1000.0;
+        levels.cpus = Ceiling { promised: cpus(book.taken.cpu_millis), most: cpu_millis.map(cpus) };
+        let memory = book.taken.memory_bytes as f64;
+        levels.memory = Ceiling { promised: memory, most: memory_bytes.map(|bytes| bytes as f64) };
     }
 
     /// Whether a session is not larger than all together may be.

@@ -302,6 +302,9 @@ impl Execution {
         record.saved.progress = false;
         record.started = Some(Instant::now());
         record.started_at = Some(Timestamp::now());
+        if let Some(metrics) = self.place.keeping.metrics() {
+            metrics.execution_began(record.accepted.elapsed());
+        }
         self.log(record, ExecutionEvent::Started);
     }
 
@@ -414,6 +417,9 @@ impl Execution {
         record.report.detail = end.detail;
         record.report.stop = end.stop;
         let has_run = record.started.is_some();
+        if let Some(metrics) = self.place.keeping.metrics() {
+            metrics.execution_ended(record.status, record.started.map(|at| at.elapsed()));
+        }
         // Still locked: whoever sees the end sees the last event, and finds the cell in the notebook.
         if has_run && !self.request.silent {
             self.place.keeping.add_cell(self, &record.events, record.status, &record.report, record.started_at);
@@ -423,6 +429,9 @@ impl Execution {
     }
 
     fn log(&self, mut record: MutexGuard<'_, Record>, event: ExecutionEvent) {
+        if let (ExecutionEvent::OutputTruncated { what, .. }, Some(metrics)) = (&event, self.place.keeping.metrics()) {
+            metrics.output_truncated(*what);
+        }
         let seq = record.events.len() as u64 + 1;
         record.held += footprint(&event);
         record.events.push(Arc::new(Logged { seq, at: Timestamp::now(), event }));

@@ -15,13 +15,15 @@ use super::capacity::{Capacity, Ceilings, Full, Need, Place};
 use super::execution::Execution;
 use super::keeping::{Growth, Keeping};
 use super::once::{Requests, Reservation};
-use super::pool::Pool;
+use super::pool::{Pool, PoolView};
 use super::{Claim, Session, Settings, fresh};
 use crate::domain::ids::{ExecutionId, SessionId};
 use crate::domain::lifecycle::{EndReason, Phase};
+use crate::domain::output::Status;
 use crate::domain::quota::{Exceeded, Held, Share};
 use crate::domain::spec::{FieldError, Resources, SessionSpec};
 use crate::engine::{CellName, Engine};
+use crate::metrics::{Levels, Metrics, PoolLevel};
 use crate::store::Archive;
 use crate::store::state::{
     ContextRecord, ExecutionRecord, Lasting, Left, Made, RunningRecord, SessionRecord, Stage, State,
@@ -105,6 +107,7 @@ pub struct Registry {
     capacity: Capacity,
     pool: Pool,
     requests: Requests,
+    metrics: Metrics,
     inner: Mutex<Inner>,
 }
 
@@ -151,8 +154,17 @@ impl Registry {
     ) -> Self {
         let (growth, capacity) = (Growth::default(), Capacity::new(limits.ceilings));
         let (requests, inner) = (Requests::new(state.clone()), Mutex::default());
-        let tuning = RwLock::new(Tuning { settings, limits });
-        Self { engine, archive, state, instance, tuning, growth, capacity, pool, requests, inner }
+        let (tuning, metrics) = (RwLock::new(Tuning { settings, limits }), Metrics::new());
+        Self { engine, archive, state, instance, tuning, growth, capacity, pool, requests, metrics, inner }
+    }
+
+    /// The same, which counts where others count too. Before the first session.
+    #[must_use]
+    pub fn counting(self, metrics: Metrics) -> Self {
+        if let Some(state) = &self.state {
+            metrics.include(state.commits());
+        }
+        Self { metrics, ..self }
     }
 
     /// Goes on with other bounds. Sessions that are there keep their settings, and their places where there are fewer now.
@@ -193,7 +205,10 @@ impl Registry {
             Promise { registry: self, number }
         };
         self.pool.give_up(self.capacity.short_of(need));
-        let place = self.capacity.place(tenant, Need::from(&spec.resources)).await.map_err(CreateRefused::Full)?;
+        let began = Instant::now();
+        let place = self.capacity.place(tenant, need).await;
+        self.metrics.create_waited(began.elapsed(), place.is_ok());
+        let place = place.map_err(CreateRefused::Full)?;
         let mut inner = self.inner();
         // Another may have come first.
         if let Some(found) = inner.named(tenant, &spec, reuse)? {
@@ -279,7 +294,7 @@ impl Registry {
         }
         let place = self.capacity.spare_place(Need::from(&spec.resources))?;
         let record = first_record(&Arc::from(NOBODY), spec, Lasting::Never);
-        let keeping = Keeping::new(None, Arc::from(NOBODY), record.id, usize::MAX);
+        let keeping = Keeping::new(None, Arc::from(NOBODY), record.id, usize::MAX).counted(self.metrics.clone());
         Some(actor::spawn(Birth { is_unclaimed: true, keeping, ..self.birth(record, true, place) }))
     }
 
@@ -317,7 +332,8 @@ impl Registry {
 
     fn keeping(&self, tenant: &Arc<str>, id: SessionId) -> Keeping {
         let archive = self.archive.clone();
-        Keeping::new(archive, Arc::clone(tenant), id, self.tuning().settings.inline).growing(self.growth.clone())
+        let keeping = Keeping::new(archive, Arc::clone(tenant), id, self.tuning().settings.inline);
+        keeping.growing(self.growth.clone()).counted(self.metrics.clone())
     }
 
     /// Takes over what an earlier process has left: sessions that live go on, with what runs and waits in them; what has ended can be asked about
@@ -507,6 +523,41 @@ impl Registry {
         if let Some(state) = &self.state {
             state.forget_executions(executions);
         }
+    }
+
+    /// What is counted.
+    #[must_use]
+    pub fn metrics(&self) -> &Metrics {
+        &self.metrics
+    }
+
+    /// How much there is of everything now.
+    #[must_use]
+    pub fn levels(&self) -> Levels {
+        let mut levels = Levels::default();
+        let snapshots: Vec<_> = self.all().iter().map(Session::snapshot).collect();
+        let in_phase = |word: &&str| snapshots.iter().filter(|s| s.phase.word() == *word).count();
+        levels.sessions = Phase::LIVE.iter().map(|word| (*word, in_phase(word))).collect();
+        levels.busy = snapshots.iter().filter(|s| s.busy).count();
+        for execution in self.inner().executions.values() {
+            match execution.status() {
+                Status::Queued => levels.queued += 1,
+                Status::Running => levels.running += 1,
+                _ => {}
+            }
+        }
+        self.capacity.look(&mut levels);
+        let pools = self.pool.views().into_iter();
+        let pool = |PoolView { template, target, ready, starting, hits, misses, .. }| PoolLevel {
+            template,
+            ready,
+            starting,
+            target,
+            hits,
+            misses,
+        };
+        levels.pools = pools.map(pool).collect();
+        levels
     }
 
     /// Takes nothing new from now on.

@@ -15,7 +15,7 @@ use bollard::Docker;
 use bollard::query_parameters::{
     ListContainersOptionsBuilder, ListVolumesOptionsBuilder, RemoveContainerOptionsBuilder, RemoveVolumeOptionsBuilder,
 };
-use cellblock::app::{self, Plane, Stop, front};
+use cellblock::app::{self, Plane, Process, Stop, front};
 use cellblock::config::{self, Config, Drain, DrainContainers, Environment, Inputs};
 use cellblock::http;
 use cellblock::service::keys::{self, ConfiguredKey, Principal, Scope};
@@ -119,7 +119,7 @@ impl Server {
             let ready = |address| {
                 let _ = address_in.send(address);
             };
-            let served = app::serve(&serving, told, ready).await;
+            let served = app::serve(&serving, Process { stop: told, ..Process::default() }, ready).await;
             let _ = ended_in.send(served.map_err(|e| e.to_string()));
         });
         let Ok(address) = address.await else {
@@ -198,7 +198,8 @@ impl Server {
         Self::spawn_in(self.config.clone(), Arc::clone(&self.folder), address).await
     }
 
-    async fn spawn_in(config: Config, folder: Arc<tempfile::TempDir>, address: SocketAddr) -> (Arc<Self>, u32) {
+    /// Starts the program with what [`configuration`] has made, at an address that is free.
+    pub async fn spawn_in(config: Config, folder: Arc<tempfile::TempDir>, address: SocketAddr) -> (Arc<Self>, u32) {
         let mut command = Command::new(env!("CARGO_BIN_EXE_cellblock"));
         let log = folder.path().join("log");
         let log = std::fs::OpenOptions::new().create(true).append(true).open(log).expect("a file");
@@ -323,6 +324,11 @@ impl Server {
     /// A request without a key.
     pub fn bare(&self, method: Method, path: &str) -> RequestBuilder {
         self.http.request(method, format!("{}{path}", self.url))
+    }
+
+    /// A request without a key to another address.
+    pub fn bare_at(&self, method: Method, url: &str) -> RequestBuilder {
+        self.http.request(method, url)
     }
 
     /// A request with the key.
@@ -730,7 +736,9 @@ impl Follow {
         }
         let field = |name: &str| block.lines().find_map(|l| l.strip_prefix(name)).map(|v| v.trim_start().to_owned());
         let data = serde_json::from_str(&field("data:")?).expect("data that is JSON");
-        Some(Seen { kind: field("event:")?, seq: field("id:")?.parse().expect("a number"), data, at })
+        // Events that can't be taken up again have no number.
+        let seq = field("id:").map_or(0, |id| id.parse().expect("a number"));
+        Some(Seen { kind: field("event:")?, seq, data, at })
     }
 }
 

@@ -66,7 +66,7 @@ impl Cgroup {
         v2.or_else(|| self.field("memory/memory.oom_control", "oom_kill")).unwrap_or(0)
     }
 
-    /// What is used now.
+    /// What is used now, but for the disk, of which a cgroup knows nothing.
     #[must_use]
     pub fn stats(&self) -> Stats {
         let cpu_v1 = || Some(self.number("cpuacct/cpuacct.usage")? / 1000);
@@ -76,6 +76,7 @@ impl Cgroup {
             cpu_usec: self.field("cpu.stat", "usage_usec").or_else(cpu_v1),
             pids: self.first_number(["pids.current", "pids/pids.current"]),
             oom_kills: self.oom_kills(),
+            disk_bytes: None,
         }
     }
 

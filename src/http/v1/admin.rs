@@ -9,7 +9,7 @@ use utoipa::ToSchema;
 use crate::http::App;
 use crate::http::extract::{Answer, Body, Caller, Params};
 use crate::http::problem::Problem;
-use crate::service::admin::Draining;
+use crate::service::admin::{Changed, Draining};
 use crate::session::reconcile::Report;
 use crate::session::registry::AfterDrain;
 
@@ -75,6 +75,43 @@ impl From<Report> for ReconcileView {
     }
 }
 
+/// How much the log tells.
+#[derive(Debug, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct LogView {
+    /// `off`, `error`, `warn`, `info`, `debug` or `trace`, also by module: `info,cellblock::engine=debug`.
+    level: String,
+}
+
+/// Look at the log's level
+///
+/// Needs the scope `admin`.
+#[utoipa::path(get, path = "/v1/admin/log", operation_id = "get_log_level", tag = "admin",
+    responses((status = 200, body = LogView), (status = "4XX", body = Problem)))]
+pub async fn get_log_level(
+    State(app): State<App>,
+    Caller(who): Caller,
+    params: Params,
+) -> Result<Answer<LogView>, Problem> {
+    params.only(&[])?;
+    Ok(Answer(LogView { level: app.service.log_level(&who)? }))
+}
+
+/// Change the log's level
+///
+/// At once, and until the server ends: the next start has what its configuration says. Needs the scope `admin`.
+#[utoipa::path(put, path = "/v1/admin/log", operation_id = "set_log_level", tag = "admin", request_body = LogView,
+    responses((status = 200, body = LogView), (status = "4XX", body = Problem)))]
+pub async fn set_log_level(
+    State(app): State<App>,
+    Caller(who): Caller,
+    params: Params,
+    Body(asked): Body<LogView>,
+) -> Result<Answer<LogView>, Problem> {
+    params.only(&[])?;
+    Ok(Answer(LogView { level: app.service.set_log_level(&who, &asked.level)? }))
+}
+
 /// Stop the server
 ///
 /// The same as SIGTERM: nothing new is accepted from now on, running executions get a grace, and the server exits. Its containers stay for the next start or are
@@ -90,6 +127,47 @@ pub async fn drain_server(
     params.only(&[])?;
     let draining = app.service.drain(&who)?;
     Ok((StatusCode::ACCEPTED, Answer(DrainView::from(draining))).into_response())
+}
+
+/// A value of the configuration that is another now.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct ChangeView {
+    /// Its key, such as `limits.sessions`.
+    key: String,
+    /// As TOML; nothing where there was no such key.
+    before: Option<String>,
+    /// As TOML; nothing where there is no such key any more.
+    after: Option<String>,
+}
+
+/// What a server has taken over.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct ReloadView {
+    /// In the order of their keys.
+    changes: Vec<ChangeView>,
+}
+
+impl From<Changed> for ChangeView {
+    fn from(Changed { key, before, after }: Changed) -> Self {
+        Self { key, before, after }
+    }
+}
+
+/// Read the configuration again
+///
+/// The same as SIGHUP: limits, templates with their pools, quotas and the log's level are taken over, all that is different or, where something is wrong or needs a
+/// restart, nothing (`config-rejected`, with a line for each). Sessions that are there keep what they have. Needs the scope `admin`.
+#[utoipa::path(post, path = "/v1/admin/reload", operation_id = "reload_server", tag = "admin",
+    responses((status = 200, body = ReloadView), (status = "4XX", body = Problem)))]
+pub async fn reload_server(
+    State(app): State<App>,
+    Caller(who): Caller,
+    params: Params,
+    Body(Nothing {}): Body<Nothing>,
+) -> Result<Answer<ReloadView>, Problem> {
+    params.only(&[])?;
+    let changes = app.service.reload(&who).await?;
+    Ok(Answer(ReloadView { changes: changes.into_iter().map(ChangeView::from).collect() }))
 }
 
 /// Compare the engine with the sessions now

@@ -8,9 +8,11 @@ use super::App;
 use super::docs::Head;
 
 pub mod admin;
+pub mod audit;
 pub mod contexts;
 pub mod executions;
 pub mod keys;
+pub mod metrics;
 pub mod notebooks;
 pub mod pools;
 pub mod runs;
@@ -25,6 +27,7 @@ pub fn routes() -> OpenApiRouter<App> {
         .routes(routes!(sessions::create_session, sessions::list_sessions, sessions::delete_sessions))
         .routes(routes!(sessions::get_session, sessions::patch_session, sessions::delete_session))
         .routes(routes!(sessions::wait_session))
+        .routes(routes!(metrics::get_session_metrics))
         .routes(routes!(sessions::keepalive_session))
         .routes(routes!(sessions::pause_session))
         .routes(routes!(sessions::resume_session))
@@ -51,6 +54,9 @@ pub fn routes() -> OpenApiRouter<App> {
         .routes(routes!(keys::create_key, keys::list_keys))
         .routes(routes!(keys::revoke_key))
         .routes(routes!(usage::get_usage))
+        .routes(routes!(audit::list_audit))
+        .routes(routes!(admin::get_log_level, admin::set_log_level))
         .routes(routes!(admin::drain_server))
         .routes(routes!(admin::reconcile_server))
+        .routes(routes!(admin::reload_server))
 }

@@ -15,7 +15,7 @@ use crate::domain::lifecycle::Phase;
 use crate::domain::spec::{FieldError, MIB, NetworkMode, OnIdle, Resources, SessionRequest};
 use crate::http::App;
 use crate::http::extract::{Answer, Body, Caller, Id, Keyed, Params, object};
-use crate::http::problem::{self, Problem, end_reason};
+use crate::http::problem::{self, Problem};
 use crate::service::keys::Principal;
 use crate::service::{Filter, MAX_WAIT, SessionPatch};
 use crate::session::once::{Begun, Made, Once, Reservation};
@@ -277,7 +277,7 @@ impl SessionView {
         let snapshot = session.snapshot();
         let spec = &session.spec;
         let over = match snapshot.phase {
-            Phase::Aborting(reason) | Phase::Ending(reason) | Phase::Ended(reason) => Some(end_reason(reason)),
+            Phase::Aborting(reason) | Phase::Ending(reason) | Phase::Ended(reason) => Some(reason.word()),
             _ => None,
         };
         Self {
