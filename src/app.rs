@@ -18,8 +18,8 @@ use crate::engine::docker::{DockerEngine, DockerSettings, GuestFile};
 use crate::engine::guard::{self, BindError, Guard, GuardEngine, Permitted, Policy};
 use crate::engine::metered::Metered;
 use crate::engine::{Engine, EngineError, Pull};
-use crate::http::door::{Door, Tries};
-use crate::http::{self, App};
+use crate::http;
+use crate::http::tls::TlsError;
 use crate::metrics::Metrics;
 use crate::service::Service;
 use crate::service::admin::{Admin, Reload};
@@ -36,6 +36,8 @@ use crate::store::state::{self, Left, State, StateError};
 use crate::store::{Archive, ArchiveLimits, installation};
 use crate::task;
 use crate::tuning::{self, Reloader, ceilings, limits, pool_plans, settings};
+
+pub mod front;
 
 /// Containers are gone within this time at an orderly end, or are left to the next start.
 const DRAIN_REMOVAL: Duration = Duration::from_secs(30);
@@ -111,6 +113,9 @@ pub enum StartError {
         /// Why.
         reason: KeyError,
     },
+    /// TLS can't be spoken.
+    #[error("TLS can't be spoken with server.tls_cert_file and server.tls_key_file: {0}")]
+    Tls(#[from] TlsError),
     /// What is kept in the data folder can't be used.
     #[error("notebooks and blobs can't be kept in the data folder {}: {source}", path.display())]
     Archive {
@@ -342,6 +347,7 @@ pub async fn serve(config: &Config, process: Process, ready: impl FnOnce(SocketA
     // Bound first: a second server finds out before it touches the engine.
     let listener = TcpListener::bind(address).await.map_err(listen_error)?;
     let local = listener.local_addr().map_err(listen_error)?;
+    let connections = front::connections(config)?;
     let admin = admin_listener(config).await?;
     let keys = configured_keys(config)?;
     let _lock = lock(&config.server.data_dir)?;
@@ -350,16 +356,7 @@ pub async fn serve(config: &Config, process: Process, ready: impl FnOnce(SocketA
         let name = key.name.clone();
         plane.keys.add(key).map_err(|reason| StartError::ConfiguredKey { name, reason })?;
     }
-    let tries = Tries { most: config.auth.failures, within: config.auth.failure_window };
-    let app = App {
-        service: Arc::clone(&plane.service),
-        door: Arc::new(Door::new(Arc::clone(&plane.keys), tries)),
-        instance: Arc::from(config.engine.instance.as_str()),
-        bounds: http::Bounds {
-            body: usize::try_from(config.server.max_body).unwrap_or(usize::MAX),
-            body_time: config.server.request_timeout,
-        },
-    };
+    let app = front::app(config, &plane);
     ready(local);
     let closing = CancellationToken::new();
     let (service, closed) = (Arc::clone(&plane.service), closing.clone());
@@ -374,9 +371,9 @@ pub async fn serve(config: &Config, process: Process, ready: impl FnOnce(SocketA
         let _ = closed.run_until_cancelled(asked).await;
     });
     if let Some(admin) = admin {
-        task::spawn("admin listener", http::admin::serve(admin, app.clone(), closing.clone()));
+        task::spawn("admin listener", http::admin::serve(admin, app.clone(), connections.plain(), closing.clone()));
     }
-    let door = http::serve(listener, app, closing.clone());
+    let door = http::serve(listener, app, connections, closing.clone());
     let operator = plane.drain.clone();
     let drain = async {
         tokio::select! {
@@ -394,9 +391,10 @@ pub async fn serve(config: &Config, process: Process, ready: impl FnOnce(SocketA
         tokio::time::sleep(LAST_ANSWERS).await;
     };
     tokio::select! {
-        served = door => served.map_err(listen_error),
-        () = drain => Ok(()),
+        () = door => {}
+        () = drain => {}
     }
+    Ok(())
 }
 
 /// Reads the configuration again for somebody who reads the log.
