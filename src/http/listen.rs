@@ -96,7 +96,9 @@ pub(super) async fn run(
     while let Some(accepted) = stop.run_until_cancelled(listener.accept()).await {
         match accepted {
             Ok((stream, peer)) => {
-                task::spawn("connection", open.track_future(Arc::clone(&host).receive(stream, peer)));
+                // Here, so that places are given in the order of arrival.
+                let place = host.admit(peer.ip());
+                task::spawn("connection", open.track_future(Arc::clone(&host).receive(stream, peer, place)));
             }
             Err(error) if is_of_one_connection(&error) => {}
             Err(error) => {
@@ -147,9 +149,9 @@ struct Host {
 }
 
 impl Host {
-    async fn receive(self: Arc<Self>, stream: TcpStream, peer: SocketAddr) {
+    async fn receive(self: Arc<Self>, stream: TcpStream, peer: SocketAddr, place: Result<Place, Problem>) {
         self.prepare(&stream);
-        match self.admit(peer.ip()) {
+        match place {
             Ok(place) => {
                 let service = TowerToHyperService::new(self.router.clone());
                 let answer = move |mut request: Request<Incoming>| {
