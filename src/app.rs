@@ -12,7 +12,7 @@ use tokio_util::sync::CancellationToken;
 use crate::config::{Config, DrainContainers, PullPolicy};
 use crate::domain::ids::InstallationId;
 use crate::domain::spec::{self, PoolPlan, Template};
-use crate::engine::docker::{DockerEngine, DockerSettings, GuestFile};
+use crate::engine::docker::{Demand, DockerEngine, DockerSettings, GuestFile};
 use crate::engine::{Engine, EngineError, Pull};
 use crate::http::{self, App};
 use crate::service::Service;
@@ -40,9 +40,7 @@ const IPYKERNEL_LAUNCHER: &[u8] = include_bytes!("../crates/guest/launcher/ipyke
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
     /// The engine is not there, or can't be used.
-    #[error(
-        "the container engine at {host} can't be used: {source}\n  is Docker running, and may this user reach it? `docker info` tells; `make setup` installs and starts it"
-    )]
+    #[error("the container engine at {host} can't be used: {source}\n  {}", advice(source))]
     Engine {
         /// Where it was looked for.
         host: String,
@@ -311,10 +309,26 @@ pub async fn connect(config: &Config) -> Result<DockerEngine, StartError> {
         guest_files: guest_files(config.guest.binary.as_deref())?,
         uids: section.uid_first..=section.uid_last,
         credentials_file: section.docker_config.as_ref().map(|folder| folder.join("config.json")),
-        require_swap_limit: true,
+        demands: config.templates.values().map(demand).collect(),
         starts_at_once: config.limits.concurrent_starts as usize,
     };
     DockerEngine::connect(settings).await.map_err(|e| engine_error(config, e))
+}
+
+fn demand(template: &Template) -> Demand {
+    Demand {
+        template: template.name.clone(),
+        runtime: template.runtime.clone(),
+        accepted: template.accept_unenforced.clone(),
+    }
+}
+
+/// What to do about an engine that can't be used.
+fn advice(error: &EngineError) -> &'static str {
+    match error {
+        EngineError::Rejected { .. } => "`cellblock doctor` tries what holds on this host, and says what to do",
+        _ => "is Docker running, and may this user reach it? `docker info` tells; `make setup` installs and starts it",
+    }
 }
 
 /// No round of the reconciler begins after this. Where nothing stays, the instance's name is free then.

@@ -5,5 +5,6 @@
 pub mod execution;
 pub mod ids;
 pub mod lifecycle;
+pub mod lock;
 pub mod output;
 pub mod spec;

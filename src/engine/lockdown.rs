@@ -16,6 +16,7 @@ use crate::domain::spec::{MIB, Resources};
 
 mod attest;
 mod paths;
+pub mod runtime;
 pub mod seccomp;
 
 pub use attest::attest;
