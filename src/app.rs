@@ -301,26 +301,35 @@ pub fn backup(config: &Config, to: &Path) -> Result<(), StartError> {
 /// # Errors
 /// See [`StartError`].
 pub async fn connect(config: &Config) -> Result<DockerEngine, StartError> {
-    let section = &config.engine;
-    let settings = DockerSettings {
-        host: Some(section.host.clone()),
-        tls_folder: section.tls_cert_dir.clone(),
-        instance: section.instance.clone(),
-        guest_files: guest_files(config.guest.binary.as_deref())?,
-        uids: section.uid_first..=section.uid_last,
-        credentials_file: section.docker_config.as_ref().map(|folder| folder.join("config.json")),
-        demands: config.templates.values().map(demand).collect(),
-        starts_at_once: config.limits.concurrent_starts as usize,
-    };
+    let settings = engine_settings(config, guest_files(config.guest.binary.as_deref())?);
     DockerEngine::connect(settings).await.map_err(|e| engine_error(config, e))
 }
 
-fn demand(template: &Template) -> Demand {
-    Demand {
+/// How the engine is reached, and what belongs to this control plane there.
+#[must_use]
+pub fn engine_settings(config: &Config, guest_files: Vec<GuestFile>) -> DockerSettings {
+    let section = &config.engine;
+    DockerSettings {
+        host: Some(section.host.clone()),
+        tls_folder: section.tls_cert_dir.clone(),
+        instance: section.instance.clone(),
+        guest_files,
+        uids: section.uid_first..=section.uid_last,
+        credentials_file: section.docker_config.as_ref().map(|folder| folder.join("config.json")),
+        demands: demands(config),
+        starts_at_once: config.limits.concurrent_starts as usize,
+    }
+}
+
+/// What each template relies on.
+#[must_use]
+pub fn demands(config: &Config) -> Vec<Demand> {
+    let demand = |template: &Template| Demand {
         template: template.name.clone(),
         runtime: template.runtime.clone(),
         accepted: template.accept_unenforced.clone(),
-    }
+    };
+    config.templates.values().map(demand).collect()
 }
 
 /// What to do about an engine that can't be used.
@@ -388,7 +397,11 @@ fn engine_error(config: &Config, source: EngineError) -> StartError {
     StartError::Engine { host: config.engine.host.clone(), source }
 }
 
-fn guest_files(binary: Option<&Path>) -> Result<Vec<GuestFile>, StartError> {
+/// What the guest's volume holds: the binary, beside this program unless it is named, and its launcher.
+///
+/// # Errors
+/// When the binary can't be read.
+pub fn guest_files(binary: Option<&Path>) -> Result<Vec<GuestFile>, StartError> {
     let beside_us = || {
         let exe = std::env::current_exe().unwrap_or_default();
         exe.with_file_name("cellblock-guest")

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use syn::visit::Visit;
 
 /// Each top module and the others it may use. Lower layers only; what stands beside each other stays apart.
-const LAYERS: [(&str, &[&str]); 14] = [
+const LAYERS: [(&str, &[&str]); 15] = [
     ("domain", &[]),
     ("task", &[]),
     ("json", &[]),
@@ -21,7 +21,8 @@ const LAYERS: [(&str, &[&str]); 14] = [
     ("cli", &["domain", "config"]),
     ("app", &["domain", "task", "config", "engine", "http", "service", "session", "store"]),
     ("run", &["domain", "cli", "config", "app", "http", "service", "session"]),
-    ("main", &["task", "cli", "config", "app", "run", "http"]),
+    ("doctor", &["domain", "cli", "config", "engine", "store", "app", "run"]),
+    ("main", &["task", "cli", "config", "app", "run", "doctor", "http"]),
 ];
 
 /// Crates that only some modules may name. Paths are prefixes of a file's module path.

@@ -10,6 +10,9 @@ use crate::domain::spec::{self, KERNEL_FLOOR, MIB, PoolSize};
 /// A container lives at least so long without hearing of a server, which it does when it is asked whether it lives.
 const LEAST_LEASE: Duration = Duration::from_secs(15);
 
+/// What is named like this is removed once it is old.
+const RESERVED_INSTANCES: &str = "doctor-";
+
 /// Checks everything, each rule by itself.
 pub(super) fn check(document: &Document, merge: &Merge) -> Vec<Mistake> {
     let mut checker = Checker { merge, mistakes: Vec::new() };
@@ -99,6 +102,9 @@ impl Checker<'_> {
         });
         self.require(is_label(&engine.instance, 20), &["engine.instance"], || {
             format!("{:?} is not 1 to 20 of a-z, 0-9 and \"-\", with a letter or digit at both ends", engine.instance)
+        });
+        self.require(!engine.instance.starts_with(RESERVED_INSTANCES), &["engine.instance"], || {
+            format!("{:?} begins with {RESERVED_INSTANCES:?}, as what `cellblock doctor` makes does", engine.instance)
         });
         self.require(engine.orphan_timeout >= LEAST_LEASE, &["engine.orphan_timeout"], || {
             format!(

@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use async_trait::async_trait;
 use bollard::Docker;
-use bollard::models::SystemInfo;
+use bollard::models::{ContainerCreateBody, SystemInfo};
 use cellblock_wire::link::Report;
 use futures_util::stream::BoxStream;
 use tokio::sync::{Semaphore, SemaphorePermit};
@@ -30,6 +30,7 @@ mod lock;
 mod never_started;
 mod preflight;
 mod stream;
+pub mod trial;
 mod uids;
 
 pub use guest_volume::GuestFile;
@@ -227,6 +228,14 @@ impl DockerEngine {
         Ok(())
     }
 
+    /// The container for a cell that only tries its locks, and its uid.
+    fn trial_body(&self, cell: &CellSpec, arguments: Vec<String>) -> Result<(ContainerCreateBody, u32), EngineError> {
+        let shared = &*self.shared;
+        let uid = self.uids().take(cell.name.as_str()).ok_or_else(out_of_uids)?;
+        let body = lockdown::container(cell, uid, shared.guest.name(), &shared.settings.instance, &shared.facts);
+        Ok((ContainerCreateBody { cmd: Some(arguments), ..body }, uid))
+    }
+
     async fn make(&self, cell: &CellSpec) -> Result<Made, EngineError> {
         let shared = &*self.shared;
         for _ in 0..UID_ATTEMPTS {
@@ -379,6 +388,7 @@ impl Engine for DockerEngine {
     }
 
     async fn sweep(&self) -> Result<Vec<String>, EngineError> {
+        trial::clear_old(&self.shared.docker).await?;
         self.shared.guest.remove_others(&self.shared.docker).await
     }
 
