@@ -14,7 +14,7 @@ pub(super) fn checks(runtime: &str, found: &Found, unenforced: &[Lock], accepted
         match lock {
             _ if held => Check::ok(full, seen),
             Some(lock) if accepted.contains(&lock) => {
-                Check::weak(full, format!("{seen}; accepted by name")).with(remedy(name))
+                Check::weak(full, format!("{seen}: the templates of this runtime accept it"))
             }
             _ => Check::broken(full, seen).with(remedy(name)),
         }
@@ -69,7 +69,8 @@ fn flags(unenforced: &[Lock]) -> (&'static str, bool, String) {
 /// All that a session's container is compared with before anything runs in it.
 fn agreement(found: &Found) -> (&'static str, bool, String) {
     match found.mismatches.as_slice() {
-        [] => ("attestation", found.report.is_some(), "engine and guest show what was asked for".to_owned()),
+        [] if found.report.is_none() => ("attestation", false, "there is nothing to compare".to_owned()),
+        [] => ("attestation", true, "engine and guest show what was asked for".to_owned()),
         all => ("attestation", false, all.join("; ")),
     }
 }

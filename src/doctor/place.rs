@@ -140,7 +140,7 @@ pub(super) fn engine_disk(free: u64, all: u64) -> Check {
     let seen = format!("{:.1} of {:.1} GiB are free", gib(free), gib(all));
     match free {
         ..LEAST_FREE => Check::broken(NAME, seen).with(REMEDY),
-        ..ENGINE_FREE => Check::weak(NAME, seen).with(REMEDY),
+        LEAST_FREE..ENGINE_FREE => Check::weak(NAME, seen).with(REMEDY),
         _ => Check::ok(NAME, seen),
     }
 }

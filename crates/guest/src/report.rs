@@ -96,7 +96,7 @@ fn interfaces() -> Vec<String> {
 }
 
 /// `proc_pid_mountinfo(5)`: `id parent dev root point options optional* - type source superoptions`.
-fn mounts(mountinfo: &str) -> Vec<Mount> {
+pub(crate) fn mounts(mountinfo: &str) -> Vec<Mount> {
     let parse = |line: &str| {
         let (before, after) = line.split_once(" - ")?;
         let (mut before, mut after) = (before.split(' ').skip(4), after.split(' '));

@@ -14,7 +14,7 @@ use rustix::io::Errno;
 use rustix::time::{ClockId, clock_gettime};
 
 use crate::cgroup::Cgroup;
-use crate::report::{read_bounded, take_report};
+use crate::report::{mounts, read_bounded, take_report};
 
 /// Nothing of a trial is left after this time, whoever waits for it or does not any more.
 const LONGEST: Duration = Duration::from_secs(45);
@@ -104,11 +104,15 @@ fn network() -> Tried {
 }
 
 fn root() -> Tried {
+    let mounts = mounts(&read_bounded(Path::new("/proc/self/mountinfo")).unwrap_or_default());
     for folder in ["/", GUEST_DIR] {
         let path = Path::new(folder).join(".probe");
         let errno = std::fs::File::create(&path).err().and_then(|e| Errno::from_io_error(&e));
-        // Permissions alone would not do: a file of the image may be writable by anybody.
-        if errno != Some(Errno::ROFS) {
+        let mount = mounts.iter().rev().find(|mount| mount.point == folder);
+        let is_read_only = mount.is_some_and(|mount| mount.options.iter().any(|option| option == "ro"));
+        // Permissions alone would not do, since a file of the image may be writable by anybody; but some kernels ask for them first.
+        let held = errno == Some(Errno::ROFS) || (errno == Some(Errno::ACCESS) && is_read_only);
+        if !held {
             let seen = errno.map_or_else(|| "a file could be made".to_owned(), |e| e.to_string());
             return tried("read-only-root", false, format!("{folder} is not mounted read-only: {seen}"));
         }
@@ -136,15 +140,15 @@ fn quota_holds(share: u64, throttled: u64, permitted: u64) -> bool {
 fn space(folder: &Path, limit: u64) -> Tried {
     let path = folder.join("filled");
     let (block, most) = (vec![1; BLOCK], limit + BEYOND * BLOCK as u64);
-    let filled = std::fs::File::create(&path).and_then(|mut file| {
+    let filled = std::fs::File::create(&path).map(|mut file| {
         let mut written = 0;
         while written < most {
             match file.write(&block) {
                 Ok(n) => written += n as u64,
-                Err(error) => return Ok((written, Some(error))),
+                Err(error) => return (written, Some(error)),
             }
         }
-        Ok((written, None))
+        (written, None)
     });
     // It goes with the container otherwise.
     let _ = std::fs::remove_file(&path);

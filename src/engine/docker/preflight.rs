@@ -47,7 +47,8 @@ pub(super) fn check(info: &SystemInfo, settings: &DockerSettings) -> Result<(), 
     let mut missing = missing(info, settings);
     let default = [Demand::default()];
     let demands = if settings.demands.is_empty() { &default[..] } else { &settings.demands };
-    missing.extend(demands.iter().filter_map(|demand| unmet(info, demand)));
+    let unmet = |demand: &Demand| Some(format!("template \"{}\": {}", demand.template, unmet(info, demand)?));
+    missing.extend(demands.iter().filter_map(unmet));
     if missing.is_empty() {
         return Ok(());
     }
@@ -74,13 +75,9 @@ pub(super) fn missing(info: &SystemInfo, settings: &DockerSettings) -> Vec<Strin
 
 /// Why a template's cells would not be confined, and what may be done about it.
 pub(super) fn unmet(info: &SystemInfo, demand: &Demand) -> Option<String> {
-    let of = match demand.template.as_str() {
-        "" => String::new(),
-        name => format!("template \"{name}\": "),
-    };
     let Some(runtime) = runtime(info, &demand.runtime) else {
         let known = runtimes(info).join(", ");
-        return Some(format!("{of}the engine has no runtime \"{}\"; it has {known}", demand.runtime));
+        return Some(format!("the engine has no runtime \"{}\"; it has {known}", demand.runtime));
     };
     let lacking: BTreeSet<Lock> = unenforced(info, &runtime).difference(&demand.accepted).copied().collect();
     if lacking.is_empty() {
@@ -88,7 +85,7 @@ pub(super) fn unmet(info: &SystemInfo, demand: &Demand) -> Option<String> {
     }
     let (name, all) = (runtime_name(info, &demand.runtime), quoted(&lacking));
     Some(format!(
-        "{of}{all} not enforced here by the runtime \"{name}\" and its machine; mend that, or do without: accept_unenforced = [{}]",
+        "{all} not enforced here by the runtime \"{name}\" and its machine; mend that, or do without: accept_unenforced = [{}]",
         quoted(lacking.union(&demand.accepted))
     ))
 }
@@ -218,7 +215,7 @@ mod tests {
         let view = |demands: &[Demand], runtime| view(&info, demands, runtime);
         let all = demand("a", "runsc", &Lock::ALL);
         assert_eq!(view(&[], "runsc").forgone, BTreeSet::new());
-        let forgone = view(&[all.clone()], "runsc").forgone;
+        let forgone = view(std::slice::from_ref(&all), "runsc").forgone;
         assert_eq!(forgone, BTreeSet::from([Lock::Pids, Lock::TmpfsInodes, Lock::MountFlags]));
         let less = demand("b", "runsc", &[Lock::MountFlags]);
         assert_eq!(view(&[all.clone(), less], "runsc").forgone, BTreeSet::from([Lock::MountFlags]));

@@ -4,16 +4,20 @@
 //! What it makes carries an instance's name that no server has, so none of them touches it; what a killed one leaves is removed once it is old.
 
 use std::collections::HashMap;
+use std::sync::Arc;
 use std::time::Duration;
 
 use bollard::Docker;
 use bollard::models::{ContainerCreateBody, HostConfig, SystemInfo, SystemInfoCgroupVersionEnum};
 use bollard::query_parameters::{
-    CreateContainerOptionsBuilder, ListVolumesOptionsBuilder, RemoveContainerOptionsBuilder, RemoveVolumeOptionsBuilder,
+    CreateContainerOptionsBuilder, ListVolumesOptionsBuilder, RemoveContainerOptionsBuilder,
+    RemoveVolumeOptionsBuilder, StatsOptionsBuilder,
 };
 use cellblock_wire::link::Report;
 use cellblock_wire::trial::{Line, Machine, Step, TRIAL, Tried};
+use futures_util::StreamExt;
 use tokio::io::AsyncReadExt;
+use tokio::sync::oneshot;
 use uuid::Uuid;
 
 use super::super::{ByteStream, CellName, CellSpec, CellState, EngineError, ImageInfo, Pull};
@@ -24,11 +28,14 @@ use crate::domain::ids::SessionId;
 use crate::domain::lock::Lock;
 use crate::domain::spec::{MIB, Resources};
 use crate::engine::lockdown::{self, LABEL_INSTANCE};
+use crate::task;
 
 /// What the name of a trial's instance begins with. No server may have one like it.
 pub const INSTANCE_PREFIX: &str = "doctor-";
 /// One container, from its making to its removal.
 const LONGEST: Duration = Duration::from_secs(60);
+/// Between two looks at what a container uses.
+const LOOK_AGAIN: Duration = Duration::from_millis(100);
 /// What a guest says in a trial.
 const MOST_SAID: u64 = 1 << 20;
 /// What is older was left by one that was killed.
@@ -52,6 +59,8 @@ pub struct Host {
     info: SystemInfo,
     settings: DockerSettings,
     api: String,
+    /// Held while something is made, which goes on at the engine whoever waits for it.
+    making: Arc<tokio::sync::Mutex<()>>,
     /// How far its clock is ahead of ours, in milliseconds, if it tells.
     pub clock_ahead_ms: Option<i64>,
 }
@@ -111,7 +120,7 @@ impl Host {
         let api = docker.client_version().to_string();
         let id = Uuid::new_v4().simple().to_string();
         let settings = DockerSettings { instance: format!("{INSTANCE_PREFIX}{}", &id[..8]), ..settings };
-        Ok(Self { docker, info, settings, api, clock_ahead_ms })
+        Ok(Self { docker, info, settings, api, making: Arc::default(), clock_ahead_ms })
     }
 
     /// What the engine says.
@@ -188,9 +197,30 @@ impl Host {
             host_config: Some(host),
             ..ContainerCreateBody::default()
         };
-        let options = CreateContainerOptionsBuilder::default().name(&name).build();
-        let made = call(ATTEMPT, image, client::CREATE, self.docker.create_container(Some(options), body)).await?;
-        never_started::remove(&self.docker, ATTEMPT, &made.id).await
+        let (docker, image) = (self.docker.clone(), image.to_owned());
+        let making = async move {
+            let options = CreateContainerOptionsBuilder::default().name(&name).build();
+            let made = call(ATTEMPT, &image, client::CREATE, docker.create_container(Some(options), body)).await?;
+            never_started::remove(&docker, ATTEMPT, &made.id).await
+        };
+        self.whole(making).await
+    }
+
+    /// Does something to its end, even where nobody waits for that any more: what is made is then there to be removed.
+    async fn whole<T: Send + 'static>(
+        &self,
+        work: impl Future<Output = Result<T, EngineError>> + Send + 'static,
+    ) -> Result<T, EngineError> {
+        let guard = Arc::clone(&self.making).lock_owned().await;
+        let (tell, told) = oneshot::channel();
+        task::spawn("trial", async move {
+            let done = work.await;
+            drop(guard);
+            // Whoever asked may have been interrupted.
+            let _ = tell.send(done);
+        });
+        let lost = |_| EngineError::Unexpected { attempt: "trying a cell's locks", detail: "it broke off".to_owned() };
+        told.await.map_err(lost)?
     }
 
     /// Runs the guest's trials under a runtime.
@@ -200,7 +230,8 @@ impl Host {
     pub async fn try_locks(&self, image: &str, runtime: &str) -> Result<Found, EngineError> {
         let settings = DockerSettings { demands: self.demands(runtime), ..self.settings.clone() };
         let engine = DockerEngine::connect(settings).await?;
-        engine.prepare(image).await?;
+        let (preparing, any) = (engine.clone(), image.to_owned());
+        self.whole(async move { preparing.prepare(&any).await }).await?;
         let mut found = Found::default();
         for step in Step::ALL {
             let trial = tokio::time::timeout(LONGEST, self.run(&engine, image, runtime, step));
@@ -227,12 +258,15 @@ impl Host {
             resources: RESOURCES,
         };
         let (body, uid) = engine.trial_body(&cell, arguments(step))?;
-        engine.judge(&cell, cells::create(&self.docker, &cell.name, body.clone()).await?)?;
+        let (docker, name, asked) = (self.docker.clone(), cell.name.clone(), body.clone());
+        let warnings = self.whole(async move { cells::create(&docker, &name, asked).await }).await?;
+        engine.judge(&cell, warnings)?;
         let mut stream = cells::attach(&self.docker, &cell.name).await?;
         cells::start(&self.docker, &cell.name).await?;
         // While it runs, for the step that takes a second.
         let inspected = cells::inspect(&self.docker, &cell.name).await;
-        let lines = read(&mut stream).await?;
+        let (lines, throttled) = tokio::join!(read(&mut stream), self.throttled(&cell.name));
+        let lines = lines?;
         let report = lines.iter().find_map(|line| if let Line::Report(report) = line { Some(report) } else { None });
         let mismatches = match (report, inspected) {
             (Some(report), Ok(shown)) => {
@@ -242,7 +276,29 @@ impl Host {
         };
         let ended = cells::observed(&cell.name, &cells::inspect(&self.docker, &cell.name).await?).state;
         cells::remove(&self.docker, &cell.name).await?;
-        Ok(Trial { step, lines, mismatches, ended })
+        Ok(Trial { step, lines, mismatches, ended, throttled })
+    }
+
+    /// How often the engine has seen a container wait for its CPU quota, until that ends. What a kernel of its own counts inside is not the machine's time.
+    async fn throttled(&self, name: &CellName) -> u64 {
+        let mut most = 0;
+        loop {
+            let options = StatsOptionsBuilder::default().stream(false).one_shot(true).build();
+            let mut stats = self.docker.stats(name.as_str(), Some(options));
+            let asked = async { stats.next().await.transpose() };
+            let Ok(Some(seen)) = call("reading what a cell uses", name.as_str(), client::INSPECT, asked).await else {
+                return most;
+            };
+            let throttling = seen.cpu_stats.and_then(|cpu| cpu.throttling_data);
+            most = most.max(throttling.and_then(|data| data.throttled_periods).unwrap_or(0));
+            if !matches!(
+                cells::inspect(&self.docker, name).await.map(|i| cells::observed(name, &i).state),
+                Ok(CellState::Running)
+            ) {
+                return most;
+            }
+            tokio::time::sleep(LOOK_AGAIN).await;
+        }
     }
 
     /// Removes what this one has made, all of it.
@@ -250,6 +306,7 @@ impl Host {
     /// # Errors
     /// When the engine does not remove something.
     pub async fn clear(&self) -> Result<(), EngineError> {
+        let _nothing_is_made = self.making.lock().await;
         clear(&self.docker, |instance, _| instance == self.settings.instance).await
     }
 }
@@ -320,6 +377,8 @@ struct Trial {
     lines: Vec<Line>,
     mismatches: Vec<String>,
     ended: CellState,
+    /// How often the engine has seen it wait for its CPU quota.
+    throttled: u64,
 }
 
 impl Trial {
@@ -328,6 +387,10 @@ impl Trial {
         for line in self.lines {
             match line {
                 Line::Begins => begins = true,
+                Line::Tried(one) if one.lock == Lock::Cpu.name() => {
+                    let seen = format!("{}; the engine saw it throttled {} times", one.seen, self.throttled);
+                    tried.push(Tried { held: one.held || self.throttled > 0, seen, ..one });
+                }
                 Line::Tried(one) => tried.push(one),
                 Line::Machine(machine) => found.machine = Some(machine),
                 Line::Report(report) => found.report = Some(*report),
@@ -337,7 +400,8 @@ impl Trial {
             // Some runtimes end all of a cell where a limit is reached.
             let held = begins && matches!(self.ended, CellState::Exited { status, oom } if oom || status == 137);
             let seen = if held { "the whole cell was ended" } else { "the trial came to nothing" };
-            tried.push(Tried { lock: self.step.name().to_owned(), held, seen: format!("{seen} ({:?})", self.ended) });
+            let lock = if self.step == Step::Calm { "start" } else { self.step.name() };
+            tried.push(Tried { lock: lock.to_owned(), held, seen: format!("{seen} ({:?})", self.ended) });
         }
         found.tried.extend(tried);
         found.mismatches.extend(self.mismatches);
@@ -350,7 +414,7 @@ mod tests {
 
     fn trial(step: Step, lines: Vec<Line>, ended: CellState) -> Found {
         let mut found = Found::default();
-        Trial { step, lines, mismatches: Vec::new(), ended }.add_to(&mut found);
+        Trial { step, lines, mismatches: Vec::new(), ended, throttled: 2 }.add_to(&mut found);
         found
     }
 
@@ -364,5 +428,7 @@ mod tests {
         assert_eq!((nothing[0].lock.as_str(), nothing[0].held), ("pids", false));
         let tried = Tried { lock: "pids".to_owned(), held: true, seen: String::new() };
         assert_eq!(trial(Step::Pids, vec![Line::Begins, Line::Tried(tried.clone())], ended).tried, [tried]);
+        let cpu = Tried { lock: "cpu".to_owned(), held: false, seen: String::new() };
+        assert!(trial(Step::Calm, vec![Line::Tried(cpu)], ended).tried[0].held, "the engine saw it throttled");
     }
 }
