@@ -9,15 +9,23 @@ use std::time::Duration;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
-use crate::config::{Config, DrainContainers, PullPolicy};
+use crate::config::{Config, DrainContainers, KeySection, PullPolicy};
 use crate::domain::ids::InstallationId;
+use crate::domain::quota::QuotaTable;
 use crate::domain::spec::{self, PoolPlan, Template};
 use crate::engine::docker::{Demand, DockerEngine, DockerSettings, GuestFile};
+use crate::engine::guard::{self, BindError, Guard, GuardEngine, Permitted, Policy};
+use crate::engine::metered::Metered;
 use crate::engine::{Engine, EngineError, Pull};
+use crate::http::door::{Door, Tries};
 use crate::http::{self, App};
+use crate::metrics::Metrics;
 use crate::service::Service;
 use crate::service::admin::Admin;
-use crate::service::keys::{self, KeyRing, Principal, Scope};
+use crate::service::audit::{Audit, AuditBounds};
+use crate::service::keys::{self, ConfiguredKey, KeyError, KeyHash, KeyRing, Principal, Scope};
+use crate::service::log::LogLevel;
+use crate::service::quotas::Quotas;
 use crate::session::capacity::Ceilings;
 use crate::session::pool::{self, Plan, Pool};
 use crate::session::reconcile::Reconciler;
@@ -33,6 +41,8 @@ const DRAIN_REMOVAL: Duration = Duration::from_secs(30);
 const LAST_ANSWERS: Duration = Duration::from_secs(3);
 /// The tenant of the key that is made at the first start.
 const FIRST_TENANT: &str = "default";
+/// Its name among others.
+const FIRST_KEY: &str = "api-key-file";
 /// Our launcher for `ipykernel`, beside the guest in its volume.
 const IPYKERNEL_LAUNCHER: &[u8] = include_bytes!("../crates/guest/launcher/ipykernel_launcher.py");
 
@@ -46,6 +56,32 @@ pub enum StartError {
         host: String,
         /// Why.
         source: EngineError,
+    },
+    /// The guard that has the engine is not there, or can't be used.
+    #[error(
+        "the guard at {} can't be used: {source}\n  does `cellblock guard` run there, with the same engine.instance, and is this user its guard.user?",
+        socket.display()
+    )]
+    Guard {
+        /// Where it was looked for.
+        socket: PathBuf,
+        /// Why.
+        source: EngineError,
+    },
+    /// A guard was told to use a guard.
+    #[error(
+        "engine.host = \"{host}\" is a guard's socket; a guard needs the engine's own address, such as unix:///var/run/docker.sock"
+    )]
+    GuardOfGuard {
+        /// What was configured.
+        host: String,
+    },
+    /// A guard can't listen.
+    #[error("the guard can't listen on {source}\n  `guard.socket` in the configuration says where to")]
+    GuardSocket {
+        /// Where, and why.
+        #[from]
+        source: BindError,
     },
     /// The guest's binary is not there.
     #[error("the guest binary {} can't be read: {source}\n  `make server` builds it; `guest.binary` in the configuration says where it is", path.display())]
@@ -63,6 +99,14 @@ pub enum StartError {
         /// Why, and what to do.
         reason: String,
     },
+    /// A key of the configuration can't be taken.
+    #[error("the API key \"{name}\" of the configuration can't be used: {reason}")]
+    ConfiguredKey {
+        /// Its name.
+        name: String,
+        /// Why.
+        reason: KeyError,
+    },
     /// What is kept in the data folder can't be used.
     #[error("notebooks and blobs can't be kept in the data folder {}: {source}", path.display())]
     Archive {
@@ -78,6 +122,14 @@ pub enum StartError {
         path: PathBuf,
         /// Why.
         source: StateError,
+    },
+    /// The audit's file can't be written.
+    #[error("the file {} can't be added to: {source}\n  `audit.file` in the configuration names it; empty, events are in the database only", path.display())]
+    Audit {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
     },
     /// The data folder can't be had.
     #[error("the data folder can't be locked with {}: {reason}\n  end the other server, or give this one a folder and an engine.instance of its own", path.display())]
@@ -108,10 +160,12 @@ pub enum StartError {
         source: EngineError,
     },
     /// The address can't be listened on.
-    #[error("can't listen on {address}: {source}\n  `server.listen` in the configuration, or --listen, says where to")]
+    #[error("can't listen on {address}: {source}\n  {place} says where to")]
     Listen {
         /// The address.
         address: SocketAddr,
+        /// What names it, for people.
+        place: &'static str,
         /// Why.
         source: io::Error,
     },
@@ -147,6 +201,8 @@ impl Stop {
 pub struct Plane {
     /// Every command of the product.
     pub service: Arc<Service>,
+    /// Who may ask, as far as the database knows.
+    pub keys: Arc<KeyRing>,
     registry: Arc<Registry>,
     archive: Option<Archive>,
     after_drain: AfterDrain,
@@ -164,32 +220,38 @@ impl Plane {
     /// # Errors
     /// See [`StartError`].
     pub async fn start(config: &Config, owns_instance: bool) -> Result<Self, StartError> {
-        let pull = match config.engine.pull {
-            PullPolicy::Never => Pull::Never,
-            PullPolicy::Missing => Pull::Missing,
-        };
-        let docker = connect(config).await?;
+        Self::start_logging(config, owns_instance, None).await
+    }
+
+    async fn start_logging(config: &Config, owns_instance: bool, log: Option<LogLevel>) -> Result<Self, StartError> {
+        let pull = pull(config);
+        let metrics = Metrics::new();
+        let engine: Arc<dyn Engine> = Arc::new(Metered::new(connect(config).await?, metrics.clone()));
         let (settings, limits) = (settings(config), limits(config));
         // One process works with a data folder; whoever shares an instance keeps nothing.
         let archive = if owns_instance { Some(archive(config)?) } else { None };
-        let (state, left) = if owns_instance {
+        let (state, mut left) = if owns_instance {
             open_state(config, archive.clone()).map(|(s, l)| (Some(s), l))?
         } else {
             (None, Left::default())
         };
         let installation = if owns_instance { Some(installation_id(config)?) } else { None };
-        let image = first_image(&docker, config).await;
+        let image = first_image(engine.as_ref(), config).await;
         if let Some(installation) = installation {
-            claim(&docker, config, installation).await?;
+            claim(engine.as_ref(), config, installation).await?;
         }
         if let Some(image) = image {
-            docker.prepare(&image).await.map_err(|e| engine_error(config, e))?;
+            engine.prepare(&image).await.map_err(|e| engine_error(config, e))?;
         }
-        let engine: Arc<dyn Engine> = Arc::new(docker);
         let instance = config.engine.instance.clone();
+        let keys = Arc::new(KeyRing::new(state.clone(), std::mem::take(&mut left.api_keys)));
+        // Who runs code on this machine without a server is no tenant.
+        let table = if owns_instance { config.quotas.clone() } else { QuotaTable::default() };
+        let quotas = Quotas::new(table, state.clone(), std::mem::take(&mut left.usage));
         let pool = Pool::new(if owns_instance { pool_plans(config) } else { Vec::new() });
-        let registry =
-            Arc::new(Registry::new(Arc::clone(&engine), archive.clone(), state, instance, settings, limits, pool));
+        let audit = state.clone().map(|state| audit(config, state)).transpose()?;
+        let registry = Registry::new(Arc::clone(&engine), archive.clone(), state, instance, settings, limits, pool);
+        let registry = Arc::new(registry.counting(metrics));
         let stop = CancellationToken::new();
         registry.take_over(left);
         let mut service = Service::new(
@@ -199,7 +261,17 @@ impl Plane {
             config.default_template.clone(),
             pull,
             archive.clone(),
-        );
+        )
+        .with_keys(Arc::clone(&keys))
+        .with_quotas(Arc::new(quotas));
+        if let Some(log) = log {
+            service = service.logging(log);
+        }
+        if let Some(audit) = audit {
+            service = service.audited(Arc::clone(&audit));
+            let told = stop.clone();
+            task::spawn("audit", async move { audit.stay_within_bounds(told).await });
+        }
         let after_drain = match config.drain.containers {
             DrainContainers::Keep if owns_instance => AfterDrain::Keep,
             _ => AfterDrain::Remove,
@@ -222,7 +294,7 @@ impl Plane {
         } else {
             reconcile::remove_ended(engine.as_ref()).await.map_err(|e| engine_error(config, e))?;
         }
-        Ok(Self { service: Arc::new(service), registry, archive, after_drain, stop, reconciler, drain })
+        Ok(Self { service: Arc::new(service), keys, registry, archive, after_drain, stop, reconciler, drain })
     }
 
     /// Gives what runs a grace, and ends every session and waits until their containers are gone, or leaves them to the next process, as the
@@ -240,22 +312,35 @@ impl Plane {
     }
 }
 
-/// Serves until it is told to stop, then ends all sessions or leaves them to the next process. `ready` is called with the address once requests are answered.
+/// Serves until it is told to stop, then ends all sessions or leaves them to the next process. `log` is how much the log tells, if that can be changed; `ready` is
+/// called with the address once requests are answered.
 ///
 /// # Errors
 /// See [`StartError`].
-pub async fn serve(config: &Config, stop: Stop, ready: impl FnOnce(SocketAddr)) -> Result<(), StartError> {
+pub async fn serve(
+    config: &Config,
+    stop: Stop,
+    log: Option<LogLevel>,
+    ready: impl FnOnce(SocketAddr),
+) -> Result<(), StartError> {
     let address = config.server.listen;
-    let listen_error = |source| StartError::Listen { address, source };
+    let listen_error =
+        |source| StartError::Listen { address, place: "`server.listen` in the configuration, or --listen,", source };
     // Bound first: a second server finds out before it touches the engine.
     let listener = TcpListener::bind(address).await.map_err(listen_error)?;
     let local = listener.local_addr().map_err(listen_error)?;
-    let keys = key_ring(&config.server.key_file())?;
+    let admin = admin_listener(config).await?;
+    let keys = configured_keys(config)?;
     let _lock = lock(&config.server.data_dir)?;
-    let plane = Plane::start(config, true).await?;
+    let plane = Plane::start_logging(config, true, log).await?;
+    for key in keys {
+        let name = key.name.clone();
+        plane.keys.add(key).map_err(|reason| StartError::ConfiguredKey { name, reason })?;
+    }
+    let tries = Tries { most: config.auth.failures, within: config.auth.failure_window };
     let app = App {
         service: Arc::clone(&plane.service),
-        keys: Arc::new(keys),
+        door: Arc::new(Door::new(Arc::clone(&plane.keys), tries)),
         instance: Arc::from(config.engine.instance.as_str()),
         bounds: http::Bounds {
             body: usize::try_from(config.server.max_body).unwrap_or(usize::MAX),
@@ -264,6 +349,9 @@ pub async fn serve(config: &Config, stop: Stop, ready: impl FnOnce(SocketAddr)) 
     };
     ready(local);
     let closing = CancellationToken::new();
+    if let Some(admin) = admin {
+        task::spawn("admin listener", http::admin::serve(admin, app.clone(), closing.clone()));
+    }
     let door = http::serve(listener, app, closing.clone());
     let operator = plane.drain.clone();
     let drain = async {
@@ -287,6 +375,19 @@ pub async fn serve(config: &Config, stop: Stop, ready: impl FnOnce(SocketAddr)) 
     }
 }
 
+/// The admin listener, where there is to be one.
+async fn admin_listener(config: &Config) -> Result<Option<TcpListener>, StartError> {
+    let Some(address) = config.server.admin_listen else { return Ok(None) };
+    let listener = TcpListener::bind(address).await;
+    let listener = listener.map_err(|source| StartError::Listen {
+        address,
+        place: "`server.admin_listen` in the configuration",
+        source,
+    })?;
+    tracing::info!(%address, "the admin listener answers GET /metrics");
+    Ok(Some(listener))
+}
+
 /// Copies the database of sessions to a file that is not there yet.
 ///
 /// # Errors
@@ -296,11 +397,53 @@ pub fn backup(config: &Config, to: &Path) -> Result<(), StartError> {
     state::backup(folder, to).map_err(|source| StartError::State { path: state::path_in(folder), source })
 }
 
-/// Connects to the engine that the configuration names, with the guest's files at hand.
+/// Holds the engine for a server that does not, until it is told to stop. `ready` is called with the socket once calls are answered.
 ///
 /// # Errors
 /// See [`StartError`].
-pub async fn connect(config: &Config) -> Result<DockerEngine, StartError> {
+pub async fn guard(config: &Config, stop: Stop, ready: impl FnOnce(&Path)) -> Result<(), StartError> {
+    if config.engine.guard().is_some() {
+        return Err(StartError::GuardOfGuard { host: config.engine.host.clone() });
+    }
+    let socket = &config.guard.socket;
+    let failed = |error: io::Error| BindError { path: socket.clone(), reason: error.to_string() };
+    let own = tokio::net::UnixStream::pair().and_then(|(one, _other)| one.peer_cred()).map_err(failed)?.uid();
+    let users: Vec<u32> = [Some(own), config.guard.user].into_iter().flatten().collect();
+    // Listened on first: a second guard finds out before it touches the engine.
+    let listener = guard::bind(socket, users.iter().any(|user| *user != own)).await?;
+    let engine: Arc<dyn Engine> = Arc::new(connect_docker(config).await?);
+    let guard = Guard::new(engine, policy(config)).await.map_err(|e| engine_error(config, e))?;
+    ready(socket);
+    Arc::new(guard).serve(listener, users, stop.asked).await;
+    Ok(())
+}
+
+/// Asks the guard of this machine whether it and its engine answer.
+///
+/// # Errors
+/// See [`StartError`].
+pub async fn check_guard(config: &Config) -> Result<(), StartError> {
+    connect_guard(&config.guard.socket, config).await.map(drop)
+}
+
+/// Connects to the engine that the configuration names, or to the guard that has it.
+///
+/// # Errors
+/// See [`StartError`].
+pub async fn connect(config: &Config) -> Result<Arc<dyn Engine>, StartError> {
+    match config.engine.guard() {
+        Some(socket) => Ok(Arc::new(connect_guard(&socket, config).await?)),
+        None => Ok(Arc::new(connect_docker(config).await?)),
+    }
+}
+
+async fn connect_guard(socket: &Path, config: &Config) -> Result<GuardEngine, StartError> {
+    let connected = GuardEngine::connect(socket.to_owned(), &config.engine.instance).await;
+    connected.map_err(|source| StartError::Guard { socket: socket.to_owned(), source })
+}
+
+/// With the guest's files at hand.
+async fn connect_docker(config: &Config) -> Result<DockerEngine, StartError> {
     let settings = engine_settings(config, guest_files(config.guest.binary.as_deref())?);
     DockerEngine::connect(settings).await.map_err(|e| engine_error(config, e))
 }
@@ -340,6 +483,32 @@ fn advice(error: &EngineError) -> &'static str {
     }
 }
 
+/// What a guard permits: what the server that it stands before would ask for.
+fn policy(config: &Config) -> Policy {
+    let permitted = |template: &Template| Permitted {
+        image: template.image.clone(),
+        runtime: template.runtime.clone(),
+        most: template.max_resources,
+    };
+    let ceilings = ceilings(config);
+    Policy {
+        instance: config.engine.instance.clone(),
+        templates: config.templates.values().map(permitted).collect(),
+        pull: pull(config),
+        cells: ceilings.sessions,
+        cpu_millis: ceilings.cpu_millis,
+        memory_bytes: ceilings.memory_bytes,
+        creates_per_minute: config.guard.creates_per_minute,
+    }
+}
+
+fn pull(config: &Config) -> Pull {
+    match config.engine.pull {
+        PullPolicy::Never => Pull::Never,
+        PullPolicy::Missing => Pull::Missing,
+    }
+}
+
 /// No round of the reconciler begins after this. Where nothing stays, the instance's name is free then.
 async fn end_rounds(reconciler: &Reconciler, after: AfterDrain) {
     let ending = async {
@@ -359,10 +528,10 @@ async fn end_rounds(reconciler: &Reconciler, after: AfterDrain) {
 
 /// The id of the first template image that is there, the default template's before others. Without one nothing can start yet: each create says so, and the
 /// first one that can puts the guest in place.
-async fn first_image(docker: &DockerEngine, config: &Config) -> Option<String> {
+async fn first_image(engine: &dyn Engine, config: &Config) -> Option<String> {
     let default = config.templates.get(&config.default_template);
     for template in default.into_iter().chain(config.templates.values()) {
-        match docker.resolve_image(&template.image, Pull::Never).await {
+        match engine.resolve_image(&template.image, Pull::Never).await {
             Ok(image) => return Some(image.id),
             Err(error) => tracing::warn!(template = template.name, %error, "a template's image is not there"),
         }
@@ -371,8 +540,8 @@ async fn first_image(docker: &DockerEngine, config: &Config) -> Option<String> {
 }
 
 /// Takes the instance's name. Before anything else is done on the engine: what is there may be another installation's.
-async fn claim(docker: &DockerEngine, config: &Config, installation: InstallationId) -> Result<(), StartError> {
-    match docker.claim(installation).await {
+async fn claim(engine: &dyn Engine, config: &Config, installation: InstallationId) -> Result<(), StartError> {
+    match engine.claim(installation).await {
         Ok(()) => Ok(()),
         // Nothing can run there yet. The reconciler tries again.
         Err(EngineError::Absent { .. }) => {
@@ -394,6 +563,9 @@ fn installation_id(config: &Config) -> Result<InstallationId, StartError> {
 }
 
 fn engine_error(config: &Config, source: EngineError) -> StartError {
+    if let Some(socket) = config.engine.guard() {
+        return StartError::Guard { socket, source };
+    }
     StartError::Engine { host: config.engine.host.clone(), source }
 }
 
@@ -429,6 +601,19 @@ fn open_state(config: &Config, archive: Option<Archive>) -> Result<(State, Left)
     State::open(folder, archive).map_err(|source| StartError::State { path: state::path_in(folder), source })
 }
 
+fn audit(config: &Config, state: State) -> Result<Arc<Audit>, StartError> {
+    let section = &config.audit;
+    if let Some(path) = &section.file {
+        state.copy_audit_to(path).map_err(|source| StartError::Audit { path: path.clone(), source })?;
+    }
+    let bounds = AuditBounds {
+        record_code: section.record_code,
+        retention: section.retention_time,
+        events: section.retention_count.into(),
+    };
+    Ok(Arc::new(Audit::new(state, bounds)))
+}
+
 fn settings(config: &Config) -> Settings {
     Settings {
         start_timeout: config.engine.start_timeout,
@@ -455,18 +640,22 @@ fn pool_plans(config: &Config) -> Vec<Plan> {
 
 fn limits(config: &Config) -> Limits {
     Limits {
-        ceilings: Ceilings {
-            sessions: config.limits.sessions as usize,
-            cpu_millis: Some((config.limits.cpu * 1000.0) as u64).filter(|millis| *millis > 0),
-            memory_bytes: Some(config.limits.memory).filter(|bytes| *bytes > 0),
-            starts: config.limits.concurrent_starts as usize,
-            waiting: config.limits.queued_creates as usize,
-            patience: config.limits.create_wait,
-        },
+        ceilings: ceilings(config),
         session_retention: config.limits.session_retention,
         execution_retention: config.executions.retention_time,
         executions: config.executions.retention_count as usize,
         execution_bytes: config.executions.retention_size,
+    }
+}
+
+fn ceilings(config: &Config) -> Ceilings {
+    Ceilings {
+        sessions: config.limits.sessions as usize,
+        cpu_millis: Some((config.limits.cpu * 1000.0) as u64).filter(|millis| *millis > 0),
+        memory_bytes: Some(config.limits.memory).filter(|bytes| *bytes > 0),
+        starts: config.limits.concurrent_starts as usize,
+        waiting: config.limits.queued_creates as usize,
+        patience: config.limits.create_wait,
     }
 }
 
@@ -484,31 +673,50 @@ fn lock(folder: &Path) -> Result<std::fs::File, StartError> {
     Ok(file)
 }
 
-/// Reads the first key, or makes it. The file is its owner's alone.
-fn key_ring(path: &Path) -> Result<KeyRing, StartError> {
-    let failed = |reason: String| StartError::Key { path: path.to_owned(), reason };
-    let key = match std::fs::read_to_string(path) {
-        Ok(key) => {
-            check_mode(path).map_err(failed)?;
-            key
-        }
-        Err(error) if error.kind() == io::ErrorKind::NotFound => create_key(path).map_err(|e| failed(e.to_string()))?,
-        Err(error) => return Err(failed(error.to_string())),
+/// The first key, which is made where there is none, and those of the configuration.
+fn configured_keys(config: &Config) -> Result<Vec<ConfiguredKey>, StartError> {
+    let path = config.server.key_file();
+    let failed = |reason: String| StartError::Key { path: path.clone(), reason };
+    let hash = match std::fs::exists(&path) {
+        Ok(false) => hash_of(&create_key(&path).map_err(|e| failed(e.to_string()))?),
+        _ => read_key(&path),
     };
-    let mut ring = KeyRing::default();
-    let principal = Principal { tenant: Arc::from(FIRST_TENANT), scopes: Arc::new([Scope::Sessions, Scope::Admin]) };
-    ring.add(key.trim(), principal).map_err(|e| failed(format!("{e}; remove the file to have a new one made")))?;
-    Ok(ring)
+    let hash = hash.map_err(|reason| failed(format!("{reason}, or remove it to have a new one made")))?;
+    let principal = Principal::new(FIRST_TENANT, [Scope::Sessions, Scope::Admin]);
+    let first = ConfiguredKey { hash, name: FIRST_KEY.to_owned(), principal, expires_at: None };
+    let others = config.keys.iter().map(configured_key);
+    std::iter::once(Ok(first)).chain(others).collect()
+}
+
+fn configured_key(section: &KeySection) -> Result<ConfiguredKey, StartError> {
+    let hash = match (section.hash, &section.file) {
+        (Some(hash), _) => hash,
+        (None, Some(path)) => read_key(path).map_err(|reason| StartError::Key { path: path.clone(), reason })?,
+        // A section has one of both.
+        (None, None) => {
+            return Err(StartError::ConfiguredKey { name: section.name.clone(), reason: KeyError::Malformed });
+        }
+    };
+    let templates = section.templates.as_deref().map(Arc::from);
+    let principal = Principal { templates, ..Principal::new(section.tenant.as_str(), section.scopes.as_slice()) };
+    Ok(ConfiguredKey { hash, name: section.name.clone(), principal, expires_at: section.expires_at })
+}
+
+/// Reads a key from a file that nobody else may read. An error says what to do about it.
+fn read_key(path: &Path) -> Result<KeyHash, String> {
+    let key = std::fs::read_to_string(path).map_err(|e| e.to_string())?;
+    check_mode(path)?;
+    hash_of(key.trim())
+}
+
+fn hash_of(key: &str) -> Result<KeyHash, String> {
+    keys::hash(key).ok_or_else(|| format!("{}: put one in", KeyError::Malformed))
 }
 
 fn check_mode(path: &Path) -> Result<(), String> {
     use std::os::unix::fs::PermissionsExt;
     let mode = std::fs::metadata(path).map_err(|e| e.to_string())?.permissions().mode() & 0o777;
-    if mode & 0o077 == 0 {
-        Ok(())
-    } else {
-        Err(format!("others may read it (mode {mode:03o}); `chmod 600` it, or remove it to have a new one made"))
-    }
+    if mode & 0o077 == 0 { Ok(()) } else { Err(format!("others may read it (mode {mode:03o}): `chmod 600` it")) }
 }
 
 fn create_key(path: &Path) -> io::Result<String> {

@@ -12,6 +12,7 @@ pub mod engine;
 pub mod http;
 pub mod json;
 pub mod kernel;
+pub mod metrics;
 pub mod run;
 pub mod service;
 pub mod session;

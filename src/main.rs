@@ -11,6 +11,7 @@ use tracing_subscriber::EnvFilter;
 use cellblock::cli::{self, Cli, Command};
 use cellblock::config::{self, Config, Environment, Inputs, Log, LogFormat};
 use cellblock::doctor::{self, verdict::Verdict};
+use cellblock::service::log::LogLevel;
 use cellblock::{app, http, run, task};
 
 /// The exit status for a configuration with mistakes.
@@ -26,6 +27,10 @@ async fn main() -> ExitCode {
     let code = match &cli.command {
         Command::Serve(args) => match load(&args.inputs(&environment)) {
             Ok(config) => serve(&config).await,
+            Err(code) => code,
+        },
+        Command::Guard(args) => match load(&args.inputs(&environment)) {
+            Ok(config) => guard(&config, args.check).await,
             Err(code) => code,
         },
         Command::Run(args) => match load(&args.config.inputs(&environment)) {
@@ -55,22 +60,36 @@ fn load(inputs: &Inputs) -> Result<Config, u8> {
 }
 
 async fn serve(config: &Config) -> u8 {
+    let log = match start_log(&config.log) {
+        Ok(log) => log,
+        Err(error) => {
+            eprintln!("cellblock: {error}");
+            return BAD_CONFIG;
+        }
+    };
+    let stop = app::Stop::default();
+    listen_to_signals(stop.clone());
+    let ready = |address| {
+        tracing::info!(%address, version = env!("CARGO_PKG_VERSION"), "listening; GET /docs shows the API");
+    };
+    exit_code(app::serve(config, stop, Some(log), ready).await)
+}
+
+async fn guard(config: &Config, check: bool) -> u8 {
+    if check {
+        return exit_code(app::check_guard(config).await);
+    }
     if let Err(error) = start_log(&config.log) {
         eprintln!("cellblock: {error}");
         return BAD_CONFIG;
     }
     let stop = app::Stop::default();
     listen_to_signals(stop.clone());
-    let ready = |address| {
-        tracing::info!(%address, version = env!("CARGO_PKG_VERSION"), "listening; GET /docs shows the API");
+    let ready = |socket: &Path| {
+        let (socket, instance) = (socket.display(), &config.engine.instance);
+        tracing::info!(%socket, instance, version = env!("CARGO_PKG_VERSION"), "guarding the engine");
     };
-    match app::serve(config, stop, ready).await {
-        Ok(()) => cli::OK,
-        Err(error) => {
-            eprintln!("cellblock: {error}");
-            cli::FAILED
-        }
-    }
+    exit_code(app::guard(config, stop, ready).await)
 }
 
 async fn run_once(args: &cli::RunArgs, json: bool, config: Config) -> u8 {
@@ -84,7 +103,11 @@ async fn run_once(args: &cli::RunArgs, json: bool, config: Config) -> u8 {
 }
 
 fn backup(config: &Config, to: &Path) -> u8 {
-    match app::backup(config, to) {
+    exit_code(app::backup(config, to))
+}
+
+fn exit_code(outcome: Result<(), app::StartError>) -> u8 {
+    match outcome {
         Ok(()) => cli::OK,
         Err(error) => {
             eprintln!("cellblock: {error}");
@@ -127,14 +150,31 @@ fn listen_to_signals(stop: app::Stop) {
     });
 }
 
-fn start_log(log: &Log) -> Result<(), String> {
-    let filter = EnvFilter::try_new(&log.level).map_err(|e| format!("log.level is not understood: {e}"))?;
+/// Begins to write the log, and says how its level is changed.
+fn start_log(log: &Log) -> Result<LogLevel, String> {
     let to_terminal = std::io::stderr().is_terminal();
-    let subscriber =
-        tracing_subscriber::fmt().with_env_filter(filter).with_ansi(to_terminal).with_writer(std::io::stderr);
+    let subscriber = tracing_subscriber::fmt()
+        .with_env_filter(filter(&log.level)?)
+        .with_ansi(to_terminal)
+        .with_writer(std::io::stderr);
+    // Each form of line has a handle of its own type.
     match log.format {
-        LogFormat::Text => subscriber.init(),
-        LogFormat::Json => subscriber.json().flatten_event(true).init(),
+        LogFormat::Text => {
+            let subscriber = subscriber.with_filter_reloading();
+            let handle = subscriber.reload_handle();
+            subscriber.init();
+            Ok(LogLevel::new(log.level.clone(), move |level| handle.reload(filter(level)?).map_err(|e| e.to_string())))
+        }
+        LogFormat::Json => {
+            let subscriber = subscriber.json().flatten_event(true).with_filter_reloading();
+            let handle = subscriber.reload_handle();
+            subscriber.init();
+            Ok(LogLevel::new(log.level.clone(), move |level| handle.reload(filter(level)?).map_err(|e| e.to_string())))
+        }
     }
-    Ok(())
+}
+
+fn filter(level: &str) -> Result<EnvFilter, String> {
+    config::check_log_level(level)?;
+    EnvFilter::try_new(level).map_err(|e| format!("{level:?} is not understood: {e}"))
 }

@@ -3,7 +3,6 @@
 
 use std::io;
 use std::path::{Component, Path, PathBuf};
-use std::sync::Arc;
 
 use http_body_util::BodyExt;
 use hyper::body::Incoming;
@@ -65,7 +64,7 @@ pub async fn run(args: &RunArgs, json: bool, mut config: Config) -> Result<u8, R
     let code = args.source().read().map_err(RunError::Code)?;
     INSTANCE.clone_into(&mut config.engine.instance);
     let plane = while_waiting("connecting to the engine", Plane::start(&config, false)).await?;
-    let who = Principal { tenant: Arc::from(INSTANCE), scopes: Arc::new([Scope::Sessions]) };
+    let who = Principal::new(INSTANCE, [Scope::Sessions]);
     let result = tokio::select! {
         result = run_in(&plane, &who, args, json, code) => result,
         () = told_to_stop() => Ok(cli::CANCELLED),

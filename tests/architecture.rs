@@ -7,29 +7,31 @@ use std::path::{Path, PathBuf};
 use syn::visit::Visit;
 
 /// Each top module and the others it may use. Lower layers only; what stands beside each other stays apart.
-const LAYERS: [(&str, &[&str]); 15] = [
+const LAYERS: [(&str, &[&str]); 16] = [
     ("domain", &[]),
     ("task", &[]),
     ("json", &[]),
-    ("engine", &["domain", "task"]),
+    ("metrics", &["domain"]),
+    ("engine", &["domain", "task", "metrics"]),
     ("kernel", &["domain", "json", "task"]),
-    ("store", &["domain", "json"]),
-    ("session", &["domain", "task", "engine", "kernel", "store"]),
-    ("service", &["domain", "task", "engine", "kernel", "session", "store"]),
-    ("http", &["domain", "session", "service"]),
+    ("store", &["domain", "json", "metrics"]),
+    ("session", &["domain", "task", "metrics", "engine", "kernel", "store"]),
+    ("service", &["domain", "task", "metrics", "engine", "kernel", "session", "store"]),
+    ("http", &["domain", "metrics", "session", "service"]),
     ("config", &["domain"]),
     ("cli", &["domain", "config"]),
-    ("app", &["domain", "task", "config", "engine", "http", "service", "session", "store"]),
+    ("app", &["domain", "task", "metrics", "config", "engine", "http", "service", "session", "store"]),
     ("run", &["domain", "cli", "config", "app", "http", "service", "session"]),
     ("doctor", &["domain", "cli", "config", "engine", "store", "app", "run"]),
-    ("main", &["task", "cli", "config", "app", "run", "doctor", "http"]),
+    ("main", &["task", "cli", "config", "app", "run", "doctor", "http", "service"]),
 ];
 
 /// Crates that only some modules may name. Paths are prefixes of a file's module path.
-const CRATES: [(&str, &[&str]); 9] = [
+const CRATES: [(&str, &[&str]); 10] = [
     ("bollard", &["engine/docker", "engine/lockdown"]),
     ("tar", &["engine/docker"]),
     ("docker_credential", &["engine/docker"]),
+    ("prometheus", &["metrics"]),
     ("axum", &["http"]),
     ("utoipa", &["http"]),
     ("reqwest", &["cli"]),

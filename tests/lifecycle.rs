@@ -90,7 +90,7 @@ impl Bench {
         let templates = BTreeMap::from([("t".to_owned(), template)]);
         let service = Service::new(Arc::clone(&registry), shared, templates, "t".to_owned(), Pull::Never, None);
         let service = Arc::new(service);
-        let who = Principal { tenant: Arc::from("one"), scopes: Arc::new([Scope::Sessions]) };
+        let who = Principal::new("one", [Scope::Sessions]);
         let installation = InstallationId::from_uuid(uuid::Uuid::from_u128(1));
         Self { engine, registry, service, who, installation }
     }
@@ -266,8 +266,12 @@ async fn a_caller_that_goes_away_changes_nothing() {
     let request = SessionRequest { name: Some("kept".to_owned()), ..SessionRequest::default() };
     let creating = bench.service.create_session(&bench.who, &request, true, None);
     assert!(tokio::time::timeout(Duration::from_millis(50), creating).await.is_err(), "it was too quick to be left");
-    let [session] =
-        bench.service.list_sessions(&bench.who, &cellblock::service::Filter::default(), None).try_into().unwrap();
+    let [session] = bench
+        .service
+        .list_sessions(&bench.who, &cellblock::service::Filter::default(), None)
+        .unwrap()
+        .try_into()
+        .unwrap();
     bounded(session.wait_for(|s| s.phase == Phase::Ready)).await;
     assert_eq!(bench.run(&session, "hello", 5.0).await.status(), Status::Ok);
 }

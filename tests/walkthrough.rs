@@ -153,11 +153,12 @@ async fn a_server_that_should_not_start_says_why() {
     let taken_address = taken.local_addr().unwrap().to_string();
     let free = ("CELLBLOCK__SERVER__LISTEN", "127.0.0.1:0");
     type Settings<'a> = &'a [(&'a str, &'a str)];
-    let table: [(Settings<'_>, &[&str]); 6] = [
+    let table: [(Settings<'_>, &[&str]); 7] = [
         (&[("CELLBLOCK__SERVER__LISTEN", "0.0.0.0:0")], &["allow_plain_http"]),
         (&[free, ("CELLBLOCK__SERVER__API_KEY_FILE", open_key.to_str().unwrap())], &["644", "chmod 600"]),
         (&[free, ("CELLBLOCK__SERVER__API_KEY_FILE", short_key.to_str().unwrap())], &["64 lower-case"]),
         (&[("CELLBLOCK__SERVER__LISTEN", &taken_address)], &[&taken_address, "--listen"]),
+        (&[free, ("CELLBLOCK__SERVER__ADMIN_LISTEN", &taken_address)], &[&taken_address, "server.admin_listen"]),
         (
             &[free, ("CELLBLOCK__ENGINE__HOST", "unix:///nowhere/docker.sock")],
             &["/nowhere/docker.sock", "Docker running"],

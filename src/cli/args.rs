@@ -39,6 +39,8 @@ pub struct Cli {
 pub enum Command {
     /// Start the server.
     Serve(ServeArgs),
+    /// Hold the engine for a server that does not: its engine.host is then guard:// and this one's socket.
+    Guard(GuardArgs),
     /// List sessions.
     Ps(PsArgs),
     /// Run code in a session and show its output as it comes.
@@ -51,6 +53,9 @@ pub enum Command {
     Resume(SessionsArgs),
     /// List templates with their images.
     Images(ServerArgs),
+    /// Make, list and revoke API keys; needs a key of scope admin.
+    #[command(subcommand)]
+    Keys(KeysCommand),
     /// Run code once, in a container that is thrown away; needs Docker but no server.
     Run(RunArgs),
     /// Check the configuration; print every value and where it came from, or every mistake.
@@ -114,6 +119,32 @@ impl ServeArgs {
             Some(value) => inputs.with(flag, key, value),
             None => inputs,
         })
+    }
+}
+
+/// Hold the engine for a server.
+#[derive(Debug, Clone, Default, Args)]
+pub struct GuardArgs {
+    /// Configuration.
+    #[command(flatten)]
+    pub config: ConfigArgs,
+    /// Path of the socket to listen on; the key guard.socket.
+    #[arg(long, value_name = "PATH")]
+    pub socket: Option<String>,
+    /// Ask the guard that listens there whether it and its engine answer: exit code 0 or 125.
+    #[arg(long)]
+    pub check: bool,
+}
+
+impl GuardArgs {
+    /// The inputs of [`config::load`].
+    #[must_use]
+    pub fn inputs(&self, environment: &Environment) -> Inputs {
+        let inputs = self.config.inputs(environment);
+        match &self.socket {
+            Some(socket) => inputs.with("--socket", "guard.socket", socket),
+            None => inputs,
+        }
     }
 }
 
@@ -220,6 +251,62 @@ pub struct SessionsArgs {
     /// Ids or names.
     #[arg(value_name = "SESSION", required = true)]
     pub sessions: Vec<String>,
+    /// The server.
+    #[command(flatten)]
+    pub server: ServerArgs,
+}
+
+/// What to do with API keys.
+#[derive(Debug, Clone, Subcommand)]
+pub enum KeysCommand {
+    /// Make a key and print it: it is shown this once.
+    Create(CreateKeyArgs),
+    /// List keys, of all tenants.
+    List(ListKeysArgs),
+    /// Revoke keys: no request with them is accepted any more.
+    Revoke(RevokeKeysArgs),
+}
+
+/// Make a key.
+#[derive(Debug, Clone, Args)]
+pub struct CreateKeyArgs {
+    /// A name for people.
+    #[arg(value_name = "NAME")]
+    pub name: String,
+    /// Whose it is to be; the tenant of the key that asks without it.
+    #[arg(long, value_name = "TENANT")]
+    pub tenant: Option<String>,
+    /// What it is to allow: sessions, read or admin; may be repeated.
+    #[arg(long = "scope", value_name = "SCOPE", value_parser = ["sessions", "read", "admin"], default_value = "sessions")]
+    pub scopes: Vec<String>,
+    /// Allow this template only; may be repeated.
+    #[arg(long = "template", value_name = "NAME")]
+    pub templates: Vec<String>,
+    /// It is not valid any more after this long, such as 12h or 90d.
+    #[arg(long, value_name = "TIME", value_parser = seconds)]
+    pub expires: Option<Duration>,
+    /// The server.
+    #[command(flatten)]
+    pub server: ServerArgs,
+}
+
+/// List keys.
+#[derive(Debug, Clone, Args)]
+pub struct ListKeysArgs {
+    /// Only this tenant's.
+    #[arg(long, value_name = "TENANT")]
+    pub tenant: Option<String>,
+    /// The server.
+    #[command(flatten)]
+    pub server: ServerArgs,
+}
+
+/// Revoke keys.
+#[derive(Debug, Clone, Args)]
+pub struct RevokeKeysArgs {
+    /// Ids.
+    #[arg(value_name = "ID", required = true)]
+    pub ids: Vec<String>,
     /// The server.
     #[command(flatten)]
     pub server: ServerArgs,
@@ -423,6 +510,10 @@ mod tests {
             "cellblock rm",
             "cellblock pause",
             "cellblock resume",
+            "cellblock keys",
+            "cellblock keys create",
+            "cellblock keys create ci --scope root",
+            "cellblock keys revoke",
             "cellblock rm chat --all",
             "cellblock rm chat --label a=b",
             "cellblock rm --label a=b",

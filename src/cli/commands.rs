@@ -73,8 +73,8 @@ pub async fn resume(args: &SessionsArgs, json: bool, environment: &Environment) 
     each(&args.sessions, json.then_some("resumed"), act).await
 }
 
-/// Does something to each session and prints the ids of those it was done to: one a line, or as JSON under a name. The others go to stderr.
-async fn each(
+/// Does something to each session, or key, and prints the ids of those it was done to: one a line, or as JSON under a name. The others go to stderr.
+pub(super) async fn each(
     named: &[String],
     json: Option<&str>,
     act: impl AsyncFn(&str) -> Result<String, Failure>,
@@ -256,11 +256,11 @@ fn label_query(labels: &[(String, String)]) -> Vec<(&'static str, String)> {
     labels.iter().map(|(name, value)| ("label", format!("{name}:{value}"))).collect()
 }
 
-fn print_json(value: &Value) -> Result<u8, Failure> {
+pub(super) fn print_json(value: &Value) -> Result<u8, Failure> {
     print(&format!("{value:#}\n"))
 }
 
-fn print(text: &str) -> Result<u8, Failure> {
+pub(super) fn print(text: &str) -> Result<u8, Failure> {
     let mut stdout = std::io::stdout();
     stdout.write_all(text.as_bytes())?;
     stdout.flush()?;

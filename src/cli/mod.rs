@@ -1,10 +1,11 @@
-//! The command line: what it accepts, and every command that needs no control plane of its own. `serve`, `run`, `doctor` and
+//! The command line: what it accepts, and every command that needs no control plane of its own. `serve`, `guard`, `run`, `doctor` and
 //! `openapi` are only parsed here; the program's entry performs them.
 
 mod args;
 mod client;
 mod commands;
 mod images;
+mod keys;
 mod problem;
 mod render;
 #[cfg(test)]
@@ -18,8 +19,8 @@ use clap::CommandFactory as _;
 use serde_json::json;
 
 pub use args::{
-    Cli, CodeSource, Command, ConfigArgs, DoctorArgs, ExecArgs, Place, PsArgs, RmArgs, RunArgs, ServeArgs, ServerArgs,
-    SessionsArgs,
+    Cli, CodeSource, Command, ConfigArgs, DoctorArgs, ExecArgs, GuardArgs, Place, PsArgs, RmArgs, RunArgs, ServeArgs,
+    ServerArgs, SessionsArgs,
 };
 pub use client::Client;
 pub use images::{Blob, Images};
@@ -30,10 +31,15 @@ pub use waiting::while_waiting;
 
 use crate::config::{self, Environment};
 
-/// Performs a command and gives its exit code; `None` for those that need the control plane: `serve`, `run`, `backup`, `doctor`, `openapi`.
+/// Performs a command and gives its exit code; `None` for those that need the control plane: `serve`, `guard`, `run`, `backup`, `doctor`, `openapi`.
 pub async fn perform(cli: &Cli, environment: &Environment) -> Option<u8> {
     let done = match &cli.command {
-        Command::Serve(_) | Command::Run(_) | Command::Backup(_) | Command::Doctor(_) | Command::Openapi => {
+        Command::Serve(_)
+        | Command::Guard(_)
+        | Command::Run(_)
+        | Command::Backup(_)
+        | Command::Doctor(_)
+        | Command::Openapi => {
             return None;
         }
         Command::Ps(args) => commands::ps(args, cli.json, environment).await,
@@ -42,6 +48,7 @@ pub async fn perform(cli: &Cli, environment: &Environment) -> Option<u8> {
         Command::Pause(args) => commands::pause(args, cli.json, environment).await,
         Command::Resume(args) => commands::resume(args, cli.json, environment).await,
         Command::Images(args) => commands::images(args, cli.json, environment).await,
+        Command::Keys(command) => keys::perform(command, cli.json, environment).await,
         Command::Health(args) => commands::health(args, cli.json, environment).await,
         Command::CheckConfig(args) => check_config(args, cli.json, environment),
         Command::Completions { shell } => completions(*shell),

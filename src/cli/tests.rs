@@ -57,6 +57,12 @@ async fn sessions(Query(query): Query<std::collections::HashMap<String, String>>
     })
 }
 
+async fn keys() -> axum::Json<Value> {
+    let key =
+        json!({"id": "key1", "name": "ci", "tenant": "t", "scopes": ["read"], "templates": null, "source": "database"});
+    axum::Json(json!({"keys": [key], "next_cursor": null}))
+}
+
 async fn execute(body: axum::Json<Value>) -> Response {
     let events = match body["code"].as_str().unwrap_or_default() {
         "slow" => vec![completed("timeout")],
@@ -89,6 +95,9 @@ async fn start() -> Server {
         .route("/v1/sessions/{id}/resume", post(|| async { axum::Json(json!({"state": "ready"})) }))
         .route("/v1/executions/exe1/blobs/3", get(|| async { "bytes" }))
         .route("/v1/templates", get(|| async { axum::Json(json!({"items": [{"name": "data"}]})) }))
+        .route("/v1/keys", get(keys).post(|| async { axum::Json(json!({"id": "key1", "tenant": "t", "key": "cb_9"})) }))
+        .route("/v1/keys/{id}", delete(|| async { StatusCode::NO_CONTENT }))
+        .route("/v1/keys/gone", delete(gone))
         .route("/readyz", get(|| async { "ready" }))
         .layer(axum::middleware::from_fn_with_state(seen.clone(), record));
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -206,4 +215,26 @@ async fn commands_that_need_no_server() {
     assert!(String::from_utf8(completion_script(clap_complete::Shell::Bash)).unwrap().contains("check-config"));
     let cli = Cli::try_parse_from(["cellblock", "openapi"]).unwrap();
     assert_eq!(perform(&cli, &Environment::default()).await, None);
+}
+
+#[tokio::test]
+async fn keys_are_made_listed_and_revoked() {
+    let server = start().await;
+    assert_eq!(server.run(&["keys", "create", "ci"]).await, OK);
+    let full = ["keys", "create", "ci", "--tenant", "t", "--scope", "read", "--template", "data", "--expires", "90d"];
+    assert_eq!(server.run(&full).await, OK);
+    assert_eq!(
+        server.seen(),
+        [
+            r#"POST /v1/keys {"name":"ci","scopes":["sessions"]}"#,
+            r#"POST /v1/keys {"expires_in_seconds":7776000.0,"name":"ci","scopes":["read"],"templates":["data"],"tenant":"t"}"#,
+        ]
+    );
+    assert_eq!(server.run(&["keys", "list", "--tenant", "t"]).await, OK);
+    assert_eq!(server.run(&["--json", "keys", "list"]).await, OK);
+    assert_eq!(server.run(&["keys", "revoke", "key1", "gone"]).await, FAILED, "one of them is not there");
+    assert_eq!(
+        server.seen(),
+        ["GET /v1/keys?tenant=t", "GET /v1/keys", "DELETE /v1/keys/key1", "DELETE /v1/keys/gone"]
+    );
 }

@@ -3,12 +3,14 @@
 use std::time::Duration;
 
 use super::merge::Merge;
-use super::sections::{Bounds, Document, TemplateSection};
+use super::sections::{Bounds, Document, Server, TemplateSection};
 use super::source::{Key, Mistake, Source, dotted, key_of};
 use crate::domain::spec::{self, KERNEL_FLOOR, MIB, PoolSize};
 
 /// A container lives at least so long without hearing of a server, which it does when it is asked whether it lives.
 const LEAST_LEASE: Duration = Duration::from_secs(15);
+/// What names of keys and tenants are.
+const NAME: &str = "allowed are 1 to 64 letters, digits, \".\", \"_\" and \"-\"";
 
 /// What is named like this is removed once it is old.
 const RESERVED_INSTANCES: &str = "doctor-";
@@ -17,8 +19,10 @@ const RESERVED_INSTANCES: &str = "doctor-";
 pub(super) fn check(document: &Document, merge: &Merge) -> Vec<Mistake> {
     let mut checker = Checker { merge, mistakes: Vec::new() };
     checker.server(document);
+    checker.keys(document);
     checker.engine(document);
     checker.amounts(document);
+    checker.quotas(document);
     checker.log(document);
     checker.default_template(document);
     let least: u32 =
@@ -31,6 +35,9 @@ pub(super) fn check(document: &Document, merge: &Merge) -> Vec<Mistake> {
     }
     checker.mistakes
 }
+
+/// The longest path of a unix socket.
+const LONGEST_SOCKET: usize = 107;
 
 struct Checker<'a> {
     merge: &'a Merge,
@@ -76,6 +83,7 @@ impl Checker<'_> {
                 )
             });
         }
+        self.admin(server);
         self.require(!server.data_dir.as_os_str().is_empty(), &["server.data_dir"], || {
             "name a folder: there is neither HOME nor XDG_DATA_HOME to derive one from".to_owned()
         });
@@ -85,13 +93,66 @@ impl Checker<'_> {
         self.positive(server.request_timeout, "server.request_timeout");
     }
 
+    fn keys(&mut self, document: &Document) {
+        let auth = &document.auth;
+        self.require((1..=1_000_000).contains(&auth.failures), &["auth.failures"], || {
+            format!("{} is not within 1 to 1000000", auth.failures)
+        });
+        self.positive(auth.failure_window, "auth.failure_window");
+        let offered = |name: &String| document.templates.get(name).is_some_and(|template| template.enabled);
+        for (at, key) in document.keys.iter().enumerate() {
+            let before = &document.keys[..at];
+            let unknown = key.templates.iter().flatten().find(|name| !offered(name));
+            let mistakes = [
+                (!spec::is_name(&key.name)).then(|| format!("name: {NAME}")),
+                (!spec::is_name(&key.tenant)).then(|| format!("tenant: {NAME}")),
+                key.scopes.is_empty().then(|| "scopes: name one at least".to_owned()),
+                key.templates
+                    .as_ref()
+                    .is_some_and(Vec::is_empty)
+                    .then(|| "templates: name one, or leave it out".to_owned()),
+                unknown.map(|name| format!("templates: {name:?} is none of the enabled templates")),
+                (key.hash.is_some() == key.file.is_some()).then(|| "give either hash or file".to_owned()),
+                before.iter().any(|other| other.name == key.name).then(|| "another key has this name".to_owned()),
+                before
+                    .iter()
+                    .any(|other| other.hash.is_some() && other.hash == key.hash)
+                    .then(|| "another key has this hash".to_owned()),
+            ];
+            for mistake in mistakes.into_iter().flatten() {
+                self.require(false, &["keys"], || format!("key {} ({:?}): {mistake}", at + 1, key.name));
+            }
+        }
+    }
+
+    fn admin(&mut self, server: &Server) {
+        let Some(admin) = server.admin_listen else { return };
+        let key = "server.admin_listen";
+        let may_be = admin.ip().is_loopback() || server.admin_allow_remote;
+        self.require(may_be, &[key, "server.admin_allow_remote"], || {
+            format!(
+                "{admin} is reachable from other machines, and the admin listener asks for no key. Listen on loopback \
+                 (127.0.0.1:{}), or accept it with server.admin_allow_remote = true",
+                admin.port()
+            )
+        });
+        // Port 0 is any free one.
+        self.require(admin != server.listen || admin.port() == 0, &[key, "server.listen"], || {
+            format!("{admin} is where the API listens (server.listen): the admin listener needs a port of its own")
+        });
+    }
+
     fn engine(&mut self, document: &Document) {
         let engine = &document.engine;
         let host = engine.host.as_str();
         let over_tcp = ["tcp://", "http://", "https://"].iter().find_map(|scheme| host.strip_prefix(scheme));
-        let is_host = over_tcp.is_some_and(|rest| !rest.is_empty()) || host.starts_with("unix:///");
+        let is_local = host.starts_with("unix:///") || host.starts_with("guard:///");
+        let is_host = over_tcp.is_some_and(|rest| !rest.is_empty()) || is_local;
         self.require(is_host, &["engine.host"], || {
-            format!("{host:?} is none of unix:///path, tcp://host:port, http://host:port and https://host:port")
+            format!(
+                "{host:?} is none of unix:///path, tcp://host:port, http://host:port, https://host:port and \
+                 guard:///path"
+            )
         });
         let certificates = engine.tls_cert_dir.as_deref().map(|dir| dir.display().to_string());
         self.require(certificates.is_none() || over_tcp.is_some(), &["engine.tls_cert_dir", "engine.host"], || {
@@ -113,6 +174,13 @@ impl Checker<'_> {
         });
         self.positive(engine.start_timeout, "engine.start_timeout");
         self.uids(document);
+        let (guard, socket) = (&document.guard, document.guard.socket.as_os_str());
+        self.require(guard.socket.is_absolute() && socket.len() <= LONGEST_SOCKET, &["guard.socket"], || {
+            format!("{socket:?} is not an absolute path of at most {LONGEST_SOCKET} bytes")
+        });
+        self.require((1..=1_000_000).contains(&guard.creates_per_minute), &["guard.creates_per_minute"], || {
+            format!("{} is not within 1 to 1000000", guard.creates_per_minute)
+        });
     }
 
     fn uids(&mut self, document: &Document) {
@@ -142,6 +210,7 @@ impl Checker<'_> {
             // The guest starts no more kernels than that.
             ("limits.contexts", limits.contexts, 32),
             ("executions.retention_count", executions.retention_count, 10_000_000),
+            ("audit.retention_count", document.audit.retention_count, 100_000_000),
         ] {
             self.require((1..=most).contains(&value), &[key], || format!("{value} is not within 1 to {most}"));
         }
@@ -152,6 +221,7 @@ impl Checker<'_> {
         self.positive(executions.interrupt_grace, "executions.interrupt_grace");
         self.positive(executions.queue_timeout, "executions.queue_timeout");
         self.positive(executions.retention_time, "executions.retention_time");
+        self.positive(document.audit.retention_time, "audit.retention_time");
         self.positive(executions.blob_retention, "executions.blob_retention");
         self.positive(executions.notebook_retention, "executions.notebook_retention");
         self.require((1024..=64 * MIB).contains(&executions.inline), &["executions.inline"], || {
@@ -167,10 +237,36 @@ impl Checker<'_> {
         });
     }
 
+    fn quotas(&mut self, document: &Document) {
+        let classes = document.classes.iter().map(|(name, class)| ("classes", name, class));
+        let tenants = document.tenants.iter().map(|(name, tenant)| ("tenants", name, &tenant.quota));
+        for (kind, name, quota) in classes.chain(tenants) {
+            let key = |field: &str| format!("{kind}.{name}.{field}");
+            self.require(spec::is_name(name), &[&format!("{kind}.{name}")], || NAME.to_owned());
+            self.require(quota.cpu == 0.0 || (0.05..=1e6).contains(&quota.cpu), &[&key("cpu")], || {
+                format!("{} is not within 0.05 to 1000000, nor 0 for no limit", quota.cpu)
+            });
+            let rate = quota.requests_per_second;
+            self.require(rate == 0.0 || (0.001..=1e6).contains(&rate), &[&key("requests_per_second")], || {
+                format!("{rate} is not within 0.001 to 1000000, nor 0 for no limit")
+            });
+            self.require(quota.request_burst <= 1_000_000, &[&key("request_burst")], || {
+                format!("{} is above 1000000", quota.request_burst)
+            });
+        }
+        let known = document.classes.keys().map(String::as_str).collect::<Vec<_>>().join(", ");
+        for (name, tenant) in &document.tenants {
+            let class = &tenant.class;
+            self.require(document.classes.contains_key(class), &[&format!("tenants.{name}.class")], || {
+                format!("{class:?} is none of the classes that have a key of their own: {known}")
+            });
+        }
+    }
+
     fn log(&mut self, document: &Document) {
         let level = &document.log.level;
-        self.require(level.split(',').all(is_directive), &["log.level"], || {
-            format!("{level:?} is not made of off, error, warn, info, debug and trace, such as \"info,cellblock::engine=debug\"")
+        self.require(check_log_level(level).is_ok(), &["log.level"], || {
+            check_log_level(level).err().unwrap_or_default()
         });
     }
 
@@ -365,6 +461,19 @@ fn mib(bytes: u64) -> String {
         0 => format!("{}MiB", bytes / MIB),
         _ => format!("{bytes}B"),
     }
+}
+
+/// Checks a level of the log.
+///
+/// # Errors
+/// A sentence that says what is allowed.
+pub fn check_log_level(level: &str) -> Result<(), String> {
+    if level.split(',').all(is_directive) {
+        return Ok(());
+    }
+    Err(format!(
+        "{level:?} is not made of off, error, warn, info, debug and trace, such as \"info,cellblock::engine=debug\""
+    ))
 }
 
 /// Whether a text may be part of a container's name and of a DNS label.

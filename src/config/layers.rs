@@ -1,6 +1,6 @@
 //! Reads one layer after the other into leaves: a key, its value, its source. Types and rules are checked elsewhere.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use toml::Value;
 use toml::de::{DeTable, DeValue};
@@ -48,6 +48,19 @@ pub(super) fn parse_toml(text: &str, source_at: impl Fn(usize) -> Source) -> (Ve
     (entries, mistakes.collect())
 }
 
+/// The entries of a template's own file.
+pub(super) fn parse_template(
+    name: &str,
+    text: &str,
+    source_at: impl Fn(usize) -> Source,
+) -> (Vec<Entry>, Vec<Mistake>) {
+    let section = ["templates".to_owned(), name.to_owned()];
+    let (mut entries, mistakes) = parse_toml(text, &source_at);
+    entries.iter_mut().for_each(|entry| entry.key.splice(..0, section.clone()).for_each(drop));
+    entries.insert(0, Entry { key: section.to_vec(), given: Given::Section, source: source_at(1) });
+    (entries, mistakes)
+}
+
 fn walk(table: &DeTable<'_>, prefix: &[String], found: &mut impl FnMut(Key, usize, Given)) {
     for (name, value) in table {
         let mut key = prefix.to_vec();
@@ -81,13 +94,42 @@ fn owned(value: &DeValue<'_>) -> Value {
 
 /// The entries of a file.
 pub(super) fn read_file(path: &Path) -> (Vec<Entry>, Vec<Mistake>) {
-    match std::fs::read_to_string(path) {
-        Ok(text) => parse_toml(&text, |line| Source::File(path.to_owned(), line)),
-        Err(error) => {
-            let source = Source::File(path.to_owned(), 0);
-            (Vec::new(), vec![Mistake { key: String::new(), source, message: format!("can't be read: {error}") }])
-        }
+    read_with(path, |text| parse_toml(text, |line| Source::File(path.to_owned(), line)))
+}
+
+/// The entries of a folder of templates, in the order of their names.
+pub(super) fn read_templates(folder: &Path) -> (Vec<Entry>, Vec<Mistake>) {
+    let found = std::fs::read_dir(folder).and_then(|entries| {
+        let paths: std::io::Result<Vec<PathBuf>> = entries.map(|entry| Ok(entry?.path())).collect();
+        paths
+    });
+    let mut paths = match found {
+        Ok(paths) => paths,
+        Err(error) => return (Vec::new(), vec![unreadable(folder, &error)]),
+    };
+    paths.retain(|path| path.extension().is_some_and(|extension| extension == "toml"));
+    paths.sort();
+    let (mut entries, mut mistakes) = (Vec::new(), Vec::new());
+    for path in paths {
+        let name = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+        let parse = |text: &str| parse_template(&name, text, |line| Source::File(path.clone(), line));
+        let (own, wrong) = read_with(&path, parse);
+        entries.extend(own);
+        mistakes.extend(wrong);
     }
+    (entries, mistakes)
+}
+
+fn read_with(path: &Path, parse: impl Fn(&str) -> (Vec<Entry>, Vec<Mistake>)) -> (Vec<Entry>, Vec<Mistake>) {
+    match std::fs::read_to_string(path) {
+        Ok(text) => parse(&text),
+        Err(error) => (Vec::new(), vec![unreadable(path, &error)]),
+    }
+}
+
+fn unreadable(path: &Path, error: &std::io::Error) -> Mistake {
+    let source = Source::File(path.to_owned(), 0);
+    Mistake { key: String::new(), source, message: format!("can't be read: {error}") }
 }
 
 /// What other programs' variables say about Docker and the user's folders; weaker than any file of ours.

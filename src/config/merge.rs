@@ -6,13 +6,22 @@ use std::collections::{BTreeMap, BTreeSet};
 use serde::Deserialize;
 use toml::{Table, Value};
 
-use super::layers::{Entry, Given, parse_toml};
+use super::layers::{Entry, Given, parse_template, parse_toml};
 use super::schema::{Known, Schema};
 use super::sections::Document;
 use super::source::{Key, Mistake, Source, dotted, key_of};
 
 /// The compiled-in layer.
 pub(super) const DEFAULTS: &str = include_str!("../../config/default.toml");
+
+/// The class of tenants that are not named.
+pub(super) const DEFAULT_CLASS: &str = "default";
+
+/// The templates that are compiled in.
+const TEMPLATES: [(&str, &str); 2] = [
+    ("data", include_str!("../../config/templates/data.toml")),
+    ("python", include_str!("../../config/templates/python.toml")),
+];
 
 /// A value with its source.
 #[derive(Debug, Clone, PartialEq)]
@@ -40,7 +49,12 @@ pub(super) struct Merge {
 impl Merge {
     /// The compiled-in defaults alone. A test holds that they have no mistakes.
     pub(super) fn new() -> Self {
-        let (entries, mistakes) = parse_toml(DEFAULTS, |_| Source::Default);
+        let (mut entries, mut mistakes) = parse_toml(DEFAULTS, |_| Source::Default);
+        for (name, text) in TEMPLATES {
+            let (own, wrong) = parse_template(name, text, |_| Source::Default);
+            entries.extend(own);
+            mistakes.extend(wrong);
+        }
         let leaf = |entry: Entry| match entry.given {
             Given::Typed(value) => Some((entry.key, Leaf { value, source: entry.source })),
             Given::Text(_) | Given::Section => None,
@@ -117,20 +131,44 @@ impl Merge {
     }
 }
 
-/// Gives each template the leaves of `template_defaults` that it has not.
+/// Gives each template the leaves of `template_defaults` that it has not, each class those of the default class, and each tenant those of its class.
 pub(super) fn inherit(leaves: &mut Leaves, templates: &BTreeSet<String>) {
-    let inherited: Vec<(Key, Leaf)> =
-        leaves.iter().filter(|(key, _)| key[0] == "template_defaults").map(|(k, l)| (k.clone(), l.clone())).collect();
     for name in templates {
-        for (key, leaf) in &inherited {
-            let mut own = vec!["templates".to_owned(), name.clone()];
-            own.extend_from_slice(&key[1..]);
-            let source = match &leaf.source {
-                Source::Default => Source::Default,
-                other => Source::Inherited(Box::new(other.clone())),
-            };
-            leaves.entry(own).or_insert_with(|| Leaf { value: leaf.value.clone(), source });
-        }
+        lend(leaves, &key_of("template_defaults"), &["templates".to_owned(), name.clone()]);
+    }
+    let default = ["classes".to_owned(), DEFAULT_CLASS.to_owned()];
+    for name in names_in(leaves, "classes") {
+        lend(leaves, &default, &["classes".to_owned(), name]);
+    }
+    for name in names_in(leaves, "tenants") {
+        let section = ["tenants".to_owned(), name];
+        let class = [section.to_vec(), key_of("class")].concat();
+        let by_default = || Leaf { value: Value::String(DEFAULT_CLASS.to_owned()), source: Source::Default };
+        let class = leaves.entry(class).or_insert_with(by_default).value.as_str().unwrap_or_default().to_owned();
+        let own = ["classes".to_owned(), class];
+        // One that is not there is told elsewhere.
+        let from = if leaves.keys().any(|key| key.starts_with(&own)) { &own } else { &default };
+        lend(leaves, from, &section);
+    }
+}
+
+/// The names of sections within one.
+fn names_in(leaves: &Leaves, section: &str) -> BTreeSet<String> {
+    leaves.keys().filter(|key| key[0] == section && key.len() > 2).map(|key| key[1].clone()).collect()
+}
+
+/// Gives a section the leaves of another that it has not.
+fn lend(leaves: &mut Leaves, from: &[String], to: &[String]) {
+    let lent: Vec<(Key, Leaf)> =
+        leaves.iter().filter(|(key, _)| key.starts_with(from)).map(|(k, l)| (k.clone(), l.clone())).collect();
+    for (key, leaf) in lent {
+        let own = [to, &key[from.len()..]].concat();
+        let source = match leaf.source {
+            Source::Default => Source::Default,
+            told @ Source::Inherited(..) => told,
+            other => Source::Inherited(Box::new(other), dotted(from)),
+        };
+        leaves.entry(own).or_insert(Leaf { value: leaf.value, source });
     }
 }
 
@@ -144,6 +182,7 @@ pub(super) fn read(leaves: &Leaves) -> Result<Document, String> {
         section_at(&mut root, &section);
     }
     section_at(&mut root, &key_of("templates"));
+    section_at(&mut root, &key_of("tenants"));
     for (key, leaf) in leaves {
         if let Some((last, section)) = key.split_last() {
             section_at(&mut root, section).insert(last.clone(), leaf.value.clone());

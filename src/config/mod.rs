@@ -22,33 +22,46 @@ mod units;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+pub use check::check_log_level;
 pub use environment::Environment;
 pub use sections::{
-    Drain, DrainContainers, EngineSection, Executions, Guest, Limits, Log, LogFormat, PullPolicy, Server,
+    Audit, Auth, Drain, DrainContainers, EngineSection, Executions, GuardSection, Guest, KeySection, Limits, Log,
+    LogFormat, PullPolicy, Server,
 };
 pub use source::{Mistake, Mistakes, Source};
 pub use units::{parse_duration, parse_size};
 
+use crate::domain::quota::QuotaTable;
 use crate::domain::spec::Template;
 use layers::{Entry, Given};
-use merge::{Leaves, Merge, inherit, read};
+use merge::{DEFAULT_CLASS, Leaves, Merge, inherit, read};
 use source::{dotted, key_of};
 
 /// A configuration without mistakes.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Config {
+    /// Keys besides the first one.
+    pub keys: Vec<KeySection>,
     /// The front door.
     pub server: Server,
+    /// Keys that are not valid.
+    pub auth: Auth,
     /// What happens when it stops.
     pub drain: Drain,
     /// The Docker engine.
     pub engine: EngineSection,
+    /// What holds the engine for a server that does not.
+    pub guard: GuardSection,
     /// PID 1 of sessions.
     pub guest: Guest,
     /// How much of everything.
     pub limits: Limits,
+    /// How much of it each tenant may have.
+    pub quotas: QuotaTable,
     /// Executions.
     pub executions: Executions,
+    /// Who has asked for what.
+    pub audit: Audit,
     /// What the server says about itself.
     pub log: Log,
     /// The enabled templates by name.
@@ -138,9 +151,34 @@ pub fn load(inputs: &Inputs) -> Result<Loaded, Mistakes> {
         merge.lay(layers::read_file(&file));
     }
     let variables = layers::read_environment(&inputs.environment, &merge.schema);
+    let flags: Vec<Entry> = inputs.overrides.iter().map(entry_of).collect();
+    if let Some(folder) = templates_folder(&merge, variables.0.iter().chain(&flags)) {
+        merge.lay(layers::read_templates(&folder));
+    }
     merge.lay(variables);
-    merge.lay((inputs.overrides.iter().map(entry_of).collect(), Vec::new()));
+    merge.lay((flags, Vec::new()));
     finish(merge)
+}
+
+/// Where templates stand in files of their own, by what was laid and what is to be laid later.
+fn templates_folder<'a>(merge: &Merge, later: impl Iterator<Item = &'a Entry>) -> Option<PathBuf> {
+    let key = key_of("templates_dir");
+    let said = later.filter(|entry| entry.key == key).last().and_then(|entry| match &entry.given {
+        Given::Text(path) => Some((path.clone(), &entry.source)),
+        Given::Typed(_) | Given::Section => None,
+    });
+    let (path, source) = match said {
+        Some(said) => said,
+        None => {
+            let leaf = merge.leaves.get(&key)?;
+            (leaf.value.as_str()?.to_owned(), &leaf.source)
+        }
+    };
+    let beside = match source {
+        Source::File(file, _) => file.parent(),
+        _ => None,
+    };
+    (!path.is_empty()).then(|| beside.map_or_else(|| PathBuf::from(&path), |folder| folder.join(&path)))
 }
 
 fn entry_of(given: &Override) -> Entry {
@@ -172,12 +210,20 @@ impl From<sections::Document> for Config {
     fn from(document: sections::Document) -> Self {
         let enabled = document.templates.into_iter().filter(|(_, template)| template.enabled);
         Self {
+            keys: document.keys,
             server: document.server,
+            auth: document.auth,
             drain: document.drain,
             engine: document.engine,
+            guard: document.guard,
             guest: document.guest,
             limits: document.limits,
+            quotas: QuotaTable {
+                default: document.classes.get(DEFAULT_CLASS).map(sections::Class::quota).unwrap_or_default(),
+                tenants: document.tenants.into_iter().map(|(name, tenant)| (name, tenant.quota.quota())).collect(),
+            },
             executions: document.executions,
+            audit: document.audit,
             log: document.log,
             templates: enabled.map(|(name, template)| (name.clone(), template.into_template(name))).collect(),
             default_template: document.default_template,

@@ -37,7 +37,7 @@ impl Schema {
 
     pub(super) fn find(&self, key: &[String]) -> Known<'_> {
         let canonical = canonical(key);
-        if is_env_entry(&canonical) {
+        if is_env_entry(&canonical) || is_class_of_tenant(key) {
             return Known::Value(&self.text);
         }
         if let Some(value) = self.values.get(&canonical) {
@@ -45,7 +45,7 @@ impl Schema {
         }
         let env = key_of("template_defaults.env");
         let sections = self.values.keys().any(|known| known.starts_with(&canonical));
-        match sections || canonical == env || canonical == ["templates"] {
+        match sections || canonical == env || canonical == ["templates"] || canonical == ["tenants"] {
             true => Known::Section,
             false => Known::Unknown(self.suggest(key)),
         }
@@ -53,7 +53,8 @@ impl Schema {
 
     /// The known key nearest to an unknown one: the same word in another section, or few letters away.
     fn suggest(&self, key: &[String]) -> Option<String> {
-        let template = (key[0] == "templates" && key.len() > 2).then(|| key[1].as_str());
+        let named =
+            (["templates", "classes", "tenants"].contains(&key[0].as_str()) && key.len() > 2).then(|| &key[..2]);
         let canonical = canonical(key);
         let (wrong, last) = (dotted(&canonical), canonical.last()?);
         let near = |known: &Key| {
@@ -63,8 +64,9 @@ impl Schema {
             (distance <= letters || same_word).then_some((distance > 1 && !same_word, distance))
         };
         let whole = self.values.keys().chain(&self.sections()).filter_map(|k| Some((near(k)?, k.clone()))).min()?.1;
-        match template {
-            Some(name) if whole[0] == "template_defaults" => Some(format!("templates.{name}.{}", dotted(&whole[1..]))),
+        match named {
+            Some(section) if whole[0] == "template_defaults" => Some(dotted(&[section, &whole[1..]].concat())),
+            Some(section) if whole[0] == "classes" => Some(dotted(&[section, &whole[2..]].concat())),
             _ => Some(dotted(&whole)),
         }
     }
@@ -75,14 +77,21 @@ impl Schema {
     }
 }
 
-/// `templates.NAME.…` has the keys of `template_defaults.…`.
+/// `templates.NAME.…` has the keys of `template_defaults.…`, and `classes.NAME.…` and `tenants.NAME.…` those of `classes.default.…`.
 fn canonical(key: &[String]) -> Key {
     match key {
+        [section, _, rest @ ..] if section == "classes" || section == "tenants" => {
+            ["classes", "default"].map(str::to_owned).into_iter().chain(rest.iter().cloned()).collect()
+        }
         [templates, _, rest @ ..] if templates == "templates" => {
             std::iter::once("template_defaults".to_owned()).chain(rest.iter().cloned()).collect()
         }
         _ => key.to_vec(),
     }
+}
+
+fn is_class_of_tenant(key: &[String]) -> bool {
+    matches!(key, [section, _, class] if section == "tenants" && class == "class")
 }
 
 fn is_env_entry(canonical: &[String]) -> bool {

@@ -6,10 +6,15 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use jiff::Timestamp;
 use serde::Deserialize;
 
-use super::units::{address, duration, optional_path, size};
+use super::units::{
+    address, duration, key_hash, moment, optional_address, optional_number, optional_path, scopes, size,
+};
+use crate::domain::access::{KeyHash, Scope};
 use crate::domain::lock;
+use crate::domain::quota::{Quota, Rate, Share};
 use crate::domain::spec::{
     self, KernelTransport, MIB, NetworkMode, OutputLimits, PoolPlan, PoolSize, Resources, SessionRequest, Template,
     Timeouts,
@@ -20,12 +25,20 @@ use crate::domain::spec::{
 #[serde(deny_unknown_fields)]
 pub(super) struct Document {
     pub default_template: String,
+    #[expect(dead_code, reason = "read for its form; it says where more of the document stands")]
+    pub templates_dir: String,
+    pub keys: Vec<KeySection>,
     pub server: Server,
+    pub auth: Auth,
     pub drain: Drain,
     pub engine: EngineSection,
+    pub guard: GuardSection,
     pub guest: Guest,
     pub limits: Limits,
+    pub classes: BTreeMap<String, Class>,
+    pub tenants: BTreeMap<String, Tenant>,
     pub executions: Executions,
+    pub audit: Audit,
     pub log: Log,
     #[expect(dead_code, reason = "read for its form; templates have their own copies of what is in it")]
     pub template_defaults: TemplateSection,
@@ -46,6 +59,11 @@ pub struct Server {
     pub api_key_file: Option<PathBuf>,
     /// Whether plain HTTP may leave the machine.
     pub allow_plain_http: bool,
+    /// Where the admin listener is, if there is one.
+    #[serde(deserialize_with = "optional_address")]
+    pub admin_listen: Option<SocketAddr>,
+    /// Whether the admin listener, which asks for no key, may be reached from other machines.
+    pub admin_allow_remote: bool,
     /// Largest body of a request, in bytes.
     #[serde(deserialize_with = "size")]
     pub max_body: u64,
@@ -63,6 +81,42 @@ impl Server {
     pub fn key_file(&self) -> PathBuf {
         self.api_key_file.clone().unwrap_or_else(|| self.data_dir.join("api-key"))
     }
+}
+
+/// An API key of the configuration.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct KeySection {
+    /// For people.
+    pub name: String,
+    /// Whose it is.
+    pub tenant: String,
+    /// What it allows.
+    #[serde(deserialize_with = "scopes")]
+    pub scopes: Vec<Scope>,
+    /// The templates that it allows; none: all.
+    #[serde(default)]
+    pub templates: Option<Vec<String>>,
+    /// It is none any more from then on.
+    #[serde(default, deserialize_with = "moment")]
+    pub expires_at: Option<Timestamp>,
+    /// Of the key; this or a file.
+    #[serde(default, deserialize_with = "key_hash")]
+    pub hash: Option<KeyHash>,
+    /// A file with the key.
+    #[serde(default)]
+    pub file: Option<PathBuf>,
+}
+
+/// Keys that are not valid.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Auth {
+    /// So many may come from one address …
+    pub failures: u32,
+    /// … within this time.
+    #[serde(deserialize_with = "duration")]
+    pub failure_window: Duration,
 }
 
 /// What happens when the server stops.
@@ -87,7 +141,7 @@ pub enum DrainContainers {
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct EngineSection {
-    /// `unix:///path`, `tcp://host:port`, `http://…` or `https://…`. Never empty.
+    /// `unix:///path`, `tcp://host:port`, `http://…`, `https://…` or `guard:///path`. Never empty.
     pub host: String,
     /// Folder with `ca.pem`, `cert.pem` and `key.pem`.
     #[serde(deserialize_with = "optional_path")]
@@ -119,6 +173,27 @@ pub enum PullPolicy {
     Never,
     /// Pull it.
     Missing,
+}
+
+impl EngineSection {
+    /// The socket of the guard that has the engine, where one stands between.
+    #[must_use]
+    pub fn guard(&self) -> Option<PathBuf> {
+        self.host.strip_prefix("guard://").map(PathBuf::from)
+    }
+}
+
+/// `cellblock guard`.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct GuardSection {
+    /// The socket that it listens on.
+    pub socket: PathBuf,
+    /// Who may call it beside its own user.
+    #[serde(deserialize_with = "optional_number")]
+    pub user: Option<u32>,
+    /// Containers that it makes at once, and again in each minute.
+    pub creates_per_minute: u32,
 }
 
 /// PID 1 of sessions.
@@ -157,6 +232,49 @@ pub struct Limits {
     pub contexts: u32,
 }
 
+/// What a tenant may have and do; 0 is no limit.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Class {
+    pub sessions: u32,
+    pub cpu: f64,
+    #[serde(deserialize_with = "size")]
+    pub memory: u64,
+    pub executions: u32,
+    #[serde(deserialize_with = "size")]
+    pub storage: u64,
+    pub cpu_seconds_a_day: u64,
+    pub requests_per_second: f64,
+    pub request_burst: u32,
+}
+
+/// A tenant, with what it has of its class. Other fields are refused by the schema.
+#[derive(Debug, Clone, Deserialize)]
+pub(super) struct Tenant {
+    pub class: String,
+    #[serde(flatten)]
+    pub quota: Class,
+}
+
+impl Class {
+    pub(super) fn quota(&self) -> Quota {
+        // Amounts are checked to be small elsewhere; until then casts saturate.
+        let burst = if self.request_burst == 0 { self.requests_per_second.ceil() as u32 } else { self.request_burst };
+        let rate = Rate { per_second: self.requests_per_second, burst: burst.max(1) };
+        Quota {
+            share: Share {
+                sessions: Some(self.sessions).filter(|most| *most > 0),
+                cpu_millis: Some((self.cpu * 1000.0).round() as u64).filter(|most| *most > 0),
+                memory_bytes: Some(self.memory).filter(|most| *most > 0),
+            },
+            executions: Some(self.executions).filter(|most| *most > 0),
+            stored_bytes: Some(self.storage).filter(|most| *most > 0),
+            cpu_seconds_a_day: Some(self.cpu_seconds_a_day).filter(|most| *most > 0),
+            requests: Some(rate).filter(|rate| rate.per_second > 0.0),
+        }
+    }
+}
+
 /// Executions.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -193,6 +311,22 @@ pub struct Executions {
     /// Bytes of all notebooks.
     #[serde(deserialize_with = "size")]
     pub notebooks_size: u64,
+}
+
+/// Who has asked for what.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Audit {
+    /// A file that events are copied to; none: they are in the database only.
+    #[serde(deserialize_with = "optional_path")]
+    pub file: Option<PathBuf>,
+    /// Whether code stands in them.
+    pub record_code: bool,
+    /// They go after this long.
+    #[serde(deserialize_with = "duration")]
+    pub retention_time: Duration,
+    /// The oldest beyond so many go earlier.
+    pub retention_count: u32,
 }
 
 /// What the server says about itself.

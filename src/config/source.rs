@@ -29,8 +29,8 @@ pub enum Source {
     Secret(String),
     /// A flag of the command line.
     Flag(String),
-    /// A section that this one inherits from.
-    Inherited(Box<Source>),
+    /// A section that this one inherits from, and where that has it from.
+    Inherited(Box<Source>, String),
 }
 
 impl fmt::Display for Source {
@@ -41,7 +41,7 @@ impl fmt::Display for Source {
             Self::File(path, line) => write!(f, "{}:{line}", path.display()),
             Self::Variable(name) | Self::Secret(name) => write!(f, "environment {name}"),
             Self::Flag(flag) => f.write_str(flag),
-            Self::Inherited(source) => write!(f, "{source}, template_defaults"),
+            Self::Inherited(source, section) => write!(f, "{source}, {section}"),
         }
     }
 }

@@ -1,6 +1,5 @@
 //! Layers, mistakes and the two files that are shipped.
 
-use std::collections::BTreeSet;
 use std::io::Write as _;
 use std::time::Duration;
 
@@ -55,6 +54,7 @@ fn defaults_have_no_mistakes_and_are_as_documented() {
     assert_eq!(config.engine.host, "unix:///var/run/docker.sock");
     assert_eq!(config.engine.docker_config, Some(PathBuf::from("/home/ada/.docker")));
     assert_eq!(config.guest.binary, None);
+    assert_eq!((config.engine.guard(), config.guard.user), (None, None));
     let (python, data) = (&config.templates["python"], &config.templates["data"]);
     assert_eq!((python.default_resources.memory_bytes, data.default_resources.memory_bytes), (512 * MIB, 1024 * MIB));
     assert_eq!(python.default_resources.cpu_millis, 1000);
@@ -80,8 +80,43 @@ fn default_file_and_sections_have_the_same_keys() {
 }
 
 #[test]
+fn templates_stand_in_files_of_their_own() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = |name: &str, text: &str| std::fs::write(folder.path().join(name), text).unwrap();
+    std::fs::create_dir(folder.path().join("templates")).unwrap();
+    file(
+        "config.toml",
+        "templates_dir = 'templates'\n[templates.small]\nimage = 'old'\n[templates.kept]\nimage = 'x'\n",
+    );
+    file("templates/small.toml", "image = 'small'\n[default]\npids = 40\n");
+    file("templates/python.toml", "enabled = false\n");
+    file("templates/notes.txt", "no template");
+    let inputs = |variables| Inputs {
+        files: vec![folder.path().join("config.toml")],
+        environment: environment(variables),
+        ..Inputs::default()
+    };
+    let config = load(&inputs(&[("CELLBLOCK__TEMPLATES__SMALL__DEFAULT__PIDS", "41")])).unwrap().config;
+    assert_eq!(config.templates.keys().collect::<Vec<_>>(), ["data", "kept", "small"]);
+    let small = &config.templates["small"];
+    assert_eq!((small.image.as_str(), small.default_resources.pids), ("small", 41));
+
+    file("templates/wrong.toml", "imaeg = 'x'\n[default\n");
+    let Err(Mistakes(found)) = load(&inputs(&[])) else { panic!("wrong.toml was taken") };
+    let told: Vec<String> = found.iter().map(ToString::to_string).collect();
+    let path = folder.path().join("templates/wrong.toml");
+    let at = |text: &str| {
+        format!("templates.wrong.imaeg ({}:1): there is no such key; did you mean {text}?", path.display())
+    };
+    assert!(told.contains(&at("templates.wrong.image")), "{told:?}");
+    assert!(told.iter().any(|m| m.contains("wrong.toml:2") && m.contains("not TOML")), "{told:?}");
+
+    let missing = load(&inputs(&[("CELLBLOCK__TEMPLATES_DIR", "/nowhere")])).unwrap_err();
+    assert!(missing.to_string().contains("/nowhere"), "{missing}");
+}
+
+#[test]
 fn every_key_of_the_default_file_is_explained() {
-    let sections: BTreeSet<&str> = ["[templates.python]", "[templates.data]"].into();
     let (mut explained, mut section) = (false, "");
     for line in DEFAULTS.lines() {
         match line.trim() {
@@ -89,7 +124,7 @@ fn every_key_of_the_default_file_is_explained() {
             "" => explained = false,
             head if head.starts_with('[') => section = head,
             key => {
-                assert!(explained || sections.contains(section), "{section} {key} has no comment");
+                assert!(explained, "{section} {key} has no comment");
                 explained = false;
             }
         }
@@ -250,6 +285,19 @@ fn listening_beyond_loopback_must_be_meant() {
 }
 
 #[test]
+fn an_admin_listener_beyond_loopback_must_be_meant_and_is_apart() {
+    let (key, message) = one_mistake("server.admin_listen = '0.0.0.0:9090'");
+    assert_eq!(key, "server.admin_listen");
+    assert!(message.contains("server.admin_allow_remote = true"), "{message}");
+    assert_eq!(mistakes("[server]\nadmin_listen = '0.0.0.0:9090'\nadmin_allow_remote = true", &[]), []);
+    let (_, message) = one_mistake("server.admin_listen = '127.0.0.1:8080'");
+    assert!(message.contains("a port of its own"), "{message}");
+    let loaded = loaded("server.admin_listen = '[::1]:9090'", &[]);
+    assert_eq!(loaded.config.server.admin_listen, "[::1]:9090".parse().ok());
+    assert_eq!(self::loaded("", &[]).config.server.admin_listen, None);
+}
+
+#[test]
 fn rules_between_keys() {
     for (text, key, words) in [
         ("default_template = 'none'", "default_template", "enabled templates: data, python"),
@@ -257,6 +305,10 @@ fn rules_between_keys() {
         ("engine.uid_last = 40009", "engine.uid_last", "40000 to 40009 are 10 users"),
         ("engine.host = 'ssh://x'", "engine.host", "is none of unix:///path"),
         ("engine.tls_cert_dir = '/c'", "engine.tls_cert_dir", "for an engine over TCP"),
+        ("engine.host = 'guard://x'", "engine.host", "guard:///path"),
+        ("guard.socket = 'guard.sock'", "guard.socket", "not an absolute path"),
+        ("guard.user = 'ada'", "guard.user", "is not a whole number"),
+        ("guard.creates_per_minute = 0", "guard.creates_per_minute", "not within 1"),
         ("templates.data.env.'1A' = 'x'", "templates.data.env.1A", "no digit first"),
         ("templates.data.env.LD_PRELOAD = 'x'", "templates.data.env.LD_PRELOAD", "is reserved"),
         ("[templates.Mine]\nimage = 'x'", "templates.Mine", "a template's name"),
@@ -282,6 +334,18 @@ fn rules_between_keys() {
             "number 1 is to hold 2 to 1",
         ),
         ("templates.data.pool.other = [{cpu = 0.5, most = 1}]", "templates.data.pool.other", "most"),
+        (
+            "tenants.acme.class = 'none'",
+            "tenants.acme.class",
+            "none of the classes that have a key of their own: default",
+        ),
+        ("tenants.acme.sesions = 1", "tenants.acme.sesions", "did you mean tenants.acme.sessions?"),
+        ("classes.trial.class = 'default'", "classes.trial.class", "no such key"),
+        ("classes.trial.cpu = 0.01", "classes.trial.cpu", "not within 0.05"),
+        ("classes.default.requests_per_second = -1.0", "classes.default.requests_per_second", "not within 0.001"),
+        ("tenants.acme.memory = 5", "tenants.acme.memory", "has no unit"),
+        ("tenants.'a b'.sessions = 1", "tenants.a b", "1 to 64 letters"),
+        ("tenants.acme = 5", "tenants.acme", "is a section"),
         ("server = 1", "server", "is a section, not a value"),
         ("server.listen.host = 'x'", "server.listen", "is a value, not a section"),
         ("templates.data.memory = '1GiB'", "templates.data.memory", "did you mean templates.data.default.memory?"),
@@ -291,6 +355,65 @@ fn rules_between_keys() {
         let found = mistakes(text, &[]);
         assert!(found.iter().any(|(k, m)| k == key && m.contains(words)), "{text}: {found:#?}");
     }
+}
+
+#[test]
+fn keys_are_sections_and_their_mistakes_are_told_with_their_names() {
+    let hash = format!("sha256:{}", "0a".repeat(32));
+    let key = |name: &str, rest: &str| format!("[[keys]]\nname = '{name}'\ntenant = 't'\nscopes = ['read']\n{rest}\n");
+    let good = key("ci", &format!("hash = '{hash}'\ntemplates = ['python']\nexpires_at = '2027-01-01T00:00:00Z'"))
+        + &key("ops", "file = '/run/secrets/ops'");
+    let keys = loaded(&good, &[]).config.keys;
+    assert_eq!(keys.iter().map(|key| key.name.as_str()).collect::<Vec<_>>(), ["ci", "ops"]);
+    assert_eq!(keys[0].hash.map(|hash| hash.to_string()), Some(hash.clone()));
+    assert_eq!((keys[0].expires_at.is_some(), keys[1].file.is_some()), (true, true));
+    let hashed = format!("hash = '{hash}'");
+    for (text, words) in [
+        (key("a b", &hashed), "key 1 (\"a b\"): name: allowed are"),
+        (key("ci", ""), "either hash or file"),
+        (key("ci", &format!("{hashed}\nfile = '/x'")), "either hash or file"),
+        (key("ci", "hash = 'cb_00'"), "a hash is \"sha256:\""),
+        (key("ci", &hashed) + &key("ci", "file = '/x'"), "key 2 (\"ci\"): another key has this name"),
+        (key("ci", &hashed) + &key("other", &hashed), "another key has this hash"),
+        (key("ci", &format!("{hashed}\ntemplates = ['none']")), "\"none\" is none of the enabled templates"),
+        (key("ci", &format!("{hashed}\ntemplates = []")), "name one, or leave it out"),
+        (key("ci", &format!("{hashed}\nexpires_at = 'soon'")), "is not a moment such as"),
+        (key("ci", &hashed).replace("'read'", "'root'"), "\"root\" is no scope"),
+        (key("ci", &hashed).replace("'read'", ""), "scopes: name one"),
+        (key("ci", &format!("{hashed}\ntenat = 't'")), "unknown field `tenat`"),
+    ] {
+        let found = mistakes(&text, &[]);
+        assert!(found.iter().any(|(k, m)| k == "keys" && m.contains(words)), "{text}: {found:#?}");
+    }
+}
+
+#[test]
+fn a_tenant_has_what_its_class_has_and_a_class_what_the_default_one_has() {
+    let text = "[classes.default]\nexecutions = 9\n[classes.trial]\nsessions = 2\nrequests_per_second = 2.5\n\
+                [tenants.acme]\nclass = 'trial'\ncpu = 1.5\n[tenants.'a.b']\nmemory = '1GiB'\n";
+    let loaded = loaded(text, &[("CELLBLOCK__TENANTS__ACME__CPU_SECONDS_A_DAY", "60")]);
+    let of = |tenant: &str| loaded.config.quotas.of(tenant);
+    let acme = of("acme");
+    assert_eq!((acme.share.sessions, acme.share.cpu_millis, acme.share.memory_bytes), (Some(2), Some(1500), None));
+    assert_eq!((acme.executions, acme.cpu_seconds_a_day), (Some(9), Some(60)));
+    assert_eq!(acme.requests.map(|rate| (rate.per_second, rate.burst)), Some((2.5, 3)));
+    assert_eq!((of("a.b").share.memory_bytes, of("a.b").share.sessions), (Some(1024 * MIB), None));
+    assert_eq!((of("anybody").executions, of("anybody").requests), (Some(9), None));
+    let told = loaded.describe();
+    let line = told.lines().find(|line| line.starts_with("tenants.acme.executions = 9")).expect("a line");
+    assert!(line.ends_with(":2, classes.default"), "{line}");
+    assert!(
+        told.lines().any(|line| line.starts_with("tenants.acme.sessions = 2") && line.ends_with(":4, classes.trial")),
+        "{told}"
+    );
+}
+
+#[test]
+fn a_guard_is_named_by_its_socket_and_its_caller_by_number() {
+    let text = "engine.host = 'guard:///run/x.sock'\n[guard]\nuser = '65532'";
+    let config = loaded(text, &[("CELLBLOCK__GUARD__SOCKET", "/run/y.sock")]).config;
+    assert_eq!(config.engine.guard(), Some(PathBuf::from("/run/x.sock")));
+    assert_eq!((config.guard.user, config.guard.socket), (Some(65_532), PathBuf::from("/run/y.sock")));
 }
 
 #[test]

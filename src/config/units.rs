@@ -6,9 +6,13 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use jiff::Timestamp;
 use serde::de::{Deserialize, Deserializer, Error, Visitor};
 
+use crate::domain::access::{KeyHash, Scope};
+
 const DURATION: &str = "a duration with its unit, such as \"500ms\", \"30s\", \"15m\", \"4h\" or \"7d\"";
+const ADDRESS: &str = "an IP address and a port, such as \"127.0.0.1:8080\" or \"[::1]:8080\"";
 const SIZE: &str = "a size with its unit, such as \"64KiB\", \"512MiB\" or \"1GiB\"";
 
 /// Parses `"30s"`, `"1h30m"`; units `ms`, `s`, `m`, `h`, `d`.
@@ -124,15 +128,46 @@ pub(super) fn size<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u64, D:
 }
 
 pub(super) fn address<'de, D: Deserializer<'de>>(deserializer: D) -> Result<SocketAddr, D::Error> {
-    const EXPECTING: &str = "an IP address and a port, such as \"127.0.0.1:8080\" or \"[::1]:8080\"";
-    let parse = |text: &str| text.parse().map_err(|_| format!("{text:?} is not {EXPECTING}"));
-    deserializer.deserialize_any(Text { expecting: EXPECTING, units: None, parse })
+    deserializer.deserialize_any(Text { expecting: ADDRESS, units: None, parse: parse_address })
+}
+
+/// An address; empty means none.
+pub(super) fn optional_address<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<SocketAddr>, D::Error> {
+    let parse = |text: &str| if text.is_empty() { Ok(None) } else { parse_address(text).map(Some) };
+    deserializer.deserialize_any(Text { expecting: ADDRESS, units: None, parse })
+}
+
+fn parse_address(text: &str) -> Result<SocketAddr, String> {
+    text.parse().map_err(|_| format!("{text:?} is not {ADDRESS}"))
 }
 
 /// A path; empty means none.
 pub(super) fn optional_path<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<PathBuf>, D::Error> {
     let path = String::deserialize(deserializer)?;
     Ok(Some(path).filter(|p| !p.is_empty()).map(PathBuf::from))
+}
+
+/// What a key allows.
+pub(super) fn scopes<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<Scope>, D::Error> {
+    let names = Vec::<String>::deserialize(deserializer)?;
+    names.iter().map(|name| name.parse().map_err(D::Error::custom)).collect()
+}
+
+pub(super) fn key_hash<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<KeyHash>, D::Error> {
+    String::deserialize(deserializer)?.parse().map(Some).map_err(D::Error::custom)
+}
+
+pub(super) fn moment<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Timestamp>, D::Error> {
+    let text = String::deserialize(deserializer)?;
+    let wrong = |_| D::Error::custom(format!("{text:?} is not a moment such as \"2027-01-01T00:00:00Z\""));
+    text.parse().map(Some).map_err(wrong)
+}
+
+/// A whole number in quotes; empty means none.
+pub(super) fn optional_number<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<u32>, D::Error> {
+    let text = String::deserialize(deserializer)?;
+    let number = Some(text.trim()).filter(|text| !text.is_empty()).map(str::parse).transpose();
+    number.map_err(|_| D::Error::custom(format!("{text:?} is not a whole number from 0 to 4294967295")))
 }
 
 #[cfg(test)]

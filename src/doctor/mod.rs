@@ -2,6 +2,7 @@
 //! decided in [`locks`] and [`place`]; how it is told, in [`verdict`].
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
 
 use crate::app::{self, StartError};
 use crate::cli::{self, while_waiting};
@@ -20,6 +21,10 @@ pub mod verdict;
 pub async fn run(config: &Config, json: bool) -> u8 {
     let mut findings = Findings::default();
     findings.extend(place::checks(config).await);
+    if let Some(socket) = config.engine.guard() {
+        findings.extend(guard_checks(config, &socket).await);
+        return tell(&findings, json);
+    }
     let guest = app::guest_files(config.guest.binary.as_deref());
     findings.add(guest_check(&guest));
     let settings = app::engine_settings(config, guest.unwrap_or_default());
@@ -54,6 +59,16 @@ fn tell(findings: &Findings, json: bool) -> u8 {
         Ok(()) => findings.verdict().exit_status(),
         Err(error) => cli::complain(&error.into()),
     }
+}
+
+/// Where a guard has the engine, only it can try anything there.
+async fn guard_checks(config: &Config, socket: &Path) -> Vec<Check> {
+    let guard = match while_waiting("asking the guard", app::connect(config)).await {
+        Ok(_) => Check::ok("guard", format!("the one at {} answers, and so does its engine", socket.display())),
+        Err(error) => Check::broken("guard", error.to_string().replace('\n', ";")),
+    };
+    let remedy = "run this where the guard runs, with its configuration: engine.host is the engine's own address there";
+    vec![guard, Check::weak("locks", "not tried: the guard has the engine").with(remedy)]
 }
 
 fn guest_check<T>(guest: &Result<T, StartError>) -> Check {

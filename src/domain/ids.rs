@@ -90,6 +90,11 @@ id!(
     InstallationId,
     "ins"
 );
+id!(
+    /// An API key.
+    KeyId,
+    "key"
+);
 
 fn encode(mut number: u128) -> String {
     let mut digits = [0_u8; DIGITS];

@@ -36,6 +36,29 @@ pub enum Phase {
     Ended(EndReason),
 }
 
+impl Phase {
+    /// The words of all phases of a session that has not ended.
+    pub const LIVE: [&str; 9] =
+        ["provisioning", "connecting", "ready", "pausing", "paused", "resuming", "replacing", "aborting", "ending"];
+
+    /// A word for it.
+    #[must_use]
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::Provisioning => "provisioning",
+            Self::Connecting => "connecting",
+            Self::Ready => "ready",
+            Self::Pausing => "pausing",
+            Self::Paused => "paused",
+            Self::Resuming => "resuming",
+            Self::Replacing => "replacing",
+            Self::Aborting(_) => "aborting",
+            Self::Ending(_) => "ending",
+            Self::Ended(_) => "ended",
+        }
+    }
+}
+
 /// Why a session ended. The first reason stays.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum EndReason {
@@ -55,6 +78,35 @@ pub enum EndReason {
     Drained,
     /// It never became ready.
     StartFailed,
+}
+
+impl EndReason {
+    /// All of them.
+    pub const ALL: [Self; 8] = [
+        Self::Deleted,
+        Self::Idle,
+        Self::Lifetime,
+        Self::Oom,
+        Self::KernelDied,
+        Self::Lost,
+        Self::Drained,
+        Self::StartFailed,
+    ];
+
+    /// The public word for it.
+    #[must_use]
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::Deleted => "deleted",
+            Self::Idle => "idle",
+            Self::Lifetime => "lifetime",
+            Self::Oom => "oom",
+            Self::KernelDied => "kernel_died",
+            Self::Lost => "lost",
+            Self::Drained => "drained",
+            Self::StartFailed => "start_failed",
+        }
+    }
 }
 
 /// Something happened to a session.

@@ -85,6 +85,35 @@ pub enum Status {
 }
 
 impl Status {
+    /// Those that nothing follows.
+    pub const FINAL: [Self; 8] = [
+        Self::Ok,
+        Self::Error,
+        Self::Timeout,
+        Self::Cancelled,
+        Self::Oom,
+        Self::KernelDied,
+        Self::InputDenied,
+        Self::Lost,
+    ];
+
+    /// The public word for it.
+    #[must_use]
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::Queued => "queued",
+            Self::Running => "running",
+            Self::Ok => "ok",
+            Self::Error => "error",
+            Self::Timeout => "timeout",
+            Self::Cancelled => "cancelled",
+            Self::Oom => "oom",
+            Self::KernelDied => "kernel_died",
+            Self::InputDenied => "input_denied",
+            Self::Lost => "lost",
+        }
+    }
+
     /// Whether nothing follows.
     #[must_use]
     pub fn is_final(self) -> bool {
@@ -143,6 +172,21 @@ pub enum Truncated {
     Stderr,
     /// Results and displays.
     Results,
+}
+
+impl Truncated {
+    /// All of them.
+    pub const ALL: [Self; 3] = [Self::Stdout, Self::Stderr, Self::Results];
+
+    /// The public word for it.
+    #[must_use]
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::Stdout => "stdout",
+            Self::Stderr => "stderr",
+            Self::Results => "results",
+        }
+    }
 }
 
 /// What happens to an execution, in order.

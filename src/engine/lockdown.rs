@@ -31,6 +31,10 @@ pub const LABEL_SESSION: &str = "io.cellblock.session";
 pub const LABEL_UID: &str = "io.cellblock.uid";
 /// Label: [`spec_hash`] of what the cell was made from.
 pub const LABEL_SPEC: &str = "io.cellblock.spec";
+/// Label: CPU time that a cell was promised, in thousandths of a CPU.
+pub const LABEL_CPU: &str = "io.cellblock.cpu-millis";
+/// Label: memory that a cell was promised, in bytes.
+pub const LABEL_MEMORY: &str = "io.cellblock.memory-bytes";
 /// Label: the installation that has the instance's name.
 pub const LABEL_INSTALLATION: &str = "io.cellblock.installation";
 
@@ -74,6 +78,8 @@ pub fn container(
         (LABEL_ROLE, ROLE_CELL.to_owned()),
         (LABEL_SESSION, cell.session.to_string()),
         (LABEL_UID, uid.to_string()),
+        (LABEL_CPU, cell.resources.cpu_millis.to_string()),
+        (LABEL_MEMORY, cell.resources.memory_bytes.to_string()),
         (LABEL_SPEC, spec_hash(cell, guest_volume, host)),
     ];
     // For finding it again. No label holds a caller's text.

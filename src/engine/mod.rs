@@ -5,18 +5,21 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use async_trait::async_trait;
 use cellblock_wire::link::Report;
 use futures_util::stream::BoxStream;
+use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncRead, AsyncWrite};
 
 use crate::domain::ids::{InstallationId, SessionId};
 use crate::domain::spec::Resources;
 
 pub mod docker;
+pub mod guard;
 pub mod lockdown;
+pub mod metered;
 
 /// A byte stream in both directions. Dropping it closes it whole, at once.
 pub trait Duplex: AsyncRead + AsyncWrite + Send + Unpin {}
@@ -42,10 +45,19 @@ impl CellName {
         &self.0
     }
 
-    /// A name that the engine listed under this instance's label.
+    /// A name that somebody else says. [`CellName::session`] tells whether it is one of an instance.
     #[must_use]
     pub(crate) fn listed(name: String) -> Self {
         Self(name)
+    }
+
+    /// Whose cell this is, if the name is one of this instance and exactly as [`CellName::new`] makes it.
+    #[must_use]
+    pub fn session(&self, instance: &str) -> Option<SessionId> {
+        let rest = self.0.strip_prefix("cellblock-")?.strip_prefix(instance)?.strip_prefix('-')?;
+        let (session, n) = rest.split_once('-')?;
+        let (session, n) = (session.parse().ok()?, n.parse().ok()?);
+        (*self == Self::new(instance, session, n)).then_some(session)
     }
 }
 
@@ -79,10 +91,28 @@ pub struct Observed {
     pub session: Option<SessionId>,
     /// What it does.
     pub state: CellState,
+    /// What it may use, if its labels can be read.
+    pub promised: Option<Promised>,
+}
+
+/// What a cell takes of its machine.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Promised {
+    /// CPU time a second, in thousandths of a CPU.
+    pub cpu_millis: u32,
+    /// Memory in bytes.
+    pub memory_bytes: u64,
+}
+
+impl From<&Resources> for Promised {
+    fn from(resources: &Resources) -> Self {
+        Self { cpu_millis: resources.cpu_millis, memory_bytes: resources.memory_bytes }
+    }
 }
 
 /// What a cell does.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum CellState {
     /// It exists and was never started.
     Created,
@@ -109,7 +139,7 @@ pub struct EngineEvent {
 }
 
 /// What happened to a cell. Events may be lost or come twice: they are hints to look again.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum EngineEventKind {
     /// It was made.
     Created,
@@ -126,7 +156,7 @@ pub enum EngineEventKind {
 }
 
 /// An image that the engine has.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ImageInfo {
     /// The engine's id: the content, whatever a tag says later.
     pub id: String,
@@ -139,7 +169,7 @@ pub struct ImageInfo {
 }
 
 /// What the engine is.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct EngineInfo {
     /// Name and version, for people.
     pub version: String,
@@ -150,7 +180,7 @@ pub struct EngineInfo {
 }
 
 /// Whether an image that is missing may be fetched from its registry.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Pull {
     /// What is not there is refused.
     Never,
@@ -234,6 +264,9 @@ pub trait Engine: Send + Sync + 'static {
     /// Finds an image and says its id, which stays the same content for ever.
     async fn resolve_image(&self, reference: &str, pull: Pull) -> Result<ImageInfo, EngineError>;
 
+    /// Puts in place what cells need, ahead of the first one. `image` is the id of any image that the engine has.
+    async fn prepare(&self, image: &str) -> Result<(), EngineError>;
+
     /// Makes sure that this cell runs, and opens its stream. A cell of that name that was made from the same
     /// specification is taken as it is; one made from another is a [`EngineError::Conflict`].
     ///
@@ -280,6 +313,39 @@ pub trait Engine: Send + Sync + 'static {
     /// All cells of this instance.
     async fn list(&self) -> Result<Vec<Observed>, EngineError>;
 
-    /// Events of this instance's cells. Never ends: it reconnects by itself.
-    fn watch(&self) -> BoxStream<'static, EngineEvent>;
+    /// Events of this instance's cells from now on. Never ends: it reconnects by itself.
+    fn watch(&self) -> BoxStream<'static, EngineEvent> {
+        self.watch_since(SystemTime::now())
+    }
+
+    /// The same from an earlier moment on, as far as the engine remembers.
+    fn watch_since(&self, since: SystemTime) -> BoxStream<'static, EngineEvent>;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use uuid::Uuid;
+
+    #[test]
+    fn a_name_is_read_as_it_is_made_and_in_no_other_form() {
+        let session = SessionId::from_uuid(Uuid::from_u128(7));
+        assert_eq!(CellName::new("one", session, 12).session("one"), Some(session));
+        let of = |text: String| CellName::listed(text).session("one");
+        for wrong in [
+            format!("cellblock-one-ses-{session}-0"),
+            format!("cellblock-two-{session}-0"),
+            format!("cellblock-one-{session}-00"),
+            format!("cellblock-one-{session}-+1"),
+            format!("cellblock-one-{session}-0/x"),
+            format!("cellblock-one-{session}"),
+            format!("Cellblock-one-{session}-0"),
+            format!("cellblock-one-{}-0", session.to_string().to_uppercase()),
+            format!("/cellblock-one-{session}-0"),
+            "cellblock-one-lock".to_owned(),
+            String::new(),
+        ] {
+            assert_eq!(of(wrong.clone()), None, "{wrong}");
+        }
+    }
 }

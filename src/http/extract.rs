@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use axum::body::{Body as RawBody, Bytes, HttpBody};
 use axum::extract::{FromRequest, FromRequestParts, Request};
-use axum::http::header::{AUTHORIZATION, CONTENT_TYPE};
+use axum::http::header::CONTENT_TYPE;
 use axum::http::request::Parts;
 use axum::response::{IntoResponse, Response};
 use futures_util::StreamExt;
@@ -19,9 +19,11 @@ use serde_json::Value;
 use sha2::{Digest, Sha256};
 
 use super::problem::{self, Problem};
+use super::rate::Slot;
 use super::{App, Bounds};
 use crate::domain::spec::{FieldError, escape_pointer};
 use crate::service::keys::Principal;
+use crate::service::trail;
 use crate::session::once::Once;
 
 /// Most mistakes told at once.
@@ -287,27 +289,14 @@ impl FromRequestParts<App> for Caller {
     type Rejection = Problem;
 
     async fn from_request_parts(parts: &mut Parts, app: &App) -> Result<Self, Problem> {
-        let denied = || {
-            Problem::new(
-                problem::UNAUTHENTICATED,
-                "send a key of this server as \"Authorization: Bearer …\" or \"X-API-Key: …\"",
-            )
-        };
-        let key = key_of(parts).ok_or_else(denied)?;
-        app.keys.principal(key).cloned().map(Self).ok_or_else(denied)
+        let who = app.door.admit(parts)?;
+        if let (Some(state), Some(slot)) = (app.service.request(&who)?, parts.extensions.get::<Slot>()) {
+            // A request is read once.
+            let _ = slot.set(state.into());
+        }
+        trail::note_caller(&who);
+        Ok(Self(who))
     }
-}
-
-/// The key of a request. One that names more than one is refused: nobody should have to guess which counts.
-fn key_of(parts: &Parts) -> Option<&str> {
-    let bearer = parts.headers.get_all(AUTHORIZATION).iter().map(|value| {
-        let (scheme, key) = value.to_str().ok()?.split_once(' ')?;
-        scheme.eq_ignore_ascii_case("bearer").then_some(key)
-    });
-    let plain = parts.headers.get_all("x-api-key").iter().map(|value| value.to_str().ok());
-    let mut keys = bearer.chain(plain);
-    let key = keys.next()??;
-    keys.next().is_none().then_some(key)
 }
 
 /// An id in a path. A text that is no id names nothing, so it is not found.

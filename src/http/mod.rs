@@ -4,11 +4,12 @@
 
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use axum::Router;
-use axum::extract::{Request, State};
-use axum::http::{HeaderName, HeaderValue, header};
+use axum::body::HttpBody;
+use axum::extract::{ConnectInfo, MatchedPath, Request, State};
+use axum::http::{HeaderName, HeaderValue, StatusCode, header};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
@@ -19,19 +20,30 @@ use tower_http::catch_panic::CatchPanicLayer;
 
 use crate::domain::ids::RequestId;
 use crate::service::Service;
-use crate::service::keys::KeyRing;
+use crate::service::trail::{Answered, Origin, Trail};
 use crate::session;
 
+pub mod admin;
 pub mod docs;
+pub mod door;
 pub mod extract;
+mod line;
+mod operations;
 pub mod problem;
+pub mod rate;
 pub mod v1;
 
+use door::Door;
 use extract::Answer;
+use line::Line;
+use operations::Operations;
 use problem::Problem;
 
 /// Longest request id taken from a caller.
 const MAX_REQUEST_ID: usize = 128;
+
+/// The route of a request that none matches.
+const NO_ROUTE: &str = "none";
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
@@ -41,7 +53,7 @@ pub struct App {
     /// The product.
     pub service: Arc<Service>,
     /// Who may ask.
-    pub keys: Arc<KeyRing>,
+    pub door: Arc<Door>,
     /// This server's name among others on the same engine.
     pub instance: Arc<str>,
     /// What a request may cost before it is understood.
@@ -60,7 +72,8 @@ pub struct Bounds {
 /// All routes.
 pub fn router(app: App) -> Router {
     let (v1, document) = v1::routes().split_for_parts();
-    Router::new()
+    let operations = Operations::of(&document);
+    let routes = Router::new()
         .merge(v1)
         .merge(docs::routes(document))
         .route("/livez", get(livez))
@@ -68,11 +81,17 @@ pub fn router(app: App) -> Router {
         .fallback(|| async { Problem::new(problem::NOT_FOUND, "there is no such path; /docs lists all") })
         .method_not_allowed_fallback(|| async {
             Problem::new(problem::METHOD_NOT_ALLOWED, "/docs lists the methods of each path")
-        })
+        });
+    layered(routes, app, operations)
+}
+
+/// What every request goes through, whichever door it comes in by.
+fn layered(routes: Router<App>, app: App, operations: Operations) -> Router {
+    routes
         .layer(CatchPanicLayer::custom(|_| {
             Problem::new(problem::INTERNAL, "the request made the server panic").into_response()
         }))
-        .layer(middleware::from_fn(finish))
+        .layer(middleware::from_fn_with_state((app.clone(), Arc::new(operations)), finish))
         .with_state(app)
 }
 
@@ -81,13 +100,17 @@ pub fn router(app: App) -> Router {
 /// # Errors
 /// When the listener breaks.
 pub async fn serve(listener: TcpListener, app: App, stop: CancellationToken) -> std::io::Result<()> {
+    serve_router(listener, router(app), stop).await
+}
+
+async fn serve_router(listener: TcpListener, router: Router, stop: CancellationToken) -> std::io::Result<()> {
     // Without this, small answers wait for the other side's delayed acknowledgement: 40 ms each.
     let listener = listener.tap_io(|stream| {
         if let Err(error) = stream.set_nodelay(true) {
             tracing::debug!(%error, "a connection keeps its delay");
         }
     });
-    let service = router(app).into_make_service_with_connect_info::<SocketAddr>();
+    let service = router.into_make_service_with_connect_info::<SocketAddr>();
     axum::serve(listener, service).with_graceful_shutdown(stop.cancelled_owned()).await
 }
 
@@ -104,24 +127,41 @@ async fn readyz(State(app): State<App>) -> Result<Answer<serde_json::Value>, Pro
     Ok(Answer(serde_json::json!({"status": "ok"})))
 }
 
-/// Gives every request an id, every problem that id, every answer its headers, and the log one line.
-async fn finish(request: Request, next: Next) -> Response {
-    let started = Instant::now();
+/// Gives every request an id and a trail, every problem that id, every answer its headers, and the log one line.
+async fn finish(State((app, operations)): State<(App, Arc<Operations>)>, mut request: Request, next: Next) -> Response {
     let id = request_id(&request);
-    let (method, path) = (request.method().clone(), request.uri().path().to_owned());
-    let mut response = next.run(request).await;
+    let method = request.method().clone();
+    let matched = request.extensions().get::<MatchedPath>();
+    let route: Arc<str> = matched.map_or_else(|| Arc::from(NO_ROUTE), |matched| Arc::from(matched.as_str()));
+    let address = request.extensions().get::<ConnectInfo<SocketAddr>>().map(|ConnectInfo(peer)| peer.ip());
+    let has_key = request.headers().contains_key(header::AUTHORIZATION) || request.headers().contains_key("x-api-key");
+    let (action, path) = (operations.worth_an_event(&method, &route), request.uri().path().to_owned());
+    let trail = Trail::new(Origin { address, request: id.clone(), path, action }, app.service.audit());
+    let mut line = Line::new(method, route, Arc::clone(&trail), request.body().size_hint().exact());
+    let rate = rate::Slot::default();
+    request.extensions_mut().insert(Arc::clone(&rate));
+    let mut response = trail.follow(next.run(request)).await;
+    let mut code = None;
     if let Some(problem) = response.extensions_mut().remove::<Arc<Problem>>() {
         let problem = Problem { request_id: id.clone(), ..Problem::clone(&problem) };
+        code = Some(problem.code);
         response = problem.render();
     }
     let headers = response.headers_mut();
+    if let Some(limit) = rate.get() {
+        limit.write(headers);
+    }
     if let Ok(value) = HeaderValue::from_str(&id) {
         headers.insert(REQUEST_ID, value);
     }
     headers.insert(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
     headers.entry(header::CACHE_CONTROL).or_insert(HeaderValue::from_static("no-store"));
-    let (status, elapsed_ms) = (response.status().as_u16(), started.elapsed().as_secs_f64() * 1000.0);
-    tracing::info!(%method, path, status, elapsed_ms, request_id = id, "request");
+    let made = headers.get(header::LOCATION).and_then(|path| path.to_str().ok()).map(str::to_owned);
+    let status = response.status();
+    let took = line.answered(status.as_u16(), code, response.body().size_hint().exact());
+    app.service.metrics().request_answered(&line.route, line.method.as_str(), status.as_u16(), took);
+    let is_key_refused = status == StatusCode::UNAUTHORIZED && has_key;
+    trail.end(Answered { status: status.as_u16(), problem: code, is_key_refused, made });
     response
 }
 

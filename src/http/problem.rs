@@ -9,7 +9,7 @@ use axum::response::{IntoResponse, Response};
 use serde::Serialize;
 use utoipa::ToSchema;
 
-use crate::domain::lifecycle::EndReason;
+use super::rate::{Limit, seconds};
 use crate::domain::spec::FieldError;
 use crate::service::{self, Error};
 use crate::session::StartFault;
@@ -43,6 +43,10 @@ pub struct Problem {
     /// Each field that is wrong.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub errors: Vec<FieldProblem>,
+    /// The quota that is used up, where that is the problem; for the head.
+    #[serde(skip)]
+    #[schema(ignore)]
+    pub limit: Option<Limit>,
 }
 
 /// One field that is wrong.
@@ -96,6 +100,7 @@ codes! {
     IDEMPOTENCY_IN_FLIGHT "idempotency-in-flight" CONFLICT "The first request with this key is not answered yet" true;
     IDEMPOTENCY_MISMATCH "idempotency-mismatch" UNPROCESSABLE_ENTITY "Another request had this key" false;
     QUOTA_EXCEEDED "quota-exceeded" TOO_MANY_REQUESTS "The tenant has as much as it may" true;
+    RATE_LIMITED "rate-limited" TOO_MANY_REQUESTS "Too many requests" true;
     QUEUE_FULL "queue-full" TOO_MANY_REQUESTS "Too many executions are waiting" true;
     INTERNAL "internal" INTERNAL_SERVER_ERROR "The server failed" true;
     GUEST_UNREACHABLE "guest-unreachable" BAD_GATEWAY "The session's container did not answer" true;
@@ -126,6 +131,7 @@ impl Problem {
                 .then_some(1),
             end_reason: None,
             errors: Vec::new(),
+            limit: None,
         }
     }
 
@@ -144,6 +150,9 @@ impl Problem {
         let mut response = (status, [(header::CONTENT_TYPE, "application/problem+json")], body).into_response();
         if let Some(seconds) = self.retry_after_seconds {
             response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from(seconds));
+        }
+        if let Some(limit) = self.limit {
+            limit.write(response.headers_mut());
         }
         if status == StatusCode::UNAUTHORIZED {
             response.headers_mut().insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
@@ -170,7 +179,7 @@ impl From<Error> for Problem {
             Error::NameInUse(_) => Self::new(NAME_IN_USE, format!("{detail}; say \"if_exists\": \"reuse\" to get it")),
             Error::NotReady => Self::new(SESSION_NOT_READY, format!("{detail}; wait with GET …/wait?state=ready")),
             Error::SessionEnded(reason) => {
-                let reason = end_reason(reason);
+                let reason = reason.word();
                 let mut problem = Self::new(SESSION_ENDED, format!("{detail} ({reason}); create a new one"));
                 problem.end_reason = Some(reason);
                 problem
@@ -183,6 +192,16 @@ impl From<Error> for Problem {
                 Self { retry_after_seconds: Some(wait.as_secs() + 1), ..Self::new(QUOTA_EXCEEDED, detail) }
             }
             Error::Unkept => Self::new(STORAGE_UNAVAILABLE, detail),
+            Error::OverQuota { exceeded, retry_after } => Self {
+                retry_after_seconds: Some(seconds(retry_after)),
+                limit: Some(Limit::exceeded(exceeded, retry_after)),
+                ..Self::new(QUOTA_EXCEEDED, format!("{detail}; GET /v1/usage tells what it uses"))
+            },
+            Error::RateLimited { rate, retry_after } => Self {
+                retry_after_seconds: Some(seconds(retry_after)),
+                limit: Some(Limit::exhausted(rate, retry_after)),
+                ..Self::new(RATE_LIMITED, detail)
+            },
             Error::NotebooksBusy => Self::new(AT_CAPACITY, format!("{detail}; try again in a moment")),
             Error::AtCapacity { retry_after } => Self {
                 retry_after_seconds: Some(retry_after.as_secs_f64().ceil() as u64),
@@ -211,20 +230,5 @@ fn start_code(fault: StartFault) -> Code {
         StartFault::SetupFailed => SETUP_FAILED,
         StartFault::TimedOut => START_TIMED_OUT,
         StartFault::Unkept => STORAGE_UNAVAILABLE,
-    }
-}
-
-/// The public word for a reason.
-#[must_use]
-pub fn end_reason(reason: EndReason) -> &'static str {
-    match reason {
-        EndReason::Deleted => "deleted",
-        EndReason::Idle => "idle",
-        EndReason::Lifetime => "lifetime",
-        EndReason::Oom => "oom",
-        EndReason::KernelDied => "kernel_died",
-        EndReason::Lost => "lost",
-        EndReason::Drained => "drained",
-        EndReason::StartFailed => "start_failed",
     }
 }

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use cellblock_wire::link::FileEntry;
+use cellblock_wire::link::{FileEntry, Stats};
 use hyper::body::Incoming;
 use serde_json::json;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
@@ -16,9 +16,11 @@ use tokio_util::sync::CancellationToken;
 use crate::domain::ids::{ContextId, ExecutionId, SessionId};
 use crate::domain::lifecycle::{EndReason, Phase};
 use crate::domain::output::{Comm, JsonText};
-use crate::domain::spec::{self, FieldError, SessionRequest, SessionSpec, Template};
+use crate::domain::quota::{Exceeded, Held, Quota, Rate};
+use crate::domain::spec::{self, FieldError, Resources, SessionRequest, SessionSpec, Template};
 use crate::engine::{Engine, EngineError, ImageInfo, Pull};
 use crate::kernel::link::LinkError;
+use crate::metrics::Metrics;
 use crate::session::capacity::Full;
 use crate::session::execution::{Execution, ExecutionRequest, OnTimeout, Stdin};
 use crate::session::once::{Begun, MAX_KEYS, Made, NotOnce, Once, Reservation};
@@ -31,10 +33,18 @@ use crate::store::{Archive, Blob};
 use crate::task;
 
 pub mod admin;
+pub mod audit;
+pub mod issuing;
 pub mod keys;
+pub mod log;
+pub mod quotas;
+pub mod trail;
 
 use admin::Admin;
-use keys::Principal;
+use audit::Audit;
+use keys::{KeyRing, Principal};
+use log::LogLevel;
+use quotas::{LATER, Quotas, RateState, Running};
 
 /// Longest wait that a caller may ask for.
 pub const MAX_WAIT: Duration = Duration::from_secs(300);
@@ -54,6 +64,8 @@ const NOTEBOOK_ROOM: usize = 256 * 1024;
 const MAX_BUFFERS: usize = 32;
 /// A kernel answers a question within this time; it has none while it runs code.
 const QUESTION: Duration = Duration::from_secs(10);
+/// A container may have used this much more than its time of CPUs: it is counted by other clocks, and in slices.
+const CPU_SLACK: Duration = Duration::from_secs(1);
 /// A deleted session is waited for this long; its removal goes on after that.
 const END_WAIT: Duration = Duration::from_secs(30);
 
@@ -87,6 +99,22 @@ pub enum Error {
     /// The request's key does not allow it.
     #[error("{}", not_once(*.0))]
     NotOnce(NotOnce),
+    /// The tenant has as much as it may.
+    #[error("the tenant has as much as it may of {}, {}", .exceeded.name, .exceeded.limit)]
+    OverQuota {
+        /// Of what.
+        exceeded: Exceeded,
+        /// When there may be more.
+        retry_after: Duration,
+    },
+    /// The tenant asks too often.
+    #[error("the tenant may send {} requests a second, and {} at once", .rate.per_second, .rate.burst)]
+    RateLimited {
+        /// How often it may.
+        rate: Rate,
+        /// When it may again.
+        retry_after: Duration,
+    },
     /// Too much is on its way to others.
     #[error("too many notebooks are being fetched")]
     NotebooksBusy,
@@ -153,6 +181,7 @@ impl From<CreateRefused> for Error {
         match refused {
             CreateRefused::Full(Full { retry_after }) => Self::AtCapacity { retry_after },
             CreateRefused::TooLarge(errors) => Self::SpecRejected(errors),
+            CreateRefused::OverShare(exceeded) => Self::OverQuota { exceeded, retry_after: LATER },
             CreateRefused::NameInUse(id) => Self::NameInUse(id),
             CreateRefused::Draining => Self::Draining,
         }
@@ -204,6 +233,17 @@ pub enum Question {
     IsComplete,
 }
 
+/// What a session uses, and may use.
+#[derive(Debug, Clone, Copy)]
+pub struct SessionMetrics {
+    /// When it was looked at.
+    pub at: jiff::Timestamp,
+    /// What it uses, by what its container shows.
+    pub used: Stats,
+    /// What it may use.
+    pub limits: Resources,
+}
+
 /// Which sessions are meant.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Filter {
@@ -219,6 +259,25 @@ impl Filter {
         self.labels.iter().all(|(k, v)| snapshot.attributes.labels.get(k) == Some(v))
             && self.name.as_ref().is_none_or(|name| session.spec.name.as_ref() == Some(name))
     }
+}
+
+/// What a tenant uses, and how much it may.
+#[derive(Debug, Clone)]
+pub struct Usage {
+    /// The tenant.
+    pub tenant: Arc<str>,
+    /// How much it may.
+    pub quota: Quota,
+    /// What it holds.
+    pub held: Held,
+    /// Executions that run or wait.
+    pub executions: u32,
+    /// Bytes of its blobs and notebooks.
+    pub stored_bytes: u64,
+    /// CPU time of executions that have ended today.
+    pub cpu_today: Duration,
+    /// When today ends.
+    pub day_ends_at: jiff::Timestamp,
 }
 
 /// A template and what the engine knows of its image.
@@ -245,6 +304,14 @@ pub struct Service {
     engine_seen: tokio::sync::Mutex<Option<(Instant, bool)>>,
     /// What operators' commands work with, where there are any.
     admin: Option<Admin>,
+    /// Who may ask.
+    keys: Arc<KeyRing>,
+    /// What tenants may have and do.
+    quotas: Arc<Quotas>,
+    /// Where events of requests go, if they are kept.
+    audit: Option<Arc<Audit>>,
+    /// How much the log tells, where that can be changed.
+    log: Option<LogLevel>,
 }
 
 impl std::fmt::Debug for dyn Engine {
@@ -265,7 +332,33 @@ impl Service {
         archive: Option<Archive>,
     ) -> Self {
         let (engine_seen, notebook_room) = (tokio::sync::Mutex::default(), Arc::new(Semaphore::new(NOTEBOOK_ROOM)));
-        Self { registry, engine, templates, default_template, pull, archive, notebook_room, engine_seen, admin: None }
+        Self {
+            registry,
+            engine,
+            templates,
+            default_template,
+            pull,
+            archive,
+            notebook_room,
+            engine_seen,
+            admin: None,
+            keys: Arc::default(),
+            quotas: Arc::default(),
+            audit: None,
+            log: None,
+        }
+    }
+
+    /// The same, which keeps events of requests.
+    #[must_use]
+    pub fn audited(self, audit: Arc<Audit>) -> Self {
+        Self { audit: Some(audit), ..self }
+    }
+
+    /// Where events of requests go, if they are kept.
+    #[must_use]
+    pub fn audit(&self) -> Option<Arc<Audit>> {
+        self.audit.clone()
     }
 
     /// Creates a session, or finds the live one of that name. With `wait` it answers once the session is ready, or has failed
@@ -348,21 +441,28 @@ impl Service {
     ) -> Result<Created, Error> {
         who.require_sessions()?;
         self.accepts()?;
-        let (template, mut spec) = self.specify(request)?;
+        let (template, mut spec) = self.specify(who, request)?;
         // What is there already needs nothing of the engine.
-        let created = match self.registry.find(&who.tenant, &spec, request.reuse, lasting, once).await? {
+        let quota = self.quotas.of(&who.tenant);
+        check_size(&quota, &spec)?;
+        let tenant = (&who.tenant, &quota.share);
+        let created = match self.registry.find(tenant, &spec, request.reuse, lasting, once).await? {
             Some(created) => created,
             None => {
                 spec.image = self.resolve_image(template).await?.id;
-                self.registry.create(&who.tenant, spec, request.reuse, lasting, once).await?
+                self.registry.create(tenant, spec, request.reuse, lasting, once).await?
             }
         };
+        let (Created::New(session) | Created::Reused(session)) = &created;
+        trail::note_session(session.id);
         if let Created::Reused(session) = &created {
+            if !who.admits(&session.spec.template) {
+                return Err(Error::NameInUse(session.id));
+            }
             // It counts as activity, and comes after what its task is about to do: it may have been claimed at this moment.
             session.keep_alive().await?;
         }
         if wait {
-            let (Created::New(session) | Created::Reused(session)) = &created;
             self.wait_until_started(session).await?;
         }
         self.kept().await?;
@@ -370,14 +470,16 @@ impl Service {
     }
 
     /// What a session would be, but for its image.
-    fn specify(&self, request: &SessionRequest) -> Result<(&Template, SessionSpec), Error> {
+    fn specify(&self, who: &Principal, request: &SessionRequest) -> Result<(&Template, SessionSpec), Error> {
         let name = request.template.as_ref().unwrap_or(&self.default_template);
-        let template = self.templates.get(name).ok_or_else(|| {
-            let known = self.templates.keys().map(|t| format!("\"{t}\"")).collect::<Vec<_>>().join(", ");
-            Error::SpecRejected(vec![FieldError::new(
-                "/template",
-                format!("there is no template of that name; there are {known}"),
-            )])
+        let template = self.templates.get(name).filter(|template| who.admits(&template.name)).ok_or_else(|| {
+            let known = self.templates.keys().filter(|name| who.admits(name));
+            let known = known.map(|t| format!("\"{t}\"")).collect::<Vec<_>>().join(", ");
+            let message = match request.template {
+                Some(_) => format!("there is no template of that name; there are {known}"),
+                None => format!("the key does not allow the default template; name one of {known}"),
+            };
+            Error::SpecRejected(vec![FieldError::new("/template", message)])
         })?;
         Ok((template, spec::resolve(template, request).map_err(Error::SpecRejected)?))
     }
@@ -426,16 +528,27 @@ impl Service {
     /// A tenant's session, live or kept.
     ///
     /// # Errors
-    /// [`Error::NotFound`].
+    /// [`Error::NotFound`] or [`Error::Forbidden`].
     pub fn session(&self, who: &Principal, id: SessionId) -> Result<Session, Error> {
-        self.registry.session(&who.tenant, id).ok_or(Error::NotFound("session"))
+        trail::note_session(id);
+        who.require_read()?;
+        let session = self.registry.session(&who.tenant, id).filter(|session| who.admits(&session.spec.template));
+        session.ok_or(Error::NotFound("session"))
     }
 
     /// A tenant's sessions in the order of their creation, after one of them.
-    #[must_use]
-    pub fn list_sessions(&self, who: &Principal, filter: &Filter, after: Option<SessionId>) -> Vec<Session> {
+    ///
+    /// # Errors
+    /// [`Error::Forbidden`].
+    pub fn list_sessions(
+        &self,
+        who: &Principal,
+        filter: &Filter,
+        after: Option<SessionId>,
+    ) -> Result<Vec<Session>, Error> {
+        who.require_read()?;
         let sessions = self.registry.sessions(&who.tenant, after);
-        sessions.into_iter().filter(|s| filter.admits(s)).collect()
+        Ok(sessions.into_iter().filter(|s| who.admits(&s.spec.template) && filter.admits(s)).collect())
     }
 
     /// Ends a session; answers once its container is gone. Ending one that has ended is no error.
@@ -458,8 +571,9 @@ impl Service {
     /// See [`Error`].
     pub async fn delete_sessions(&self, who: &Principal, filter: &Filter) -> Result<Vec<Session>, Error> {
         who.require_sessions()?;
-        let sessions = self.list_sessions(who, filter, None);
+        let sessions = self.list_sessions(who, filter, None)?;
         let live: Vec<_> = sessions.into_iter().filter(|s| !s.is_over()).collect();
+        trail::note_sessions(live.iter().map(|session| session.id));
         live.iter().for_each(|s| s.end(EndReason::Deleted));
         futures_util::future::join_all(live.iter().map(wait_for_end)).await;
         self.registry.settle().await;
@@ -527,6 +641,7 @@ impl Service {
     ) -> Result<Session, Error> {
         who.require_sessions()?;
         let session = self.session(who, id)?;
+        context.into_iter().for_each(trail::note_context);
         session.interrupt(context).await?;
         Ok(session)
     }
@@ -538,6 +653,7 @@ impl Service {
     pub async fn restart(&self, who: &Principal, id: SessionId, context: Option<ContextId>) -> Result<Session, Error> {
         who.require_sessions()?;
         let session = self.session(who, id)?;
+        context.into_iter().for_each(trail::note_context);
         session.restart(context).await?;
         Ok(session)
     }
@@ -590,6 +706,7 @@ impl Service {
             if let Some(once) = &once {
                 once.will_be(Made::Context(id, context));
             }
+            trail::note_context(context);
             let created = session.create_context(context, kernelspec, cwd).await.map_err(Error::from);
             match once {
                 Some(once) => service.settle_key(once, &created).await.and(created),
@@ -610,6 +727,7 @@ impl Service {
         context: ContextId,
     ) -> Result<ContextView, Error> {
         who.require_sessions()?;
+        trail::note_context(context);
         let deleted = self.session(who, id)?.delete_context(context).await?;
         self.kept().await?;
         Ok(deleted)
@@ -686,9 +804,11 @@ impl Service {
         abandoned: CancellationToken,
         once: Option<Reservation>,
     ) -> Result<Arc<Execution>, Error> {
+        who.require_sessions()?;
         // Before anything starts: the session's specification is what the request is held against.
-        let spec = self.specify(&session)?.1;
+        let spec = self.specify(who, &session)?.1;
         resolve_execution(&spec, request.clone())?;
+        self.quotas.check_execution(&who.tenant, self.stored(&who.tenant), jiff::Timestamp::now())?;
         let (service, who) = (Arc::clone(self), who.clone());
         let accepted = carry_on("run", async move {
             let created = service.create(&who, &session, true, Lasting::Never, None).await?;
@@ -707,8 +827,13 @@ impl Service {
     /// A long content of an execution's result.
     ///
     /// # Errors
-    /// [`Error::NotFound`].
+    /// [`Error::NotFound`] or [`Error::Forbidden`].
     pub async fn blob(&self, who: &Principal, id: ExecutionId, number: u32) -> Result<Blob, Error> {
+        who.require_read()?;
+        // What is not known of it any more is not known to be of a template that the key allows.
+        if who.templates.is_some() {
+            self.execution(who, id).map_err(|_| Error::NotFound("blob"))?;
+        }
         let archive = self.archive.as_ref().ok_or(Error::NotFound("blob"))?;
         archive.blob(&who.tenant, id, number).await.ok_or(Error::NotFound("blob"))
     }
@@ -716,8 +841,10 @@ impl Service {
     /// A session's notebook, as `nbformat` 4.5 has it; for a while after the session has ended too.
     ///
     /// # Errors
-    /// [`Error::NotFound`].
+    /// [`Error::NotFound`] or [`Error::Forbidden`].
     pub async fn notebook(&self, who: &Principal, id: SessionId) -> Result<Notebook, Error> {
+        who.require_read()?;
+        self.require_notebook(who, id)?;
         let archive = self.archive.as_ref().ok_or(Error::NotFound("notebook"))?;
         let bytes = archive.notebook(&who.tenant, id).await.ok_or(Error::NotFound("notebook"))?;
         // One that is larger than all the room has it to itself.
@@ -732,8 +859,53 @@ impl Service {
     /// [`Error::NotFound`].
     pub async fn delete_notebook(&self, who: &Principal, id: SessionId) -> Result<(), Error> {
         who.require_sessions()?;
+        trail::note_session(id);
+        self.require_notebook(who, id)?;
         let archive = self.archive.as_ref().ok_or(Error::NotFound("notebook"))?;
         if archive.delete_notebook(&who.tenant, id).await { Ok(()) } else { Err(Error::NotFound("notebook")) }
+    }
+
+    /// Holds tenants to these quotas, with what an earlier process has left going on.
+    #[must_use]
+    pub fn with_quotas(self, quotas: Arc<Quotas>) -> Self {
+        for (session, execution) in self.registry.unfinished_executions() {
+            count(quotas.go_on(&session.tenant), &session, execution);
+        }
+        Self { quotas, ..self }
+    }
+
+    /// Counts a request of a tenant's. Says what is left, where there is a limit.
+    ///
+    /// # Errors
+    /// [`Error::RateLimited`].
+    pub fn request(&self, who: &Principal) -> Result<Option<RateState>, Error> {
+        self.quotas.request(&who.tenant, Instant::now())
+    }
+
+    /// What the caller's tenant uses, and how much it may.
+    #[must_use]
+    pub fn usage(&self, who: &Principal) -> Usage {
+        let now = jiff::Timestamp::now();
+        let used = self.quotas.used(&who.tenant, now);
+        Usage {
+            tenant: Arc::clone(&who.tenant),
+            quota: self.quotas.of(&who.tenant),
+            held: self.registry.held(&who.tenant),
+            executions: used.executions,
+            stored_bytes: self.stored(&who.tenant),
+            cpu_today: used.cpu,
+            day_ends_at: quotas::midnight_after(now),
+        }
+    }
+
+    fn stored(&self, tenant: &str) -> u64 {
+        self.archive.as_ref().map_or(0, |archive| archive.stored(tenant))
+    }
+
+    /// A session that is not known any more is not known to be of a template that the key allows.
+    fn require_notebook(&self, who: &Principal, id: SessionId) -> Result<(), Error> {
+        let is_there = who.templates.is_none() || self.session(who, id).is_ok();
+        if is_there { Ok(()) } else { Err(Error::NotFound("notebook")) }
     }
 
     /// Runs code in a session, or lets it wait for its turn. It goes on whether or not anybody listens.
@@ -750,7 +922,9 @@ impl Service {
         who.require_sessions()?;
         let session = self.session(who, id)?;
         self.accepts()?;
+        trail::note_code(&request.code);
         let (context, request) = (request.context, resolve_execution(&session.spec, request)?);
+        let running = self.quotas.begin_execution(&who.tenant, self.stored(&who.tenant), jiff::Timestamp::now())?;
         let service = Arc::clone(self);
         // What was accepted is kept even if its caller leaves at this moment.
         let accepted = carry_on("execute", async move {
@@ -760,7 +934,10 @@ impl Service {
             }
             let accepted = session.execute(id, context, request).await.map_err(Error::from);
             if let Ok(execution) = &accepted {
+                trail::note_execution(id);
+                trail::note_context(execution.place.context);
                 service.registry.keep(execution);
+                count(running, &session, Arc::clone(execution));
             }
             let kept = match once {
                 Some(once) => service.settle_key(once, &accepted).await,
@@ -778,9 +955,13 @@ impl Service {
     /// An execution, running or kept.
     ///
     /// # Errors
-    /// [`Error::NotFound`].
+    /// [`Error::NotFound`] or [`Error::Forbidden`].
     pub fn execution(&self, who: &Principal, id: ExecutionId) -> Result<Arc<Execution>, Error> {
-        self.registry.execution(&who.tenant, id).ok_or(Error::NotFound("execution"))
+        trail::note_execution(id);
+        who.require_read()?;
+        let execution = self.registry.execution(&who.tenant, id);
+        let is_meant = |execution: &Arc<Execution>| self.session(who, execution.place.session).is_ok();
+        execution.filter(is_meant).ok_or(Error::NotFound("execution"))
     }
 
     /// Takes an execution back: out of the queue, or by an interrupt. One that has ended stays as it is.
@@ -826,19 +1007,45 @@ impl Service {
         })
     }
 
-    /// The templates, each with what the engine knows of its image.
-    pub async fn templates(&self) -> Vec<TemplateView> {
-        let looks = self.templates.values().map(|template| async move {
+    /// What a session uses at this moment. A paused one is not resumed for it, and it is no activity.
+    ///
+    /// # Errors
+    /// See [`Error`].
+    pub async fn session_metrics(&self, who: &Principal, id: SessionId) -> Result<SessionMetrics, Error> {
+        let session = self.session(who, id)?;
+        if matches!(session.phase(), Phase::Pausing | Phase::Paused) {
+            let message = "the session is paused, and looking into it would resume it; POST …/resume does";
+            return Err(Error::StateConflict(message.to_owned()));
+        }
+        let used = session.link().await?.stats().await.map_err(|error| unreachable_guest(id, &error))?;
+        Ok(SessionMetrics { at: jiff::Timestamp::now(), used, limits: session.spec.resources })
+    }
+
+    /// The templates that a key allows, each with what the engine knows of its image.
+    pub async fn templates(&self, who: &Principal) -> Vec<TemplateView> {
+        let looks = self.templates.values().filter(|template| who.admits(&template.name)).map(|template| async move {
             let image = self.engine.resolve_image(&template.image, Pull::Never).await.ok();
             TemplateView { template: template.clone(), image }
         });
         futures_util::future::join_all(looks).await
     }
 
-    /// The pools of sessions that are made before anybody asks.
+    /// The pools of sessions that are made before anybody asks, of the templates that a key allows.
     #[must_use]
-    pub fn pools(&self) -> Vec<PoolView> {
-        self.registry.pool().views()
+    pub fn pools(&self, who: &Principal) -> Vec<PoolView> {
+        self.registry.pool().views().into_iter().filter(|pool| who.admits(&pool.template)).collect()
+    }
+
+    /// What is counted.
+    #[must_use]
+    pub fn metrics(&self) -> &Metrics {
+        self.registry.metrics()
+    }
+
+    /// All figures of the server, in the text format of Prometheus.
+    #[must_use]
+    pub fn exposition(&self) -> String {
+        self.metrics().render(&self.registry.levels())
     }
 
     /// The template that is used when none is named.
@@ -998,11 +1205,40 @@ fn unreachable_guest(id: SessionId, error: &LinkError) -> Error {
 /// Performs something to its end, whether or not anybody waits for it. Nothing is answered only if it panicked.
 async fn carry_on<T: Send + 'static>(name: &'static str, work: impl Future<Output = T> + Send + 'static) -> Option<T> {
     let (answer, answered) = tokio::sync::oneshot::channel();
+    let trail = trail::current();
     task::spawn(name, async move {
         // Whoever asked may have left.
-        let _ = answer.send(work.await);
+        let _ = answer.send(trail::follow(trail, work).await);
     });
     answered.await.ok()
+}
+
+/// Refuses a session that alone is more than its tenant may have.
+fn check_size(quota: &Quota, spec: &SessionSpec) -> Result<(), Error> {
+    let (cpu_millis, memory_bytes) = (spec.resources.cpu_millis.into(), spec.resources.memory_bytes);
+    quota.share.admits(&Held::default(), cpu_millis, memory_bytes).map_err(|Exceeded { name, limit }| {
+        let (field, most) = match name {
+            "cpu" => ("/resources/cpu", (limit as f64 / 1000.0).to_string()),
+            _ => ("/resources/memory_mb", (limit / spec::MIB).to_string()),
+        };
+        let message = format!("it is more than all sessions of the tenant may have together, {most}");
+        Error::SpecRejected(vec![FieldError::new(field, message)])
+    })
+}
+
+/// Counts an execution until it ends, and what it has used of CPUs then.
+fn count(running: Running, session: &Session, execution: Arc<Execution>) {
+    let cpu_millis = session.spec.resources.cpu_millis;
+    task::spawn("usage", async move {
+        execution.ended().await;
+        // The next process counts what goes on there.
+        if execution.status().is_final() {
+            let (told, duration) = execution.cpu_and_duration();
+            // What nobody has told is as much as it can have been.
+            let most = duration.mul_f64(f64::from(cpu_millis) / 1000.0);
+            running.used(told.map_or(most, |told| told.min(most.saturating_add(CPU_SLACK))), jiff::Timestamp::now());
+        }
+    });
 }
 
 /// Waits until a session's container is gone. Its removal goes on by itself if that takes too long.

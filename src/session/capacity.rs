@@ -2,7 +2,8 @@
 //! only what they need.
 //!
 //! A [`Place`] is a session's share of the machine, given back when it is dropped. Tenants take turns, each with the caller that waits
-//! longest, so that many creates of one delay another's by one start at most.
+//! longest, so that many creates of one delay another's by one start at most. Nor can one fill the line: where it is full, whoever has fewer in it
+//! takes the last place of whoever has most.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -11,6 +12,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::{Notify, oneshot};
 
 use crate::domain::spec::{FieldError, MIB, Resources};
+use crate::metrics::{Ceiling, Levels};
 
 #[cfg(test)]
 mod tests;
@@ -146,6 +148,13 @@ impl Capacity {
         Self(Arc::new(Mutex::new(book)), Arc::default())
     }
 
+    /// Goes on with other ceilings. What is taken stays taken, whatever they are; who waits may have a place now.
+    pub fn change(&self, ceilings: Ceilings) {
+        self.book().ceilings = ceilings;
+        self.serve();
+        self.1.notify_one();
+    }
+
     /// A place now, if nobody waits for one, or starts.
     #[must_use]
     pub fn spare_place(&self, need: Need) -> Option<Place> {
@@ -202,7 +211,8 @@ impl Capacity {
         let patience = {
             let mut book = self.book();
             book.leave_out_the_gone();
-            if book.waiting() >= book.ceilings.waiting && !(book.turns.is_empty() && book.fits(need)) {
+            let is_full = book.waiting() >= book.ceilings.waiting && !(book.turns.is_empty() && book.fits(need));
+            if is_full && !book.make_room_for(tenant) {
                 return Err(book.full());
             }
             book.queue(tenant, Waiter { need, turn });
@@ -212,9 +222,22 @@ impl Capacity {
         let waits = Waits { given: Some(given), capacity: self };
         match tokio::time::timeout(patience, waits.place()).await {
             Ok(Some(place)) => Ok(place),
-            // The book drops nobody's turn, so the time is over.
+            // The time is over, or somebody with fewer in the line has come.
             _ => Err(self.book().full()),
         }
+    }
+
+    /// How much is promised, and who waits.
+    pub(super) fn look(&self, levels: &mut Levels) {
+        let mut book = self.book();
+        book.leave_out_the_gone();
+        let Ceilings { sessions, cpu_millis, memory_bytes, .. } = book.ceilings;
+        (levels.waiting, levels.starting) = (book.waiting(), book.starting);
+        levels.places = Ceiling { promised: book.sessions as f64, most: Some(sessions as f64) };
+        let cpus = |millis: u64| millis as f64 / 1000.0;
+        levels.cpus = Ceiling { promised: cpus(book.taken.cpu_millis), most: cpu_millis.map(cpus) };
+        let memory = book.taken.memory_bytes as f64;
+        levels.memory = Ceiling { promised: memory, most: memory_bytes.map(|bytes| bytes as f64) };
     }
 
     /// Whether a session is not larger than all together may be.
@@ -293,6 +316,13 @@ impl Book {
             self.turns.push_back(Arc::clone(tenant));
         }
         self.lines.entry(Arc::clone(tenant)).or_default().push_back(waiter);
+    }
+
+    /// Puts the last one out of the longest line, if it is longer than the tenant's will be.
+    fn make_room_for(&mut self, tenant: &Arc<str>) -> bool {
+        let own = self.lines.get(tenant).map_or(0, VecDeque::len);
+        let longest = self.lines.values_mut().max_by_key(|line| line.len());
+        longest.filter(|line| line.len() > own + 1).and_then(VecDeque::pop_back).is_some()
     }
 
     fn leave_out_the_gone(&mut self) {

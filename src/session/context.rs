@@ -1117,6 +1117,7 @@ impl Context {
             comm: None,
         };
         let mut place = self.making.place.clone();
+        place.keeping = place.keeping.uncounted();
         if self.born > 1 || !self.making.is_default {
             // A notebook has it once.
             place.keeping = place.keeping.without_notebook();

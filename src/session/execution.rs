@@ -4,7 +4,7 @@
 //! most what its limits allow, whatever the guest says.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
 use tokio::sync::watch;
@@ -272,6 +272,14 @@ impl Execution {
         )
     }
 
+    /// What it has used of CPUs, as far as its guest has told, and how long it ran; nothing of a run that has not ended.
+    #[must_use]
+    pub fn cpu_and_duration(&self) -> (Option<Duration>, Duration) {
+        let record = self.record();
+        let duration = record.started.zip(record.finished).map(|(started, end)| end.saturating_duration_since(started));
+        (record.report.effects.cpu, duration.unwrap_or_default())
+    }
+
     /// When it began to run.
     #[must_use]
     pub fn started_at(&self) -> Option<Timestamp> {
@@ -294,6 +302,9 @@ impl Execution {
         record.saved.progress = false;
         record.started = Some(Instant::now());
         record.started_at = Some(Timestamp::now());
+        if let Some(metrics) = self.place.keeping.metrics() {
+            metrics.execution_began(record.accepted.elapsed());
+        }
         self.log(record, ExecutionEvent::Started);
     }
 
@@ -406,6 +417,9 @@ impl Execution {
         record.report.detail = end.detail;
         record.report.stop = end.stop;
         let has_run = record.started.is_some();
+        if let Some(metrics) = self.place.keeping.metrics() {
+            metrics.execution_ended(record.status, record.started.map(|at| at.elapsed()));
+        }
         // Still locked: whoever sees the end sees the last event, and finds the cell in the notebook.
         if has_run && !self.request.silent {
             self.place.keeping.add_cell(self, &record.events, record.status, &record.report, record.started_at);
@@ -415,6 +429,9 @@ impl Execution {
     }
 
     fn log(&self, mut record: MutexGuard<'_, Record>, event: ExecutionEvent) {
+        if let (ExecutionEvent::OutputTruncated { what, .. }, Some(metrics)) = (&event, self.place.keeping.metrics()) {
+            metrics.output_truncated(*what);
+        }
         let seq = record.events.len() as u64 + 1;
         record.held += footprint(&event);
         record.events.push(Arc::new(Logged { seq, at: Timestamp::now(), event }));

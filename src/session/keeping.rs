@@ -1,4 +1,4 @@
-//! What is kept beside executions and after sessions: long contents, and the notebook. Decides what goes there; the store decides how long.
+//! What is kept beside executions and after sessions: long contents, the notebook, and what is counted of them. Decides what goes there; the store decides how long.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -8,6 +8,7 @@ use jiff::Timestamp;
 use super::execution::{Execution, Logged};
 use crate::domain::ids::{ExecutionId, SessionId};
 use crate::domain::output::{ExecutionEvent, Fold, MimeBundle, MimePart, Report, Status};
+use crate::metrics::Metrics;
 use crate::store::{Archive, NotebookCell, NotebookKernel, Owner, decoded};
 
 /// What a session keeps. Cheap to clone.
@@ -19,6 +20,7 @@ pub struct Keeping {
     inline: usize,
     has_notebook: bool,
     growth: Growth,
+    metrics: Option<Metrics>,
 }
 
 /// Bytes of records that were finished since it was last asked, of all sessions.
@@ -42,13 +44,30 @@ impl Keeping {
     /// everything stays where it stands.
     #[must_use]
     pub fn new(archive: Option<Archive>, tenant: Arc<str>, session: SessionId, inline: usize) -> Self {
-        Self { archive, tenant, session, inline, has_notebook: true, growth: Growth::default() }
+        Self { archive, tenant, session, inline, has_notebook: true, growth: Growth::default(), metrics: None }
     }
 
     /// The same, whose finished records count in `growth`.
     #[must_use]
     pub fn growing(self, growth: Growth) -> Self {
         Self { growth, ..self }
+    }
+
+    /// The same, whose sessions and executions are counted.
+    #[must_use]
+    pub fn counted(self, metrics: Metrics) -> Self {
+        Self { metrics: Some(metrics), ..self }
+    }
+
+    /// The same for code that nobody has sent as an execution.
+    #[must_use]
+    pub fn uncounted(self) -> Self {
+        Self { metrics: None, ..self }
+    }
+
+    /// Where it is counted, if it is.
+    pub(super) fn metrics(&self) -> Option<&Metrics> {
+        self.metrics.as_ref()
     }
 
     /// A record of that many bytes is finished.

@@ -6,6 +6,7 @@
 //! They are made one at a time, and only while no caller waits for a place or a start.
 
 use std::collections::VecDeque;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -63,6 +64,8 @@ pub struct PoolView {
 #[derive(Debug)]
 pub struct Pool {
     shelves: Mutex<Vec<Shelf>>,
+    /// How many shelves there have been.
+    numbered: AtomicU64,
     /// Sessions that were ended for callers who wait, until their places are free.
     given_up: Mutex<Vec<Session>>,
     changed: Notify,
@@ -70,6 +73,8 @@ pub struct Pool {
 
 #[derive(Debug)]
 struct Shelf {
+    /// No other has had it.
+    number: u64,
     plan: Plan,
     ready: VecDeque<Session>,
     starting: Vec<Session>,
@@ -82,7 +87,31 @@ struct Shelf {
     looked_at: Option<Instant>,
 }
 
+impl Plan {
+    /// Whether sessions of the other are as good.
+    fn is_as(&self, other: &Self) -> bool {
+        let image = String::new();
+        let without_image = |spec: &SessionSpec| SessionSpec { image: image.clone(), ..spec.clone() };
+        self.image == other.image && without_image(&self.spec) == without_image(&other.spec)
+    }
+}
+
 impl Shelf {
+    fn new(number: u64, plan: Plan) -> Self {
+        Self {
+            number,
+            plan,
+            ready: VecDeque::new(),
+            starting: Vec::new(),
+            asked: VecDeque::new(),
+            hits: 0,
+            misses: 0,
+            failed: 0,
+            retry_at: None,
+            looked_at: None,
+        }
+    }
+
     fn target(&self) -> usize {
         let PoolSize { min, max } = self.plan.size;
         self.asked.len().max(min as usize).min(max as usize)
@@ -127,19 +156,32 @@ impl Pool {
     /// Empty shelves.
     #[must_use]
     pub fn new(plans: Vec<Plan>) -> Self {
-        let shelf = |plan| Shelf {
-            plan,
-            ready: VecDeque::new(),
-            starting: Vec::new(),
-            asked: VecDeque::new(),
-            hits: 0,
-            misses: 0,
-            failed: 0,
-            retry_at: None,
-            looked_at: None,
+        let pool = Self {
+            shelves: Mutex::default(),
+            numbered: AtomicU64::new(0),
+            given_up: Mutex::default(),
+            changed: Notify::new(),
         };
-        let shelves = Mutex::new(plans.into_iter().map(shelf).collect());
-        Self { shelves, given_up: Mutex::default(), changed: Notify::new() }
+        pool.change(plans);
+        pool
+    }
+
+    /// Goes on with other shelves. What is on one that stays, or only has another size, stays there.
+    pub fn change(&self, plans: Vec<Plan>) {
+        let mut shelves = self.shelves();
+        let mut old = std::mem::take(&mut *shelves);
+        for plan in plans {
+            let same = old.iter().position(|shelf| shelf.plan.is_as(&plan));
+            let kept = same.map(|at| old.swap_remove(at)).map(|shelf| {
+                let spec = SessionSpec { image: shelf.plan.spec.image.clone(), ..plan.spec.clone() };
+                Shelf { plan: Plan { spec, ..plan.clone() }, ..shelf }
+            });
+            shelves.push(kept.unwrap_or_else(|| Shelf::new(self.numbered.fetch_add(1, Ordering::Relaxed), plan)));
+        }
+        drop(shelves);
+        let gone = old.iter().flat_map(|shelf| shelf.ready.iter().chain(&shelf.starting));
+        gone.for_each(|session| session.end(EndReason::Drained));
+        self.changed.notify_one();
     }
 
     /// A session that is what is asked for, taken off its shelf for ever.
@@ -223,27 +265,27 @@ impl Pool {
     }
 
     /// Ends what is too much, and says of which shelves one is to be made next.
-    fn plan(&self) -> Vec<(usize, Plan)> {
+    fn plan(&self) -> Vec<(u64, Plan)> {
         let now = Instant::now();
         let mut shelves = self.shelves();
         let mut missing = Vec::new();
-        for (at, shelf) in shelves.iter_mut().enumerate() {
+        for shelf in shelves.iter_mut() {
             shelf.forget_old(now);
             let (target, there) = (shelf.target(), shelf.ready.len() + shelf.starting.len());
             let surplus = there.saturating_sub(target).min(shelf.ready.len());
             shelf.ready.drain(..surplus).for_each(|session| session.end(EndReason::Drained));
             shelf.retry_at.take_if(|at| now >= *at);
             if there < target && shelf.retry_at.is_none() {
-                missing.push((at, shelf.plan.clone()));
+                missing.push((shelf.number, shelf.plan.clone()));
             }
         }
         if shelves.iter().all(|shelf| shelf.starting.is_empty()) { missing } else { Vec::new() }
     }
 
     /// Sessions of an image that the template does not name any more are of no use.
-    fn has_image(&self, at: usize, image: &str) {
+    fn has_image(&self, number: u64, image: &str) {
         let mut shelves = self.shelves();
-        let Some(shelf) = shelves.get_mut(at) else { return };
+        let Some(shelf) = with_number(&mut shelves, number) else { return };
         shelf.looked_at = Some(Instant::now());
         if shelf.plan.spec.image != image {
             image.clone_into(&mut shelf.plan.spec.image);
@@ -251,16 +293,18 @@ impl Pool {
         }
     }
 
-    fn starts(&self, at: usize, session: &Session) {
-        if let Some(shelf) = self.shelves().get_mut(at) {
-            shelf.starting.push(session.clone());
+    fn starts(&self, number: u64, session: &Session) {
+        match with_number(&mut self.shelves(), number) {
+            Some(shelf) => shelf.starting.push(session.clone()),
+            // The shelf was taken away meanwhile.
+            None => session.end(EndReason::Drained),
         }
     }
 
     /// A session is ready, or will not be.
-    fn has_started(&self, at: usize, session: &Session) {
+    fn has_started(&self, number: u64, session: &Session) {
         let mut shelves = self.shelves();
-        let Some(shelf) = shelves.get_mut(at) else { return };
+        let Some(shelf) = with_number(&mut shelves, number) else { return };
         let was_starting = shelf.starting.len();
         shelf.starting.retain(|other| other.id != session.id);
         // One that was to be ended meanwhile is not put on the shelf.
@@ -280,8 +324,8 @@ impl Pool {
         }
     }
 
-    fn image_is_missing(&self, at: usize) {
-        if let Some(shelf) = self.shelves().get_mut(at) {
+    fn image_is_missing(&self, number: u64) {
+        if let Some(shelf) = with_number(&mut self.shelves(), number) {
             shelf.looked_at = Some(Instant::now());
             shelf.has_failed();
         }
@@ -292,11 +336,11 @@ impl Pool {
     }
 
     /// Shelves whose image is to be looked up.
-    fn to_look_at(&self) -> Vec<(usize, String)> {
+    fn to_look_at(&self) -> Vec<(u64, String)> {
         let now = Instant::now();
         let is_due = |shelf: &Shelf| shelf.looked_at.is_some_and(|at| now >= at + LOOK_AT_IMAGE);
         let shelves = self.shelves();
-        shelves.iter().enumerate().filter(|(_, s)| is_due(s)).map(|(at, s)| (at, s.plan.image.clone())).collect()
+        shelves.iter().filter(|s| is_due(s)).map(|s| (s.number, s.plan.image.clone())).collect()
     }
 }
 
@@ -305,6 +349,10 @@ impl Shelf {
         let wait = RETRY.0.saturating_mul(1 << self.failed.min(6)).min(RETRY.1);
         (self.failed, self.retry_at) = (self.failed + 1, Some(Instant::now() + wait));
     }
+}
+
+fn with_number(shelves: &mut [Shelf], number: u64) -> Option<&mut Shelf> {
+    shelves.iter_mut().find(|shelf| shelf.number == number)
 }
 
 /// Keeps the shelves filled until it is told to stop, and empties them then.
@@ -327,45 +375,43 @@ pub async fn run(engine: Arc<dyn Engine>, registry: Arc<Registry>, stop: Cancell
             }
         }
     };
-    if !registry.pool().shelves().is_empty() {
-        tokio::select! {
-            () = stop.cancelled() => {}
-            () = filled => {}
-        }
+    tokio::select! {
+        () = stop.cancelled() => {}
+        () = filled => {}
     }
 }
 
 /// Starts the next session that is missing, if nobody who asks for one has to wait for that.
 async fn fill(engine: &dyn Engine, registry: &Arc<Registry>) {
     let pool = registry.pool();
-    for (at, image) in pool.to_look_at() {
+    for (number, image) in pool.to_look_at() {
         match engine.resolve_image(&image, Pull::Never).await {
-            Ok(image) => pool.has_image(at, &image.id),
-            Err(_) => pool.image_is_missing(at),
+            Ok(image) => pool.has_image(number, &image.id),
+            Err(_) => pool.image_is_missing(number),
         }
     }
     // One that came to be while somebody began to wait.
     pool.give_up(registry.short_of());
-    for (at, plan) in pool.plan() {
+    for (number, plan) in pool.plan() {
         let Ok(image) = engine.resolve_image(&plan.image, Pull::Never).await else {
             tracing::warn!(template = plan.spec.template, "a pool is not filled: the template's image is not there");
-            pool.image_is_missing(at);
+            pool.image_is_missing(number);
             continue;
         };
-        pool.has_image(at, &image.id);
+        pool.has_image(number, &image.id);
         // One that does not fit leaves room for a smaller one of another template.
         if let Some(session) = registry.make_ahead(SessionSpec { image: image.id, ..plan.spec }) {
-            return fill_with(registry, at, session);
+            return fill_with(registry, number, session);
         }
     }
 }
 
-fn fill_with(registry: &Arc<Registry>, at: usize, session: Session) {
-    registry.pool().starts(at, &session);
+fn fill_with(registry: &Arc<Registry>, number: u64, session: Session) {
+    registry.pool().starts(number, &session);
     let registry = Arc::clone(registry);
     task::spawn("pool", async move {
         session.wait_for(|s| !matches!(s.phase, Phase::Provisioning | Phase::Connecting)).await;
-        registry.pool().has_started(at, &session);
+        registry.pool().has_started(number, &session);
         registry.pool().wake();
         // One that ends on its shelf leaves a gap.
         session.wait_for(|s| s.phase != Phase::Ready).await;

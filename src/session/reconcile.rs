@@ -13,6 +13,7 @@ use super::registry::Registry;
 use crate::domain::ids::{InstallationId, SessionId};
 use crate::domain::lifecycle::Phase;
 use crate::engine::{CellName, CellState, Engine, EngineError, EngineEventKind, Observed};
+use crate::metrics::Reconciled;
 
 /// The world is looked at this often, whatever events say.
 const INTERVAL: Duration = Duration::from_secs(30);
@@ -121,7 +122,10 @@ impl Reconciler {
             self.engine.remove(&name).await
         };
         match removal.await {
-            Ok(()) => tracing::info!(cell = %name, "removed a cell that was made after its session had given it up"),
+            Ok(()) => {
+                self.registry.metrics().reconciled(Reconciled::StrayRemoved, 1);
+                tracing::info!(cell = %name, "removed a cell that was made after its session had given it up");
+            }
             // The next round tries again.
             Err(error) => tell(&error),
         }
@@ -137,7 +141,19 @@ impl Reconciler {
         if *over {
             return Ok(Report::default());
         }
-        self.look_and_act().await
+        let outcome = self.look_and_act().await;
+        self.count(&outcome);
+        outcome
+    }
+
+    fn count(&self, outcome: &Result<Report, EngineError>) {
+        let metrics = self.registry.metrics();
+        metrics.reconcile_round(outcome.is_ok());
+        let Ok(report) = outcome else { return };
+        metrics.reconciled(Reconciled::OrphanRemoved, report.removed.len());
+        metrics.reconciled(Reconciled::SessionTold, report.told.len());
+        metrics.reconciled(Reconciled::LeftoverRemoved, report.swept.len());
+        metrics.reconciled(Reconciled::Failed, report.errors.len());
     }
 
     /// The end of an installation's work that goes on with the next process: no round begins after this.

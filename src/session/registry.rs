@@ -3,7 +3,7 @@
 //! It holds handles and never waits: what takes time is the business of a session's own task.
 
 use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
 use cellblock_wire::marker::LinkSecret;
@@ -15,12 +15,15 @@ use super::capacity::{Capacity, Ceilings, Full, Need, Place};
 use super::execution::Execution;
 use super::keeping::{Growth, Keeping};
 use super::once::{Requests, Reservation};
-use super::pool::Pool;
+use super::pool::{Pool, PoolView};
 use super::{Claim, Session, Settings, fresh};
 use crate::domain::ids::{ExecutionId, SessionId};
 use crate::domain::lifecycle::{EndReason, Phase};
-use crate::domain::spec::{FieldError, SessionSpec};
+use crate::domain::output::Status;
+use crate::domain::quota::{Exceeded, Held, Share};
+use crate::domain::spec::{FieldError, Resources, SessionSpec};
 use crate::engine::{CellName, Engine};
+use crate::metrics::{Levels, Metrics, PoolLevel};
 use crate::store::Archive;
 use crate::store::state::{
     ContextRecord, ExecutionRecord, Lasting, Left, Made, RunningRecord, SessionRecord, Stage, State,
@@ -57,6 +60,8 @@ pub enum CreateRefused {
     Full(Full),
     /// It is larger than all sessions together may be.
     TooLarge(Vec<FieldError>),
+    /// The tenant has as much as it may.
+    OverShare(Exceeded),
     /// The tenant has a live session of that name.
     NameInUse(SessionId),
     /// The control plane is stopping.
@@ -84,18 +89,25 @@ pub enum Created {
     Reused(Session),
 }
 
+/// What an operator can change while sessions live.
+#[derive(Debug, Clone, Copy)]
+struct Tuning {
+    settings: Settings,
+    limits: Limits,
+}
+
 /// The registry.
 pub struct Registry {
     engine: Arc<dyn Engine>,
     archive: Option<Archive>,
     state: Option<State>,
     instance: String,
-    settings: Settings,
-    limits: Limits,
+    tuning: RwLock<Tuning>,
     growth: Growth,
     capacity: Capacity,
     pool: Pool,
     requests: Requests,
+    metrics: Metrics,
     inner: Mutex<Inner>,
 }
 
@@ -106,6 +118,20 @@ struct Inner {
     executions: HashMap<ExecutionId, Arc<Execution>>,
     order: VecDeque<ExecutionId>,
     draining: bool,
+    /// Creates that wait for a place, and what they will hold.
+    promised: HashMap<Uuid, (Arc<str>, Resources)>,
+}
+
+/// A create that counts as a session until there is one, or this is dropped.
+struct Promise<'a> {
+    registry: &'a Registry,
+    number: Uuid,
+}
+
+impl Drop for Promise<'_> {
+    fn drop(&mut self) {
+        self.registry.inner().promised.remove(&self.number);
+    }
 }
 
 impl std::fmt::Debug for Registry {
@@ -128,16 +154,37 @@ impl Registry {
     ) -> Self {
         let (growth, capacity) = (Growth::default(), Capacity::new(limits.ceilings));
         let (requests, inner) = (Requests::new(state.clone()), Mutex::default());
-        Self { engine, archive, state, instance, settings, limits, growth, capacity, pool, requests, inner }
+        let (tuning, metrics) = (RwLock::new(Tuning { settings, limits }), Metrics::new());
+        Self { engine, archive, state, instance, tuning, growth, capacity, pool, requests, metrics, inner }
     }
 
-    /// Creates a session, or finds the tenant's live one of that name if it may be `reuse`d. Waits for a place, for as long as a create may.
+    /// The same, which counts where others count too. Before the first session.
+    #[must_use]
+    pub fn counting(self, metrics: Metrics) -> Self {
+        if let Some(state) = &self.state {
+            metrics.include(state.commits());
+        }
+        Self { metrics, ..self }
+    }
+
+    /// Goes on with other bounds. Sessions that are there keep their settings, and their places where there are fewer now.
+    pub fn tune(&self, settings: Settings, limits: Limits) {
+        *self.tuning.write().unwrap_or_else(PoisonError::into_inner) = Tuning { settings, limits };
+        self.capacity.change(limits.ceilings);
+    }
+
+    fn tuning(&self) -> Tuning {
+        *self.tuning.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Creates a session within the tenant's share, or finds its live one of that name if it may be `reuse`d. Waits for a place, for as long as a
+    /// create may.
     ///
     /// # Errors
     /// See [`CreateRefused`].
     pub async fn create(
         &self,
-        tenant: &Arc<str>,
+        (tenant, share): (&Arc<str>, &Share),
         spec: SessionSpec,
         reuse: bool,
         lasting: Lasting,
@@ -145,8 +192,23 @@ impl Registry {
     ) -> Result<Created, CreateRefused> {
         let need = Need::from(&spec.resources);
         self.capacity.can_ever_hold(need).map_err(CreateRefused::TooLarge)?;
+        let promise = {
+            let mut inner = self.inner();
+            // What is there is no more of the tenant's.
+            if let Some(found) = inner.named(tenant, &spec, reuse)? {
+                will_be(once, found.id);
+                return Ok(Created::Reused(found));
+            }
+            inner.check_share(tenant, share, &spec.resources)?;
+            let number = Uuid::new_v4();
+            inner.promised.insert(number, (Arc::clone(tenant), spec.resources));
+            Promise { registry: self, number }
+        };
         self.pool.give_up(self.capacity.short_of(need));
-        let place = self.capacity.place(tenant, Need::from(&spec.resources)).await.map_err(CreateRefused::Full)?;
+        let began = Instant::now();
+        let place = self.capacity.place(tenant, need).await;
+        self.metrics.create_waited(began.elapsed(), place.is_ok());
+        let place = place.map_err(CreateRefused::Full)?;
         let mut inner = self.inner();
         // Another may have come first.
         if let Some(found) = inner.named(tenant, &spec, reuse)? {
@@ -158,7 +220,23 @@ impl Registry {
         inner.make_room_for_ended();
         let session = actor::spawn(birth);
         inner.sessions.insert(session.id, session.clone());
+        // At the same moment, so that it is counted once.
+        inner.promised.remove(&promise.number);
         Ok(Created::New(session))
+    }
+
+    /// What a tenant holds, creates that wait included.
+    #[must_use]
+    pub fn held(&self, tenant: &str) -> Held {
+        self.inner().held(tenant)
+    }
+
+    /// Executions that run or wait, with their sessions.
+    #[must_use]
+    pub fn unfinished_executions(&self) -> Vec<(Session, Arc<Execution>)> {
+        let inner = self.inner();
+        let unfinished = inner.executions.values().filter(|e| !e.status().is_final());
+        unfinished.filter_map(|e| Some((inner.sessions.get(&e.place.session)?.clone(), Arc::clone(e)))).collect()
     }
 
     /// Finds a session that is there already: the tenant's live one of that name if it may be `reuse`d, or one that was made before it was asked for. The
@@ -168,7 +246,7 @@ impl Registry {
     /// See [`CreateRefused`].
     pub async fn find(
         &self,
-        tenant: &Arc<str>,
+        (tenant, share): (&Arc<str>, &Share),
         spec: &SessionSpec,
         reuse: bool,
         lasting: Lasting,
@@ -183,6 +261,7 @@ impl Registry {
                     will_be(once, found.id);
                     return Ok(Some(Created::Reused(found)));
                 }
+                inner.check_share(tenant, share, &spec.resources)?;
                 let Some(made) = self.pool.take(spec) else { return Ok(None) };
                 let mut own = SessionSpec { image: made.spec.image.clone(), ..spec.clone() };
                 // What others can see of a session holds no environment.
@@ -215,7 +294,7 @@ impl Registry {
         }
         let place = self.capacity.spare_place(Need::from(&spec.resources))?;
         let record = first_record(&Arc::from(NOBODY), spec, Lasting::Never);
-        let keeping = Keeping::new(None, Arc::from(NOBODY), record.id, usize::MAX);
+        let keeping = Keeping::new(None, Arc::from(NOBODY), record.id, usize::MAX).counted(self.metrics.clone());
         Some(actor::spawn(Birth { is_unclaimed: true, keeping, ..self.birth(record, true, place) }))
     }
 
@@ -241,7 +320,7 @@ impl Registry {
             record,
             is_new,
             instance: self.instance.clone(),
-            settings: self.settings,
+            settings: self.tuning().settings,
             engine: Arc::clone(&self.engine),
             state: self.state.clone(),
             place,
@@ -253,14 +332,15 @@ impl Registry {
 
     fn keeping(&self, tenant: &Arc<str>, id: SessionId) -> Keeping {
         let archive = self.archive.clone();
-        Keeping::new(archive, Arc::clone(tenant), id, self.settings.inline).growing(self.growth.clone())
+        let keeping = Keeping::new(archive, Arc::clone(tenant), id, self.tuning().settings.inline);
+        keeping.growing(self.growth.clone()).counted(self.metrics.clone())
     }
 
     /// Takes over what an earlier process has left: sessions that live go on, with what runs and waits in them; what has ended can be asked about
     /// for what is left of its time.
     pub fn take_over(&self, left: Left) {
-        let now = Timestamp::now();
-        let Left { sessions, executions, heard, keys } = left;
+        let (now, limits) = (Timestamp::now(), self.tuning().limits);
+        let Left { sessions, executions, heard, keys, .. } = left;
         let mut of_sessions: HashMap<SessionId, Vec<ExecutionRecord>> = HashMap::new();
         for execution in executions {
             of_sessions.entry(execution.session).or_default().push(execution);
@@ -273,7 +353,7 @@ impl Registry {
             let session = match record.stage {
                 Stage::Ended(reason, at) => {
                     let age = Duration::try_from(now.duration_since(at)).unwrap_or_default();
-                    if age >= self.limits.session_retention {
+                    if age >= limits.session_retention {
                         continue;
                     }
                     let since = Instant::now().checked_sub(age).unwrap_or_else(Instant::now);
@@ -399,13 +479,14 @@ impl Registry {
 
     /// Keeps an execution, so that it can be asked about.
     pub fn keep(&self, execution: &Arc<Execution>) {
+        let limits = self.tuning().limits;
         let mut inner = self.inner();
         inner.executions.insert(execution.id, Arc::clone(execution));
         inner.order.push_back(execution.id);
         // It looks at all that is kept; the reconciler's timer does it as well.
-        let has_grown = self.growth.take_above(self.limits.execution_bytes / PRUNE_PART);
+        let has_grown = self.growth.take_above(limits.execution_bytes / PRUNE_PART);
         if has_grown || inner.order.len().is_multiple_of(PRUNE_EVERY) {
-            let forgotten = inner.prune_executions(&self.limits, Instant::now());
+            let forgotten = inner.prune_executions(&limits, Instant::now());
             drop(inner);
             self.forget(&forgotten);
         }
@@ -425,15 +506,15 @@ impl Registry {
         if let Some(archive) = &self.archive {
             archive.prune();
         }
-        let now = Instant::now();
+        let (now, limits) = (Instant::now(), self.tuning().limits);
         if let Some(state) = &self.state {
-            let retention = self.limits.session_retention;
+            let retention = limits.session_retention;
             state.forget_ended(Timestamp::now().saturating_sub(retention).unwrap_or(Timestamp::MIN));
         }
         self.requests.prune(Timestamp::now());
         let mut inner = self.inner();
-        inner.prune_sessions(&self.limits, now);
-        let forgotten = inner.prune_executions(&self.limits, now);
+        inner.prune_sessions(&limits, now);
+        let forgotten = inner.prune_executions(&limits, now);
         drop(inner);
         self.forget(&forgotten);
     }
@@ -442,6 +523,41 @@ impl Registry {
         if let Some(state) = &self.state {
             state.forget_executions(executions);
         }
+    }
+
+    /// What is counted.
+    #[must_use]
+    pub fn metrics(&self) -> &Metrics {
+        &self.metrics
+    }
+
+    /// How much there is of everything now.
+    #[must_use]
+    pub fn levels(&self) -> Levels {
+        let mut levels = Levels::default();
+        let snapshots: Vec<_> = self.all().iter().map(Session::snapshot).collect();
+        let in_phase = |word: &&str| snapshots.iter().filter(|s| s.phase.word() == *word).count();
+        levels.sessions = Phase::LIVE.iter().map(|word| (*word, in_phase(word))).collect();
+        levels.busy = snapshots.iter().filter(|s| s.busy).count();
+        for execution in self.inner().executions.values() {
+            match execution.status() {
+                Status::Queued => levels.queued += 1,
+                Status::Running => levels.running += 1,
+                _ => {}
+            }
+        }
+        self.capacity.look(&mut levels);
+        let pools = self.pool.views().into_iter();
+        let pool = |PoolView { template, target, ready, starting, hits, misses, .. }| PoolLevel {
+            template,
+            ready,
+            starting,
+            target,
+            hits,
+            misses,
+        };
+        levels.pools = pools.map(pool).collect();
+        levels
     }
 
     /// Takes nothing new from now on.
@@ -550,6 +666,25 @@ impl Inner {
             Some(session) => Err(CreateRefused::NameInUse(session.id)),
             None => Ok(None),
         }
+    }
+
+    fn held(&self, tenant: &str) -> Held {
+        let live = self.sessions.values().filter(|s| *s.tenant == *tenant && !matches!(s.phase(), Phase::Ended(_)));
+        let promised = self.promised.values().filter(|(whose, _)| **whose == *tenant).map(|(_, resources)| resources);
+        let mut held = Held::default();
+        for resources in live.map(|s| &s.spec.resources).chain(promised) {
+            held.add(resources.cpu_millis.into(), resources.memory_bytes);
+        }
+        held
+    }
+
+    /// Whether another session is within a tenant's share.
+    fn check_share(&self, tenant: &str, share: &Share, resources: &Resources) -> Result<(), CreateRefused> {
+        if *share == Share::default() {
+            return Ok(());
+        }
+        let (cpu_millis, memory_bytes) = (resources.cpu_millis.into(), resources.memory_bytes);
+        share.admits(&self.held(tenant), cpu_millis, memory_bytes).map_err(CreateRefused::OverShare)
     }
 
     fn make_room_for_ended(&mut self) {

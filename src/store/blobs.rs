@@ -9,7 +9,7 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
 use super::files::{self, told};
-use super::ledger::Ledger;
+use super::ledger::{Ledger, Sums};
 use super::moment::is_over;
 use crate::domain::ids::ExecutionId;
 
@@ -55,6 +55,11 @@ impl Blobs {
         Ok(blobs)
     }
 
+    /// What is kept for each tenant.
+    pub(super) fn sums(&self) -> Sums {
+        self.kept.sums()
+    }
+
     /// The longest content for which there can be room.
     pub(super) fn largest(&self) -> u64 {
         (self.allowed / files::BLOCK * files::BLOCK).saturating_sub(LONGEST_HEADER)
@@ -72,7 +77,7 @@ impl Blobs {
         };
         match File::open(path).and_then(|mut file| Ok((read_header(&mut file)?, file.metadata()?.len()))) {
             Ok((Some((header, start)), length)) if start.saturating_add(header.bytes) == length => {
-                self.kept.set(key, header.kept_at, files::charge(length));
+                self.kept.set(key, header.kept_at, &header.tenant, files::charge(length));
             }
             Ok(_) => {
                 tracing::warn!(path = %path.display(), "a blob is broken; it is removed");
@@ -98,7 +103,7 @@ impl Blobs {
         let name = name_of(key);
         let temporary = self.folder.join(format!("{UNFINISHED}{name}"));
         files::write_whole(&temporary, &self.folder.join(name), &[&line, bytes])?;
-        self.kept.set(key, header.kept_at, charge);
+        self.kept.set(key, header.kept_at, &header.tenant, charge);
         Ok(())
     }
 

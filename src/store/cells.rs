@@ -280,7 +280,7 @@ fn metadata(cell: &NotebookCell, left_out: &[String]) -> Value {
     let mut ours = json!({
         "execution": cell.execution.to_string(),
         "context": cell.context.to_string(),
-        "status": name_of(cell.status),
+        "status": cell.status.word(),
         "language": start_of(&cell.language, 64),
         "queued_at": text(cell.queued_at),
     });
@@ -309,21 +309,6 @@ fn times(status: Status, started: Option<Timestamp>, finished: Timestamp) -> Val
         times.insert((*name).to_owned(), Value::from(text(finished)));
     }
     Value::Object(times)
-}
-
-fn name_of(status: Status) -> &'static str {
-    match status {
-        Status::Queued => "queued",
-        Status::Running => "running",
-        Status::Ok => "ok",
-        Status::Error => "error",
-        Status::Timeout => "timeout",
-        Status::Cancelled => "cancelled",
-        Status::Oom => "oom",
-        Status::KernelDied => "kernel_died",
-        Status::InputDenied => "input_denied",
-        Status::Lost => "lost",
-    }
 }
 
 fn ending_of(status: Status) -> Option<(&'static str, &'static str)> {

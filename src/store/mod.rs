@@ -38,6 +38,7 @@ use blobs::{Blobs, Header};
 use cells::{CODE_START, Kept};
 pub use content::{Form, decoded};
 use journal::start_of;
+use ledger::Sums;
 use notebooks::{Bounds, Notebooks};
 use writer::{Command, Reply, Shared, WaitingBlob, Writer};
 
@@ -188,6 +189,8 @@ pub struct Archive {
     spare_cells: Arc<Semaphore>,
     reads: Arc<Semaphore>,
     largest_blob: u64,
+    /// What is written for each tenant, of blobs and of notebooks.
+    sums: [Sums; 2],
     patience: Duration,
 }
 
@@ -219,9 +222,16 @@ impl Archive {
             spare_cells: Arc::new(Semaphore::new(SPARE_CELLS)),
             reads: Arc::new(Semaphore::new(READS)),
             largest_blob: blobs.largest().min(u64::from(WAITING_BYTES - LEAST_SHARE)),
+            sums: [blobs.sums(), notebooks.sums()],
             patience: PATIENCE,
         };
         Ok((archive, Writer { blobs, notebooks, shared }, commands))
+    }
+
+    /// Bytes on the disk that are a tenant's.
+    #[must_use]
+    pub fn stored(&self, tenant: &str) -> u64 {
+        self.sums.iter().map(|sums| sums.of(tenant)).sum()
     }
 
     /// Keeps a content. It can be read from now on, and is written later. Takes the time of a hash.

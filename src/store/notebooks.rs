@@ -18,7 +18,7 @@ use super::cells::{self, Kept, Read, Why};
 use super::files::{self, told};
 use super::ipynb::{self, Beside};
 use super::journal::{End, Header, Kernel, LONGEST_END, LONGEST_HEADER, Line, VERSION};
-use super::ledger::Ledger;
+use super::ledger::{Ledger, Sums};
 use super::moment::is_over;
 use super::{NotebookCell, NotebookKernel};
 use crate::domain::ids::SessionId;
@@ -83,6 +83,11 @@ impl Notebooks {
         Ok(notebooks)
     }
 
+    /// What is kept for each tenant.
+    pub(super) fn sums(&self) -> Sums {
+        self.kept.sums()
+    }
+
     fn look_at(&mut self, path: &Path, now: Timestamp) {
         let name = path.file_name().and_then(|n| n.to_str()).unwrap_or_default();
         let Some(session) = name.strip_suffix(ENDING).and_then(|id| id.parse().ok()) else {
@@ -91,7 +96,7 @@ impl Notebooks {
         };
         match found(path, now) {
             Ok(Found::Book(book)) => {
-                self.kept.set(session, book.rank(), files::charge(book.length));
+                self.kept.set(session, book.rank(), &book.tenant, files::charge(book.length));
                 self.books.insert(session, book);
             }
             Ok(Found::OtherVersion) => {
@@ -295,7 +300,7 @@ impl Notebooks {
     fn grown(&mut self, session: SessionId, length: u64) {
         if let Some(book) = self.books.get_mut(&session) {
             book.length = length;
-            self.kept.set(session, book.rank(), files::charge(length));
+            self.kept.set(session, book.rank(), &book.tenant, files::charge(length));
         }
     }
 

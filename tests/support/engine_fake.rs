@@ -5,7 +5,7 @@
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::convert::Infallible;
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use async_trait::async_trait;
 use bytes::{Bytes, BytesMut};
@@ -230,6 +230,10 @@ impl Engine for FakeEngine {
         })
     }
 
+    async fn prepare(&self, _image: &str) -> Result<(), EngineError> {
+        self.reachable("prepare").map(drop)
+    }
+
     async fn ensure(&self, spec: &CellSpec) -> Result<ByteStream, EngineError> {
         let attempt = "make a cell";
         let faults = self.reachable(attempt)?;
@@ -320,11 +324,16 @@ impl Engine for FakeEngine {
         let cells = self.cells.lock().unwrap();
         Ok(cells
             .values()
-            .map(|c| Observed { name: c.spec.name.clone(), session: Some(c.spec.session), state: c.state })
+            .map(|c| Observed {
+                name: c.spec.name.clone(),
+                session: Some(c.spec.session),
+                state: c.state,
+                promised: Some((&c.spec.resources).into()),
+            })
             .collect())
     }
 
-    fn watch(&self) -> BoxStream<'static, EngineEvent> {
+    fn watch_since(&self, _since: SystemTime) -> BoxStream<'static, EngineEvent> {
         tokio_stream::wrappers::BroadcastStream::new(self.events.subscribe()).filter_map(|e| async { e.ok() }).boxed()
     }
 }

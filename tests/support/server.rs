@@ -17,8 +17,9 @@ use bollard::query_parameters::{
 };
 use cellblock::app::{self, Plane, Stop};
 use cellblock::config::{self, Config, Drain, DrainContainers, Environment, Inputs};
+use cellblock::http::door::{Door, Tries};
 use cellblock::http::{self, App, Bounds};
-use cellblock::service::keys::{self, KeyRing, Principal, Scope};
+use cellblock::service::keys::{self, ConfiguredKey, Principal, Scope};
 use cellblock::task;
 use futures_util::future::BoxFuture;
 use futures_util::{FutureExt, StreamExt};
@@ -119,7 +120,7 @@ impl Server {
             let ready = |address| {
                 let _ = address_in.send(address);
             };
-            let served = app::serve(&serving, told, ready).await;
+            let served = app::serve(&serving, told, None, ready).await;
             let _ = ended_in.send(served.map_err(|e| e.to_string()));
         });
         let Ok(address) = address.await else {
@@ -133,18 +134,24 @@ impl Server {
     pub async fn start_with_tenants(settings: &str) -> Arc<Self> {
         let (folder, config) = configured(settings);
         let keys = [(); 3].map(|()| keys::generate().expect("random bytes"));
-        let mut ring = KeyRing::default();
-        for (key, (tenant, scopes)) in keys.iter().zip([("one", 1), ("two", 1), ("one", 0)]) {
-            let scopes = vec![Scope::Sessions; scopes].into();
-            ring.add(key, Principal { tenant: tenant.into(), scopes }).expect("a key");
-        }
         let plane = Plane::start(&config, true).await.unwrap_or_else(|e| panic!("the server did not start: {e}"));
+        for (key, (tenant, scopes)) in keys.iter().zip([("one", 1), ("two", 1), ("one", 0)]) {
+            let principal = Principal::new(tenant, vec![Scope::Sessions; scopes]);
+            let hash = keys::hash(key).expect("a key");
+            plane
+                .keys
+                .add(ConfiguredKey { hash, name: tenant.to_owned(), principal, expires_at: None })
+                .expect("a key");
+        }
         let listener = TcpListener::bind(config.server.listen).await.expect("an address");
         let address = listener.local_addr().expect("an address");
         let body = usize::try_from(config.server.max_body).expect("a size");
         let app = App {
             service: Arc::clone(&plane.service),
-            keys: Arc::new(ring),
+            door: Arc::new(Door::new(
+                Arc::clone(&plane.keys),
+                Tries { most: config.auth.failures, within: config.auth.failure_window },
+            )),
             instance: config.engine.instance.as_str().into(),
             bounds: Bounds { body, body_time: config.server.request_timeout },
         };
@@ -202,7 +209,8 @@ impl Server {
         Self::spawn_in(self.config.clone(), Arc::clone(&self.folder), address).await
     }
 
-    async fn spawn_in(config: Config, folder: Arc<tempfile::TempDir>, address: SocketAddr) -> (Arc<Self>, u32) {
+    /// Starts the program with what [`configuration`] has made, at an address that is free.
+    pub async fn spawn_in(config: Config, folder: Arc<tempfile::TempDir>, address: SocketAddr) -> (Arc<Self>, u32) {
         let mut command = Command::new(env!("CARGO_BIN_EXE_cellblock"));
         let log = folder.path().join("log");
         let log = std::fs::OpenOptions::new().create(true).append(true).open(log).expect("a file");
@@ -327,6 +335,11 @@ impl Server {
     /// A request without a key.
     pub fn bare(&self, method: Method, path: &str) -> RequestBuilder {
         self.http.request(method, format!("{}{path}", self.url))
+    }
+
+    /// A request without a key to another address.
+    pub fn bare_at(&self, method: Method, url: &str) -> RequestBuilder {
+        self.http.request(method, url)
     }
 
     /// A request with the key.
@@ -734,7 +747,9 @@ impl Follow {
         }
         let field = |name: &str| block.lines().find_map(|l| l.strip_prefix(name)).map(|v| v.trim_start().to_owned());
         let data = serde_json::from_str(&field("data:")?).expect("data that is JSON");
-        Some(Seen { kind: field("event:")?, seq: field("id:")?.parse().expect("a number"), data, at })
+        // Events that can't be taken up again have no number.
+        let seq = field("id:").map_or(0, |id| id.parse().expect("a number"));
+        Some(Seen { kind: field("event:")?, seq, data, at })
     }
 }
 

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use cellblock_wire::frame::{Decoder, Frame, MAX_FRAME};
-use cellblock_wire::link::{Ack, Hello, Init, Outbound, Refusal, Signal, StartKernel};
+use cellblock_wire::link::{Ack, Hello, Init, Outbound, Refusal, Signal, StartKernel, Stats};
 use http_body_util::{BodyExt, Limited};
 use hyper::body::{Body, Frame as BodyFrame, Incoming, SizeHint};
 use hyper::{Method, Request, Response, StatusCode};
@@ -17,7 +17,7 @@ use tokio::sync::watch;
 
 use crate::cgroup::Cgroup;
 use crate::events::{Ring, Subscription};
-use crate::files::{Download, FileError, RelativePath, Upload, list_files};
+use crate::files::{Download, FileError, RelativePath, Upload, list_files, used_bytes};
 use crate::kernel::{Kernels, Places};
 use crate::report::take_report;
 
@@ -175,7 +175,9 @@ impl Guest {
         match (&head.method, first, rest) {
             (&Method::POST, "init", "") => self.init(read_json(body).await?),
             (&Method::GET, "report", "") => Ok(json(&take_report(&self.cgroup))),
-            (&Method::GET, "stats", "") => Ok(json(&self.cgroup.stats())),
+            (&Method::GET, "stats", "") => {
+                Ok(json(&Stats { disk_bytes: used_bytes(&self.places.workdir), ..self.cgroup.stats() }))
+            }
             (&Method::GET, "kernelspecs", "") => Ok(json(&self.kernels.specs())),
             (&Method::GET, "events", "") => self.events(query),
             (&Method::POST, "ack", "") => self.acknowledge(read_json(body).await?),

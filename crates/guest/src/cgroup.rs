@@ -72,7 +72,7 @@ impl Cgroup {
         self.field("cpu.stat", "nr_throttled").or_else(|| self.field("cpu/cpu.stat", "nr_throttled"))
     }
 
-    /// What is used now.
+    /// What is used now, but for the disk, of which a cgroup knows nothing.
     #[must_use]
     pub fn stats(&self) -> Stats {
         let cpu_v1 = || Some(self.number("cpuacct/cpuacct.usage")? / 1000);
@@ -82,6 +82,7 @@ impl Cgroup {
             cpu_usec: self.field("cpu.stat", "usage_usec").or_else(cpu_v1),
             pids: self.first_number(["pids.current", "pids/pids.current"]),
             oom_kills: self.oom_kills(),
+            disk_bytes: None,
         }
     }
 

@@ -9,7 +9,7 @@ use bytes::Bytes;
 use cellblock_wire::link::FileEntry;
 use rustix::fs::{
     AtFlags, Dir, DirEntry, FileType, Mode, OFlags, ResolveFlags, Stat, fstat, mkdirat, open, openat, openat2,
-    renameat, statat, unlinkat,
+    renameat, statat, statvfs, unlinkat,
 };
 use rustix::io::Errno;
 
@@ -95,6 +95,13 @@ fn open_by_steps(root: &OwnedFd, path: &Path, flags: OFlags) -> Result<OwnedFd, 
             openat(&folder, step.as_os_str(), if last { flags | OFlags::NOFOLLOW } else { FOLDER }, Mode::empty())?;
     }
     Ok(folder)
+}
+
+/// Bytes in use of the file system that a folder is, if it has a bound.
+#[must_use]
+pub fn used_bytes(folder: &Path) -> Option<u64> {
+    let stat = statvfs(folder).ok().filter(|stat| stat.f_blocks > 0)?;
+    Some(stat.f_blocks.saturating_sub(stat.f_bfree).saturating_mul(stat.f_frsize))
 }
 
 /// The regular files below the folder, at most ten thousand.

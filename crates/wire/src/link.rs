@@ -406,7 +406,7 @@ pub enum CutStream {
     Results,
 }
 
-/// Figures of the cell's cgroup; `None` where the host shows none.
+/// Figures of the cell's cgroup and working folder; `None` where the host shows none.
 #[derive(Debug, Clone, Copy, Default, Serialize, Deserialize)]
 pub struct Stats {
     /// Memory in use.
@@ -419,6 +419,8 @@ pub struct Stats {
     pub pids: Option<u64>,
     /// Processes ended by the OOM killer.
     pub oom_kills: u64,
+    /// Bytes of the working folder in use. Guests of earlier versions do not tell it.
+    pub disk_bytes: Option<u64>,
 }
 
 /// A regular file below the working folder.

@@ -16,10 +16,12 @@ use bollard::query_parameters::{
 };
 use tokio::time::Instant;
 
-use super::super::{ByteStream, CellName, CellState, EngineError, Observed};
+use super::super::{ByteStream, CellName, CellState, EngineError, Observed, Promised};
 use super::client::{self, call};
 use super::stream::AttachStream;
-use crate::engine::lockdown::{LABEL_INSTANCE, LABEL_ROLE, LABEL_SESSION, LABEL_UID, ROLE_CELL};
+use crate::engine::lockdown::{
+    LABEL_CPU, LABEL_INSTANCE, LABEL_MEMORY, LABEL_ROLE, LABEL_SESSION, LABEL_UID, ROLE_CELL,
+};
 
 /// Makes a container and returns the engine's warnings.
 pub(super) async fn create(
@@ -155,8 +157,17 @@ pub(super) fn listed(summary: &ContainerSummary) -> Option<Observed> {
         ContainerSummaryStateEnum::PAUSED => CellState::Paused,
         _ => return None,
     };
-    let session = summary.labels.as_ref().and_then(|l| l.get(LABEL_SESSION)).and_then(|s| s.parse().ok());
-    Some(Observed { name: listed_name(summary)?, session, state })
+    Some(labelled(listed_name(summary)?, state, |label| summary.labels.as_ref()?.get(label).map(String::as_str)))
+}
+
+/// A cell, with what its labels say of it.
+fn labelled<'a>(name: CellName, state: CellState, label: impl Fn(&str) -> Option<&'a str>) -> Observed {
+    let session = label(LABEL_SESSION).and_then(|s| s.parse().ok());
+    let number = |name| label(name)?.parse::<u64>().ok();
+    let promised = number(LABEL_CPU)
+        .zip(number(LABEL_MEMORY))
+        .and_then(|(cpu, memory_bytes)| Some(Promised { cpu_millis: u32::try_from(cpu).ok()?, memory_bytes }));
+    Observed { name, session, state, promised }
 }
 
 /// One label of an inspected container.
@@ -166,8 +177,7 @@ pub(super) fn label<'a>(inspected: &'a ContainerInspectResponse, name: &str) -> 
 
 /// An inspected container as a cell.
 pub(super) fn observed(name: &CellName, inspected: &ContainerInspectResponse) -> Observed {
-    let session = label(inspected, LABEL_SESSION).and_then(|s| s.parse().ok());
-    Observed { name: name.clone(), session, state: state(inspected) }
+    labelled(name.clone(), state(inspected), |name| label(inspected, name))
 }
 
 fn state(inspected: &ContainerInspectResponse) -> CellState {

@@ -1,7 +1,7 @@
 //! The engine's events of one instance's cells, as a stream that survives the engine.
 
 use std::collections::HashMap;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use bollard::Docker;
 use bollard::models::EventMessage;
@@ -27,11 +27,11 @@ struct Watch {
     pause: Option<Duration>,
 }
 
-/// Watches for ever.
-pub(super) fn watch(docker: Docker, instance: String) -> BoxStream<'static, EngineEvent> {
+/// Watches for ever, from a moment on.
+pub(super) fn watch(docker: Docker, instance: String, began: SystemTime) -> BoxStream<'static, EngineEvent> {
     // Our own time until the engine has told its own: a connection that breaks before the first event loses none either.
-    let now = jiff::Timestamp::now().as_nanosecond();
-    let began = i64::try_from(now).map(since).ok();
+    let began = began.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_nanos();
+    let began = i64::try_from(began).map(since).ok();
     let watch = Watch { docker, instance, messages: None, since: began, pause: None };
     stream::unfold(watch, |mut watch| async move {
         let event = watch.next().await;

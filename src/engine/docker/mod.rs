@@ -6,6 +6,7 @@
 use std::ops::RangeInclusive;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::SystemTime;
 
 use async_trait::async_trait;
 use bollard::Docker;
@@ -15,7 +16,7 @@ use futures_util::stream::BoxStream;
 use tokio::sync::{Semaphore, SemaphorePermit};
 
 use super::lockdown::runtime::View;
-use super::lockdown::{self, HostFacts, LABEL_SPEC, LABEL_UID};
+use super::lockdown::{self, HostFacts, LABEL_INSTANCE, LABEL_SPEC, LABEL_UID};
 use super::{
     ByteStream, CellName, CellSpec, CellState, Engine, EngineError, EngineEvent, EngineInfo, ImageInfo, Observed, Pull,
 };
@@ -143,20 +144,6 @@ impl DockerEngine {
         Ok(engine)
     }
 
-    /// Puts the guest into its volume ahead of the first cell, and removes volumes of other guests that nobody uses.
-    ///
-    /// `image` is the id of any image on the engine: the volume is filled through a container of it that is never started.
-    ///
-    /// # Errors
-    /// What went wrong with the volume.
-    pub async fn prepare(&self, image: &str) -> Result<(), EngineError> {
-        let shared = &*self.shared;
-        let mut verified = shared.verified.lock().await;
-        *verified = Some(shared.guest.ensure(&shared.docker, image).await?);
-        shared.guest.remove_others(&shared.docker).await?;
-        Ok(())
-    }
-
     /// What of the engine's machine changes how cells are locked.
     #[must_use]
     pub fn host_facts(&self) -> HostFacts {
@@ -194,8 +181,7 @@ impl DockerEngine {
     }
 
     fn owns(&self, name: &CellName) -> bool {
-        let mine = format!("cellblock-{}-ses", self.shared.settings.instance);
-        name.as_str().starts_with(&mine)
+        name.session(&self.shared.settings.instance).is_some()
     }
 
     /// Nothing here touches a container that is not this instance's.
@@ -308,6 +294,16 @@ impl Engine for DockerEngine {
         Ok(image)
     }
 
+    /// Puts the guest into its volume, and removes volumes of other guests that nobody uses. The volume is filled through a container of the image that
+    /// is never started.
+    async fn prepare(&self, image: &str) -> Result<(), EngineError> {
+        let shared = &*self.shared;
+        let mut verified = shared.verified.lock().await;
+        *verified = Some(shared.guest.ensure(&shared.docker, image).await?);
+        shared.guest.remove_others(&shared.docker).await?;
+        Ok(())
+    }
+
     async fn ensure(&self, cell: &CellSpec) -> Result<ByteStream, EngineError> {
         self.check_name("creating a cell", &cell.name)?;
         let _permit = self.start_permit().await?;
@@ -366,8 +362,15 @@ impl Engine for DockerEngine {
     }
 
     async fn observe(&self, name: &CellName) -> Result<Option<Observed>, EngineError> {
-        self.check_name("inspecting a cell", name)?;
+        const ATTEMPT: &str = "inspecting a cell";
+        self.check_name(ATTEMPT, name)?;
+        let instance = self.shared.settings.instance.as_str();
         match cells::inspect(&self.shared.docker, name).await {
+            // Somebody else made it, under a name that is ours.
+            Ok(found) if cells::label(&found, LABEL_INSTANCE) != Some(instance) => {
+                let detail = format!("{name} does not carry this instance's label");
+                Err(EngineError::Rejected { attempt: ATTEMPT, detail })
+            }
             Ok(found) => Ok(Some(cells::observed(name, &found))),
             Err(EngineError::Absent { .. }) => Ok(None),
             Err(error) => Err(error),
@@ -406,8 +409,8 @@ impl Engine for DockerEngine {
         Ok(all)
     }
 
-    fn watch(&self) -> BoxStream<'static, EngineEvent> {
-        events::watch(self.shared.docker.clone(), self.shared.settings.instance.clone())
+    fn watch_since(&self, since: SystemTime) -> BoxStream<'static, EngineEvent> {
+        events::watch(self.shared.docker.clone(), self.shared.settings.instance.clone(), since)
     }
 }
 

@@ -20,7 +20,7 @@ use tokio::io::AsyncReadExt;
 use tokio::sync::oneshot;
 use uuid::Uuid;
 
-use super::super::{ByteStream, CellName, CellSpec, CellState, EngineError, ImageInfo, Pull};
+use super::super::{ByteStream, CellName, CellSpec, CellState, Engine, EngineError, ImageInfo, Pull};
 use super::client::{self, call};
 use super::preflight::{self, Demand};
 use super::{DockerEngine, DockerSettings, cells, images, never_started};

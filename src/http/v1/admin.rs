@@ -75,6 +75,43 @@ impl From<Report> for ReconcileView {
     }
 }
 
+/// How much the log tells.
+#[derive(Debug, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct LogView {
+    /// `off`, `error`, `warn`, `info`, `debug` or `trace`, also by module: `info,cellblock::engine=debug`.
+    level: String,
+}
+
+/// Look at the log's level
+///
+/// Needs the scope `admin`.
+#[utoipa::path(get, path = "/v1/admin/log", operation_id = "get_log_level", tag = "admin",
+    responses((status = 200, body = LogView), (status = "4XX", body = Problem)))]
+pub async fn get_log_level(
+    State(app): State<App>,
+    Caller(who): Caller,
+    params: Params,
+) -> Result<Answer<LogView>, Problem> {
+    params.only(&[])?;
+    Ok(Answer(LogView { level: app.service.log_level(&who)? }))
+}
+
+/// Change the log's level
+///
+/// At once, and until the server ends: the next start has what its configuration says. Needs the scope `admin`.
+#[utoipa::path(put, path = "/v1/admin/log", operation_id = "set_log_level", tag = "admin", request_body = LogView,
+    responses((status = 200, body = LogView), (status = "4XX", body = Problem)))]
+pub async fn set_log_level(
+    State(app): State<App>,
+    Caller(who): Caller,
+    params: Params,
+    Body(asked): Body<LogView>,
+) -> Result<Answer<LogView>, Problem> {
+    params.only(&[])?;
+    Ok(Answer(LogView { level: app.service.set_log_level(&who, &asked.level)? }))
+}
+
 /// Stop the server
 ///
 /// The same as SIGTERM: nothing new is accepted from now on, running executions get a grace, and the server exits. Its containers stay for the next start or are

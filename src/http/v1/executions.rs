@@ -17,7 +17,7 @@ use super::stream::{self, Format};
 use crate::domain::ids::{ContextId, ExecutionId, SessionId};
 use crate::domain::output::{
     BlobRef, Change, Effects, ErrorInfo, FileChange, JsonText, MimeBundle, MimePart, Outcome, Process, RestartCause,
-    ResultKind, RichOutput, Status, Stop, StopStep, TextTotals, Truncated,
+    ResultKind, RichOutput, Status, Stop, StopStep, TextTotals,
 };
 use crate::domain::spec::{FieldError, MIB};
 use crate::http::App;
@@ -312,7 +312,7 @@ impl ExecutionView {
             id: execution.id.to_string(),
             session_id: execution.place.session.to_string(),
             context_id: execution.place.context.to_string(),
-            status: status(outcome.status),
+            status: outcome.status.word(),
             execution_count: outcome.execution_count,
             language: execution.place.language.clone(),
             created_at: super::sessions::time(execution.created_at),
@@ -460,21 +460,6 @@ fn limits_hit(outcome: &Outcome) -> Vec<&'static str> {
     limits.into_iter().filter_map(|(hit, name)| hit.then_some(name)).collect()
 }
 
-pub(super) fn status(status: Status) -> &'static str {
-    match status {
-        Status::Queued => "queued",
-        Status::Running => "running",
-        Status::Ok => "ok",
-        Status::Error => "error",
-        Status::Timeout => "timeout",
-        Status::Cancelled => "cancelled",
-        Status::Oom => "oom",
-        Status::KernelDied => "kernel_died",
-        Status::InputDenied => "input_denied",
-        Status::Lost => "lost",
-    }
-}
-
 pub(super) fn restart_cause(cause: &RestartCause) -> &'static str {
     match cause {
         RestartCause::Timeout => "timeout",
@@ -483,14 +468,6 @@ pub(super) fn restart_cause(cause: &RestartCause) -> &'static str {
         RestartCause::Requested => "requested",
         RestartCause::Swept => "swept",
         RestartCause::GuestLost => "guest_lost",
-    }
-}
-
-pub(super) fn truncated(what: Truncated) -> &'static str {
-    match what {
-        Truncated::Stdout => "stdout",
-        Truncated::Stderr => "stderr",
-        Truncated::Results => "results",
     }
 }
 

@@ -8,14 +8,18 @@ use super::App;
 use super::docs::Head;
 
 pub mod admin;
+pub mod audit;
 pub mod contexts;
 pub mod executions;
+pub mod keys;
+pub mod metrics;
 pub mod notebooks;
 pub mod pools;
 pub mod runs;
 pub mod sessions;
 pub mod stream;
 pub mod templates;
+pub mod usage;
 
 /// All routes of the API, with the document they make.
 pub fn routes() -> OpenApiRouter<App> {
@@ -23,6 +27,7 @@ pub fn routes() -> OpenApiRouter<App> {
         .routes(routes!(sessions::create_session, sessions::list_sessions, sessions::delete_sessions))
         .routes(routes!(sessions::get_session, sessions::patch_session, sessions::delete_session))
         .routes(routes!(sessions::wait_session))
+        .routes(routes!(metrics::get_session_metrics))
         .routes(routes!(sessions::keepalive_session))
         .routes(routes!(sessions::pause_session))
         .routes(routes!(sessions::resume_session))
@@ -46,6 +51,11 @@ pub fn routes() -> OpenApiRouter<App> {
         .routes(routes!(notebooks::get_notebook, notebooks::delete_notebook))
         .routes(routes!(templates::list_templates))
         .routes(routes!(pools::list_pools))
+        .routes(routes!(keys::create_key, keys::list_keys))
+        .routes(routes!(keys::revoke_key))
+        .routes(routes!(usage::get_usage))
+        .routes(routes!(audit::list_audit))
+        .routes(routes!(admin::get_log_level, admin::set_log_level))
         .routes(routes!(admin::drain_server))
         .routes(routes!(admin::reconcile_server))
 }

@@ -62,6 +62,6 @@ impl From<pool::PoolView> for PoolView {
 /// Sessions that are made before anybody asks for them: a create that asks for the resources of one gets it at once (`source`: `warm`).
 #[utoipa::path(get, path = "/v1/pools", operation_id = "list_pools", tag = "templates",
     responses((status = 200, body = Pools), (status = "4XX", body = Problem)))]
-pub async fn list_pools(State(app): State<App>, Caller(_): Caller) -> Answer<Pools> {
-    Answer(Pools { pools: app.service.pools().into_iter().map(PoolView::from).collect() })
+pub async fn list_pools(State(app): State<App>, Caller(who): Caller) -> Answer<Pools> {
+    Answer(Pools { pools: app.service.pools(&who).into_iter().map(PoolView::from).collect() })
 }

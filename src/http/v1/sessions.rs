@@ -15,7 +15,7 @@ use crate::domain::lifecycle::Phase;
 use crate::domain::spec::{FieldError, MIB, NetworkMode, OnIdle, Resources, SessionRequest};
 use crate::http::App;
 use crate::http::extract::{Answer, Body, Caller, Id, Keyed, Params, object};
-use crate::http::problem::{self, Problem, end_reason};
+use crate::http::problem::{self, Problem};
 use crate::service::keys::Principal;
 use crate::service::{Filter, MAX_WAIT, SessionPatch};
 use crate::session::once::{Begun, Made, Once, Reservation};
@@ -277,7 +277,7 @@ impl SessionView {
         let snapshot = session.snapshot();
         let spec = &session.spec;
         let over = match snapshot.phase {
-            Phase::Aborting(reason) | Phase::Ending(reason) | Phase::Ended(reason) => Some(end_reason(reason)),
+            Phase::Aborting(reason) | Phase::Ending(reason) | Phase::Ended(reason) => Some(reason.word()),
             _ => None,
         };
         Self {
@@ -398,12 +398,9 @@ pub async fn list_sessions(
 ) -> Result<Answer<SessionPage>, Problem> {
     let params = params.only(&["state", "label", "name", "limit", "cursor"])?;
     let wanted = params.get("state").map(check_state).transpose()?;
-    let limit = params.parse::<usize>("limit", "1 to 200")?.unwrap_or(PAGE.0);
-    if limit == 0 || limit > PAGE.1 {
-        return Err(bad_parameter("limit", "allowed is 1 to 200"));
-    }
+    let limit = page_limit(&params)?;
     let after = params.parse::<SessionId>("cursor", "a value of next_cursor")?;
-    let sessions = app.service.list_sessions(&who, &filter(&params)?, after);
+    let sessions = app.service.list_sessions(&who, &filter(&params)?, after)?;
     let mut found = sessions.iter().filter(|s| wanted.is_none_or(|w| state(&s.snapshot()) == w));
     let page: Vec<_> = found.by_ref().take(limit).collect();
     let next_cursor = found.next().and(page.last()).map(|s| s.id.to_string());
@@ -559,6 +556,15 @@ pub async fn restart_session(
     Id(id): Id<SessionId>,
 ) -> Result<Answer<SessionView>, Problem> {
     Ok(Answer(SessionView::of(&app.service.restart(&who, id, None).await?)))
+}
+
+/// How many a page of a list has at most.
+pub(super) fn page_limit(params: &Params) -> Result<usize, Problem> {
+    let limit = params.parse::<usize>("limit", "1 to 200")?.unwrap_or(PAGE.0);
+    if limit == 0 || limit > PAGE.1 {
+        return Err(bad_parameter("limit", "allowed is 1 to 200"));
+    }
+    Ok(limit)
 }
 
 fn filter(params: &Params) -> Result<Filter, Problem> {

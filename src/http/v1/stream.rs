@@ -17,7 +17,7 @@ use serde::Serialize;
 use serde_json::value::RawValue;
 use tokio::sync::watch;
 
-use super::executions::{ErrorView, ExecutionView, Listener, ResultView, bundle, raw, restart_cause, truncated};
+use super::executions::{ErrorView, ExecutionView, Listener, ResultView, bundle, raw, restart_cause};
 use crate::domain::output::{Comm, CommKind, ExecutionEvent, TextStream};
 use crate::session::execution::{Execution, Logged};
 
@@ -175,7 +175,7 @@ fn describe(execution: &Execution, event: &ExecutionEvent, at: Timestamp) -> (&'
         ExecutionEvent::Comm(comm) => ("comm", comm_body(&comm)),
         ExecutionEvent::Error(error) => ("error", Body::Error(ErrorView::of(error))),
         ExecutionEvent::OutputTruncated { what, omitted_bytes, total_bytes } => {
-            ("output.truncated", Body::Truncated { stream: truncated(what), bytes: omitted_bytes, total_bytes })
+            ("output.truncated", Body::Truncated { stream: what.word(), bytes: omitted_bytes, total_bytes })
         }
         ExecutionEvent::KernelRestarted { cause } => {
             ("kernel.restarted", Body::Restarted { cause: restart_cause(&cause) })

@@ -96,11 +96,11 @@ impl TemplateView {
     responses((status = 200, body = TemplateList), (status = "4XX", body = Problem)))]
 pub async fn list_templates(
     State(app): State<App>,
-    Caller(_): Caller,
+    Caller(who): Caller,
     params: Params,
 ) -> Result<Answer<TemplateList>, Problem> {
     params.only(&[])?;
     let default = app.service.default_template();
-    let templates = app.service.templates().await.into_iter().map(|t| TemplateView::of(t, default)).collect();
+    let templates = app.service.templates(&who).await.into_iter().map(|t| TemplateView::of(t, default)).collect();
     Ok(Answer(TemplateList { templates }))
 }

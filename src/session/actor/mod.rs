@@ -38,6 +38,7 @@ use crate::store::state::{Lasting, RunningRecord, SessionRecord, Stage, State};
 use crate::task;
 
 mod commands;
+mod figures;
 mod freezing;
 mod leaving;
 mod linking;
@@ -454,7 +455,8 @@ impl Actor {
         let (phase, effects) = lifecycle::step(self.phase, event);
         if phase != self.phase {
             tracing::debug!(session = %self.cell.session, from = ?self.phase, to = ?phase, ?event, "phase");
-            self.phase = phase;
+            let before = std::mem::replace(&mut self.phase, phase);
+            self.count(before);
         }
         self.perform(effects);
     }

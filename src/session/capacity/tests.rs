@@ -58,6 +58,29 @@ async fn a_thousand_creates_of_one_delay_another_by_one_start() {
 }
 
 #[tokio::test]
+async fn nobody_fills_the_line_for_others() {
+    let capacity = capacity(1, u64::MAX, 4);
+    let held = Waits::new(&capacity, "loud", 1).place();
+    let mut loud: Vec<Waits> = (0..5).map(|_| Waits::new(&capacity, "loud", 1)).collect();
+    let refused = |waits: &mut Waits| matches!(waits.poll(), Some(Err(Full { .. })));
+    assert_eq!(
+        loud.iter_mut().map(refused).collect::<Vec<_>>(),
+        [false, false, false, false, true],
+        "all of it is its own"
+    );
+    let mut quiet: Vec<Waits> = (0..3).map(|_| Waits::new(&capacity, "quiet", 1)).collect();
+    assert_eq!(quiet.iter_mut().map(refused).collect::<Vec<_>>(), [false, false, true], "half of it is the other's");
+    assert_eq!(loud[..4].iter_mut().map(refused).collect::<Vec<_>>(), [false, false, true, true], "who came last goes");
+    let mut third = Waits::new(&capacity, "third", 1);
+    assert!(!refused(&mut third), "and so on");
+    drop(held);
+    let second = loud[0].place();
+    assert!(second.is_some(), "who came first has not lost its turn");
+    drop(second);
+    assert!(quiet[0].place().is_some());
+}
+
+#[tokio::test]
 async fn so_many_start_at_once_and_the_next_when_one_has() {
     let ceilings = Ceilings {
         sessions: 10,

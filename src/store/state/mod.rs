@@ -5,39 +5,47 @@
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
+use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use cellblock_wire::marker::LinkSecret;
 use jiff::Timestamp;
 use rusqlite::{Connection, params};
 use tokio::sync::{mpsc, oneshot};
 
-use crate::domain::ids::{ContextId, ExecutionId, SessionId};
+use crate::domain::ids::{ContextId, ExecutionId, KeyId, SessionId};
 use crate::domain::lifecycle::EndReason;
 use crate::domain::output::{JsonText, RestartCause};
 use crate::domain::spec::SessionSpec;
+use crate::metrics::Commits;
 use crate::store::Archive;
 
+mod api_keys;
+mod audit;
 mod execution_form;
 mod executions;
 mod form;
 mod keys;
 #[cfg(test)]
 mod tests;
+mod usage;
 
+pub use api_keys::ApiKeyRecord;
+pub use audit::{AuditEvent, AuditQuery};
 use executions::Pending;
 pub use executions::{Birth, ExecutionChange, ExecutionRecord, Logged, Progress, RunningRecord};
 pub use keys::{KeyRecord, Made};
+pub use usage::UsageRecord;
 
 /// The database's name in the data folder.
 const FILE: &str = "state.db";
 /// Marks the file as ours, in its header (`PRAGMA application_id`): "cell".
 const APPLICATION_ID: i32 = 0x6365_6c6c;
 /// How the tables are made: each step brings the database from the version of its place to the next.
-const MIGRATIONS: [&str; 3] = [SESSIONS, executions::TABLES, keys::TABLE];
+const MIGRATIONS: [&str; 6] = [SESSIONS, executions::TABLES, keys::TABLE, api_keys::TABLE, usage::TABLE, audit::TABLE];
 const SESSIONS: &str = "CREATE TABLE sessions (
         id TEXT PRIMARY KEY,
         revision INTEGER NOT NULL,
@@ -210,6 +218,8 @@ pub struct State {
     waiting: Waiting,
     commands: mpsc::Sender<Command>,
     is_written: Arc<AtomicBool>,
+    commits: Commits,
+    folder: Arc<Path>,
 }
 
 /// What one turn of a session's task has brought. It is committed whole.
@@ -236,6 +246,10 @@ pub struct Left {
     pub heard: HashMap<SessionId, (u32, u64)>,
     /// Keys of requests.
     pub keys: Vec<KeyRecord>,
+    /// Keys of callers.
+    pub api_keys: Vec<ApiKeyRecord>,
+    /// What tenants have used.
+    pub usage: Vec<UsageRecord>,
 }
 
 /// What is to be committed: of each session the newest record only, so that many changes of one are one. It stays until it is committed.
@@ -251,7 +265,15 @@ struct Changes {
     /// Of each key of a tenant what it is for now, or that it is free.
     keys: HashMap<(Arc<str>, String), Option<KeyRecord>>,
     forget_keys_before: Option<Timestamp>,
+    /// Of each API key what it is, or that it is none any more.
+    api_keys: HashMap<KeyId, Option<ApiKeyRecord>>,
+    usage: HashMap<Arc<str>, UsageRecord>,
     forget_before: Option<Timestamp>,
+    /// In their order.
+    audit: Vec<AuditEvent>,
+    forget_audit: Option<(Timestamp, u64)>,
+    /// Where events are copied to from now on.
+    audit_file: Option<File>,
 }
 
 #[derive(Debug)]
@@ -295,7 +317,12 @@ impl Changes {
             && self.forget_executions.is_empty()
             && self.keys.is_empty()
             && self.forget_keys_before.is_none()
+            && self.api_keys.is_empty()
+            && self.usage.is_empty()
             && self.forget_before.is_none()
+            && self.audit.is_empty()
+            && self.forget_audit.is_none()
+            && self.audit_file.is_none()
     }
 
     /// What could not be committed goes before what came meanwhile.
@@ -316,7 +343,16 @@ impl Changes {
             self.keys.entry(key).or_insert(record);
         }
         self.forget_keys_before = self.forget_keys_before.or(earlier.forget_keys_before);
+        for (id, record) in earlier.api_keys {
+            self.api_keys.entry(id).or_insert(record);
+        }
+        for (tenant, record) in earlier.usage {
+            self.usage.entry(tenant).or_insert(record);
+        }
         self.forget_before = self.forget_before.or(earlier.forget_before);
+        let later = std::mem::replace(&mut self.audit, earlier.audit);
+        self.audit.extend(later);
+        self.forget_audit = self.forget_audit.or(earlier.forget_audit);
     }
 }
 
@@ -333,14 +369,24 @@ impl State {
             executions: executions::read_all(&connection)?,
             heard: executions::read_heard(&connection)?,
             keys: keys::read_all(&connection)?,
+            api_keys: api_keys::read_all(&connection)?,
+            usage: usage::read_all(&connection)?,
         };
         let (commands, received) = mpsc::channel(QUEUE);
         let waiting = Waiting::default();
         let is_written = Arc::new(AtomicBool::new(true));
-        let writer = Writer { connection, waiting: waiting.clone(), first, is_written: Arc::clone(&is_written) };
+        let commits = Commits::default();
+        let writer = Writer {
+            connection,
+            waiting: waiting.clone(),
+            first,
+            is_written: Arc::clone(&is_written),
+            commits: commits.clone(),
+            audit_file: None,
+        };
         let thread = std::thread::Builder::new().name("state".to_owned());
         thread.spawn(move || writer.run(received)).map_err(|_| StateError::Unwritten)?;
-        Ok((Self { waiting, commands, is_written }, left))
+        Ok((Self { waiting, commands, is_written, commits, folder: Arc::from(folder) }, left))
     }
 
     /// Has what a turn has brought committed: soon, or, where the guest has a copy until it is told otherwise, with what comes after it. Never waits.
@@ -384,6 +430,24 @@ impl State {
         self.wake();
     }
 
+    /// Keeps an API key. Never waits.
+    pub fn put_api_key(&self, record: ApiKeyRecord) {
+        self.waiting.changes().api_keys.insert(record.id, Some(record));
+        self.wake();
+    }
+
+    /// Forgets an API key. Never waits.
+    pub fn forget_api_key(&self, id: KeyId) {
+        self.waiting.changes().api_keys.insert(id, None);
+        self.wake();
+    }
+
+    /// Keeps what a tenant has used, in place of what was kept of it before. Never waits.
+    pub fn put_usage(&self, record: UsageRecord) {
+        self.waiting.changes().usage.insert(Arc::clone(&record.tenant), record);
+        self.wake();
+    }
+
     /// Forgets sessions that ended before a moment. Never waits.
     pub fn forget_ended(&self, before: Timestamp) {
         self.waiting.changes().forget_before = Some(before);
@@ -393,6 +457,12 @@ impl State {
     /// A full queue has somebody in it who will have everything committed.
     fn wake(&self) {
         let _ = self.commands.try_send(Command::Commit);
+    }
+
+    /// What is counted of its commits.
+    #[must_use]
+    pub fn commits(&self) -> &Commits {
+        &self.commits
     }
 
     /// Whether the last commit was one.
@@ -531,6 +601,8 @@ struct Writer {
     waiting: Waiting,
     first: Option<Archive>,
     is_written: Arc<AtomicBool>,
+    commits: Commits,
+    audit_file: Option<File>,
 }
 
 impl Writer {
@@ -573,16 +645,25 @@ impl Writer {
 
     /// Commits everything that waits, or puts it back.
     fn commit(&mut self) -> rusqlite::Result<()> {
-        let changes = std::mem::take(&mut *self.waiting.changes());
+        let mut changes = std::mem::take(&mut *self.waiting.changes());
         if changes.is_empty() {
             return Ok(());
+        }
+        if let Some(file) = changes.audit_file.take() {
+            self.audit_file = Some(file);
         }
         if let Some(archive) = self.first.as_ref().filter(|_| changes.executions.values().any(Pending::needs_archive)) {
             archive.flush_now();
         }
+        let began = Instant::now();
         let committed = self.write(&changes);
+        self.commits.committed(committed.is_ok(), began.elapsed());
         if committed.is_err() {
             self.waiting.changes().put_back(changes);
+        } else if let Some(file) = &mut self.audit_file
+            && let Err(error) = audit::copy(&changes.audit, file)
+        {
+            tracing::error!(%error, "audit events are in the database, but not in audit.file");
         }
         committed
     }
@@ -604,8 +685,23 @@ impl Writer {
                 None => keys::forget(tenant, key, &transaction)?,
             }
         }
+        for event in &changes.audit {
+            audit::write(event, &transaction)?;
+        }
+        if let Some(bounds) = changes.forget_audit {
+            audit::forget(bounds, &transaction)?;
+        }
         if let Some(before) = changes.forget_keys_before {
             keys::forget_before(before, &transaction)?;
+        }
+        for (id, record) in &changes.api_keys {
+            match record {
+                Some(record) => api_keys::write(record, &transaction)?,
+                None => api_keys::forget(*id, &transaction)?,
+            }
+        }
+        for record in changes.usage.values() {
+            usage::write(record, &transaction)?;
         }
         for id in &changes.forget_executions {
             transaction.prepare_cached("DELETE FROM executions WHERE id = ?1")?.execute([id.to_string()])?;

@@ -1,6 +1,7 @@
 use std::collections::BTreeMap;
 
 use super::*;
+use crate::domain::access::{KeyHash, Scope};
 use crate::domain::execution::{ExecutionRequest, OnTimeout, Stdin};
 use crate::domain::output::{
     BlobRef, Change, Comm, CommKind, Effects, ErrorInfo, ExecutionEvent, FileChange, MimeBundle, MimePart, Process,
@@ -444,4 +445,41 @@ fn nobody_else_may_read_it() {
     drop(State::open(folder.path(), None).unwrap());
     let mode = std::fs::metadata(path_in(folder.path())).unwrap().permissions().mode();
     assert_eq!(mode & 0o777, 0o600);
+}
+
+#[tokio::test]
+async fn api_keys_are_kept_until_they_are_revoked() {
+    let folder = tempfile::tempdir().unwrap();
+    let key = |n: u8| ApiKeyRecord {
+        id: uuid::Uuid::from_u128(n.into()).into(),
+        tenant: Arc::from("one"),
+        name: format!("key-{n}"),
+        scopes: Arc::new([Scope::Sessions, Scope::Admin]),
+        templates: (n > 1).then(|| Arc::from(["data".to_owned(), "python".to_owned()])),
+        hash: KeyHash([n; 32]),
+        created_at: Timestamp::from_second(1).unwrap(),
+        expires_at: (n > 1).then(|| Timestamp::from_second(2).unwrap()),
+    };
+    let kept = left_after(folder.path(), |state| (1..4).for_each(|n| state.put_api_key(key(n)))).await;
+    assert_eq!(kept.api_keys, [key(1), key(2), key(3)]);
+    let kept = left_after(folder.path(), |state| {
+        state.forget_api_key(key(1).id);
+        // Nobody has heard of this one.
+        state.put_api_key(key(4));
+        state.forget_api_key(key(4).id);
+    });
+    assert_eq!(kept.await.api_keys, [key(2), key(3)]);
+}
+
+#[tokio::test]
+async fn of_what_a_tenant_has_used_the_last_is_kept() {
+    let folder = tempfile::tempdir().unwrap();
+    let used =
+        |tenant: &str, day, millis| UsageRecord { tenant: Arc::from(tenant), day, cpu: Duration::from_millis(millis) };
+    let kept = left_after(folder.path(), |state| {
+        [used("a", 1, 10), used("b", 1, 20), used("a", 1, 30)].into_iter().for_each(|record| state.put_usage(record));
+    });
+    assert_eq!(kept.await.usage, [used("a", 1, 30), used("b", 1, 20)]);
+    let kept = left_after(folder.path(), |state| state.put_usage(used("a", 2, 5))).await;
+    assert_eq!(kept.usage, [used("a", 2, 5), used("b", 1, 20)]);
 }
