@@ -61,6 +61,8 @@ pub struct HostFacts {
     pub apparmor: bool,
     /// Uids inside are others outside, so that all cells share the quotas of one user of the machine.
     pub remapped_users: bool,
+    /// What is added to a uid inside to have it outside, where that is known.
+    pub uid_offset: u32,
 }
 
 /// The container for a cell. The same arguments give the same container.

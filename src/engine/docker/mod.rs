@@ -129,8 +129,8 @@ impl DockerEngine {
         }
         let shared = Shared {
             facts: preflight::host_facts(&info),
+            guest: GuestVolume::new(&settings.instance, settings.guest_files.clone(), preflight::root_outside(&info)),
             info,
-            guest: GuestVolume::new(&settings.instance, settings.guest_files.clone()),
             lock: Lock::new(&settings.instance, settings.host.as_deref()),
             image: OnceLock::new(),
             verified: tokio::sync::Mutex::default(),

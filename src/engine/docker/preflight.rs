@@ -19,7 +19,16 @@ pub(super) fn host_facts(info: &SystemInfo) -> HostFacts {
         cgroup_v2: info.cgroup_version == Some(SystemInfoCgroupVersionEnum::_2),
         apparmor: has_security(info, "apparmor"),
         remapped_users: has_security(info, "userns") || has_security(info, "rootless"),
+        uid_offset: u32::try_from(root_outside(info).0).unwrap_or(0),
     }
+}
+
+/// The uid and gid that root inside has outside. An engine that remaps users keeps its data in a folder of that name.
+pub(super) fn root_outside(info: &SystemInfo) -> (u64, u64) {
+    let folder = info.docker_root_dir.as_deref().filter(|_| has_security(info, "userns"));
+    let ids = folder.and_then(|folder| folder.rsplit('/').next()?.split_once('.'));
+    let ids = ids.and_then(|(uid, gid)| Some((uid.parse().ok()?, gid.parse().ok()?)));
+    ids.unwrap_or((0, 0))
 }
 
 /// For people, and for the budget.
@@ -166,6 +175,15 @@ mod tests {
     #[test]
     fn a_machine_that_can_everything_is_taken() {
         assert_eq!(check(&good(), &DockerSettings::new("t")), Ok(()));
+    }
+
+    #[test]
+    fn root_is_another_outside_where_users_are_remapped() {
+        let mut info = good();
+        info.docker_root_dir = Some("/var/lib/docker/100000.200000".to_owned());
+        assert_eq!(root_outside(&info), (0, 0), "it is only called so");
+        info.security_options = Some(vec!["name=userns".to_owned()]);
+        assert_eq!(root_outside(&info), (100_000, 200_000));
     }
 
     #[test]

@@ -30,6 +30,9 @@ const FALLBACK_TUNNELS: [&str; 9] =
 /// rule.
 const WRITABLE_BY_KERNEL: [&str; 5] = ["/proc", "/dev", "/dev/pts", "/dev/mqueue", "/sys/fs/cgroup"];
 
+/// Devices that every container has, and that do nothing to the machine.
+const DEVICES: [&str; 6] = ["/dev/full", "/dev/null", "/dev/random", "/dev/tty", "/dev/urandom", "/dev/zero"];
+
 /// Names in `/proc/self/limits` of what Docker calls by other names.
 const LIMIT_NAMES: [(&str, &str); 6] = [
     ("core", "Max core file size"),
@@ -68,7 +71,7 @@ pub fn attest(
     compare_state(&mut found, body, inspected, host);
     compare_identity(&mut found, uid, report, view);
     compare_limits(&mut found, body, report, view);
-    compare_mounts(&mut found, body, report, view);
+    compare_mounts(&mut found, body, report, host, view);
     compare_surface(&mut found, report);
     found.0
 }
@@ -260,7 +263,13 @@ fn compare_limits(found: &mut Differences, body: &ContainerCreateBody, report: &
     }
 }
 
-fn compare_mounts(found: &mut Differences, body: &ContainerCreateBody, report: &Report, view: &View) {
+fn compare_mounts(
+    found: &mut Differences,
+    body: &ContainerCreateBody,
+    report: &Report,
+    machine: &HostFacts,
+    view: &View,
+) {
     let host = body.host_config.clone().unwrap_or_default();
     // The last mount at a place is the one that is seen.
     let mounts: BTreeMap<&str, &Mount> = report.mounts.iter().map(|m| (m.point.as_str(), m)).collect();
@@ -271,7 +280,7 @@ fn compare_mounts(found: &mut Differences, body: &ContainerCreateBody, report: &
     let folders = host.tmpfs.clone().unwrap_or_default();
     for (point, asked) in &folders {
         match mounts.get(point.as_str()) {
-            Some(mount) => compare_folder(found, point, asked, mount, view),
+            Some(mount) => compare_folder(found, point, &outside(asked, machine), mount, view),
             None => found.0.push(format!("mount {point}: not there")),
         }
     }
@@ -280,9 +289,31 @@ fn compare_mounts(found: &mut Differences, body: &ContainerCreateBody, report: &
         let known = folders.contains_key(point)
             || WRITABLE_BY_KERNEL.contains(&point)
             // A masked file is the null device, on the container's own /dev.
-            || (mount.fstype == "tmpfs" && masks.iter().any(|mask| mask == point));
+            || (mount.fstype == "tmpfs" && masks.iter().any(|mask| mask == point))
+            || (machine.remapped_users && is_bound_for_remapped(mount, &masks));
         found.require(known || is_read_only(mount), &format!("mount {point} is not writable"), mount);
     }
+}
+
+/// Who may not make device nodes has the machine's own bound, masks among them; and the older control groups are mounted for root inside, who is nobody to
+/// them.
+fn is_bound_for_remapped(mount: &Mount, masks: &[String]) -> bool {
+    match mount.fstype.as_str() {
+        "devtmpfs" => DEVICES.contains(&mount.point.as_str()) || masks.contains(&mount.point),
+        "cgroup" => mount.point.starts_with("/sys/fs/cgroup/"),
+        _ => false,
+    }
+}
+
+/// A folder's options as they show where users are remapped: the kernel tells owners as they are outside.
+fn outside(options: &str, machine: &HostFacts) -> String {
+    let one = |option: &str| match option.split_once('=') {
+        Some((name @ ("uid" | "gid"), id)) => {
+            format!("{name}={}", id.parse::<u32>().unwrap_or(0).saturating_add(machine.uid_offset))
+        }
+        _ => option.to_owned(),
+    };
+    options.split(',').map(one).collect::<Vec<_>>().join(",")
 }
 
 fn is_read_only(mount: &Mount) -> bool {

@@ -343,3 +343,37 @@ fn a_limit_that_the_engine_dropped_is_missed_unless_it_is_forgone() {
     assert!(look(&[Lock::Pids]).iter().any(|m| m.contains("MemorySwap")));
     assert_eq!(look(&[Lock::MemorySwap]), Vec::<String>::new());
 }
+
+/// As a real guest reports it under an engine with `userns-remap`.
+#[test]
+fn where_users_are_remapped_owners_and_devices_are_those_outside() {
+    let body = locked();
+    let mut seen = report();
+    for option in seen.mounts.iter_mut().flat_map(|mount| mount.options.iter_mut()) {
+        *option = option.replace("uid=200007", "uid=300007").replace("gid=200007", "gid=300007");
+    }
+    let mount = |point: &str, fstype: &str| SeenMount {
+        point: point.to_owned(),
+        fstype: fstype.to_owned(),
+        options: vec!["rw".to_owned()],
+    };
+    let bound = [("/dev/null", "devtmpfs"), ("/proc/kmsg", "devtmpfs"), ("/sys/fs/cgroup/pids", "cgroup")];
+    seen.mounts.extend(bound.map(|(point, fstype)| mount(point, fstype)));
+    let remapped = HostFacts { remapped_users: true, uid_offset: 100_000, ..HostFacts::default() };
+    let look = |seen: &Report, host: &HostFacts| {
+        let body = container(&cell(), UID, "cellblock-guest-test-0", "test", host);
+        attest(&body, UID, &as_shown(&body), seen, host, &View::default())
+    };
+    assert_eq!(look(&seen, &remapped), Vec::<String>::new());
+    let plain = attest(&body, UID, &as_shown(&body), &seen, &HostFacts::default(), &View::default());
+    assert!(
+        plain.iter().any(|m| m.contains("/dev/null")) && plain.iter().any(|m| m.contains("uid=200007")),
+        "{plain:?}"
+    );
+    for (point, fstype) in [("/dev/sda", "devtmpfs"), ("/etc/passwd", "devtmpfs"), ("/data", "ext4"), ("/x", "cgroup")]
+    {
+        let mut open = seen.clone();
+        open.mounts.push(mount(point, fstype));
+        assert!(look(&open, &remapped).iter().any(|m| m.contains(point)), "{point}");
+    }
+}
