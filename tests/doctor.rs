@@ -119,6 +119,16 @@ async fn an_engine_that_is_not_there_is_broken() {
     assert_eq!(found["database"]["verdict"], "ok", "what needs no engine is looked at all the same");
 }
 
+/// Nothing is tried past a guard, and that is said.
+#[tokio::test]
+async fn behind_a_guard_its_own_host_is_to_be_tried() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let found = findings(&examine(folder.path(), "[engine]\nhost = \"guard:///nonexistent/guard.sock\"\n").await);
+    assert_eq!(found["guard"]["verdict"], "broken", "{found:#?}");
+    assert!(found["guard"]["seen"].as_str().is_some_and(|seen| seen.contains("/nonexistent/guard.sock")), "{found:#?}");
+    assert_eq!(found["locks"]["verdict"], "weak", "{found:#?}");
+}
+
 #[tokio::test]
 async fn what_is_missing_or_damaged_is_broken_and_stays_as_it_is() {
     let folder = tempfile::tempdir().expect("a folder");
