@@ -3,16 +3,17 @@
 use std::io;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use tokio::net::TcpListener;
+use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
-use crate::config::{Config, DrainContainers, KeySection, PullPolicy};
+use crate::config::{self, Config, DrainContainers, Inputs, KeySection, Loaded, PullPolicy};
 use crate::domain::ids::InstallationId;
 use crate::domain::quota::QuotaTable;
-use crate::domain::spec::{self, PoolPlan, Template};
+use crate::domain::spec::Template;
 use crate::engine::docker::{Demand, DockerEngine, DockerSettings, GuestFile};
 use crate::engine::guard::{self, BindError, Guard, GuardEngine, Permitted, Policy};
 use crate::engine::metered::Metered;
@@ -21,19 +22,20 @@ use crate::http::door::{Door, Tries};
 use crate::http::{self, App};
 use crate::metrics::Metrics;
 use crate::service::Service;
-use crate::service::admin::Admin;
+use crate::service::admin::{Admin, Reload};
 use crate::service::audit::{Audit, AuditBounds};
 use crate::service::keys::{self, ConfiguredKey, KeyError, KeyHash, KeyRing, Principal, Scope};
 use crate::service::log::LogLevel;
+use crate::service::offer::Offer;
 use crate::service::quotas::Quotas;
-use crate::session::capacity::Ceilings;
-use crate::session::pool::{self, Plan, Pool};
+use crate::session::pool::{self, Pool};
+use crate::session::reconcile;
 use crate::session::reconcile::Reconciler;
-use crate::session::registry::{AfterDrain, Limits, Registry};
-use crate::session::{Settings, reconcile};
+use crate::session::registry::{AfterDrain, Registry};
 use crate::store::state::{self, Left, State, StateError};
 use crate::store::{Archive, ArchiveLimits, installation};
 use crate::task;
+use crate::tuning::{self, Reloader, ceilings, limits, pool_plans, settings};
 
 /// Containers are gone within this time at an orderly end, or are left to the next start.
 const DRAIN_REMOVAL: Duration = Duration::from_secs(30);
@@ -197,6 +199,19 @@ impl Stop {
     }
 }
 
+/// What the server has of the process that it runs in.
+#[derive(Debug, Default)]
+pub struct Process {
+    /// Asks it to stop.
+    pub stop: Stop,
+    /// How much the log tells, if that can be changed.
+    pub log: Option<LogLevel>,
+    /// Where its configuration was read from, and what was read; without it, nothing can be read again.
+    pub read: Option<(Inputs, Loaded)>,
+    /// Asks it to read its configuration again.
+    pub reload: Arc<Notify>,
+}
+
 /// A running control plane without a front door.
 pub struct Plane {
     /// Every command of the product.
@@ -220,10 +235,11 @@ impl Plane {
     /// # Errors
     /// See [`StartError`].
     pub async fn start(config: &Config, owns_instance: bool) -> Result<Self, StartError> {
-        Self::start_logging(config, owns_instance, None).await
+        Self::start_in(config, owns_instance, Process::default()).await
     }
 
-    async fn start_logging(config: &Config, owns_instance: bool, log: Option<LogLevel>) -> Result<Self, StartError> {
+    async fn start_in(config: &Config, owns_instance: bool, process: Process) -> Result<Self, StartError> {
+        let Process { log, read, .. } = process;
         let pull = pull(config);
         let metrics = Metrics::new();
         let engine: Arc<dyn Engine> = Arc::new(Metered::new(connect(config).await?, metrics.clone()));
@@ -247,25 +263,20 @@ impl Plane {
         let keys = Arc::new(KeyRing::new(state.clone(), std::mem::take(&mut left.api_keys)));
         // Who runs code on this machine without a server is no tenant.
         let table = if owns_instance { config.quotas.clone() } else { QuotaTable::default() };
-        let quotas = Quotas::new(table, state.clone(), std::mem::take(&mut left.usage));
+        let quotas = Arc::new(Quotas::new(table, state.clone(), std::mem::take(&mut left.usage)));
+        let offer = Offer::new(tuning::choice(config));
         let pool = Pool::new(if owns_instance { pool_plans(config) } else { Vec::new() });
         let audit = state.clone().map(|state| audit(config, state)).transpose()?;
         let registry = Registry::new(Arc::clone(&engine), archive.clone(), state, instance, settings, limits, pool);
         let registry = Arc::new(registry.counting(metrics));
         let stop = CancellationToken::new();
         registry.take_over(left);
-        let mut service = Service::new(
-            Arc::clone(&registry),
-            Arc::clone(&engine),
-            config.templates.clone(),
-            config.default_template.clone(),
-            pull,
-            archive.clone(),
-        )
-        .with_keys(Arc::clone(&keys))
-        .with_quotas(Arc::new(quotas));
-        if let Some(log) = log {
-            service = service.logging(log);
+        let mut service =
+            Service::new(Arc::clone(&registry), Arc::clone(&engine), offer.clone(), pull, archive.clone())
+                .with_keys(Arc::clone(&keys))
+                .with_quotas(Arc::clone(&quotas));
+        if let Some(log) = &log {
+            service = service.logging(log.clone());
         }
         if let Some(audit) = audit {
             service = service.audited(Arc::clone(&audit));
@@ -284,7 +295,12 @@ impl Plane {
             let (running, told) = (Arc::clone(&own), stop.clone());
             task::spawn("reconcile", async move { running.run(told).await });
             task::spawn("pools", pool::run(Arc::clone(&engine), Arc::clone(&registry), stop.clone()));
+            let reload = read.map(|(inputs, loaded)| -> Arc<dyn Reload> {
+                let (registry, loaded) = (Arc::clone(&registry), Mutex::new(loaded));
+                Arc::new(Reloader { inputs, loaded, registry, offer, quotas, log })
+            });
             service = service.administered(Admin {
+                reload,
                 reconciler: Arc::clone(&own),
                 drain: drain.clone(),
                 grace: config.server.drain_timeout,
@@ -312,17 +328,12 @@ impl Plane {
     }
 }
 
-/// Serves until it is told to stop, then ends all sessions or leaves them to the next process. `log` is how much the log tells, if that can be changed; `ready` is
-/// called with the address once requests are answered.
+/// Serves until it is told to stop, then ends all sessions or leaves them to the next process. `ready` is called with the address once requests are answered.
 ///
 /// # Errors
 /// See [`StartError`].
-pub async fn serve(
-    config: &Config,
-    stop: Stop,
-    log: Option<LogLevel>,
-    ready: impl FnOnce(SocketAddr),
-) -> Result<(), StartError> {
+pub async fn serve(config: &Config, process: Process, ready: impl FnOnce(SocketAddr)) -> Result<(), StartError> {
+    let (stop, reload) = (process.stop.clone(), Arc::clone(&process.reload));
     let address = config.server.listen;
     let listen_error =
         |source| StartError::Listen { address, place: "`server.listen` in the configuration, or --listen,", source };
@@ -332,7 +343,7 @@ pub async fn serve(
     let admin = admin_listener(config).await?;
     let keys = configured_keys(config)?;
     let _lock = lock(&config.server.data_dir)?;
-    let plane = Plane::start_logging(config, true, log).await?;
+    let plane = Plane::start_in(config, true, process).await?;
     for key in keys {
         let name = key.name.clone();
         plane.keys.add(key).map_err(|reason| StartError::ConfiguredKey { name, reason })?;
@@ -349,6 +360,17 @@ pub async fn serve(
     };
     ready(local);
     let closing = CancellationToken::new();
+    let (service, closed) = (Arc::clone(&plane.service), closing.clone());
+    task::spawn("reload", async move {
+        let asked = async {
+            loop {
+                reload.notified().await;
+                reload_aloud(&service).await;
+            }
+        };
+        // Whichever ends first.
+        let _ = closed.run_until_cancelled(asked).await;
+    });
     if let Some(admin) = admin {
         task::spawn("admin listener", http::admin::serve(admin, app.clone(), closing.clone()));
     }
@@ -372,6 +394,17 @@ pub async fn serve(
     tokio::select! {
         served = door => served.map_err(listen_error),
         () = drain => Ok(()),
+    }
+}
+
+/// Reads the configuration again for somebody who reads the log.
+async fn reload_aloud(service: &Service) {
+    match service.reload_by_signal().await {
+        Ok(changes) => tracing::info!(changes = changes.len(), "the configuration was read again"),
+        Err(mistakes) => {
+            mistakes.iter().for_each(|mistake| tracing::error!("{mistake}"));
+            tracing::error!(mistakes = mistakes.len(), "the configuration was not taken over, and nothing has changed");
+        }
     }
 }
 
@@ -401,7 +434,7 @@ pub fn backup(config: &Config, to: &Path) -> Result<(), StartError> {
 ///
 /// # Errors
 /// See [`StartError`].
-pub async fn guard(config: &Config, stop: Stop, ready: impl FnOnce(&Path)) -> Result<(), StartError> {
+pub async fn guard(config: &Config, process: Process, ready: impl FnOnce(&Path)) -> Result<(), StartError> {
     if config.engine.guard().is_some() {
         return Err(StartError::GuardOfGuard { host: config.engine.host.clone() });
     }
@@ -412,10 +445,44 @@ pub async fn guard(config: &Config, stop: Stop, ready: impl FnOnce(&Path)) -> Re
     // Listened on first: a second guard finds out before it touches the engine.
     let listener = guard::bind(socket, users.iter().any(|user| *user != own)).await?;
     let engine: Arc<dyn Engine> = Arc::new(connect_docker(config).await?);
-    let guard = Guard::new(engine, policy(config)).await.map_err(|e| engine_error(config, e))?;
+    let guard = Arc::new(Guard::new(engine, policy(config)).await.map_err(|e| engine_error(config, e))?);
     ready(socket);
-    Arc::new(guard).serve(listener, users, stop.asked).await;
-    Ok(())
+    let Process { stop, read, reload, .. } = process;
+    let told = Arc::clone(&guard);
+    let serving = guard.serve(listener, users, stop.asked);
+    let changing = async {
+        let Some((inputs, mut loaded)) = read else { return std::future::pending().await };
+        loop {
+            reload.notified().await;
+            change_guard(&told, &inputs, &mut loaded).await;
+        }
+    };
+    tokio::select! {
+        () = serving => Ok(()),
+        () = changing => Ok(()),
+    }
+}
+
+/// Reads the configuration again, and takes over what a guard can: all of it, or nothing.
+async fn change_guard(guard: &Guard, inputs: &Inputs, loaded: &mut Loaded) {
+    let again = inputs.clone();
+    let later = match task::blocking(move || config::load(&again)).await {
+        Some(Ok(later)) => later,
+        Some(Err(mistakes)) => return tracing::error!("nothing has changed: {mistakes}"),
+        None => return,
+    };
+    let fixed = |config: &Config| (config.engine.clone(), config.guard.socket.clone(), config.guard.user);
+    if fixed(&later.config) != fixed(&loaded.config) {
+        return tracing::error!(
+            "nothing has changed: engine.*, guard.socket and guard.user need a restart of the guard"
+        );
+    }
+    if let Some(change) = loaded.changes(&later).iter().find(|change| change.is_of_confinement()) {
+        return tracing::error!(%change, "nothing has changed: this needs a restart of the guard");
+    }
+    loaded.changes(&later).iter().for_each(|change| tracing::info!(%change, "the configuration has changed"));
+    guard.change(policy(&later.config)).await;
+    *loaded = later;
 }
 
 /// Asks the guard of this machine whether it and its engine answer.
@@ -612,51 +679,6 @@ fn audit(config: &Config, state: State) -> Result<Arc<Audit>, StartError> {
         events: section.retention_count.into(),
     };
     Ok(Arc::new(Audit::new(state, bounds)))
-}
-
-fn settings(config: &Config) -> Settings {
-    Settings {
-        start_timeout: config.engine.start_timeout,
-        interrupt_grace: config.executions.interrupt_grace,
-        orphan_timeout: config.engine.orphan_timeout,
-        queued_executions: config.limits.queued_executions as usize,
-        queue_timeout: config.executions.queue_timeout,
-        contexts: config.limits.contexts as usize,
-        inline: usize::try_from(config.executions.inline).unwrap_or(usize::MAX),
-    }
-}
-
-/// What is kept ready.
-fn pool_plans(config: &Config) -> Vec<Plan> {
-    let plans = |template: &Template| {
-        let plan = |PoolPlan { request, size }: &PoolPlan| {
-            let spec = spec::resolve(template, request).ok().filter(|_| size.max > 0)?;
-            Some(Plan { spec, image: template.image.clone(), size: *size })
-        };
-        template.pools.iter().filter_map(plan).collect::<Vec<_>>()
-    };
-    config.templates.values().flat_map(plans).collect()
-}
-
-fn limits(config: &Config) -> Limits {
-    Limits {
-        ceilings: ceilings(config),
-        session_retention: config.limits.session_retention,
-        execution_retention: config.executions.retention_time,
-        executions: config.executions.retention_count as usize,
-        execution_bytes: config.executions.retention_size,
-    }
-}
-
-fn ceilings(config: &Config) -> Ceilings {
-    Ceilings {
-        sessions: config.limits.sessions as usize,
-        cpu_millis: Some((config.limits.cpu * 1000.0) as u64).filter(|millis| *millis > 0),
-        memory_bytes: Some(config.limits.memory).filter(|bytes| *bytes > 0),
-        starts: config.limits.concurrent_starts as usize,
-        waiting: config.limits.queued_creates as usize,
-        patience: config.limits.create_wait,
-    }
 }
 
 /// Refuses a data folder that another server works with: two of one instance would end each other's sessions. Held while the file is.

@@ -18,3 +18,4 @@ pub mod service;
 pub mod session;
 pub mod store;
 pub mod task;
+pub mod tuning;

@@ -3,13 +3,15 @@
 use std::io::IsTerminal;
 use std::path::Path;
 use std::process::ExitCode;
+use std::sync::Arc;
 
 use clap::Parser;
 use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::Notify;
 use tracing_subscriber::EnvFilter;
 
 use cellblock::cli::{self, Cli, Command};
-use cellblock::config::{self, Config, Environment, Inputs, Log, LogFormat};
+use cellblock::config::{self, Config, Environment, Inputs, Loaded, Log, LogFormat};
 use cellblock::doctor::{self, verdict::Verdict};
 use cellblock::service::log::LogLevel;
 use cellblock::{app, http, run, task};
@@ -25,14 +27,20 @@ async fn main() -> ExitCode {
         return code.into();
     }
     let code = match &cli.command {
-        Command::Serve(args) => match load(&args.inputs(&environment)) {
-            Ok(config) => serve(&config).await,
-            Err(code) => code,
-        },
-        Command::Guard(args) => match load(&args.inputs(&environment)) {
-            Ok(config) => guard(&config, args.check).await,
-            Err(code) => code,
-        },
+        Command::Serve(args) => {
+            let inputs = args.inputs(&environment);
+            match read(&inputs) {
+                Ok(loaded) => serve(inputs, loaded).await,
+                Err(code) => code,
+            }
+        }
+        Command::Guard(args) => {
+            let inputs = args.inputs(&environment);
+            match read(&inputs) {
+                Ok(loaded) => guard(inputs, loaded, args.check).await,
+                Err(code) => code,
+            }
+        }
         Command::Run(args) => match load(&args.config.inputs(&environment)) {
             Ok(config) => run_once(args, cli.json, config).await,
             Err(code) => code,
@@ -53,13 +61,18 @@ async fn main() -> ExitCode {
 }
 
 fn load(inputs: &Inputs) -> Result<Config, u8> {
-    config::load(inputs).map(|loaded| loaded.config).map_err(|mistakes| {
+    read(inputs).map(|loaded| loaded.config)
+}
+
+fn read(inputs: &Inputs) -> Result<Loaded, u8> {
+    config::load(inputs).map_err(|mistakes| {
         eprintln!("{mistakes}");
         BAD_CONFIG
     })
 }
 
-async fn serve(config: &Config) -> u8 {
+async fn serve(inputs: Inputs, loaded: Loaded) -> u8 {
+    let config = loaded.config.clone();
     let log = match start_log(&config.log) {
         Ok(log) => log,
         Err(error) => {
@@ -67,29 +80,32 @@ async fn serve(config: &Config) -> u8 {
             return BAD_CONFIG;
         }
     };
-    let stop = app::Stop::default();
-    listen_to_signals(stop.clone());
+    let process = app::Process { log: Some(log), read: Some((inputs, loaded)), ..app::Process::default() };
+    listen_to_signals(process.stop.clone());
+    listen_to_hangups(Arc::clone(&process.reload));
     let ready = |address| {
         tracing::info!(%address, version = env!("CARGO_PKG_VERSION"), "listening; GET /docs shows the API");
     };
-    exit_code(app::serve(config, stop, Some(log), ready).await)
+    exit_code(app::serve(&config, process, ready).await)
 }
 
-async fn guard(config: &Config, check: bool) -> u8 {
+async fn guard(inputs: Inputs, loaded: Loaded, check: bool) -> u8 {
+    let config = loaded.config.clone();
     if check {
-        return exit_code(app::check_guard(config).await);
+        return exit_code(app::check_guard(&config).await);
     }
     if let Err(error) = start_log(&config.log) {
         eprintln!("cellblock: {error}");
         return BAD_CONFIG;
     }
-    let stop = app::Stop::default();
-    listen_to_signals(stop.clone());
+    let process = app::Process { read: Some((inputs, loaded)), ..app::Process::default() };
+    listen_to_signals(process.stop.clone());
+    listen_to_hangups(Arc::clone(&process.reload));
     let ready = |socket: &Path| {
         let (socket, instance) = (socket.display(), &config.engine.instance);
         tracing::info!(%socket, instance, version = env!("CARGO_PKG_VERSION"), "guarding the engine");
     };
-    exit_code(app::guard(config, stop, ready).await)
+    exit_code(app::guard(&config, process, ready).await)
 }
 
 async fn run_once(args: &cli::RunArgs, json: bool, config: Config) -> u8 {
@@ -146,6 +162,19 @@ fn listen_to_signals(stop: app::Stop) {
             }
             tracing::info!("stopping; a second signal stops at once");
             if from_terminal { stop.at_once() } else { stop.gently() }
+        }
+    });
+}
+
+/// SIGHUP has the configuration read again.
+fn listen_to_hangups(reload: Arc<Notify>) {
+    task::spawn("hangups", async move {
+        let Ok(mut hangup) = signal(SignalKind::hangup()) else {
+            tracing::error!("SIGHUP can't be received; POST /v1/admin/reload does the same");
+            return;
+        };
+        while hangup.recv().await.is_some() {
+            reload.notify_one();
         }
     });
 }

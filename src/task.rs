@@ -18,6 +18,11 @@ where
     })
 }
 
+/// Does what would hold up others: reads files. Nothing when it panicked.
+pub async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Option<T> {
+    tokio::task::spawn_blocking(work).await.inspect_err(|error| tracing::error!(%error, "blocking work panicked")).ok()
+}
+
 /// Spawns what hyper needs in the background.
 #[derive(Debug, Clone, Copy)]
 pub struct Executor;

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use syn::visit::Visit;
 
 /// Each top module and the others it may use. Lower layers only; what stands beside each other stays apart.
-const LAYERS: [(&str, &[&str]); 16] = [
+const LAYERS: [(&str, &[&str]); 17] = [
     ("domain", &[]),
     ("task", &[]),
     ("json", &[]),
@@ -20,7 +20,8 @@ const LAYERS: [(&str, &[&str]); 16] = [
     ("http", &["domain", "metrics", "session", "service"]),
     ("config", &["domain"]),
     ("cli", &["domain", "config"]),
-    ("app", &["domain", "task", "metrics", "config", "engine", "http", "service", "session", "store"]),
+    ("tuning", &["domain", "config", "service", "session"]),
+    ("app", &["domain", "task", "metrics", "config", "engine", "http", "service", "session", "store", "tuning"]),
     ("run", &["domain", "cli", "config", "app", "http", "service", "session"]),
     ("doctor", &["domain", "cli", "config", "engine", "store", "app", "run"]),
     ("main", &["task", "cli", "config", "app", "run", "doctor", "http", "service"]),

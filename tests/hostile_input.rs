@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use cellblock::app::{self, StartError, Stop};
+use cellblock::app::{self, Process, StartError};
 use cellblock::task;
 use reqwest::{Method, RequestBuilder};
 use serde_json::{Value, json};
@@ -651,7 +651,7 @@ async fn without_an_engine_the_server_does_not_start() {
     let folder = tempfile::tempdir().expect("a folder");
     for host in [format!("unix://{}/docker.sock", folder.path().display()), "tcp://127.0.0.1:1".to_owned()] {
         let (_folder, config) = server::configuration(&format!("[engine]\nhost = {host:?}\n"));
-        let started = app::serve(&config, Stop::default(), None, |_| panic!("it can't be ready"));
+        let started = app::serve(&config, Process::default(), |_| panic!("it can't be ready"));
         let refused = tokio::time::timeout(NEVER, started).await.expect("an answer in time");
         let Err(error @ StartError::Engine { .. }) = refused else { panic!("{refused:?}") };
         let said = error.to_string();

@@ -19,6 +19,7 @@ use cellblock::domain::spec::{
 };
 use cellblock::engine::{CellName, CellState, Engine, EngineError, Pull};
 use cellblock::service::keys::{Principal, Scope};
+use cellblock::service::offer::{Choice, Offer};
 use cellblock::service::{Error, ExecuteRequest, Service};
 use cellblock::session::capacity::Ceilings;
 use cellblock::session::execution::{Execution, OnTimeout};
@@ -88,7 +89,8 @@ impl Bench {
         let (instance, pool) = (INSTANCE.to_owned(), Pool::new(Vec::new()));
         let registry = Arc::new(Registry::new(Arc::clone(&shared), None, state, instance, settings, limits, pool));
         let templates = BTreeMap::from([("t".to_owned(), template)]);
-        let service = Service::new(Arc::clone(&registry), shared, templates, "t".to_owned(), Pull::Never, None);
+        let offer = Offer::new(Choice { templates, default: "t".to_owned() });
+        let service = Service::new(Arc::clone(&registry), shared, offer, Pull::Never, None);
         let service = Arc::new(service);
         let who = Principal::new("one", [Scope::Sessions]);
         let installation = InstallationId::from_uuid(uuid::Uuid::from_u128(1));

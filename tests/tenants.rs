@@ -83,6 +83,7 @@ fn routes() -> Vec<(&'static str, &'static str, About, Value)> {
         ("GET", "/v1/admin/log", Operate, none.clone()),
         ("PUT", "/v1/admin/log", Operate, json!({"level": "warn"})),
         ("POST", "/v1/admin/reconcile", Operate, none.clone()),
+        ("POST", "/v1/admin/reload", Operate, none.clone()),
         ("POST", "/v1/admin/drain", Drain, none),
     ]
 }

@@ -8,6 +8,7 @@
 //! Each layer is read into leaves that remember their source (`layers`); each leaf is checked by itself against the
 //! sections as serde knows them (`merge`); then rules between keys are checked (`check`).
 
+mod change;
 mod check;
 mod environment;
 mod layers;
@@ -22,6 +23,7 @@ mod units;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+pub use change::Change;
 pub use check::check_log_level;
 pub use environment::Environment;
 pub use sections::{

@@ -80,6 +80,19 @@ fn default_file_and_sections_have_the_same_keys() {
 }
 
 #[test]
+fn a_rootless_engine_is_found_where_there_is_no_other() {
+    let folder = tempfile::tempdir().unwrap();
+    let (path, usual) = (folder.path().display().to_string(), folder.path().join("usual.sock"));
+    let variables = environment(&[("XDG_RUNTIME_DIR", &path)]);
+    let found = || super::layers::rootless_socket(&variables, &usual);
+    assert_eq!(found(), None, "it does not run");
+    std::fs::write(folder.path().join("docker.sock"), "").unwrap();
+    assert_eq!(found(), Some(("XDG_RUNTIME_DIR".to_owned(), format!("unix://{path}/docker.sock"))));
+    std::fs::write(&usual, "").unwrap();
+    assert_eq!(found(), None, "the usual one is there");
+}
+
+#[test]
 fn templates_stand_in_files_of_their_own() {
     let folder = tempfile::tempdir().unwrap();
     let file = |name: &str, text: &str| std::fs::write(folder.path().join(name), text).unwrap();

@@ -95,6 +95,7 @@ codes! {
     PAYLOAD_TOO_LARGE "payload-too-large" PAYLOAD_TOO_LARGE "The body is too large" false;
     UNSUPPORTED_MEDIA_TYPE "unsupported-media-type" UNSUPPORTED_MEDIA_TYPE "The body is not JSON" false;
     SPEC_REJECTED "spec-rejected" UNPROCESSABLE_ENTITY "The request asks for what is not allowed" false;
+    CONFIG_REJECTED "config-rejected" UNPROCESSABLE_ENTITY "The configuration has mistakes" false;
     SETUP_FAILED "setup-failed" UNPROCESSABLE_ENTITY "The setup code failed" false;
     IMAGE_REJECTED "image-rejected" UNPROCESSABLE_ENTITY "The template's image can't be used" false;
     IDEMPOTENCY_IN_FLIGHT "idempotency-in-flight" CONFLICT "The first request with this key is not answered yet" true;
@@ -174,6 +175,10 @@ impl From<Error> for Problem {
         let detail = error.to_string();
         match error {
             Error::SpecRejected(fields) => Self::new(SPEC_REJECTED, detail).with_fields(fields),
+            Error::ConfigRejected(mistakes) => {
+                let fields = mistakes.into_iter().map(|mistake| FieldError::new("", mistake)).collect();
+                Self::new(CONFIG_REJECTED, detail).with_fields(fields)
+            }
             Error::NotFound(_) => Self::new(NOT_FOUND, detail),
             Error::Forbidden(_) => Self::new(FORBIDDEN, detail),
             Error::NameInUse(_) => Self::new(NAME_IN_USE, format!("{detail}; say \"if_exists\": \"reuse\" to get it")),

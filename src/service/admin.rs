@@ -10,6 +10,7 @@ use super::{Error, Service, carry_on};
 use crate::engine::EngineError;
 use crate::session::reconcile::{Reconciler, Report};
 use crate::session::registry::AfterDrain;
+use crate::task;
 
 /// What commands of operators work with.
 #[derive(Debug)]
@@ -22,6 +23,28 @@ pub struct Admin {
     pub grace: Duration,
     /// What becomes of sessions then.
     pub after: AfterDrain,
+    /// Reads the configuration again, where it was read from somewhere.
+    pub reload: Option<Arc<dyn Reload>>,
+}
+
+/// Reads the configuration again.
+pub trait Reload: std::fmt::Debug + Send + Sync {
+    /// Takes over what is different by now: all of it, or nothing. It reads files.
+    ///
+    /// # Errors
+    /// A line for each mistake, and for each change that a server which runs can't take over.
+    fn reload(&self) -> Result<Vec<Changed>, Vec<String>>;
+}
+
+/// A value of the configuration that is another now.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Changed {
+    /// Its key: `limits.sessions`.
+    pub key: String,
+    /// As TOML; nothing where there was no such key.
+    pub before: Option<String>,
+    /// As TOML; nothing where there is no such key any more.
+    pub after: Option<String>,
 }
 
 /// What a server that begins to drain leaves unfinished.
@@ -77,6 +100,28 @@ impl Service {
                 _ => Error::EngineUnavailable,
             }
         })
+    }
+
+    /// Reads the configuration again and takes over what is different by now: all of it, or nothing. Sessions that are there keep what they have.
+    ///
+    /// # Errors
+    /// [`Error::ConfigRejected`] with every mistake; see [`Error`].
+    pub async fn reload(&self, who: &Principal) -> Result<Vec<Changed>, Error> {
+        if self.admin(who)?.reload.is_none() {
+            return Err(Error::StateConflict("this server was not started from configuration files".to_owned()));
+        }
+        self.reload_by_signal().await.map_err(Error::ConfigRejected)
+    }
+
+    /// The same for whoever may signal the process.
+    ///
+    /// # Errors
+    /// Every mistake, a line each.
+    pub async fn reload_by_signal(&self) -> Result<Vec<Changed>, Vec<String>> {
+        let reload = self.admin.as_ref().and_then(|admin| admin.reload.clone());
+        let reload = reload.ok_or_else(|| vec!["there is no configuration to read again".to_owned()])?;
+        let read = task::blocking(move || reload.reload()).await;
+        read.unwrap_or_else(|| Err(vec!["reading it failed".to_owned()]))
     }
 
     fn admin(&self, who: &Principal) -> Result<&Admin, Error> {

@@ -117,12 +117,13 @@ impl Service {
             errors.push(FieldError::new("/scopes", "allowed are one to all of \"sessions\", \"read\" and \"admin\""));
         }
         if let Some(names) = &templates {
-            let known = self.templates.keys().map(|name| format!("\"{name}\"")).collect::<Vec<_>>().join(", ");
-            if names.is_empty() || names.len() > self.templates.len() {
+            let choice = self.offer.now();
+            let known = choice.templates.keys().map(|name| format!("\"{name}\"")).collect::<Vec<_>>().join(", ");
+            if names.is_empty() || names.len() > choice.templates.len() {
                 errors.push(FieldError::new("/templates", format!("allowed are one to all of {known}")));
             }
-            let unknown = names.iter().take(self.templates.len()).enumerate();
-            for (at, _) in unknown.filter(|(_, name)| !self.templates.contains_key(*name)) {
+            let unknown = names.iter().take(choice.templates.len()).enumerate();
+            for (at, _) in unknown.filter(|(_, name)| !choice.templates.contains_key(*name)) {
                 let message = format!("there is no template of that name; there are {known}");
                 errors.push(FieldError::new(format!("/templates/{at}"), message));
             }

@@ -37,6 +37,7 @@ pub mod audit;
 pub mod issuing;
 pub mod keys;
 pub mod log;
+pub mod offer;
 pub mod quotas;
 pub mod trail;
 
@@ -44,6 +45,7 @@ use admin::Admin;
 use audit::Audit;
 use keys::{KeyRing, Principal};
 use log::LogLevel;
+use offer::Offer;
 use quotas::{LATER, Quotas, RateState, Running};
 
 /// Longest wait that a caller may ask for.
@@ -75,6 +77,9 @@ pub enum Error {
     /// Fields of the request break a rule of the template.
     #[error("the request asks for what is not allowed")]
     SpecRejected(Vec<FieldError>),
+    /// The configuration can't be taken over as it stands now; a line for each reason.
+    #[error("the configuration was not taken over, and nothing has changed")]
+    ConfigRejected(Vec<String>),
     /// There is no such thing, or it is somebody else's.
     #[error("there is no such {0}")]
     NotFound(&'static str),
@@ -294,8 +299,7 @@ pub struct TemplateView {
 pub struct Service {
     registry: Arc<Registry>,
     engine: Arc<dyn Engine>,
-    templates: BTreeMap<String, Template>,
-    default_template: String,
+    offer: Offer,
     pull: Pull,
     archive: Option<Archive>,
     /// KiB of notebooks that may be on their way at once: callers may read slowly.
@@ -326,8 +330,7 @@ impl Service {
     pub fn new(
         registry: Arc<Registry>,
         engine: Arc<dyn Engine>,
-        templates: BTreeMap<String, Template>,
-        default_template: String,
+        offer: Offer,
         pull: Pull,
         archive: Option<Archive>,
     ) -> Self {
@@ -335,8 +338,7 @@ impl Service {
         Self {
             registry,
             engine,
-            templates,
-            default_template,
+            offer,
             pull,
             archive,
             notebook_room,
@@ -449,7 +451,7 @@ impl Service {
         let created = match self.registry.find(tenant, &spec, request.reuse, lasting, once).await? {
             Some(created) => created,
             None => {
-                spec.image = self.resolve_image(template).await?.id;
+                spec.image = self.resolve_image(&template).await?.id;
                 self.registry.create(tenant, spec, request.reuse, lasting, once).await?
             }
         };
@@ -470,10 +472,11 @@ impl Service {
     }
 
     /// What a session would be, but for its image.
-    fn specify(&self, who: &Principal, request: &SessionRequest) -> Result<(&Template, SessionSpec), Error> {
-        let name = request.template.as_ref().unwrap_or(&self.default_template);
-        let template = self.templates.get(name).filter(|template| who.admits(&template.name)).ok_or_else(|| {
-            let known = self.templates.keys().filter(|name| who.admits(name));
+    fn specify(&self, who: &Principal, request: &SessionRequest) -> Result<(Template, SessionSpec), Error> {
+        let choice = self.offer.now();
+        let name = request.template.as_ref().unwrap_or(&choice.default);
+        let template = choice.templates.get(name).filter(|template| who.admits(&template.name)).ok_or_else(|| {
+            let known = choice.templates.keys().filter(|name| who.admits(name));
             let known = known.map(|t| format!("\"{t}\"")).collect::<Vec<_>>().join(", ");
             let message = match request.template {
                 Some(_) => format!("there is no template of that name; there are {known}"),
@@ -481,7 +484,7 @@ impl Service {
             };
             Error::SpecRejected(vec![FieldError::new("/template", message)])
         })?;
-        Ok((template, spec::resolve(template, request).map_err(Error::SpecRejected)?))
+        Ok((template.clone(), spec::resolve(template, request).map_err(Error::SpecRejected)?))
     }
 
     async fn resolve_image(&self, template: &Template) -> Result<ImageInfo, Error> {
@@ -1023,10 +1026,12 @@ impl Service {
 
     /// The templates that a key allows, each with what the engine knows of its image.
     pub async fn templates(&self, who: &Principal) -> Vec<TemplateView> {
-        let looks = self.templates.values().filter(|template| who.admits(&template.name)).map(|template| async move {
-            let image = self.engine.resolve_image(&template.image, Pull::Never).await.ok();
-            TemplateView { template: template.clone(), image }
-        });
+        let choice = self.offer.now();
+        let looks =
+            choice.templates.values().filter(|template| who.admits(&template.name)).map(|template| async move {
+                let image = self.engine.resolve_image(&template.image, Pull::Never).await.ok();
+                TemplateView { template: template.clone(), image }
+            });
         futures_util::future::join_all(looks).await
     }
 
@@ -1050,8 +1055,8 @@ impl Service {
 
     /// The template that is used when none is named.
     #[must_use]
-    pub fn default_template(&self) -> &str {
-        &self.default_template
+    pub fn default_template(&self) -> String {
+        self.offer.now().default.clone()
     }
 
     /// Whether new work is accepted and the engine answers.

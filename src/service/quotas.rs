@@ -4,7 +4,7 @@
 //! over its guest from telling less.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
@@ -22,7 +22,7 @@ pub(super) const LATER: Duration = Duration::from_secs(5);
 /// All tenants' quotas, and what they have used of them.
 #[derive(Debug, Default)]
 pub struct Quotas {
-    table: QuotaTable,
+    table: RwLock<QuotaTable>,
     state: Option<State>,
     accounts: Mutex<HashMap<Arc<str>, Account>>,
 }
@@ -124,13 +124,18 @@ impl Quotas {
     pub fn new(table: QuotaTable, state: Option<State>, kept: Vec<UsageRecord>) -> Self {
         let account =
             |record: UsageRecord| (record.tenant, Account { cpu: (record.day, record.cpu), ..Account::default() });
-        Self { table, state, accounts: Mutex::new(kept.into_iter().map(account).collect()) }
+        Self { table: RwLock::new(table), state, accounts: Mutex::new(kept.into_iter().map(account).collect()) }
     }
 
     /// A tenant's quotas.
     #[must_use]
     pub fn of(&self, tenant: &str) -> Quota {
-        self.table.of(tenant)
+        self.table.read().unwrap_or_else(PoisonError::into_inner).of(tenant)
+    }
+
+    /// Holds tenants to other quotas from now on.
+    pub fn change(&self, table: QuotaTable) {
+        *self.table.write().unwrap_or_else(PoisonError::into_inner) = table;
     }
 
     /// Counts a request. Says what is left, where there is a limit.
@@ -150,7 +155,7 @@ impl Quotas {
     /// # Errors
     /// [`Error::OverQuota`].
     pub(super) fn check_execution(&self, tenant: &Arc<str>, stored: u64, now: Timestamp) -> Result<(), Error> {
-        self.accounts().entry(Arc::clone(tenant)).or_default().check(self.table.of(tenant), stored, now)
+        self.accounts().entry(Arc::clone(tenant)).or_default().check(self.of(tenant), stored, now)
     }
 
     /// Counts an execution, if it may be accepted.
@@ -165,7 +170,7 @@ impl Quotas {
     ) -> Result<Running, Error> {
         let mut accounts = self.accounts();
         let account = accounts.entry(Arc::clone(tenant)).or_default();
-        account.check(self.table.of(tenant), stored, now)?;
+        account.check(self.of(tenant), stored, now)?;
         account.executions += 1;
         Ok(Running { quotas: Arc::clone(self), tenant: Arc::clone(tenant) })
     }

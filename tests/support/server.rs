@@ -15,7 +15,7 @@ use bollard::Docker;
 use bollard::query_parameters::{
     ListContainersOptionsBuilder, ListVolumesOptionsBuilder, RemoveContainerOptionsBuilder, RemoveVolumeOptionsBuilder,
 };
-use cellblock::app::{self, Plane, Stop};
+use cellblock::app::{self, Plane, Process, Stop};
 use cellblock::config::{self, Config, Drain, DrainContainers, Environment, Inputs};
 use cellblock::http::door::{Door, Tries};
 use cellblock::http::{self, App, Bounds};
@@ -120,7 +120,7 @@ impl Server {
             let ready = |address| {
                 let _ = address_in.send(address);
             };
-            let served = app::serve(&serving, told, None, ready).await;
+            let served = app::serve(&serving, Process { stop: told, ..Process::default() }, ready).await;
             let _ = ended_in.send(served.map_err(|e| e.to_string()));
         });
         let Ok(address) = address.await else {

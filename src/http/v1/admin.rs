@@ -9,7 +9,7 @@ use utoipa::ToSchema;
 use crate::http::App;
 use crate::http::extract::{Answer, Body, Caller, Params};
 use crate::http::problem::Problem;
-use crate::service::admin::Draining;
+use crate::service::admin::{Changed, Draining};
 use crate::session::reconcile::Report;
 use crate::session::registry::AfterDrain;
 
@@ -127,6 +127,47 @@ pub async fn drain_server(
     params.only(&[])?;
     let draining = app.service.drain(&who)?;
     Ok((StatusCode::ACCEPTED, Answer(DrainView::from(draining))).into_response())
+}
+
+/// A value of the configuration that is another now.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct ChangeView {
+    /// Its key, such as `limits.sessions`.
+    key: String,
+    /// As TOML; nothing where there was no such key.
+    before: Option<String>,
+    /// As TOML; nothing where there is no such key any more.
+    after: Option<String>,
+}
+
+/// What a server has taken over.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct ReloadView {
+    /// In the order of their keys.
+    changes: Vec<ChangeView>,
+}
+
+impl From<Changed> for ChangeView {
+    fn from(Changed { key, before, after }: Changed) -> Self {
+        Self { key, before, after }
+    }
+}
+
+/// Read the configuration again
+///
+/// The same as SIGHUP: limits, templates with their pools, quotas and the log's level are taken over, all that is different or, where something is wrong or needs a
+/// restart, nothing (`config-rejected`, with a line for each). Sessions that are there keep what they have. Needs the scope `admin`.
+#[utoipa::path(post, path = "/v1/admin/reload", operation_id = "reload_server", tag = "admin",
+    responses((status = 200, body = ReloadView), (status = "4XX", body = Problem)))]
+pub async fn reload_server(
+    State(app): State<App>,
+    Caller(who): Caller,
+    params: Params,
+    Body(Nothing {}): Body<Nothing>,
+) -> Result<Answer<ReloadView>, Problem> {
+    params.only(&[])?;
+    let changes = app.service.reload(&who).await?;
+    Ok(Answer(ReloadView { changes: changes.into_iter().map(ChangeView::from).collect() }))
 }
 
 /// Compare the engine with the sessions now

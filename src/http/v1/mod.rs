@@ -58,4 +58,5 @@ pub fn routes() -> OpenApiRouter<App> {
         .routes(routes!(admin::get_log_level, admin::set_log_level))
         .routes(routes!(admin::drain_server))
         .routes(routes!(admin::reconcile_server))
+        .routes(routes!(admin::reload_server))
 }

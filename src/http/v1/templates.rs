@@ -101,6 +101,6 @@ pub async fn list_templates(
 ) -> Result<Answer<TemplateList>, Problem> {
     params.only(&[])?;
     let default = app.service.default_template();
-    let templates = app.service.templates(&who).await.into_iter().map(|t| TemplateView::of(t, default)).collect();
+    let templates = app.service.templates(&who).await.into_iter().map(|t| TemplateView::of(t, &default)).collect();
     Ok(Answer(TemplateList { templates }))
 }
