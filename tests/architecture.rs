@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use syn::visit::Visit;
 
 /// Each top module and the others it may use. Lower layers only; what stands beside each other stays apart.
-const LAYERS: [(&str, &[&str]); 16] = [
+const LAYERS: [(&str, &[&str]); 17] = [
     ("domain", &[]),
     ("task", &[]),
     ("json", &[]),
@@ -23,7 +23,8 @@ const LAYERS: [(&str, &[&str]); 16] = [
     ("tuning", &["domain", "config", "service", "session"]),
     ("app", &["domain", "task", "metrics", "config", "engine", "http", "service", "session", "store", "tuning"]),
     ("run", &["domain", "cli", "config", "app", "http", "service", "session"]),
-    ("main", &["task", "cli", "config", "app", "run", "http", "service"]),
+    ("doctor", &["domain", "cli", "config", "engine", "store", "app", "run"]),
+    ("main", &["task", "cli", "config", "app", "run", "doctor", "http", "service"]),
 ];
 
 /// Crates that only some modules may name. Paths are prefixes of a file's module path.
