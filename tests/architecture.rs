@@ -7,34 +7,42 @@ use std::path::{Path, PathBuf};
 use syn::visit::Visit;
 
 /// Each top module and the others it may use. Lower layers only; what stands beside each other stays apart.
-const LAYERS: [(&str, &[&str]); 16] = [
+const LAYERS: [(&str, &[&str]); 17] = [
     ("domain", &[]),
     ("task", &[]),
     ("json", &[]),
     ("metrics", &["domain"]),
+    ("traces", &["domain", "task", "metrics"]),
     ("engine", &["domain", "task", "metrics"]),
     ("kernel", &["domain", "json", "task"]),
     ("store", &["domain", "json", "metrics"]),
-    ("session", &["domain", "task", "metrics", "engine", "kernel", "store"]),
-    ("service", &["domain", "task", "metrics", "engine", "kernel", "session", "store"]),
-    ("http", &["domain", "metrics", "session", "service"]),
+    ("session", &["domain", "task", "metrics", "traces", "engine", "kernel", "store"]),
+    ("service", &["domain", "task", "metrics", "traces", "engine", "kernel", "session", "store"]),
+    ("http", &["domain", "metrics", "traces", "session", "service"]),
     ("config", &["domain"]),
     ("cli", &["domain", "config"]),
     ("tuning", &["domain", "config", "service", "session"]),
-    ("app", &["domain", "task", "metrics", "config", "engine", "http", "service", "session", "store", "tuning"]),
+    (
+        "app",
+        &["domain", "task", "metrics", "traces", "config", "engine", "http", "service", "session", "store", "tuning"],
+    ),
     ("run", &["domain", "cli", "config", "app", "http", "service", "session"]),
     ("main", &["task", "cli", "config", "app", "run", "http", "service"]),
 ];
 
 /// Crates that only some modules may name. Paths are prefixes of a file's module path.
-const CRATES: [(&str, &[&str]); 10] = [
+const CRATES: [(&str, &[&str]); 14] = [
     ("bollard", &["engine/docker", "engine/lockdown"]),
     ("tar", &["engine/docker"]),
     ("docker_credential", &["engine/docker"]),
     ("prometheus", &["metrics"]),
     ("axum", &["http"]),
     ("utoipa", &["http"]),
-    ("reqwest", &["cli"]),
+    ("opentelemetry", &["traces"]),
+    ("opentelemetry_sdk", &["traces"]),
+    ("opentelemetry_proto", &["traces"]),
+    ("prost", &["traces"]),
+    ("reqwest", &["cli", "traces"]),
     ("clap", &["cli", "main"]),
     ("toml", &["config"]),
     ("hyper", &["kernel", "service", "run", "task", "engine/docker"]),
