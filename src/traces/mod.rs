@@ -271,3 +271,65 @@ impl Trace {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SAMPLED: &str = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
+
+    /// With a collector that is not there: what is sent to it counts as dropped.
+    fn traces(sample_ratio: f64, queue: usize) -> Traces {
+        let settings = Settings {
+            endpoint: "http://127.0.0.1:1".to_owned(),
+            headers: String::new(),
+            sample_ratio,
+            service_name: "cells".to_owned(),
+            instance: "default".to_owned(),
+            server: SocketAddr::from(([127, 0, 0, 1], 8080)),
+            timeout: Duration::from_secs(1),
+            queue,
+        };
+        Traces::start(settings, Metrics::new()).unwrap()
+    }
+
+    fn request_in(trace: &Trace) {
+        trace.request_ended(&Requested {
+            method: "GET",
+            route: None,
+            status: Some(200),
+            problem: None,
+            took: Duration::ZERO,
+            session: None,
+            execution: None,
+        });
+    }
+
+    #[tokio::test]
+    async fn a_collector_that_is_gone_costs_the_spans_only() {
+        let traces = traces(1.0, 2);
+        // Nobody takes from the queue before this test waits.
+        (0..5).for_each(|_| request_in(&traces.begin(None, None)));
+        assert_eq!(traces.0.metrics.dropped_trace_spans(), 3);
+        traces.end().await;
+        assert_eq!(traces.0.metrics.dropped_trace_spans(), 5);
+        request_in(&traces.begin(None, None));
+        assert_eq!(traces.0.metrics.dropped_trace_spans(), 6, "it is closed");
+    }
+
+    #[tokio::test]
+    async fn a_caller_says_whether_its_trace_is_sampled_and_the_ratio_says_it_of_others() {
+        for (ratio, others) in [(0.0, 0), (1.0, 1)] {
+            for (traceparent, expected) in
+                [(None, others), (Some(SAMPLED), 1), (Some(&*SAMPLED.replace("-01", "-00")), 0)]
+            {
+                let traces = traces(ratio, 2);
+                let trace = traces.begin(traceparent, None);
+                assert_eq!(trace.id().to_string() == SAMPLED[3..35], traceparent.is_some());
+                request_in(&trace);
+                traces.end().await;
+                assert_eq!(traces.0.metrics.dropped_trace_spans(), expected, "{ratio} {traceparent:?}");
+            }
+        }
+    }
+}
