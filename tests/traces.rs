@@ -186,11 +186,11 @@ async fn an_execution_is_one_trace_from_its_caller_to_the_kernel() {
     std::fs::write(&secrets, format!("Authorization: {SECRET}\n")).unwrap();
     std::fs::set_permissions(&secrets, std::fs::Permissions::from_mode(0o600)).unwrap();
     let settings = format!(
-        "log.format = \"json\"\n[traces]\nendpoint = \"http://{}/\"\nservice_name = \"cells\"\nheaders_file = {:?}\n",
+        "log.format = \"json\"\n{SETTINGS}\n[traces]\nendpoint = \"http://{}/\"\nservice_name = \"cells\"\nheaders_file = {:?}\n",
         collector.address,
         secrets.path(),
     );
-    let (server, _) = Server::spawn(&format!("{SETTINGS}\n{settings}")).await;
+    let (server, _) = Server::spawn(&settings).await;
     let cell = server.create(json!({})).await;
 
     runs_to_its_end(&cell, &collector).await;
@@ -232,7 +232,7 @@ async fn goes_on_in_the_background(cell: &Cell, collector: &Collector) {
     let asks = text(&execute(cell, &first, body).await["id"]);
     let waits = text(&execute(cell, &second, json!({"code": "1", "background": true})).await["id"]);
     let cancelled = text(&execute(cell, &third, json!({"code": "1", "background": true})).await["id"]);
-    assert_eq!(cell.server.delete(&format!("/v1/executions/{cancelled}")).await.status / 100, 2);
+    assert_eq!(cell.server.post(&format!("/v1/executions/{cancelled}/cancel"), &Value::Null).await.status / 100, 2);
     cell.server.follow(&asks, 0).await.until("input.requested").await;
     let answer = json!({"text": MARK});
     assert_eq!(cell.server.post(&format!("/v1/executions/{asks}/input"), &answer).await.status / 100, 2);
@@ -250,15 +250,18 @@ async fn goes_on_in_the_background(cell: &Cell, collector: &Collector) {
 
 async fn goes_on_when_its_caller_leaves(cell: &Cell, collector: &Collector) {
     let (id, traceparent) = caller(5);
-    let asks = json!({"code": "input()", "stdin": "interactive"});
     let request = cell.server.request(Method::POST, &cell.path("/executions")).header("traceparent", traceparent);
-    let request = request.header("accept", "application/x-ndjson").header("x-request-id", "left").json(&asks);
-    let mut follow = cell.server.events_of(request).await;
-    let execution = text(&follow.until("input.requested").await.data["execution_id"]);
-    drop(follow);
-    let answer = json!({"text": "x"});
-    assert_eq!(cell.server.post(&format!("/v1/executions/{execution}/input"), &answer).await.status / 100, 2);
-    collector.trace(&id, 4).await.of_execution(&["queue", "link", "kernel"], cell, &execution, "ok");
+    let request = request.json(&json!({"code": "import time\ntime.sleep(600)"}));
+    tokio::select! {
+        reply = cell.server.send(request) => panic!("{}", reply.text),
+        _ = cell.wait("busy") => {}
+    }
+    assert_eq!(attribute(collector.trace(&id, 1).await.request(), "http.response.status_code"), "");
+    assert_eq!(cell.server.post(&cell.path("/interrupt"), &Value::Null).await.status / 100, 2);
+    let trace = collector.trace(&id, 4).await;
+    let execution = attribute(trace.span("kernel"), "cellblock.execution.id");
+    trace.of_execution(&["queue", "link", "kernel"], cell, &execution, "error");
+    assert!(trace.span("kernel").end_time_unix_nano > trace.request().end_time_unix_nano, "{trace:#?}");
 }
 
 async fn fails(cell: &Cell, collector: &Collector) {
