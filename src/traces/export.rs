@@ -153,7 +153,8 @@ mod tests {
     #[test]
     fn headers_are_read_and_kept_out_of_what_is_printed() {
         let headers = read_headers("Authorization: Bearer s3cret\n\nx-tenant:a:b\n").unwrap();
-        assert_eq!((headers["authorization"].as_bytes(), &headers["x-tenant"]), (&b"Bearer s3cret"[..], "a:b"));
+        assert_eq!(headers["authorization"], "Bearer s3cret");
+        assert_eq!(headers["x-tenant"], "a:b");
         assert!(!format!("{headers:?}").contains("s3cret"));
     }
 
