@@ -10,7 +10,7 @@ use tokio::net::TcpListener;
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
-use crate::config::{Config, DrainContainers, Inputs, KeySection, Loaded, PullPolicy};
+use crate::config::{self, Config, DrainContainers, Inputs, KeySection, Loaded, PullPolicy};
 use crate::domain::ids::InstallationId;
 use crate::domain::quota::QuotaTable;
 use crate::domain::spec::Template;
@@ -18,8 +18,8 @@ use crate::engine::docker::{DockerEngine, DockerSettings, GuestFile};
 use crate::engine::guard::{self, BindError, Guard, GuardEngine, Permitted, Policy};
 use crate::engine::metered::Metered;
 use crate::engine::{Engine, EngineError, Pull};
-use crate::http::door::{Door, Tries};
-use crate::http::{self, App};
+use crate::http;
+use crate::http::tls::TlsError;
 use crate::metrics::Metrics;
 use crate::service::Service;
 use crate::service::admin::{Admin, Reload};
@@ -37,6 +37,8 @@ use crate::store::{Archive, ArchiveLimits, installation};
 use crate::task;
 use crate::traces::{self, Traces};
 use crate::tuning::{self, Reloader, ceilings, limits, pool_plans, settings};
+
+pub mod front;
 
 /// Containers are gone within this time at an orderly end, or are left to the next start.
 const DRAIN_REMOVAL: Duration = Duration::from_secs(30);
@@ -112,6 +114,9 @@ pub enum StartError {
         /// Why.
         reason: KeyError,
     },
+    /// TLS can't be spoken.
+    #[error("TLS can't be spoken with server.tls_cert_file and server.tls_key_file: {0}")]
+    Tls(#[from] TlsError),
     /// What is kept in the data folder can't be used.
     #[error("notebooks and blobs can't be kept in the data folder {}: {source}", path.display())]
     Archive {
@@ -358,6 +363,7 @@ pub async fn serve(config: &Config, process: Process, ready: impl FnOnce(SocketA
     // Bound first: a second server finds out before it touches the engine.
     let listener = TcpListener::bind(address).await.map_err(listen_error)?;
     let local = listener.local_addr().map_err(listen_error)?;
+    let connections = front::connections(config)?;
     let admin = admin_listener(config).await?;
     let keys = configured_keys(config)?;
     let _lock = lock(&config.server.data_dir)?;
@@ -366,16 +372,7 @@ pub async fn serve(config: &Config, process: Process, ready: impl FnOnce(SocketA
         let name = key.name.clone();
         plane.keys.add(key).map_err(|reason| StartError::ConfiguredKey { name, reason })?;
     }
-    let tries = Tries { most: config.auth.failures, within: config.auth.failure_window };
-    let app = App {
-        service: Arc::clone(&plane.service),
-        door: Arc::new(Door::new(Arc::clone(&plane.keys), tries)),
-        instance: Arc::from(config.engine.instance.as_str()),
-        bounds: http::Bounds {
-            body: usize::try_from(config.server.max_body).unwrap_or(usize::MAX),
-            body_time: config.server.request_timeout,
-        },
-    };
+    let app = front::app(config, &plane);
     ready(local);
     let closing = CancellationToken::new();
     let (service, closed) = (Arc::clone(&plane.service), closing.clone());
@@ -390,9 +387,9 @@ pub async fn serve(config: &Config, process: Process, ready: impl FnOnce(SocketA
         let _ = closed.run_until_cancelled(asked).await;
     });
     if let Some(admin) = admin {
-        task::spawn("admin listener", http::admin::serve(admin, app.clone(), closing.clone()));
+        task::spawn("admin listener", http::admin::serve(admin, app.clone(), connections.plain(), closing.clone()));
     }
-    let door = http::serve(listener, app, closing.clone());
+    let door = http::serve(listener, app, connections, closing.clone());
     let (operator, traces) = (plane.drain.clone(), plane.service.traces().cloned());
     let drain = async {
         tokio::select! {
@@ -409,14 +406,14 @@ pub async fn serve(config: &Config, process: Process, ready: impl FnOnce(SocketA
         // A connection that neither ends nor reads must not keep the process.
         tokio::time::sleep(LAST_ANSWERS).await;
     };
-    let served = tokio::select! {
-        served = door => served.map_err(listen_error),
-        () = drain => Ok(()),
-    };
+    tokio::select! {
+        () = door => {}
+        () = drain => {}
+    }
     if let Some(traces) = traces {
         traces.end().await;
     }
-    served
+    Ok(())
 }
 
 /// Reads the configuration again for somebody who reads the log.
@@ -456,7 +453,7 @@ pub fn backup(config: &Config, to: &Path) -> Result<(), StartError> {
 ///
 /// # Errors
 /// See [`StartError`].
-pub async fn guard(config: &Config, stop: Stop, ready: impl FnOnce(&Path)) -> Result<(), StartError> {
+pub async fn guard(config: &Config, process: Process, ready: impl FnOnce(&Path)) -> Result<(), StartError> {
     if config.engine.guard().is_some() {
         return Err(StartError::GuardOfGuard { host: config.engine.host.clone() });
     }
@@ -467,10 +464,41 @@ pub async fn guard(config: &Config, stop: Stop, ready: impl FnOnce(&Path)) -> Re
     // Listened on first: a second guard finds out before it touches the engine.
     let listener = guard::bind(socket, users.iter().any(|user| *user != own)).await?;
     let engine: Arc<dyn Engine> = Arc::new(connect_docker(config).await?);
-    let guard = Guard::new(engine, policy(config)).await.map_err(|e| engine_error(config, e))?;
+    let guard = Arc::new(Guard::new(engine, policy(config)).await.map_err(|e| engine_error(config, e))?);
     ready(socket);
-    Arc::new(guard).serve(listener, users, stop.asked).await;
-    Ok(())
+    let Process { stop, read, reload, .. } = process;
+    let told = Arc::clone(&guard);
+    let serving = guard.serve(listener, users, stop.asked);
+    let changing = async {
+        let Some((inputs, mut loaded)) = read else { return std::future::pending().await };
+        loop {
+            reload.notified().await;
+            change_guard(&told, &inputs, &mut loaded).await;
+        }
+    };
+    tokio::select! {
+        () = serving => Ok(()),
+        () = changing => Ok(()),
+    }
+}
+
+/// Reads the configuration again, and takes over what a guard can: all of it, or nothing.
+async fn change_guard(guard: &Guard, inputs: &Inputs, loaded: &mut Loaded) {
+    let again = inputs.clone();
+    let later = match task::blocking(move || config::load(&again)).await {
+        Some(Ok(later)) => later,
+        Some(Err(mistakes)) => return tracing::error!("nothing has changed: {mistakes}"),
+        None => return,
+    };
+    let fixed = |config: &Config| (config.engine.clone(), config.guard.socket.clone(), config.guard.user);
+    if fixed(&later.config) != fixed(&loaded.config) {
+        return tracing::error!(
+            "nothing has changed: engine.*, guard.socket and guard.user need a restart of the guard"
+        );
+    }
+    loaded.changes(&later).iter().for_each(|change| tracing::info!(%change, "the configuration has changed"));
+    guard.change(policy(&later.config)).await;
+    *loaded = later;
 }
 
 /// Asks the guard of this machine whether it and its engine answer.
@@ -653,6 +681,7 @@ fn traces(config: &Config, metrics: &Metrics) -> Result<Option<Traces>, StartErr
         service_name: section.service_name.clone(),
         instance: config.engine.instance.clone(),
         server: config.server.listen,
+        is_tls: config.server.tls_cert_file.is_some(),
         timeout: section.timeout,
         queue: usize::try_from(section.queue).unwrap_or(usize::MAX),
     };

@@ -33,10 +33,13 @@ async fn main() -> ExitCode {
                 Err(code) => code,
             }
         }
-        Command::Guard(args) => match load(&args.inputs(&environment)) {
-            Ok(config) => guard(&config, args.check).await,
-            Err(code) => code,
-        },
+        Command::Guard(args) => {
+            let inputs = args.inputs(&environment);
+            match read(&inputs) {
+                Ok(loaded) => guard(inputs, loaded, args.check).await,
+                Err(code) => code,
+            }
+        }
         Command::Run(args) => match load(&args.config.inputs(&environment)) {
             Ok(config) => run_once(args, cli.json, config).await,
             Err(code) => code,
@@ -81,21 +84,23 @@ async fn serve(inputs: Inputs, loaded: Loaded) -> u8 {
     exit_code(app::serve(&config, process, ready).await)
 }
 
-async fn guard(config: &Config, check: bool) -> u8 {
+async fn guard(inputs: Inputs, loaded: Loaded, check: bool) -> u8 {
+    let config = loaded.config.clone();
     if check {
-        return exit_code(app::check_guard(config).await);
+        return exit_code(app::check_guard(&config).await);
     }
     if let Err(error) = start_log(&config.log) {
         eprintln!("cellblock: {error}");
         return BAD_CONFIG;
     }
-    let stop = app::Stop::default();
-    listen_to_signals(stop.clone());
+    let process = app::Process { read: Some((inputs, loaded)), ..app::Process::default() };
+    listen_to_signals(process.stop.clone());
+    listen_to_hangups(Arc::clone(&process.reload));
     let ready = |socket: &Path| {
         let (socket, instance) = (socket.display(), &config.engine.instance);
         tracing::info!(%socket, instance, version = env!("CARGO_PKG_VERSION"), "guarding the engine");
     };
-    exit_code(app::guard(config, stop, ready).await)
+    exit_code(app::guard(&config, process, ready).await)
 }
 
 async fn run_once(args: &cli::RunArgs, json: bool, config: Config) -> u8 {

@@ -517,7 +517,7 @@ async fn a_whole_server_works_through_a_guard_that_may_be_killed() {
     let sockets = tempfile::tempdir().unwrap();
     let socket = sockets.path().join("guard.sock");
     let settings = format!(
-        "[engine]\nhost = \"guard://{}\"\n[templates.small]\nimage = \"{IMAGE}\"\n[templates.small.default]\n\
+        "default_template = \"small\"\n[engine]\nhost = \"guard://{}\"\n[templates.data]\nenabled = false\n[templates.small]\nimage = \"{IMAGE}\"\n[templates.small.default]\n\
          memory = \"160MiB\"\ndisk = \"16MiB\"\ntmp = \"16MiB\"\n",
         socket.display()
     );
@@ -550,7 +550,7 @@ async fn a_whole_server_works_through_a_guard_that_may_be_killed() {
     second.post("/v1/sessions", &json!({"template": "small"})).await.problem(503, "engine-unavailable");
     assert_eq!(second.get("/readyz").await.status, 503);
     assert_eq!(second.get("/livez").await.status, 200);
-    let _guard = Program::start(folder.path(), &socket).await;
+    let guard = Program::start(folder.path(), &socket).await;
     until("the server is ready again", async || second.get("/readyz").await.status == 200).await;
     let next = second.create(json!({"template": "small"})).await;
     assert_eq!(next.value("6 * 7").await, "42");
@@ -558,6 +558,24 @@ async fn a_whole_server_works_through_a_guard_that_may_be_killed() {
     // A session whose link the guard held is linked again.
     assert_eq!(cell.value("x + 2").await, "43");
     cell.delete().await;
+
+    // An operator offers another image: to the server, which the guard does not believe, and then to the guard.
+    let offered = settings.replace("enabled = false", "enabled = true");
+    std::fs::write(folder.path().join("test.toml"), offered).unwrap();
+    assert_eq!(second.post("/v1/admin/reload", &Value::Null).await.status, 200);
+    let asked = json!({"template": "data", "resources": {"memory_mb": 512}});
+    let refused = second.post("/v1/sessions", &asked).await;
+    assert_eq!(refused.status, 422, "{}", refused.text);
+    refused.is_a_problem();
+    assert!(Command::new("kill").args(["-HUP", &guard.0.id().to_string()]).status().unwrap().success());
+    until("the guard permits it", async || {
+        let made = second.post("/v1/sessions", &asked).await;
+        if made.status == 201 {
+            second.delete(&format!("/v1/sessions/{}", server::text(&made.json["id"]))).await;
+        }
+        made.status == 201
+    })
+    .await;
     until("no container is left", async || second.containers("").await.is_empty()).await;
     second.finish().await.unwrap_or_else(|left| panic!("{left}"));
 }

@@ -971,6 +971,18 @@ async fn what_is_said_again_is_done_once() {
     assert_eq!(bench.run(&session, "hello", 5.0).await.outcome().execution_count, Some(1));
 }
 
+/// Code that ends its kernel while nobody hears of it has run, and does not run again in the next one.
+#[tokio::test]
+async fn code_that_was_perhaps_heard_is_not_given_to_another_kernel() {
+    let bench = Bench::new();
+    let session = bench.create().await.unwrap();
+    bench.engine.lose_answers(&cell_of(&session), 1);
+    let execution = bench.run(&session, "die", 5.0).await;
+    assert_eq!((execution.status(), bench.engine.answers_to_lose(&cell_of(&session))), (Status::KernelDied, 0));
+    assert_eq!(bench.run(&session, "hello", 5.0).await.outcome().execution_count, Some(1));
+    assert_eq!(bench.engine.kernels_started(), 2);
+}
+
 #[tokio::test]
 async fn an_engine_that_stays_away_for_longer_than_a_lease_has_lost_its_sessions() {
     let bench = Bench::with(|settings, _| settings.orphan_timeout = Duration::from_secs(2));

@@ -65,10 +65,13 @@ impl Checker<'_> {
         let server = &document.server;
         let (listen, keys) = (server.listen, "server.listen");
         if !listen.ip().is_loopback() {
-            self.require(server.allow_plain_http, &[keys, "server.allow_plain_http"], || {
+            let is_private =
+                server.allow_plain_http || server.tls_cert_file.is_some() || !server.trusted_proxies.is_empty();
+            self.require(is_private, &[keys, "server.allow_plain_http", "server.tls_cert_file", "server.trusted_proxies"], || {
                 format!(
                     "{listen} is reachable from other machines, over HTTP without TLS: keys and code could be read on \
-                     the way. Listen on loopback (127.0.0.1:{0}) behind a proxy that ends TLS, or accept it with \
+                     the way. Set server.tls_cert_file and server.tls_key_file, name the proxies that end TLS in \
+                     server.trusted_proxies, listen on loopback (127.0.0.1:{0}), or accept it with \
                      server.allow_plain_http = true",
                     listen.port()
                 )
@@ -89,6 +92,51 @@ impl Checker<'_> {
             "allowed are 4KiB to 64MiB".to_owned()
         });
         self.positive(server.request_timeout, "server.request_timeout");
+        self.connections(document);
+        self.callers(document);
+    }
+
+    fn connections(&mut self, document: &Document) {
+        let server = &document.server;
+        self.require(
+            server.tls_cert_file.is_some() == server.tls_key_file.is_some(),
+            &["server.tls_cert_file", "server.tls_key_file"],
+            || {
+                "a certificate and its key go together: set both server.tls_cert_file and server.tls_key_file, or none"
+                    .to_owned()
+            },
+        );
+        self.require((1..=1_000_000).contains(&server.connections), &["server.connections"], || {
+            format!("{} is not within 1 to 1000000", server.connections)
+        });
+        let of_one = server.connections_per_address;
+        self.require(
+            (1..=server.connections).contains(&of_one),
+            &["server.connections_per_address", "server.connections"],
+            || format!("{of_one} is not within 1 to server.connections, {}", server.connections),
+        );
+        self.positive(server.header_timeout, "server.header_timeout");
+        self.positive(server.write_timeout, "server.write_timeout");
+        self.require((8192..=MIB).contains(&server.max_header), &["server.max_header"], || {
+            "allowed are 8KiB to 1MiB".to_owned()
+        });
+    }
+
+    fn callers(&mut self, document: &Document) {
+        let server = &document.server;
+        if let Some(all) = server.trusted_proxies.iter().find(|network| network.prefix_len() == 0) {
+            self.require(false, &["server.trusted_proxies"], || {
+                format!("{all} is everybody, and whoever is trusted can give any address as its own: name the proxies")
+            });
+        }
+        if let Some(wrong) = server.cors_origins.iter().find(|origin| !is_origin(origin)) {
+            self.require(false, &["server.cors_origins"], || {
+                format!(
+                    "{wrong:?} is not an origin as browsers write it, such as \"https://app.example.com\" or \
+                     \"http://localhost:3000\": scheme and host in lower case, a port if it is not the usual one, no path"
+                )
+            });
+        }
     }
 
     fn keys(&mut self, document: &Document) {
@@ -512,6 +560,16 @@ pub fn check_log_level(level: &str) -> Result<(), String> {
 fn is_label(text: &str, longest: usize) -> bool {
     let inner = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-';
     (1..=longest).contains(&text.len()) && text.bytes().all(inner) && !text.starts_with('-') && !text.ends_with('-')
+}
+
+/// Whether a text is an origin as browsers write it.
+fn is_origin(text: &str) -> bool {
+    let Some((scheme, host)) = text.split_once("://") else { return false };
+    let inner = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b"-._:[]".contains(&b);
+    !scheme.is_empty()
+        && scheme.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b"+-.".contains(&b))
+        && !host.is_empty()
+        && host.bytes().all(inner)
 }
 
 fn is_directive(directive: &str) -> bool {

@@ -141,7 +141,12 @@ pub(super) fn conventional(environment: &Environment) -> Vec<Entry> {
     let over_tcp = environment.get("DOCKER_HOST").is_some_and(|host| !host.starts_with("unix:"));
     let certificates = || named("DOCKER_CERT_PATH", "").or_else(|| in_home("HOME", ".docker"));
     let found = [
-        ("engine.host", named("DOCKER_HOST", "").or_else(|| Some((String::new(), DEFAULT_SOCKET.to_owned())))),
+        (
+            "engine.host",
+            named("DOCKER_HOST", "")
+                .or_else(|| rootless_socket(environment, Path::new(DEFAULT_SOCKET)))
+                .or_else(default_socket),
+        ),
         ("engine.tls_cert_dir", (verified && over_tcp).then(certificates).flatten()),
         ("engine.docker_config", named("DOCKER_CONFIG", "").or_else(|| in_home("HOME", ".docker"))),
         ("server.data_dir", named("XDG_DATA_HOME", "/cellblock").or_else(|| in_home("HOME", ".local/share/cellblock"))),
@@ -168,7 +173,18 @@ pub(super) fn drop_foreign_certificates(leaves: &mut Leaves) {
     }
 }
 
-const DEFAULT_SOCKET: &str = "unix:///var/run/docker.sock";
+const DEFAULT_SOCKET: &str = "/var/run/docker.sock";
+
+fn default_socket() -> Option<(String, String)> {
+    Some((String::new(), format!("unix://{DEFAULT_SOCKET}")))
+}
+
+/// The socket of an engine that this user runs without root, where the machine has not the usual one.
+pub(super) fn rootless_socket(environment: &Environment, usual: &Path) -> Option<(String, String)> {
+    let socket = format!("{}/docker.sock", environment.get("XDG_RUNTIME_DIR")?);
+    let is_meant = !usual.exists() && Path::new(&socket).exists();
+    is_meant.then(|| ("XDG_RUNTIME_DIR".to_owned(), format!("unix://{socket}")))
+}
 
 /// The entries of `CELLBLOCK__SECTION__KEY` and `CELLBLOCK__SECTION__KEY_FILE`.
 pub(super) fn read_environment(environment: &Environment, schema: &Schema) -> (Vec<Entry>, Vec<Mistake>) {

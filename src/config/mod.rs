@@ -27,8 +27,8 @@ pub use change::Change;
 pub use check::check_log_level;
 pub use environment::Environment;
 pub use sections::{
-    Audit, Auth, Drain, DrainContainers, EngineSection, Executions, GuardSection, Guest, KeySection, Limits, Log,
-    LogFormat, PullPolicy, Server, Traces,
+    Audit, Auth, Drain, DrainContainers, EngineSection, Executions, ForwardedHeader, GuardSection, Guest, KeySection,
+    Limits, Log, LogFormat, PullPolicy, Server, Traces,
 };
 pub use source::{Mistake, Mistakes, Source};
 pub use units::{parse_duration, parse_size};

@@ -6,11 +6,13 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use ipnet::IpNet;
 use jiff::Timestamp;
 use serde::Deserialize;
 
 use super::units::{
-    address, duration, key_hash, moment, optional_address, optional_number, optional_path, scopes, size,
+    address, duration, key_hash, moment, networks, optional_address, optional_number, optional_path, scopes, size,
+    texts,
 };
 use crate::domain::access::{KeyHash, Scope};
 use crate::domain::quota::{Quota, Rate, Share};
@@ -59,6 +61,33 @@ pub struct Server {
     pub api_key_file: Option<PathBuf>,
     /// Whether plain HTTP may leave the machine.
     pub allow_plain_http: bool,
+    /// The certificate chain as PEM; with its key, or not at all.
+    #[serde(deserialize_with = "optional_path")]
+    pub tls_cert_file: Option<PathBuf>,
+    /// Its private key as PEM.
+    #[serde(deserialize_with = "optional_path")]
+    pub tls_key_file: Option<PathBuf>,
+    /// Networks of proxies whose word about callers' addresses counts.
+    #[serde(deserialize_with = "networks")]
+    pub trusted_proxies: Vec<IpNet>,
+    /// The header in which they give it.
+    pub forwarded_header: ForwardedHeader,
+    /// Origins whose pages may use the API, as browsers write them.
+    #[serde(deserialize_with = "texts")]
+    pub cors_origins: Vec<String>,
+    /// Connections at the same time.
+    pub connections: u32,
+    /// Those of one address.
+    pub connections_per_address: u32,
+    /// A request's head arrives within this time.
+    #[serde(deserialize_with = "duration")]
+    pub header_timeout: Duration,
+    /// Bytes of a request's head.
+    #[serde(deserialize_with = "size")]
+    pub max_header: u64,
+    /// What is sent is taken within this time.
+    #[serde(deserialize_with = "duration")]
+    pub write_timeout: Duration,
     /// Where the admin listener is, if there is one.
     #[serde(deserialize_with = "optional_address")]
     pub admin_listen: Option<SocketAddr>,
@@ -81,6 +110,16 @@ impl Server {
     pub fn key_file(&self) -> PathBuf {
         self.api_key_file.clone().unwrap_or_else(|| self.data_dir.join("api-key"))
     }
+}
+
+/// The header in which proxies say whom they were asked by.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ForwardedHeader {
+    /// A list of addresses.
+    XForwardedFor,
+    /// That of RFC 7239.
+    Forwarded,
 }
 
 /// An API key of the configuration.

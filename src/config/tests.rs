@@ -79,6 +79,19 @@ fn default_file_and_sections_have_the_same_keys() {
 }
 
 #[test]
+fn a_rootless_engine_is_found_where_there_is_no_other() {
+    let folder = tempfile::tempdir().unwrap();
+    let (path, usual) = (folder.path().display().to_string(), folder.path().join("usual.sock"));
+    let variables = environment(&[("XDG_RUNTIME_DIR", &path)]);
+    let found = || super::layers::rootless_socket(&variables, &usual);
+    assert_eq!(found(), None, "it does not run");
+    std::fs::write(folder.path().join("docker.sock"), "").unwrap();
+    assert_eq!(found(), Some(("XDG_RUNTIME_DIR".to_owned(), format!("unix://{path}/docker.sock"))));
+    std::fs::write(&usual, "").unwrap();
+    assert_eq!(found(), None, "the usual one is there");
+}
+
+#[test]
 fn templates_stand_in_files_of_their_own() {
     let folder = tempfile::tempdir().unwrap();
     let file = |name: &str, text: &str| std::fs::write(folder.path().join(name), text).unwrap();
@@ -279,6 +292,24 @@ fn listening_beyond_loopback_must_be_meant() {
     let meant = "[server]\nlisten = '0.0.0.0:80'\nallow_plain_http = true\napi_key_file = '/run/secrets/key'";
     assert_eq!(mistakes(meant, &[]), []);
     assert_eq!(mistakes("server.listen = '[::1]:80'", &[]), []);
+    let otherwise = ["tls_cert_file = '/c'\ntls_key_file = '/k'", "trusted_proxies = ['10.0.0.1']"];
+    for private in otherwise {
+        let text = format!("[server]\nlisten = '0.0.0.0:80'\napi_key_file = '/run/secrets/key'\n{private}");
+        assert_eq!(mistakes(&text, &[]), [], "{private}");
+        let found = mistakes(&text.replace("api_key_file = '/run/secrets/key'", ""), &[]);
+        assert_eq!(found.len(), 1, "{private}: {found:?}");
+    }
+}
+
+#[test]
+fn lists_may_come_as_one_text() {
+    let variables =
+        [("CELLBLOCK__SERVER__TRUSTED_PROXIES", "10.0.0.0/8, ::1"), ("CELLBLOCK__SERVER__CORS_ORIGINS", "")];
+    let server = loaded("", &variables).config.server;
+    let networks: Vec<_> = server.trusted_proxies.iter().map(ToString::to_string).collect();
+    assert_eq!((networks, server.cors_origins), (vec!["10.0.0.0/8".to_owned(), "::1/128".to_owned()], vec![]));
+    let server = loaded("server.cors_origins = ['https://a.example', 'http://localhost:3000']", &[]).config.server;
+    assert_eq!(server.cors_origins, ["https://a.example", "http://localhost:3000"]);
 }
 
 #[test]
@@ -312,6 +343,17 @@ fn rules_between_keys() {
         ("templates.data.default.cpu = nan", "templates.data.default.cpu", "not within 0.05"),
         ("limits.queued_executions = 0", "limits.queued_executions", "not within 1"),
         ("limits.sessions = -1", "limits.sessions", "a whole number from 0"),
+        ("server.tls_cert_file = '/c'", "server.tls_cert_file", "go together"),
+        ("server.tls_key_file = '/k'", "server.tls_cert_file", "go together"),
+        ("server.trusted_proxies = ['0.0.0.0/0']", "server.trusted_proxies", "is everybody"),
+        ("server.trusted_proxies = ['proxy']", "server.trusted_proxies", "not a network or an address"),
+        ("server.cors_origins = ['*']", "server.cors_origins", "not an origin"),
+        ("server.cors_origins = ['https://a.example/']", "server.cors_origins", "no path"),
+        ("server.cors_origins = ['https://A.example']", "server.cors_origins", "lower case"),
+        ("server.connections_per_address = 1001", "server.connections_per_address", "server.connections, 1000"),
+        ("server.connections = 0", "server.connections", "not within 1"),
+        ("server.max_header = '1KiB'", "server.max_header", "8KiB to 1MiB"),
+        ("server.header_timeout = '0s'", "server.header_timeout", "longer than zero"),
         ("engine.orphan_timeout = '10s'", "engine.orphan_timeout", "at least 15s"),
         ("templates.data.pool.min = 3", "templates.data.pool.min", "at most (pool.max)"),
         ("templates.data.pool.max = 101", "templates.data.pool.max", "limits.sessions"),

@@ -10,6 +10,7 @@ use axum::routing::get;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
+use super::listen::{self, Connections};
 use super::operations::Operations;
 use super::problem::{self, Problem};
 use super::{App, livez, readyz};
@@ -26,10 +27,9 @@ pub fn router(app: App) -> Router {
 }
 
 /// Serves until it is told to stop.
-pub async fn serve(listener: TcpListener, app: App, stop: CancellationToken) {
-    if let Err(error) = super::serve_router(listener, router(app), stop).await {
-        tracing::error!(%error, "the admin listener is gone; there are no metrics until the next start");
-    }
+pub async fn serve(listener: TcpListener, app: App, connections: Connections, stop: CancellationToken) {
+    let proxies = app.proxies.clone();
+    listen::run(listener, router(app), proxies, connections, stop).await;
 }
 
 /// The figures, in the text format of Prometheus.

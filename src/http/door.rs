@@ -1,16 +1,16 @@
 //! Who may come in: the key of a request, and an end to guessing. What a key allows is the business of the service.
 
 use std::collections::HashMap;
-use std::net::{IpAddr, Ipv6Addr, SocketAddr};
+use std::net::{IpAddr, Ipv6Addr};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use axum::extract::ConnectInfo;
 use axum::http::header::AUTHORIZATION;
 use axum::http::request::Parts;
 use jiff::Timestamp;
 
 use super::problem::{self, Problem};
+use super::remote::Remote;
 use crate::service::keys::{KeyRing, Principal};
 
 /// Most addresses whose failures are counted at one time. Those of others count once the time is over.
@@ -48,7 +48,7 @@ impl Door {
         if let Some(who) = key.and_then(|key| self.keys.principal(key, Timestamp::now())) {
             return Ok(who);
         }
-        let address = parts.extensions.get::<ConnectInfo<SocketAddr>>().map(|ConnectInfo(address)| address.ip());
+        let address = parts.extensions.get::<Remote>().map(|Remote(address)| *address);
         let is_guess = parts.headers.contains_key(AUTHORIZATION) || parts.headers.contains_key("x-api-key");
         if let (true, Some(address)) = (is_guess, address)
             && let Err(wait) = self.failures.count(address, Instant::now())
@@ -115,7 +115,7 @@ impl Failures {
 }
 
 /// One host has a whole /64 of IPv6 to come from.
-fn host_of(address: IpAddr) -> IpAddr {
+pub(super) fn host_of(address: IpAddr) -> IpAddr {
     match address.to_canonical() {
         IpAddr::V6(v6) => {
             let [a, b, c, d, ..] = v6.segments();

@@ -1,6 +1,7 @@
 //! The front doors. Each translates between HTTP and [`Service`], and calls nothing below it.
 //!
-//! One router, one onion of layers: request id and log line outside, then panics. Bodies are bounded where they are read.
+//! One router, one onion of layers: request id and log line outside, then pages of other sites, then panics. Bodies are bounded where they are read, and
+//! connections in `listen`.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -13,7 +14,6 @@ use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
-use axum::serve::ListenerExt;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 use tower_http::catch_panic::CatchPanicLayer;
@@ -29,16 +29,23 @@ pub mod docs;
 pub mod door;
 pub mod extract;
 mod line;
+pub mod listen;
 mod operations;
+pub mod origins;
 pub mod problem;
 pub mod rate;
+pub mod remote;
+pub mod tls;
 pub mod v1;
 
 use door::Door;
 use extract::Answer;
 use line::Line;
+use listen::Connections;
 use operations::Operations;
+use origins::Origins;
 use problem::Problem;
+use remote::{Proxies, Remote};
 
 /// Longest request id taken from a caller.
 const MAX_REQUEST_ID: usize = 128;
@@ -59,6 +66,10 @@ pub struct App {
     pub instance: Arc<str>,
     /// What a request may cost before it is understood.
     pub bounds: Bounds,
+    /// Whose word about callers' addresses counts.
+    pub proxies: Proxies,
+    /// Pages of other sites that may use it.
+    pub origins: Origins,
 }
 
 /// What a request may cost before it is understood.
@@ -82,7 +93,12 @@ pub fn router(app: App) -> Router {
         .fallback(|| async { Problem::new(problem::NOT_FOUND, "there is no such path; /docs lists all") })
         .method_not_allowed_fallback(|| async {
             Problem::new(problem::METHOD_NOT_ALLOWED, "/docs lists the methods of each path")
-        });
+        })
+        .layer(middleware::from_fn_with_state(app.clone(), origins::check));
+    let routes = match app.origins.layer() {
+        Some(cors) => routes.layer(cors),
+        None => routes,
+    };
     layered(routes, app, operations)
 }
 
@@ -97,29 +113,14 @@ fn layered(routes: Router<App>, app: App, operations: Operations) -> Router {
 }
 
 /// Serves until it is told to stop; requests under way may end.
-///
-/// # Errors
-/// When the listener breaks.
-pub async fn serve(listener: TcpListener, app: App, stop: CancellationToken) -> std::io::Result<()> {
-    serve_router(listener, router(app), stop).await
-}
-
-async fn serve_router(listener: TcpListener, router: Router, stop: CancellationToken) -> std::io::Result<()> {
-    // Without this, small answers wait for the other side's delayed acknowledgement: 40 ms each.
-    let listener = listener.tap_io(|stream| {
-        if let Err(error) = stream.set_nodelay(true) {
-            tracing::debug!(%error, "a connection keeps its delay");
-        }
-    });
-    let service = router.into_make_service_with_connect_info::<SocketAddr>();
-    axum::serve(listener, service).with_graceful_shutdown(stop.cancelled_owned()).await
+pub async fn serve(listener: TcpListener, app: App, connections: Connections, stop: CancellationToken) {
+    let proxies = app.proxies.clone();
+    listen::run(listener, router(app), proxies, connections, stop).await;
 }
 
 /// Whether the process answers.
 async fn livez(State(app): State<App>) -> Answer<serde_json::Value> {
-    Answer(
-        serde_json::json!({"status": "ok", "service": "cellblock", "version": env!("CARGO_PKG_VERSION"), "instance": &*app.instance}),
-    )
+    Answer(serde_json::json!({"status": "ok", "service": "cellblock", "instance": &*app.instance}))
 }
 
 /// Whether new work is accepted and the engine answers.
@@ -134,7 +135,11 @@ async fn finish(State((app, operations)): State<(App, Arc<Operations>)>, mut req
     let method = request.method().clone();
     let matched = request.extensions().get::<MatchedPath>();
     let route: Arc<str> = matched.map_or_else(|| Arc::from(NO_ROUTE), |matched| Arc::from(matched.as_str()));
-    let address = request.extensions().get::<ConnectInfo<SocketAddr>>().map(|ConnectInfo(peer)| peer.ip());
+    let peer = request.extensions().get::<ConnectInfo<SocketAddr>>().map(|ConnectInfo(peer)| peer.ip());
+    let address = peer.map(|peer| app.proxies.caller(peer, request.headers()));
+    if let Some(address) = address {
+        request.extensions_mut().insert(Remote(address));
+    }
     let has_key = request.headers().contains_key(header::AUTHORIZATION) || request.headers().contains_key("x-api-key");
     let (action, path) = (operations.worth_an_event(&method, &route), request.uri().path().to_owned());
     let trace = app.service.traces().map(|traces| begin_trace(traces, request.headers()));
@@ -147,7 +152,10 @@ async fn finish(State((app, operations)): State<(App, Arc<Operations>)>, mut req
     if let Some(problem) = response.extensions_mut().remove::<Arc<Problem>>() {
         let problem = Problem { request_id: id.clone(), ..Problem::clone(&problem) };
         code = Some(problem.code);
-        response = problem.render();
+        // What other layers have added to its headers stays.
+        let (mut head, _) = response.into_parts();
+        head.headers.remove(header::CONTENT_LENGTH);
+        response = Response::from_parts(head, problem.render().into_body());
     }
     let headers = response.headers_mut();
     if let Some(limit) = rate.get() {

@@ -98,11 +98,12 @@ impl Maker {
         let hits = counts("pool_hits_total", "Creates that got a session of a pool.");
         let misses =
             counts("pool_misses_total", "Creates that a pool's session would have fitted, and that found none.");
+        // A template may have pools of several sizes.
         for pool in pools {
             let template = pool.template.as_str();
-            sessions.with_label_values(&[template, "ready"]).set(pool.ready as f64);
-            sessions.with_label_values(&[template, "starting"]).set(pool.starting as f64);
-            targets.with_label_values(&[template]).set(pool.target as f64);
+            sessions.with_label_values(&[template, "ready"]).add(pool.ready as f64);
+            sessions.with_label_values(&[template, "starting"]).add(pool.starting as f64);
+            targets.with_label_values(&[template]).add(pool.target as f64);
             hits.with_label_values(&[template]).inc_by(pool.hits);
             misses.with_label_values(&[template]).inc_by(pool.misses);
         }

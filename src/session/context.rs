@@ -353,13 +353,18 @@ impl Context {
         }
     }
 
-    /// The guest is heard again. What it tells of the time before is on its way.
-    pub(super) fn is_linked(&mut self, now: Instant) {
+    /// The guest is heard again, after it was not for so long. What it tells of the time before is on its way.
+    pub(super) fn is_linked(&mut self, now: Instant, unheard: Duration) {
         let until = now + CATCH_UP;
+        let is_interrupt_told = self.interrupt.is_none();
+        self.prepare_until += unheard;
         match &mut self.state {
-            State::Running(running) => running.catch_up(now, until),
+            State::Running(running) => running.catch_up(now, until, unheard, is_interrupt_told),
             State::Adopting(adopting) => adopting.until = now + self.making.pace.boot,
-            State::Booting(booting) => booting.deadline = booting.deadline.max(until),
+            State::Booting(booting) => {
+                booting.deadline = (booting.deadline + unheard).max(until);
+                booting.nudge_at += unheard;
+            }
             State::Settling(settling) => settling.until = settling.until.max(until),
             State::Doubtful(told) => *told = (*told).max(until),
             State::Idle | State::Replacing(_) | State::Dead => {}
@@ -757,6 +762,13 @@ impl Context {
         }
         if let State::Running(running) = &mut self.state {
             running.was_sent(id);
+        }
+    }
+
+    /// The guest was told this before, and its answer was not heard.
+    pub(super) fn may_have_heard(&mut self, act: &Act) {
+        if let (State::Running(running), ActKind::Send(id)) = (&mut self.state, &act.kind) {
+            running.is_taken_over |= running.msg_id == *id;
         }
     }
 

@@ -291,6 +291,8 @@ struct Claim {
     env: BTreeMap<String, String>,
     lasting: Lasting,
     keeping: Keeping,
+    /// Those of its pool may be older.
+    settings: Settings,
     created_at: Timestamp,
 }
 

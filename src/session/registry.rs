@@ -275,7 +275,8 @@ impl Registry {
                 (session, spec, env, created_at)
             };
             let keeping = self.keeping(tenant, session.id);
-            let claim = Claim { tenant: Arc::clone(tenant), spec, env, lasting, keeping, created_at };
+            let settings = self.tuning().settings;
+            let claim = Claim { tenant: Arc::clone(tenant), spec, env, lasting, keeping, settings, created_at };
             match session.claim(claim).await {
                 Ok(()) => return Ok(Some(Created::New(session))),
                 Err(refused) => {

@@ -64,8 +64,10 @@ pub(super) struct Running {
     asked: Option<Bytes>,
     /// The line on its way to the guest.
     unsent: Option<Unsent>,
-    /// It was taken over: the guest may have had the request to run it before.
+    /// The guest may have had the request to run it before: from an earlier process, or over a link that broke.
     pub(super) is_taken_over: bool,
+    /// The guest has taken the request to run it.
+    is_sent: bool,
     /// Its kernel is gone, which an event tells until then.
     gone_until: Option<Instant>,
 }
@@ -144,6 +146,7 @@ impl Running {
             asked: None,
             unsent: None,
             is_taken_over: false,
+            is_sent: false,
             gone_until: None,
         }
     }
@@ -163,7 +166,7 @@ impl Running {
         running.ends_told = kept.ends_told;
         running.asked = kept.asked.clone().map(Bytes::from);
         running.probe_at = Some(now + PROBE_AFTER);
-        running.is_taken_over = true;
+        (running.is_taken_over, running.is_sent) = (true, true);
         running
     }
 
@@ -206,13 +209,19 @@ impl Running {
         (told, input, self.verdict().map(|(status, _)| status))
     }
 
-    /// What the kernel has said while nobody listened is on its way: until it has come, nothing is due.
-    pub(super) fn catch_up(&mut self, now: Instant, until: Instant) {
+    /// What the kernel has said while nobody listened is on its way: until it has come, nothing is due. Code that was not sent, or prepares its kernel, has not run out of
+    /// time in which it was `unheard`; nor has an interrupt that was not told.
+    pub(super) fn catch_up(&mut self, now: Instant, until: Instant, unheard: Duration, is_interrupt_told: bool) {
+        if !self.is_sent || self.is_setup {
+            self.deadline += unheard;
+        }
         self.deadline = self.deadline.max(until);
         self.replied_at = self.replied_at.map(|_| now);
         self.probe_at = Some(now + PROBE_AFTER);
         if let Some(stopping) = &mut self.stopping {
-            stopping.kill_at = stopping.kill_at.map(|at| at.max(until));
+            let later = if is_interrupt_told { Duration::ZERO } else { unheard };
+            stopping.signal_at = stopping.signal_at.map(|at| at + later);
+            stopping.kill_at = stopping.kill_at.map(|at| (at + later).max(until));
         }
     }
 
@@ -394,6 +403,7 @@ impl Running {
 
     /// The guest has taken a message.
     pub(super) fn was_sent(&mut self, msg_id: &str) {
+        self.is_sent |= self.msg_id == msg_id;
         self.unsent.take_if(|unsent| unsent.msg_id == msg_id);
     }
 

@@ -75,11 +75,18 @@ pub(super) struct Starting {
     pub(super) state: Option<State>,
 }
 
+/// An action that waits for its turn.
+struct Planned {
+    action: Action,
+    /// How far it is from being hopeless.
+    failures: u32,
+}
+
 /// An action on its way.
 struct UnderWay {
     /// The link that carries it.
     round: u32,
-    action: Action,
+    planned: Planned,
 }
 
 /// An action that is being carried out: by which link, what it is, and what came of it.
@@ -111,10 +118,8 @@ pub(super) struct Wiring {
     acking: bool,
     /// When a quiet session's events are acknowledged.
     ack_due: Option<Instant>,
-    pending: VecDeque<Action>,
+    pending: VecDeque<Planned>,
     under_way: Option<UnderWay>,
-    /// How far the first of what waits is from being hopeless.
-    failures: u32,
 }
 
 impl Wiring {
@@ -132,7 +137,6 @@ impl Wiring {
             ack_due: None,
             pending: VecDeque::new(),
             under_way: None,
-            failures: 0,
         }
     }
 
@@ -154,7 +158,7 @@ impl Wiring {
     pub(super) fn forget(&mut self) {
         self.cut();
         self.pending.clear();
-        (self.under_way, self.failures) = (None, 0);
+        self.under_way = None;
     }
 
     /// Whether nothing is on its way to the guest, and could be.
@@ -170,10 +174,10 @@ impl Wiring {
     pub(super) fn plan(&mut self, actions: Vec<Action>) {
         for action in actions {
             if let Action::Delete { kernel } = &action {
-                self.pending.retain(|pending| Act::of(pending).kernel != *kernel);
-                self.pending.push_front(action);
+                self.pending.retain(|planned| Act::of(&planned.action).kernel != *kernel);
+                self.pending.push_front(Planned { action, failures: 0 });
             } else {
-                self.pending.push_back(action);
+                self.pending.push_back(Planned { action, failures: 0 });
             }
         }
     }
@@ -202,9 +206,10 @@ impl Wiring {
             return None;
         }
         let link = self.link.clone()?;
-        let action = self.pending.pop_front()?;
-        let (round, act) = (self.round, Act::of(&action));
-        self.under_way = Some(UnderWay { round, action: action.clone() });
+        let planned = self.pending.pop_front()?;
+        let (round, action) = (self.round, planned.action.clone());
+        let act = Act::of(&action);
+        self.under_way = Some(UnderWay { round, planned });
         Some(Box::pin(perform(link, action, self.starting.clone()).map(move |result| (round, act, result))))
     }
 
@@ -215,28 +220,24 @@ impl Wiring {
 
     /// Takes note of an action's end. One without an answer may have been done: the guest knows what it has been told before.
     pub(super) fn has_acted(&mut self, round: u32, result: &Result<Acted, LinkError>) -> Settled {
-        let Some(UnderWay { action, .. }) = self.under_way.take_if(|under_way| under_way.round == round) else {
+        let Some(UnderWay { planned, .. }) = self.under_way.take_if(|under_way| under_way.round == round) else {
             return Settled::Over { was_tried: false };
         };
         let weight = match result {
-            Ok(_) | Err(LinkError::Refused { .. }) => {
-                return Settled::Over { was_tried: std::mem::take(&mut self.failures) > 0 };
-            }
+            Ok(_) | Err(LinkError::Refused { .. }) => return Settled::Over { was_tried: planned.failures > 0 },
             Err(LinkError::TimedOut { .. }) => HOPELESS / 2,
             Err(_) => 1,
         };
-        let act = Act::of(&action);
-        let is_overtaken =
-            self.pending.iter().any(|next| matches!(next, Action::Delete { kernel } if *kernel == act.kernel));
-        if is_overtaken {
-            self.failures = 0;
-        } else {
-            self.failures += weight;
-            self.pending.push_front(action);
+        let failures = planned.failures + weight;
+        let act = Act::of(&planned.action);
+        let ends_its_kernel =
+            |next: &Planned| matches!(&next.action, Action::Delete { kernel } if *kernel == act.kernel);
+        if !self.pending.iter().any(ends_its_kernel) {
+            self.pending.push_front(Planned { failures, ..planned });
         }
         if round != self.round || self.link.is_none() {
             Settled::Again
-        } else if self.failures >= HOPELESS {
+        } else if failures >= HOPELESS {
             Settled::Hopeless
         } else {
             Settled::Broken
@@ -327,7 +328,7 @@ mod tests {
         let signal = |kernel: &str| Action::Signal { kernel: kernel.to_owned(), signal: "SIGINT" };
         let delete = |kernel: &str| Action::Delete { kernel: kernel.to_owned() };
         wiring.plan(vec![signal("a"), signal("b"), signal("a"), delete("a"), signal("b")]);
-        let planned: Vec<Act> = wiring.pending.iter().map(Act::of).collect();
+        let planned: Vec<Act> = wiring.pending.iter().map(|planned| Act::of(&planned.action)).collect();
         let act = |kernel: &str, kind| Act { kernel: kernel.to_owned(), kind };
         assert_eq!(planned, [act("a", ActKind::Delete), act("b", ActKind::Signal), act("b", ActKind::Signal)]);
     }

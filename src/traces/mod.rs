@@ -45,6 +45,8 @@ pub struct Settings {
     pub instance: String,
     /// Where it listens.
     pub server: SocketAddr,
+    /// Whether it speaks TLS there.
+    pub is_tls: bool,
     /// The collector answers within this time.
     pub timeout: Duration,
     /// Spans that wait for it.
@@ -61,6 +63,7 @@ struct Inner {
     sampler: Sampler,
     scope: InstrumentationScope,
     server: SocketAddr,
+    is_tls: bool,
     metrics: Metrics,
     closing: CancellationToken,
     closed: CancellationToken,
@@ -138,8 +141,9 @@ impl Traces {
             drop(over);
         });
         let scope = InstrumentationScope::builder("cellblock").with_version(env!("CARGO_PKG_VERSION")).build();
-        let (sampler, server) = (Sampler::TraceIdRatioBased(settings.sample_ratio), settings.server);
-        Ok(Self(Arc::new(Inner { queue, sampler, scope, server, metrics, closing, closed })))
+        let sampler = Sampler::TraceIdRatioBased(settings.sample_ratio);
+        let (server, is_tls) = (settings.server, settings.is_tls);
+        Ok(Self(Arc::new(Inner { queue, sampler, scope, server, is_tls, metrics, closing, closed })))
     }
 
     /// A request comes in, with what its caller says of the trace that it belongs to. Without that, or when it is not valid, a trace begins here.
@@ -191,12 +195,12 @@ impl Trace {
             return;
         }
         let method = known_method(request.method);
-        let server = self.traces.0.server;
+        let Inner { server, is_tls, .. } = *self.traces.0;
         let failed = request.status.filter(|status| *status >= 500);
         let error = failed.map(|status| request.problem.map_or_else(|| status.to_string(), str::to_owned));
         let mut attributes = vec![
             KeyValue::new("http.request.method", method.unwrap_or("_OTHER")),
-            KeyValue::new("url.scheme", "http"),
+            KeyValue::new("url.scheme", if is_tls { "https" } else { "http" }),
             KeyValue::new("server.address", server.ip().to_string()),
         ];
         let port = Some(server.port()).filter(|port| *port > 0);
@@ -287,6 +291,7 @@ mod tests {
             service_name: "cells".to_owned(),
             instance: "default".to_owned(),
             server: SocketAddr::from(([127, 0, 0, 1], 8080)),
+            is_tls: false,
             timeout: Duration::from_secs(1),
             queue,
         };

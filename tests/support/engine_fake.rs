@@ -365,6 +365,8 @@ struct Kernel {
     hanging: Option<(Bytes, bool)>,
     /// It does what it is interrupted for, and never says so.
     mute: bool,
+    /// It has ended, and takes nothing more.
+    is_over: bool,
     /// The ids of the messages that it was sent.
     seen: BTreeSet<String>,
 }
@@ -493,6 +495,9 @@ impl Guest {
     }
 
     fn exit(&self, kernel: &str, status: i32) {
+        if let Some(kernel) = self.state.lock().unwrap().kernels.get_mut(kernel) {
+            kernel.is_over = true;
+        }
         let stderr_tail = "the last words".to_owned();
         self.tell(
             kernel,
@@ -502,8 +507,14 @@ impl Guest {
     }
 
     fn take(&self, kernel: &str, frame: &Frame<Outbound>) -> Answer {
-        let is_new =
-            self.state.lock().unwrap().kernels.get_mut(kernel).map(|k| k.seen.insert(frame.head.msg_id.clone()));
+        let is_new = self
+            .state
+            .lock()
+            .unwrap()
+            .kernels
+            .get_mut(kernel)
+            .filter(|k| !k.is_over)
+            .map(|k| k.seen.insert(frame.head.msg_id.clone()));
         match is_new {
             None => return refuse("not-found"),
             Some(false) => return refuse("exists"),

@@ -15,10 +15,9 @@ use bollard::Docker;
 use bollard::query_parameters::{
     ListContainersOptionsBuilder, ListVolumesOptionsBuilder, RemoveContainerOptionsBuilder, RemoveVolumeOptionsBuilder,
 };
-use cellblock::app::{self, Plane, Process, Stop};
+use cellblock::app::{self, Plane, Process, Stop, front};
 use cellblock::config::{self, Config, Drain, DrainContainers, Environment, Inputs};
-use cellblock::http::door::{Door, Tries};
-use cellblock::http::{self, App, Bounds};
+use cellblock::http;
 use cellblock::service::keys::{self, ConfiguredKey, Principal, Scope};
 use cellblock::task;
 use futures_util::future::BoxFuture;
@@ -145,16 +144,8 @@ impl Server {
         }
         let listener = TcpListener::bind(config.server.listen).await.expect("an address");
         let address = listener.local_addr().expect("an address");
-        let body = usize::try_from(config.server.max_body).expect("a size");
-        let app = App {
-            service: Arc::clone(&plane.service),
-            door: Arc::new(Door::new(
-                Arc::clone(&plane.keys),
-                Tries { most: config.auth.failures, within: config.auth.failure_window },
-            )),
-            instance: config.engine.instance.as_str().into(),
-            bounds: Bounds { body, body_time: config.server.request_timeout },
-        };
+        let connections = front::connections(&config).expect("a certificate");
+        let app = front::app(&config, &plane);
         let (stop, closing) = (CancellationToken::new(), CancellationToken::new());
         let (ended_in, ended) = oneshot::channel();
         let (asked, closed) = (stop.clone(), closing.clone());
@@ -165,10 +156,8 @@ impl Server {
                 closing.cancel();
                 left
             };
-            let (served, left) = tokio::join!(http::serve(listener, app, closed), drain);
-            let outcome = served.map_err(|e| e.to_string());
-            let _ =
-                ended_in.send(outcome.and(if left == 0 { Ok(()) } else { Err(format!("{left} sessions are left")) }));
+            let ((), left) = tokio::join!(http::serve(listener, app, connections, closed), drain);
+            let _ = ended_in.send(if left == 0 { Ok(()) } else { Err(format!("{left} sessions are left")) });
         });
         Self::new(address, keys, config, (stop, ended), Arc::new(folder))
     }

@@ -5,7 +5,8 @@
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, FileTypeExt, PermissionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::{Duration, Instant, SystemTime};
 
 use futures_util::StreamExt;
@@ -76,18 +77,23 @@ pub async fn bind(path: &Path, shared: bool) -> Result<UnixListener, BindError> 
     Ok(listener)
 }
 
+/// How many connections there may be at once.
+fn connections(policy: &Policy) -> u32 {
+    u32::try_from(policy.cells.saturating_mul(2).saturating_add(CALLS)).unwrap_or(u32::MAX)
+}
+
 /// An engine behind a policy.
 pub struct Guard {
     engine: Arc<dyn Engine>,
-    policy: Policy,
+    policy: RwLock<Arc<Policy>>,
     books: Mutex<Books>,
     connections: Arc<Semaphore>,
-    most: u32,
+    most: AtomicU32,
 }
 
 impl std::fmt::Debug for Guard {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Guard").field("policy", &self.policy).finish_non_exhaustive()
+        f.debug_struct("Guard").field("policy", &self.policy()).finish_non_exhaustive()
     }
 }
 
@@ -110,11 +116,31 @@ impl Guard {
     /// When the engine can't list its cells.
     pub async fn new(engine: Arc<dyn Engine>, policy: Policy) -> Result<Self, EngineError> {
         let books = Mutex::new(Books::new(&policy, Instant::now()));
-        let most = u32::try_from(policy.cells.saturating_mul(2).saturating_add(CALLS)).unwrap_or(u32::MAX);
-        let guard = Self { engine, policy, books, connections: Arc::new(Semaphore::new(most as usize)), most };
+        let most = connections(&policy);
+        let guard = Self {
+            engine,
+            policy: RwLock::new(Arc::new(policy)),
+            books,
+            connections: Arc::new(Semaphore::new(most as usize)),
+            most: AtomicU32::new(most),
+        };
         guard.list().await?;
         guard.resolve_all().await;
         Ok(guard)
+    }
+
+    fn policy(&self) -> Arc<Policy> {
+        Arc::clone(&self.policy.read().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Goes on under another policy of the same instance. Cells that are there stay, whatever it says of them.
+    pub async fn change(&self, policy: Policy) {
+        let most = connections(&policy);
+        *self.policy.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(policy);
+        // Never fewer: those that are open stay.
+        let before = self.most.fetch_max(most, Ordering::Relaxed);
+        self.connections.add_permits(most.saturating_sub(before) as usize);
+        self.resolve_all().await;
     }
 
     /// Serves those users until it is told to stop, and then ends what was its: streams at once, calls when they are done.
@@ -138,7 +164,10 @@ impl Guard {
                 continue;
             }
             let Ok(permit) = Arc::clone(&self.connections).try_acquire_owned() else {
-                tracing::warn!(most = self.most, "refused a connection: there are as many as permitted");
+                tracing::warn!(
+                    most = self.most.load(Ordering::Relaxed),
+                    "refused a connection: there are as many as permitted"
+                );
                 continue;
             };
             let (guard, stop) = (Arc::clone(&self), stop.clone());
@@ -149,7 +178,8 @@ impl Guard {
         }
         drop(listener);
         // Each connection holds a permit.
-        let _ = tokio::time::timeout(LAST_CALLS, self.connections.acquire_many(self.most)).await;
+        let _ =
+            tokio::time::timeout(LAST_CALLS, self.connections.acquire_many(self.most.load(Ordering::Relaxed))).await;
     }
 
     fn books(&self) -> MutexGuard<'_, Books> {
@@ -184,8 +214,8 @@ impl Guard {
                 format!("it speaks version {VERSION}, the caller {version}: use one build for both"),
             ));
         }
-        if instance != self.policy.instance {
-            let detail = format!("it works for instance {:?}, the caller for {instance:.40?}", self.policy.instance);
+        if instance != self.policy().instance {
+            let detail = format!("it works for instance {:?}, the caller for {instance:.40?}", self.policy().instance);
             return Err(rejected(ATTEMPT, format!("{detail}: give both the same engine.instance")));
         }
         Ok(call)
@@ -212,14 +242,14 @@ impl Guard {
     }
 
     async fn resolve_image(&self, reference: &str, pull: Pull) -> Result<ImageInfo, EngineError> {
-        let is_listed = self.policy.lists(reference);
+        let is_listed = self.policy().lists(reference);
         if !is_listed && !self.books().knows_image(reference) {
             let detail = format!("{reference:.200} is none of the images of the guard's templates");
             let error = rejected("looking for an image", detail);
             tracing::warn!(%error, "refused a call");
             return Err(error);
         }
-        let pull = if is_listed && self.policy.pull == Pull::Missing { pull } else { Pull::Never };
+        let pull = if is_listed && self.policy().pull == Pull::Missing { pull } else { Pull::Never };
         let image = self.engine.resolve_image(reference, pull).await?;
         if is_listed {
             self.books().note_image(&image.id, reference);
@@ -229,7 +259,7 @@ impl Guard {
 
     /// What each listed reference means now, as far as the engine has it.
     async fn resolve_all(&self) {
-        for reference in self.policy.references() {
+        for reference in self.policy().references() {
             if let Ok(image) = self.engine.resolve_image(reference, Pull::Never).await {
                 self.books().note_image(&image.id, reference);
             }
@@ -245,13 +275,13 @@ impl Guard {
     }
 
     async fn ensure(&self, cell: Cell) -> Result<ByteStream, EngineError> {
-        let cell = cell.read(&self.policy.instance).ok_or_else(|| foreign("creating a cell"))?;
+        let cell = cell.read(&self.policy().instance).ok_or_else(|| foreign("creating a cell"))?;
         // An earlier guard may have found it.
         let is_known = self.books().knows_image(&cell.image);
         if !is_known {
             self.resolve_all().await;
         }
-        let reserve = || self.books().reserve(&self.policy, &cell, Instant::now());
+        let reserve = || self.books().reserve(&self.policy(), &cell, Instant::now());
         match reserve() {
             Ok(()) => {}
             // Others than us may have removed cells.
@@ -274,7 +304,7 @@ impl Guard {
     }
 
     async fn attest(&self, cell: Cell, report: &cellblock_wire::link::Report) -> Result<(), EngineError> {
-        let cell = cell.read(&self.policy.instance).ok_or_else(|| foreign("attesting a cell"))?;
+        let cell = cell.read(&self.policy().instance).ok_or_else(|| foreign("attesting a cell"))?;
         self.engine.attest(&cell, report).await
     }
 
@@ -312,7 +342,7 @@ impl Guard {
         let began = Instant::now();
         let mut listed = self.engine.list().await?;
         // What carries our label under another name is nothing that anybody here could touch.
-        listed.retain(|seen: &Observed| seen.name.session(&self.policy.instance).is_some());
+        listed.retain(|seen: &Observed| seen.name.session(&self.policy().instance).is_some());
         self.books().bring_up_to_date(&listed, began);
         Ok(listed.iter().map(Seen::from).collect())
     }
@@ -330,7 +360,7 @@ impl Guard {
                 () = stop.cancelled() => return,
             };
             let Some(event) = event else { return };
-            if event.name.session(&self.policy.instance).is_none() {
+            if event.name.session(&self.policy().instance).is_none() {
                 continue;
             }
             let happened = Happened::from(&event);
@@ -342,7 +372,7 @@ impl Guard {
     }
 
     fn named(&self, attempt: &'static str, name: String) -> Result<CellName, EngineError> {
-        protocol::name(name, &self.policy.instance).ok_or_else(|| foreign(attempt))
+        protocol::name(name, &self.policy().instance).ok_or_else(|| foreign(attempt))
     }
 
     /// A name of ours whose cell, if there is one, carries our label.

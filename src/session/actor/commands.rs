@@ -113,14 +113,15 @@ impl Actor {
     /// Becomes somebody's.
     fn claim(&mut self, claim: Claim) -> Result<(), Refused> {
         let now = self.live()?;
-        if !self.is_unclaimed {
+        // One whose link has just broken would keep its caller waiting.
+        if !self.is_unclaimed || self.wiring.link().is_none() {
             return Err(Refused::NotReady);
         }
-        let Claim { tenant, spec, env, lasting, keeping, created_at } = claim;
+        let Claim { tenant, spec, env, lasting, keeping, settings, created_at } = claim;
         let changed: BTreeMap<_, _> =
             env.iter().filter(|(name, value)| self.env.get(*name) != Some(value)).map(own).collect();
         self.is_unclaimed = false;
-        (self.spec, self.keeping) = (spec, keeping);
+        (self.spec, self.keeping, self.settings) = (spec, keeping, settings);
         let (id, kernelspec) = (self.default_context, self.spec.kernelspec.clone());
         let making = self.making(id, kernelspec, None);
         let within = self.settings.start_timeout.mul_f64(0.9);
@@ -198,6 +199,10 @@ impl Actor {
             return Err(Refused::DefaultContext);
         }
         if let Some(mut context) = self.contexts.remove(&id) {
+            for line in self.lines.extract_if(.., |line| context.owns(&line.kernel)) {
+                // A caller that went away needs no answer.
+                let _ = line.reply.send(Err(Refused::NothingAsked));
+            }
             context.close();
             let (actions, _) = context.take();
             self.wiring.plan(actions);

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use super::super::wiring::Settled;
 use super::freezing;
-use super::{Actor, Booted, Done, Verdict, boot};
+use super::{Actor, Booted, Done, LAST_WORDS, Verdict, boot};
 use crate::domain::lifecycle::Phase;
 use crate::kernel::link::{Link, LinkError};
 
@@ -26,13 +26,15 @@ pub(super) struct Linking {
     /// A link is being opened, by whoever also thaws the cell.
     pub(super) is_under_way: bool,
     since: Instant,
+    /// Since when there is none, where there was one.
+    lost_at: Option<Instant>,
     /// How many links in a row broke soon.
     short: u32,
 }
 
 impl Linking {
     pub(super) fn new(now: Instant) -> Self {
-        Self { is_under_way: false, since: now, short: 0 }
+        Self { is_under_way: false, since: now, lost_at: None, short: 0 }
     }
 
     /// How long the next link is put off.
@@ -78,14 +80,24 @@ impl Actor {
     pub(super) fn connect_again(&mut self, booted: Booted) {
         self.connect(booted, self.wiring.last_seq());
         let now = Instant::now();
-        self.contexts.values_mut().for_each(|context| context.is_linked(now));
+        let unheard = self.linking.lost_at.take().map_or(Duration::ZERO, |at| now.duration_since(at));
+        self.contexts.values_mut().for_each(|context| context.is_linked(now, unheard));
+        self.gone.iter_mut().for_each(|gone| gone.until = now + LAST_WORDS);
         self.open_notebook();
+    }
+
+    /// The link is of no use any more.
+    fn cut(&mut self) -> Option<Link> {
+        let link = self.wiring.cut()?;
+        self.linking.lost_at = Some(Instant::now());
+        Some(link)
     }
 
     pub(super) fn on_adopted(&mut self, outcome: Result<Booted, Verdict>) {
         self.linking.is_under_way = false;
         match outcome {
-            _ if self.phase != Phase::Ready => {}
+            // It may have been claimed meanwhile.
+            _ if !matches!(self.phase, Phase::Ready | Phase::Connecting) => {}
             Ok(booted) => {
                 tracing::info!(session = %self.cell.session, "a session is linked again");
                 self.connect_again(booted);
@@ -101,7 +113,7 @@ impl Actor {
             Settled::Broken => self.lose_link(&error.to_string()),
             Settled::Hopeless => {
                 tracing::warn!(session = %self.cell.session, %error, "a guest does not do what it is told");
-                self.wiring.cut();
+                self.cut();
                 self.diagnose(Verdict::Unreachable(SILENT));
             }
         }
@@ -112,7 +124,7 @@ impl Actor {
         if !matches!(self.phase, Phase::Connecting | Phase::Ready) {
             return;
         }
-        let Some(link) = self.wiring.cut() else { return };
+        let Some(link) = self.cut() else { return };
         tracing::info!(session = %self.cell.session, why, "a session's link is gone");
         if self.phase == Phase::Connecting {
             return self.diagnose(Verdict::Unreachable(SILENT));

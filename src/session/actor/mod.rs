@@ -683,7 +683,12 @@ impl Actor {
                 self.gone.push(Gone { kernel: act.kernel.clone(), gone, until: now + LAST_WORDS });
                 self.settle_gone(now);
             }
-            Err(refusal) => context.on_refusal(act, &refusal, now),
+            Err(refusal) => {
+                if settled == (Settled::Over { was_tried: true }) {
+                    context.may_have_heard(act);
+                }
+                context.on_refusal(act, &refusal, now);
+            }
         }
     }
 
@@ -765,14 +770,18 @@ impl Actor {
             Phase::Ready => self.idle_deadline().unwrap_or(self.expires).min(self.expires),
             Phase::Aborting(_) | Phase::Ending(_) | Phase::Ended(_) => Instant::now() + FAR,
         };
-        // What is not heard is not judged: taking it over has a time limit of its own.
-        let is_heard = self.phase != Phase::Ready || self.wiring.link().is_some();
+        let is_heard = self.is_heard();
         let contexts = self.contexts.values().filter(|_| is_heard).filter_map(Context::next_deadline);
         let others = contexts
             .chain(self.wiring.next_deadline())
             .chain(self.freezing.next_deadline())
-            .chain(self.gone.iter().map(|gone| gone.until));
+            .chain(self.gone.iter().filter(|_| is_heard).map(|gone| gone.until));
         others.min().unwrap_or(own).min(own)
+    }
+
+    /// What is not heard is not judged: taking it over, or linking it again, has a time limit of its own.
+    fn is_heard(&self) -> bool {
+        self.phase != Phase::Ready || self.wiring.link().is_some()
     }
 
     fn idle_deadline(&self) -> Option<Instant> {
@@ -786,7 +795,9 @@ impl Actor {
 
     fn on_time(&mut self) {
         let now = Instant::now();
-        self.settle_gone(now);
+        if self.is_heard() {
+            self.settle_gone(now);
+        }
         match self.phase {
             Phase::Provisioning | Phase::Connecting if now >= self.starting_since + self.settings.start_timeout => {
                 let detail = format!("the session was not ready within {:?}", self.settings.start_timeout);
@@ -801,7 +812,7 @@ impl Actor {
             }
             Phase::Ready if self.idle_deadline().is_some_and(|at| now >= at) => self.go_idle(),
             Phase::Paused if now >= self.paused_deadline() => self.step(Event::EndRequested(EndReason::Idle)),
-            Phase::Ready if self.wiring.link().is_none() => {}
+            _ if !self.is_heard() => {}
             _ => self.contexts.values_mut().for_each(|c| c.on_time(now)),
         }
     }

@@ -36,6 +36,8 @@ enum Step {
         gone: bool,
     },
     Wait(u64),
+    /// The link was broken for so long.
+    Unheard(u64),
     /// Another process takes over.
     NextProcess,
 }
@@ -55,6 +57,7 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
         3 => Just(Step::Deleted),
         1 => any::<bool>().prop_map(|gone| Step::Refused { gone }),
         2 => (0..4000u64).prop_map(Step::Wait),
+        2 => (0..60_000u64).prop_map(Step::Unheard),
         2 => Just(Step::NextProcess),
     ];
     proptest::collection::vec(step, 0..80)
@@ -118,7 +121,7 @@ impl World {
             let until = (execution.status() == Status::Running).then(|| self.now + execution.request.timeout);
             self.context.take_over(Arc::clone(execution), kept, until, self.now);
         }
-        self.context.is_linked(self.now);
+        self.context.is_linked(self.now, Duration::ZERO);
     }
 
     fn with(make: impl FnOnce(Making, Instant) -> Context) -> Self {
@@ -211,6 +214,11 @@ impl World {
                 self.now += Duration::from_millis(milliseconds);
                 self.context.on_time(self.now);
             }
+            Step::Unheard(milliseconds) => {
+                let unheard = Duration::from_millis(milliseconds);
+                self.now += unheard;
+                self.context.is_linked(self.now, unheard);
+            }
             Step::NextProcess => self.next_process(),
         }
         self.take();
@@ -299,6 +307,37 @@ fn a_kernel_that_lost_the_question_too_is_asked_again() {
     let last = world.sent.iter().rev().find(|(_, head)| head.msg_id.contains("-probe")).unwrap().1.msg_id.clone();
     world.answer(&last, true);
     assert_eq!(world.executions[0].status(), Status::Error);
+}
+
+#[test]
+fn time_in_which_nothing_could_be_sent_is_not_that_of_the_code() {
+    const GAP: u64 = 60_000;
+    let mut world = ready();
+    world.step(Step::Execute { seconds: 30, restarts: true });
+    // It was not sent.
+    world.step(Step::Unheard(GAP));
+    world.step(Step::Wait(29_000));
+    assert_eq!((world.executions[0].status(), world.deletes.len()), (Status::Running, 0));
+    // It was, and had its time.
+    let (kernel, head) = world.sent.last().cloned().unwrap();
+    world.context.on_sent(&Act { kernel, kind: ActKind::Send(head.msg_id) });
+    world.step(Step::Unheard(GAP));
+    world.step(Step::Wait(4_000));
+    assert_eq!(world.deletes.len(), 0, "what it has said meanwhile is on its way");
+    world.step(Step::Wait(2_000));
+    assert_eq!(world.deletes.len(), 1);
+    // A kernel that boots is not late for it either, nor is what prepares it.
+    world.delete();
+    world.step(Step::Unheard(GAP));
+    world.step(Step::Wait(4_000));
+    world.step(Step::Connected);
+    let info = world.sent.iter().rev().find(|(_, head)| head.msg_id.contains("-info")).unwrap().1.msg_id.clone();
+    world.answer(&info, true);
+    world.take();
+    assert!(!world.failed, "{:?}", world.context);
+    world.step(Step::Unheard(GAP));
+    world.step(Step::Wait(900));
+    assert!(!world.failed && !world.context.is_up(), "{:?}", world.context);
 }
 
 #[test]

@@ -240,11 +240,12 @@ impl Kernels {
         let deletions = self.lock().kernels.get(name).map(|handle| handle.deletions.clone());
         let Some(deletions) = deletions else { return Err(Refused::not_found("kernel")) };
         let (done, is_done) = oneshot::channel();
-        // A second deletion waits for the first one's end: its answer is dropped with the task.
-        match deletions.send(done).await {
-            Ok(()) => Ok(is_done.await.unwrap_or_default()),
-            Err(_) => Ok(KernelDeleted::default()),
-        }
+        // A second deletion waits for the first one's end: its answer is dropped with the task. All that the kernel has said has a number by then.
+        let first = match deletions.send(done).await {
+            Ok(()) => is_done.await.ok(),
+            Err(_) => None,
+        };
+        Ok(first.unwrap_or_else(|| KernelDeleted { last_seq: self.ring.last_seq(), ..KernelDeleted::default() }))
     }
 
     /// Forgets a kernel that is gone.

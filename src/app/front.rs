@@ -1,0 +1,55 @@
+//! The front door as the configuration wants it. Opens nothing.
+
+use std::sync::Arc;
+
+use super::{Plane, StartError};
+use crate::config::{Config, ForwardedHeader};
+use crate::http::door::{Door, Tries};
+use crate::http::listen::Connections;
+use crate::http::origins::Origins;
+use crate::http::remote::Proxies;
+use crate::http::tls::Tls;
+use crate::http::{App, Bounds};
+
+/// What handlers work with.
+#[must_use]
+pub fn app(config: &Config, plane: &Plane) -> App {
+    let server = &config.server;
+    let tries = Tries { most: config.auth.failures, within: config.auth.failure_window };
+    let header = match server.forwarded_header {
+        ForwardedHeader::XForwardedFor => "x-forwarded-for",
+        ForwardedHeader::Forwarded => "forwarded",
+    };
+    App {
+        service: Arc::clone(&plane.service),
+        door: Arc::new(Door::new(Arc::clone(&plane.keys), tries)),
+        instance: Arc::from(config.engine.instance.as_str()),
+        bounds: Bounds {
+            body: usize::try_from(server.max_body).unwrap_or(usize::MAX),
+            body_time: server.request_timeout,
+        },
+        proxies: Proxies::new(server.trusted_proxies.clone(), header),
+        origins: Origins::new(&server.cors_origins),
+    }
+}
+
+/// What connections may take. Reads the certificate, where there is one.
+///
+/// # Errors
+/// When the certificate can't be used.
+pub fn connections(config: &Config) -> Result<Connections, StartError> {
+    let server = &config.server;
+    let tls = match (&server.tls_cert_file, &server.tls_key_file) {
+        (Some(certificate), Some(key)) => Some(Arc::new(Tls::load(certificate, key)?)),
+        _ => None,
+    };
+    Ok(Connections {
+        most: server.connections as usize,
+        most_of_one: server.connections_per_address as usize,
+        head_time: server.header_timeout,
+        head_bytes: usize::try_from(server.max_header).unwrap_or(usize::MAX),
+        write_time: server.write_timeout,
+        plain_from_proxies_only: tls.is_none() && !server.allow_plain_http && !server.listen.ip().is_loopback(),
+        tls,
+    })
+}
