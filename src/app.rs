@@ -35,6 +35,7 @@ use crate::session::registry::{AfterDrain, Registry};
 use crate::store::state::{self, Left, State, StateError};
 use crate::store::{Archive, ArchiveLimits, installation};
 use crate::task;
+use crate::traces::{self, Traces};
 use crate::tuning::{self, Reloader, ceilings, limits, pool_plans, settings};
 
 pub mod front;
@@ -137,6 +138,16 @@ pub enum StartError {
         path: PathBuf,
         /// Why.
         source: io::Error,
+    },
+    /// Traces can't be sent.
+    #[error(
+        "traces can't be sent to {endpoint}: {reason}\n  `[traces]` in the configuration says where to, and with which headers"
+    )]
+    Traces {
+        /// The collector.
+        endpoint: String,
+        /// Why.
+        reason: String,
     },
     /// The data folder can't be had.
     #[error("the data folder can't be locked with {}: {reason}\n  end the other server, or give this one a folder and an engine.instance of its own", path.display())]
@@ -247,6 +258,8 @@ impl Plane {
         let Process { log, read, .. } = process;
         let pull = pull(config);
         let metrics = Metrics::new();
+        // Before anything is there that would have to be taken down.
+        let traces = if owns_instance { traces(config, &metrics)? } else { None };
         let engine: Arc<dyn Engine> = Arc::new(Metered::new(connect(config).await?, metrics.clone()));
         let (settings, limits) = (settings(config), limits(config));
         // One process works with a data folder; whoever shares an instance keeps nothing.
@@ -282,6 +295,9 @@ impl Plane {
                 .with_quotas(Arc::clone(&quotas));
         if let Some(log) = &log {
             service = service.logging(log.clone());
+        }
+        if let Some(traces) = traces {
+            service = service.traced(traces);
         }
         if let Some(audit) = audit {
             service = service.audited(Arc::clone(&audit));
@@ -372,7 +388,7 @@ pub async fn serve(config: &Config, process: Process, ready: impl FnOnce(SocketA
         task::spawn("admin listener", http::admin::serve(admin, app.clone(), connections.plain(), closing.clone()));
     }
     let door = http::serve(listener, app, connections, closing.clone());
-    let operator = plane.drain.clone();
+    let (operator, traces) = (plane.drain.clone(), plane.service.traces().cloned());
     let drain = async {
         tokio::select! {
             () = stop.asked.cancelled() => {}
@@ -391,6 +407,9 @@ pub async fn serve(config: &Config, process: Process, ready: impl FnOnce(SocketA
     tokio::select! {
         () = door => {}
         () = drain => {}
+    }
+    if let Some(traces) = traces {
+        traces.end().await;
     }
     Ok(())
 }
@@ -679,6 +698,29 @@ fn audit(config: &Config, state: State) -> Result<Arc<Audit>, StartError> {
     Ok(Arc::new(Audit::new(state, bounds)))
 }
 
+/// Where requests and executions are told as traces, if they are to be.
+fn traces(config: &Config, metrics: &Metrics) -> Result<Option<Traces>, StartError> {
+    let section = &config.traces;
+    if section.endpoint.is_empty() {
+        return Ok(None);
+    }
+    let failed = |reason| StartError::Traces { endpoint: section.endpoint.clone(), reason };
+    let headers = section.headers_file.as_deref().map(|path| read_secret(path).map_err(|e| (path, e)));
+    let headers = headers.transpose().map_err(|(path, e)| failed(format!("{}: {e}", path.display())))?;
+    let settings = traces::Settings {
+        endpoint: section.endpoint.clone(),
+        headers: headers.unwrap_or_default(),
+        sample_ratio: section.sample_ratio,
+        service_name: section.service_name.clone(),
+        instance: config.engine.instance.clone(),
+        server: config.server.listen,
+        is_tls: config.server.tls_cert_file.is_some(),
+        timeout: section.timeout,
+        queue: usize::try_from(section.queue).unwrap_or(usize::MAX),
+    };
+    Traces::start(settings, metrics.clone()).map(Some).map_err(failed)
+}
+
 /// Refuses a data folder that another server works with: two of one instance would end each other's sessions. Held while the file is.
 fn lock(folder: &Path) -> Result<std::fs::File, StartError> {
     use std::os::unix::fs::DirBuilderExt;
@@ -724,9 +766,14 @@ fn configured_key(section: &KeySection) -> Result<ConfiguredKey, StartError> {
 
 /// Reads a key from a file that nobody else may read. An error says what to do about it.
 fn read_key(path: &Path) -> Result<KeyHash, String> {
-    let key = std::fs::read_to_string(path).map_err(|e| e.to_string())?;
+    hash_of(read_secret(path)?.trim())
+}
+
+/// Reads a file that nobody else may read. An error says what to do about it.
+fn read_secret(path: &Path) -> Result<String, String> {
+    let text = std::fs::read_to_string(path).map_err(|e| e.to_string())?;
     check_mode(path)?;
-    hash_of(key.trim())
+    Ok(text)
 }
 
 fn hash_of(key: &str) -> Result<KeyHash, String> {

@@ -18,4 +18,5 @@ pub mod service;
 pub mod session;
 pub mod store;
 pub mod task;
+pub mod traces;
 pub mod tuning;

@@ -7,35 +7,43 @@ use std::path::{Path, PathBuf};
 use syn::visit::Visit;
 
 /// Each top module and the others it may use. Lower layers only; what stands beside each other stays apart.
-const LAYERS: [(&str, &[&str]); 17] = [
+const LAYERS: [(&str, &[&str]); 18] = [
     ("domain", &[]),
     ("task", &[]),
     ("json", &[]),
     ("metrics", &["domain"]),
+    ("traces", &["domain", "task", "metrics"]),
     ("engine", &["domain", "task", "metrics"]),
     ("kernel", &["domain", "json", "task"]),
     ("store", &["domain", "json", "metrics"]),
-    ("session", &["domain", "task", "metrics", "engine", "kernel", "store"]),
-    ("service", &["domain", "task", "metrics", "engine", "kernel", "session", "store"]),
-    ("http", &["domain", "task", "metrics", "session", "service"]),
+    ("session", &["domain", "task", "metrics", "traces", "engine", "kernel", "store"]),
+    ("service", &["domain", "task", "metrics", "traces", "engine", "kernel", "session", "store"]),
+    ("http", &["domain", "task", "metrics", "traces", "session", "service"]),
     ("config", &["domain"]),
     ("cli", &["domain", "config"]),
     ("tuning", &["domain", "config", "service", "session"]),
-    ("app", &["domain", "task", "metrics", "config", "engine", "http", "service", "session", "store", "tuning"]),
+    (
+        "app",
+        &["domain", "task", "metrics", "traces", "config", "engine", "http", "service", "session", "store", "tuning"],
+    ),
     ("run", &["domain", "cli", "config", "app", "http", "service", "session"]),
     ("doctor", &["domain", "cli", "config", "engine", "store", "app", "run"]),
     ("main", &["task", "cli", "config", "app", "run", "doctor", "http", "service"]),
 ];
 
 /// Crates that only some modules may name. Paths are prefixes of a file's module path.
-const CRATES: [(&str, &[&str]); 11] = [
+const CRATES: [(&str, &[&str]); 15] = [
     ("bollard", &["engine/docker", "engine/lockdown"]),
     ("tar", &["engine/docker"]),
     ("docker_credential", &["engine/docker"]),
     ("prometheus", &["metrics"]),
     ("axum", &["http"]),
     ("utoipa", &["http"]),
-    ("reqwest", &["cli"]),
+    ("opentelemetry", &["traces"]),
+    ("opentelemetry_sdk", &["traces"]),
+    ("opentelemetry_proto", &["traces"]),
+    ("prost", &["traces"]),
+    ("reqwest", &["cli", "traces"]),
     ("clap", &["cli", "main"]),
     ("toml", &["config"]),
     ("tokio_rustls", &["http/tls"]),

@@ -9,7 +9,7 @@ use crate::domain::spec::{self, KERNEL_FLOOR, MIB, PoolSize};
 
 /// A container lives at least so long without hearing of a server, which it does when it is asked whether it lives.
 const LEAST_LEASE: Duration = Duration::from_secs(15);
-/// What names of keys and tenants are.
+/// What names of keys, tenants and services are.
 const NAME: &str = "allowed are 1 to 64 letters, digits, \".\", \"_\" and \"-\"";
 
 /// What is named like this is removed once it is old.
@@ -23,6 +23,7 @@ pub(super) fn check(document: &Document, merge: &Merge) -> Vec<Mistake> {
     checker.engine(document);
     checker.amounts(document);
     checker.quotas(document);
+    checker.traces(document);
     checker.log(document);
     checker.default_template(document);
     let least: u32 =
@@ -309,6 +310,43 @@ impl Checker<'_> {
                 format!("{class:?} is none of the classes that have a key of their own: {known}")
             });
         }
+    }
+
+    fn traces(&mut self, document: &Document) {
+        let traces = &document.traces;
+        let endpoint = traces.endpoint.as_str();
+        let (rest, is_https) = match (endpoint.strip_prefix("http://"), endpoint.strip_prefix("https://")) {
+            (Some(rest), _) => (rest, false),
+            (None, rest) => (rest.unwrap_or_default(), rest.is_some()),
+        };
+        let is_plain = |c: char| c.is_ascii_alphanumeric() || "-._~:/[]%".contains(c);
+        let is_url = !rest.is_empty() && !rest.starts_with(['/', ':']) && rest.chars().all(is_plain);
+        // What is wrong may be a key, so it is not repeated.
+        self.require(endpoint.is_empty() || is_url, &["traces.endpoint"], || {
+            "name a collector's base URL, such as \"http://127.0.0.1:4318\", without a user, a query or a fragment; keys \
+             belong into traces.headers_file"
+                .to_owned()
+        });
+        let host = rest.split('/').next().unwrap_or_default();
+        let is_here = ["localhost", "127.0.0.1", "[::1]"]
+            .iter()
+            .any(|here| host.strip_prefix(here).is_some_and(|port| port.is_empty() || port.starts_with(':')));
+        let may_be_sent = traces.headers_file.is_none() || endpoint.is_empty() || is_https || is_here;
+        self.require(may_be_sent, &["traces.endpoint", "traces.headers_file"], || {
+            "the secrets of traces.headers_file could be read on the way: name an https:// URL, or a collector on loopback"
+                .to_owned()
+        });
+        self.require((0.0..=1.0).contains(&traces.sample_ratio), &["traces.sample_ratio"], || {
+            format!("{} is not within 0.0 to 1.0", traces.sample_ratio)
+        });
+        self.require(spec::is_name(&traces.service_name), &["traces.service_name"], || NAME.to_owned());
+        let (shortest, longest) = (Duration::from_millis(100), Duration::from_secs(60));
+        self.require((shortest..=longest).contains(&traces.timeout), &["traces.timeout"], || {
+            "allowed are 100ms to 60s".to_owned()
+        });
+        self.require((1..=1_000_000).contains(&traces.queue), &["traces.queue"], || {
+            format!("{} is not within 1 to 1000000", traces.queue)
+        });
     }
 
     fn log(&mut self, document: &Document) {

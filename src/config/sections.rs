@@ -41,6 +41,7 @@ pub(super) struct Document {
     pub tenants: BTreeMap<String, Tenant>,
     pub executions: Executions,
     pub audit: Audit,
+    pub traces: Traces,
     pub log: Log,
     #[expect(dead_code, reason = "read for its form; templates have their own copies of what is in it")]
     pub template_defaults: TemplateSection,
@@ -366,6 +367,26 @@ pub struct Audit {
     pub retention_time: Duration,
     /// The oldest beyond so many go earlier.
     pub retention_count: u32,
+}
+
+/// Requests and executions as traces.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Traces {
+    /// Base URL of a collector that speaks OTLP over HTTP; empty: none.
+    pub endpoint: String,
+    /// A file with headers for it, which are secret.
+    #[serde(deserialize_with = "optional_path")]
+    pub headers_file: Option<PathBuf>,
+    /// What this server is called there.
+    pub service_name: String,
+    /// The part of traces that is told.
+    pub sample_ratio: f64,
+    /// The collector answers within this time.
+    #[serde(deserialize_with = "duration")]
+    pub timeout: Duration,
+    /// Spans that wait for it.
+    pub queue: u32,
 }
 
 /// What the server says about itself.

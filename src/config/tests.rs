@@ -467,3 +467,38 @@ fn effective_values_name_their_source() {
     assert!(has("limits.sessions = 100", "# default"), "{text}");
     assert!(has("templates.data.runtime", &format!("# {}:2, template_defaults", file.path().display())), "{text}");
 }
+
+#[test]
+fn a_collector_is_a_plain_url_and_its_secrets_stay_private_on_the_way() {
+    for endpoint in
+        ["", "http://127.0.0.1:4318", "https://otel.example/base/", "http://[::1]:4318", "http://collector:4318"]
+    {
+        assert_eq!(mistakes(&format!("traces.endpoint = {endpoint:?}"), &[]), [], "{endpoint}");
+    }
+    for endpoint in [
+        "127.0.0.1:4318",
+        "grpc://h:4317",
+        "http://",
+        "http:///v1",
+        "https://me:s3cret@h",
+        "http://h?key=s3cret",
+        "http://h#x",
+        "http://h o",
+    ] {
+        let (key, message) = one_mistake(&format!("traces.endpoint = {endpoint:?}"));
+        assert_eq!((key.as_str(), message.contains("s3cret")), ("traces.endpoint", false), "{endpoint}");
+    }
+    let with_secret =
+        |endpoint| mistakes(&format!("[traces]\nendpoint = {endpoint:?}\nheaders_file = \"/secret\""), &[]);
+    for endpoint in ["", "https://h", "http://localhost:4318", "http://127.0.0.1/x", "http://[::1]"] {
+        assert_eq!(with_secret(endpoint), [], "{endpoint}");
+    }
+    for endpoint in ["http://h", "http://localhost.example", "http://127.0.0.1.example:4318"] {
+        assert!(with_secret(endpoint)[0].1.contains("could be read on the way"), "{endpoint}");
+    }
+    for wrong in ["sample_ratio = 1.5", "sample_ratio = nan", "service_name = \"a b\"", "timeout = \"0s\"", "queue = 0"]
+    {
+        let key = wrong.split(' ').next().unwrap();
+        assert_eq!(one_mistake(&format!("traces.{wrong}")).0, format!("traces.{key}"));
+    }
+}

@@ -1,11 +1,13 @@
-//! The log's one line of a request: told when it is answered, or when its caller leaves before that.
+//! The log's one line of a request, and its span in a trace: told when it is answered, or when its caller leaves before that.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use axum::http::Method;
 
+use super::NO_ROUTE;
 use crate::service::trail::Trail;
+use crate::traces::Requested;
 
 /// A request that is worked on. It tells its line when it is dropped.
 pub(super) struct Line {
@@ -43,6 +45,18 @@ impl Drop for Line {
     fn drop(&mut self) {
         let (told, origin, answer) = (self.trail.told(), self.trail.origin(), self.answer.as_ref());
         let took = answer.map_or_else(|| self.started.elapsed(), |answer| answer.took);
+        // Strangers do not fill a collector.
+        if let (Some(trace), Some(_)) = (self.trail.trace(), &told.tenant) {
+            trace.request_ended(&Requested {
+                method: self.method.as_str(),
+                route: Some(&*self.route).filter(|route| *route != NO_ROUTE),
+                status: answer.map(|answer| answer.status),
+                problem: answer.and_then(|answer| answer.problem),
+                took,
+                session: told.session,
+                execution: told.execution,
+            });
+        }
         tracing::info!(
             method = %self.method,
             route = &*self.route,
@@ -55,6 +69,7 @@ impl Drop for Line {
             session = told.session.map(tracing::field::display),
             execution = told.execution.map(tracing::field::display),
             address = origin.address.map(tracing::field::display),
+            trace_id = self.trail.trace().map(|trace| tracing::field::display(trace.id())),
             bytes_in = self.bytes_in,
             bytes_out = answer.and_then(|answer| answer.bytes),
             "{}", if answer.is_some() { "request" } else { "request without an answer: its caller has left" }

@@ -10,7 +10,7 @@ use std::time::Duration;
 use axum::Router;
 use axum::body::HttpBody;
 use axum::extract::{ConnectInfo, MatchedPath, Request, State};
-use axum::http::{HeaderName, HeaderValue, StatusCode, header};
+use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
@@ -22,6 +22,7 @@ use crate::domain::ids::RequestId;
 use crate::service::Service;
 use crate::service::trail::{Answered, Origin, Trail};
 use crate::session;
+use crate::traces::{Trace, Traces};
 
 pub mod admin;
 pub mod docs;
@@ -141,7 +142,8 @@ async fn finish(State((app, operations)): State<(App, Arc<Operations>)>, mut req
     }
     let has_key = request.headers().contains_key(header::AUTHORIZATION) || request.headers().contains_key("x-api-key");
     let (action, path) = (operations.worth_an_event(&method, &route), request.uri().path().to_owned());
-    let trail = Trail::new(Origin { address, request: id.clone(), path, action }, app.service.audit());
+    let trace = app.service.traces().map(|traces| begin_trace(traces, request.headers()));
+    let trail = Trail::new(Origin { address, request: id.clone(), path, action }, app.service.audit(), trace);
     let mut line = Line::new(method, route, Arc::clone(&trail), request.body().size_hint().exact());
     let rate = rate::Slot::default();
     request.extensions_mut().insert(Arc::clone(&rate));
@@ -171,6 +173,15 @@ async fn finish(State((app, operations)): State<(App, Arc<Operations>)>, mut req
     let is_key_refused = status == StatusCode::UNAUTHORIZED && has_key;
     trail.end(Answered { status: status.as_u16(), problem: code, is_key_refused, made });
     response
+}
+
+/// Begins to trace a request, below the span that its caller names.
+fn begin_trace(traces: &Traces, headers: &HeaderMap) -> Trace {
+    let values = |name: &str| headers.get_all(name).iter().map(|value| value.to_str().ok()).collect::<Option<Vec<_>>>();
+    // Of two parents neither is believed; a state may be in several parts.
+    let parent = values("traceparent").filter(|values| values.len() == 1).map(|values| values[0]);
+    let state = values("tracestate").map(|values| values.join(","));
+    traces.begin(parent, state.as_deref())
 }
 
 /// The caller's id for the request if it is harmless, else one of ours.

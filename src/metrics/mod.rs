@@ -119,6 +119,7 @@ struct Instruments {
     engine: Calls,
     reconciler: Rounds,
     requests: Requests,
+    spans_dropped: IntCounter,
 }
 
 #[derive(Debug)]
@@ -261,6 +262,7 @@ impl Metrics {
             engine: Calls::new(&of),
             reconciler: Rounds::new(&of),
             requests: Requests::new(&of),
+            spans_dropped: of.counter("trace_spans_dropped_total", "Spans of traces that no collector has taken."),
             registry: of.0,
         }))
     }
@@ -318,6 +320,17 @@ impl Metrics {
         self.0.engine.sent.inc_by(bytes as u64);
     }
 
+    /// So many spans of traces were dropped.
+    pub fn trace_spans_dropped(&self, count: usize) {
+        self.0.spans_dropped.inc_by(count as u64);
+    }
+
+    /// How many were dropped by now.
+    #[must_use]
+    pub fn dropped_trace_spans(&self) -> u64 {
+        self.0.spans_dropped.get()
+    }
+
     /// Comparing the engine with the sessions has led to something, so many times.
     pub fn reconciled(&self, action: Reconciled, times: usize) {
         self.0.reconciler.actions.with_label_values(&[action.word()]).inc_by(times as u64);
@@ -330,8 +343,7 @@ impl Metrics {
 
     /// A request was answered. `route` is a template; methods that HTTP does not define, which callers make up, count as one.
     pub fn request_answered(&self, route: &str, method: &str, status: u16, took: Duration) {
-        const METHODS: [&str; 9] = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "CONNECT", "TRACE"];
-        let method = METHODS.into_iter().find(|known| *known == method).unwrap_or("other");
+        let method = known_method(method).unwrap_or("other");
         let class = match status / 100 {
             1 => "1xx",
             2 => "2xx",
@@ -390,6 +402,13 @@ impl Commits {
         self.count.with_label_values(&[if succeeded { "ok" } else { "failed" }]).inc();
         self.seconds.observe(took.as_secs_f64());
     }
+}
+
+/// A method as HTTP defines it; nothing of one that a caller has made up.
+#[must_use]
+pub fn known_method(method: &str) -> Option<&'static str> {
+    const METHODS: [&str; 9] = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "CONNECT", "TRACE"];
+    METHODS.into_iter().find(|known| *known == method)
 }
 
 /// Makes figures under our prefix. Names and labels are written in this folder, so that one which is not allowed, or is there twice, is a defect that every

@@ -31,6 +31,7 @@ pub use crate::store::BlobBody;
 use crate::store::state::Lasting;
 use crate::store::{Archive, Blob};
 use crate::task;
+use crate::traces::Traces;
 
 pub mod admin;
 pub mod audit;
@@ -316,6 +317,8 @@ pub struct Service {
     audit: Option<Arc<Audit>>,
     /// How much the log tells, where that can be changed.
     log: Option<LogLevel>,
+    /// Where requests and executions are told as traces, if they are.
+    traces: Option<Traces>,
 }
 
 impl std::fmt::Debug for dyn Engine {
@@ -348,6 +351,7 @@ impl Service {
             quotas: Arc::default(),
             audit: None,
             log: None,
+            traces: None,
         }
     }
 
@@ -361,6 +365,18 @@ impl Service {
     #[must_use]
     pub fn audit(&self) -> Option<Arc<Audit>> {
         self.audit.clone()
+    }
+
+    /// The same, whose requests and executions are told as traces.
+    #[must_use]
+    pub fn traced(self, traces: Traces) -> Self {
+        Self { traces: Some(traces), ..self }
+    }
+
+    /// Where they are told, if they are.
+    #[must_use]
+    pub fn traces(&self) -> Option<&Traces> {
+        self.traces.as_ref()
     }
 
     /// Creates a session, or finds the live one of that name. With `wait` it answers once the session is ready, or has failed
@@ -939,6 +955,7 @@ impl Service {
             if let Ok(execution) = &accepted {
                 trail::note_execution(id);
                 trail::note_context(execution.place.context);
+                trail::trace(execution, &session.spec.template);
                 service.registry.keep(execution);
                 count(running, &session, Arc::clone(execution));
             }

@@ -13,7 +13,9 @@ use sha2::{Digest, Sha256};
 use super::audit::Audit;
 use super::keys::Principal;
 use crate::domain::ids::{ContextId, ExecutionId, KeyId, SessionId};
+use crate::session::execution::Execution;
 use crate::store::state::AuditEvent;
+use crate::traces::Trace;
 
 tokio::task_local! {
     static TRAIL: Arc<Trail>;
@@ -81,6 +83,7 @@ pub struct Answered {
 pub struct Trail {
     origin: Origin,
     audit: Option<Arc<Audit>>,
+    trace: Option<Trace>,
     told: Mutex<Told>,
     is_over: std::sync::atomic::AtomicBool,
 }
@@ -88,8 +91,8 @@ pub struct Trail {
 impl Trail {
     /// A request comes in.
     #[must_use]
-    pub fn new(origin: Origin, audit: Option<Arc<Audit>>) -> Arc<Self> {
-        Arc::new(Self { origin, audit, told: Mutex::default(), is_over: false.into() })
+    pub fn new(origin: Origin, audit: Option<Arc<Audit>>, trace: Option<Trace>) -> Arc<Self> {
+        Arc::new(Self { origin, audit, trace, told: Mutex::default(), is_over: false.into() })
     }
 
     /// Works on the request.
@@ -101,6 +104,12 @@ impl Trail {
     #[must_use]
     pub fn origin(&self) -> &Origin {
         &self.origin
+    }
+
+    /// Its place in a trace, if traces are told.
+    #[must_use]
+    pub fn trace(&self) -> Option<&Trace> {
+        self.trace.as_ref()
     }
 
     /// What is known by now.
@@ -210,6 +219,13 @@ pub(super) fn note_execution(id: ExecutionId) {
     note(|told| told.execution = Some(id));
 }
 
+/// Has an execution of a template's session told in the trace of the request that has begun it.
+pub(super) fn trace(execution: &Execution, template: &str) {
+    if let Some(trace) = current().and_then(|trail| trail.trace.clone()) {
+        execution.trace_in(trace, template);
+    }
+}
+
 /// Notes what code a request has sent: how much and its hash, and the code itself only where the audit is to have it.
 pub(super) fn note_code(code: &str) {
     let Some(trail) = current() else { return };
@@ -254,7 +270,7 @@ mod tests {
         fn trail(&self, action: Option<&str>) -> Arc<Trail> {
             let (request, path) = ("req1".to_owned(), "/v1/sessions".to_owned());
             let origin = Origin { address: None, request, path, action: action.map(Arc::from) };
-            Trail::new(origin, Some(Arc::clone(&self.audit)))
+            Trail::new(origin, Some(Arc::clone(&self.audit)), None)
         }
 
         async fn events(&self) -> Vec<AuditEvent> {

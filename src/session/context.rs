@@ -1070,7 +1070,8 @@ impl Context {
                 running.is_idle(now);
                 self.complete_if_done(now);
             }
-            Ok(Iopub::Status { idle: false } | Iopub::Other) => {}
+            Ok(Iopub::Status { idle: false }) => running.execution.is_busy(),
+            Ok(Iopub::Other) => {}
             Err(error) => tracing::debug!(%error, "a kernel's message was dropped"),
         }
     }

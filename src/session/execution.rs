@@ -4,7 +4,7 @@
 //! most what its limits allow, whatever the guest says.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use jiff::Timestamp;
 use tokio::sync::watch;
@@ -19,6 +19,7 @@ use crate::domain::output::{
 };
 pub use crate::store::state::Logged;
 use crate::store::state::{Birth, ExecutionChange, ExecutionRecord, Progress, RunningRecord};
+use crate::traces::{Executed, Trace};
 
 /// What a guest may exceed the limits by before the control plane leaves output out: tails, marks and messages under way.
 const SLACK_BYTES: u64 = 512 * 1024;
@@ -76,6 +77,10 @@ struct Record {
     blobs: u32,
     /// It waits for a line.
     asks: bool,
+    /// When its kernel said that it works on it.
+    busy: Option<Instant>,
+    /// The trace of the request that has begun it, and its session's template.
+    trace: Option<(Trace, String)>,
 }
 
 /// What of a record the database has been told.
@@ -126,6 +131,8 @@ impl Execution {
             held: 0,
             blobs: 0,
             asks: false,
+            busy: None,
+            trace: None,
         };
         let (record, request) = (Mutex::new(record), Arc::new(request));
         let execution =
@@ -152,6 +159,8 @@ impl Execution {
             held: events.iter().map(|logged| footprint(&logged.event)).sum::<u64>() + footprint_of_report(&report),
             blobs,
             asks: running.is_some_and(|running| running.asked.is_some()),
+            busy: None,
+            trace: None,
             report,
             events,
         };
@@ -308,6 +317,36 @@ impl Execution {
         self.log(record, ExecutionEvent::Started);
     }
 
+    /// Its kernel works on it.
+    pub(super) fn is_busy(&self) {
+        self.record().busy.get_or_insert_with(Instant::now);
+    }
+
+    /// Its end is told to the trace of the request that has begun it, even if it has ended by now. `template` is its session's.
+    pub fn trace_in(&self, trace: Trace, template: &str) {
+        let mut record = self.record();
+        record.trace = Some((trace, template.to_owned()));
+        self.tell_trace(&mut record);
+    }
+
+    /// Makes the spans of what has ended, once.
+    fn tell_trace(&self, record: &mut Record) {
+        let Some(finished) = record.finished else { return };
+        let Some((trace, template)) = record.trace.take() else { return };
+        let at =
+            |moment: Instant| SystemTime::from(self.created_at) + moment.saturating_duration_since(record.accepted);
+        trace.execution_ended(&Executed {
+            id: self.id,
+            session: self.place.session,
+            template: &template,
+            status: record.status,
+            accepted: self.created_at.into(),
+            started: record.started.map(at),
+            busy: record.busy.map(at),
+            ended: at(finished),
+        });
+    }
+
     pub(super) fn count(&self, execution_count: u64) {
         let mut record = self.record();
         record.saved.progress &= record.report.execution_count == Some(execution_count);
@@ -416,6 +455,7 @@ impl Execution {
         record.asks = false;
         record.report.detail = end.detail;
         record.report.stop = end.stop;
+        self.tell_trace(&mut record);
         let has_run = record.started.is_some();
         if let Some(metrics) = self.place.keeping.metrics() {
             metrics.execution_ended(record.status, record.started.map(|at| at.elapsed()));
