@@ -14,7 +14,7 @@ use crate::config::{self, Config, DrainContainers, Inputs, KeySection, Loaded, P
 use crate::domain::ids::InstallationId;
 use crate::domain::quota::QuotaTable;
 use crate::domain::spec::Template;
-use crate::engine::docker::{DockerEngine, DockerSettings, GuestFile};
+use crate::engine::docker::{Demand, DockerEngine, DockerSettings, GuestFile};
 use crate::engine::guard::{self, BindError, Guard, GuardEngine, Permitted, Policy};
 use crate::engine::metered::Metered;
 use crate::engine::{Engine, EngineError, Pull};
@@ -55,9 +55,7 @@ const IPYKERNEL_LAUNCHER: &[u8] = include_bytes!("../crates/guest/launcher/ipyke
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
     /// The engine is not there, or can't be used.
-    #[error(
-        "the container engine at {host} can't be used: {source}\n  is Docker running, and may this user reach it? `docker info` tells; `make setup` installs and starts it"
-    )]
+    #[error("the container engine at {host} can't be used: {source}\n  {}", advice(source))]
     Engine {
         /// Where it was looked for.
         host: String,
@@ -496,6 +494,9 @@ async fn change_guard(guard: &Guard, inputs: &Inputs, loaded: &mut Loaded) {
             "nothing has changed: engine.*, guard.socket and guard.user need a restart of the guard"
         );
     }
+    if let Some(change) = loaded.changes(&later).iter().find(|change| change.is_of_confinement()) {
+        return tracing::error!(%change, "nothing has changed: this needs a restart of the guard");
+    }
     loaded.changes(&later).iter().for_each(|change| tracing::info!(%change, "the configuration has changed"));
     guard.change(policy(&later.config)).await;
     *loaded = later;
@@ -509,8 +510,11 @@ pub async fn check_guard(config: &Config) -> Result<(), StartError> {
     connect_guard(&config.guard.socket, config).await.map(drop)
 }
 
-/// The engine that the configuration names, or the guard that has it.
-async fn connect(config: &Config) -> Result<Arc<dyn Engine>, StartError> {
+/// Connects to the engine that the configuration names, or to the guard that has it.
+///
+/// # Errors
+/// See [`StartError`].
+pub async fn connect(config: &Config) -> Result<Arc<dyn Engine>, StartError> {
     match config.engine.guard() {
         Some(socket) => Ok(Arc::new(connect_guard(&socket, config).await?)),
         None => Ok(Arc::new(connect_docker(config).await?)),
@@ -524,18 +528,43 @@ async fn connect_guard(socket: &Path, config: &Config) -> Result<GuardEngine, St
 
 /// With the guest's files at hand.
 async fn connect_docker(config: &Config) -> Result<DockerEngine, StartError> {
+    let settings = engine_settings(config, guest_files(config.guest.binary.as_deref())?);
+    DockerEngine::connect(settings).await.map_err(|e| engine_error(config, e))
+}
+
+/// How the engine is reached, and what belongs to this control plane there.
+#[must_use]
+pub fn engine_settings(config: &Config, guest_files: Vec<GuestFile>) -> DockerSettings {
     let section = &config.engine;
-    let settings = DockerSettings {
+    DockerSettings {
         host: Some(section.host.clone()),
         tls_folder: section.tls_cert_dir.clone(),
         instance: section.instance.clone(),
-        guest_files: guest_files(config.guest.binary.as_deref())?,
+        guest_files,
         uids: section.uid_first..=section.uid_last,
         credentials_file: section.docker_config.as_ref().map(|folder| folder.join("config.json")),
-        require_swap_limit: true,
+        demands: demands(config),
         starts_at_once: config.limits.concurrent_starts as usize,
+    }
+}
+
+/// What each template relies on.
+#[must_use]
+pub fn demands(config: &Config) -> Vec<Demand> {
+    let demand = |template: &Template| Demand {
+        template: template.name.clone(),
+        runtime: template.runtime.clone(),
+        accepted: template.accept_unenforced.clone(),
     };
-    DockerEngine::connect(settings).await.map_err(|e| engine_error(config, e))
+    config.templates.values().map(demand).collect()
+}
+
+/// What to do about an engine that can't be used.
+fn advice(error: &EngineError) -> &'static str {
+    match error {
+        EngineError::Rejected { .. } => "`cellblock doctor` tries what holds on this host, and says what to do",
+        _ => "is Docker running, and may this user reach it? `docker info` tells; `make setup` installs and starts it",
+    }
 }
 
 /// What a guard permits: what the server that it stands before would ask for.
@@ -624,7 +653,11 @@ fn engine_error(config: &Config, source: EngineError) -> StartError {
     StartError::Engine { host: config.engine.host.clone(), source }
 }
 
-fn guest_files(binary: Option<&Path>) -> Result<Vec<GuestFile>, StartError> {
+/// What the guest's volume holds: the binary, beside this program unless it is named, and its launcher.
+///
+/// # Errors
+/// When the binary can't be read.
+pub fn guest_files(binary: Option<&Path>) -> Result<Vec<GuestFile>, StartError> {
     let beside_us = || {
         let exe = std::env::current_exe().unwrap_or_default();
         exe.with_file_name("cellblock-guest")

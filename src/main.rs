@@ -12,6 +12,7 @@ use tracing_subscriber::EnvFilter;
 
 use cellblock::cli::{self, Cli, Command};
 use cellblock::config::{self, Config, Environment, Inputs, Loaded, Log, LogFormat};
+use cellblock::doctor::{self, verdict::Verdict};
 use cellblock::service::log::LogLevel;
 use cellblock::{app, http, run, task};
 
@@ -47,6 +48,10 @@ async fn main() -> ExitCode {
         Command::Backup(args) => match load(&args.inputs(&environment)) {
             Ok(config) => backup(&config, &args.to),
             Err(code) => code,
+        },
+        Command::Doctor(args) => match load(&args.inputs(&environment)) {
+            Ok(config) => doctor::run(&config, cli.json).await,
+            Err(_) => Verdict::Broken.exit_status(),
         },
         Command::Openapi => openapi(),
         // `perform` did these.

@@ -77,7 +77,7 @@ pub async fn run(args: &RunArgs, json: bool, mut config: Config) -> Result<u8, R
 }
 
 /// Waits for a signal that asks the command to end: from a terminal, from `timeout(1)`, or because the terminal is gone.
-async fn told_to_stop() {
+pub(crate) async fn told_to_stop() {
     let kinds = [SignalKind::interrupt(), SignalKind::terminate(), SignalKind::hangup()];
     let signals = kinds.into_iter().filter_map(|kind| signal(kind).ok()).map(|mut signal| {
         Box::pin(async move {

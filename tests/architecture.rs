@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use syn::visit::Visit;
 
 /// Each top module and the others it may use. Lower layers only; what stands beside each other stays apart.
-const LAYERS: [(&str, &[&str]); 17] = [
+const LAYERS: [(&str, &[&str]); 18] = [
     ("domain", &[]),
     ("task", &[]),
     ("json", &[]),
@@ -27,7 +27,8 @@ const LAYERS: [(&str, &[&str]); 17] = [
         &["domain", "task", "metrics", "traces", "config", "engine", "http", "service", "session", "store", "tuning"],
     ),
     ("run", &["domain", "cli", "config", "app", "http", "service", "session"]),
-    ("main", &["task", "cli", "config", "app", "run", "http", "service"]),
+    ("doctor", &["domain", "cli", "config", "engine", "store", "app", "run"]),
+    ("main", &["task", "cli", "config", "app", "run", "doctor", "http", "service"]),
 ];
 
 /// Crates that only some modules may name. Paths are prefixes of a file's module path.

@@ -144,6 +144,7 @@ fn template() -> Template {
         description: String::new(),
         image: IMAGE.to_owned(),
         runtime: String::new(),
+        accept_unenforced: std::collections::BTreeSet::new(),
         kernelspec: String::new(),
         transport: cellblock::domain::spec::KernelTransport::Ipc,
         env: BTreeMap::new(),

@@ -580,6 +580,19 @@ async fn noted_once(cell: &Cell, notes: Vec<Note>) {
     }
 }
 
+/// Of all pages.
+async fn all_sessions(server: &Server) -> Vec<Value> {
+    let (mut found, mut cursor) = (Vec::new(), String::new());
+    loop {
+        let page = server.get(&format!("/v1/sessions?limit=100{cursor}")).await.json;
+        found.extend(page["sessions"].as_array().unwrap().clone());
+        match page["next_cursor"].as_str() {
+            Some(next) => cursor = format!("&cursor={next}"),
+            None => return found,
+        }
+    }
+}
+
 async fn kills(seed: u64, count: usize) {
     println!("seed {seed}");
     let mut chance = Chance::new(seed);
@@ -612,8 +625,7 @@ async fn kills(seed: u64, count: usize) {
         noted_once(&cell, notes).await;
     }
     // Those whose creation or end was not answered may be there or not; then they are whole.
-    let listed = server.get("/v1/sessions?limit=100").await.json["sessions"].clone();
-    for session in listed.as_array().unwrap().iter().filter(|session| session["state"] != "ended") {
+    for session in all_sessions(&server).await.into_iter().filter(|session| session["state"] != "ended") {
         let id = text(&session["id"]);
         let cell = Cell { server: Arc::clone(&server), id: id.clone(), view: Value::Null };
         cell.wait("ready").await;

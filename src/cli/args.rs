@@ -60,6 +60,8 @@ pub enum Command {
     Run(RunArgs),
     /// Check the configuration; print every value and where it came from, or every mistake.
     CheckConfig(ConfigArgs),
+    /// Try whether this host does what the configuration relies on; needs no server, and disturbs none.
+    Doctor(DoctorArgs),
     /// Copy the database of sessions, while a server works with it or not.
     Backup(BackupArgs),
     /// Print the OpenAPI document.
@@ -165,11 +167,36 @@ impl BackupArgs {
     /// The inputs of [`config::load`].
     #[must_use]
     pub fn inputs(&self, environment: &Environment) -> Inputs {
-        let inputs = self.config.inputs(environment);
-        match &self.data_dir {
-            Some(folder) => inputs.with("--data-dir", "server.data_dir", folder),
-            None => inputs,
-        }
+        with_data_dir(self.config.inputs(environment), self.data_dir.as_deref())
+    }
+}
+
+fn with_data_dir(inputs: Inputs, folder: Option<&str>) -> Inputs {
+    match folder {
+        Some(folder) => inputs.with("--data-dir", "server.data_dir", folder),
+        None => inputs,
+    }
+}
+
+/// Try this host.
+#[derive(Debug, Clone, Default, Args)]
+#[command(
+    after_help = "Exit codes: 0 all is well, 1 something is weak, 2 something is broken, or the configuration has a mistake"
+)]
+pub struct DoctorArgs {
+    /// Configuration.
+    #[command(flatten)]
+    pub config: ConfigArgs,
+    /// The server's data folder; the key server.data_dir.
+    #[arg(long, value_name = "DIR")]
+    pub data_dir: Option<String>,
+}
+
+impl DoctorArgs {
+    /// The inputs of [`config::load`].
+    #[must_use]
+    pub fn inputs(&self, environment: &Environment) -> Inputs {
+        with_data_dir(self.config.inputs(environment), self.data_dir.as_deref())
     }
 }
 

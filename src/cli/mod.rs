@@ -1,4 +1,4 @@
-//! The command line: what it accepts, and every command that needs no control plane of its own. `serve`, `guard`, `run` and
+//! The command line: what it accepts, and every command that needs no control plane of its own. `serve`, `guard`, `run`, `doctor` and
 //! `openapi` are only parsed here; the program's entry performs them.
 
 mod args;
@@ -19,8 +19,8 @@ use clap::CommandFactory as _;
 use serde_json::json;
 
 pub use args::{
-    Cli, CodeSource, Command, ConfigArgs, ExecArgs, GuardArgs, Place, PsArgs, RmArgs, RunArgs, ServeArgs, ServerArgs,
-    SessionsArgs,
+    Cli, CodeSource, Command, ConfigArgs, DoctorArgs, ExecArgs, GuardArgs, Place, PsArgs, RmArgs, RunArgs, ServeArgs,
+    ServerArgs, SessionsArgs,
 };
 pub use client::Client;
 pub use images::{Blob, Images};
@@ -31,10 +31,17 @@ pub use waiting::while_waiting;
 
 use crate::config::{self, Environment};
 
-/// Performs a command and gives its exit code; `None` for those that need the control plane: `serve`, `guard`, `run`, `backup`, `openapi`.
+/// Performs a command and gives its exit code; `None` for those that need the control plane: `serve`, `guard`, `run`, `backup`, `doctor`, `openapi`.
 pub async fn perform(cli: &Cli, environment: &Environment) -> Option<u8> {
     let done = match &cli.command {
-        Command::Serve(_) | Command::Guard(_) | Command::Run(_) | Command::Backup(_) | Command::Openapi => return None,
+        Command::Serve(_)
+        | Command::Guard(_)
+        | Command::Run(_)
+        | Command::Backup(_)
+        | Command::Doctor(_)
+        | Command::Openapi => {
+            return None;
+        }
         Command::Ps(args) => commands::ps(args, cli.json, environment).await,
         Command::Exec(args) => commands::exec(args, cli.json, environment).await,
         Command::Rm(args) => commands::rm(args, cli.json, environment).await,

@@ -44,7 +44,16 @@ impl Change {
     #[must_use]
     pub fn is_live(&self) -> bool {
         let key = self.key.as_str();
-        key.starts_with(OTHERS) || LIVE.iter().any(|live| key.starts_with(live))
+        !self.is_of_confinement() && (key.starts_with(OTHERS) || LIVE.iter().any(|live| key.starts_with(live)))
+    }
+
+    /// Whether a template is to be confined otherwise than the engine was asked about at the start.
+    #[must_use]
+    pub fn is_of_confinement(&self) -> bool {
+        let is_meant = self.key.ends_with(".runtime") || self.key.ends_with(".accept_unenforced");
+        // A template that comes or goes asks for nothing of its own, unless it names something.
+        let after = self.after.as_deref().filter(|after| self.before.is_some() || !["\"\"", "[]"].contains(after));
+        self.key.starts_with("templates.") && is_meant && after.is_some()
     }
 }
 
@@ -75,5 +84,25 @@ impl Loaded {
             }
         };
         keys.into_iter().map(change).filter(|change| change.before != change.after).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn another_runtime_needs_a_restart_and_a_plain_template_does_not() {
+        let is_live = |key: &str, before: Option<&str>, after: Option<&str>| {
+            let (before, after) = (before.map(str::to_owned), after.map(str::to_owned));
+            Change { key: key.to_owned(), before, after, source: None }.is_live()
+        };
+        assert!(is_live("templates.new.runtime", None, Some("\"\"")));
+        assert!(is_live("templates.new.accept_unenforced", None, Some("[]")));
+        assert!(is_live("templates.old.runtime", Some("\"runsc\""), None));
+        assert!(is_live("templates.old.image", Some("\"a\""), Some("\"b\"")));
+        assert!(!is_live("templates.new.runtime", None, Some("\"runsc\"")));
+        assert!(!is_live("templates.old.runtime", Some("\"runsc\""), Some("\"\"")));
+        assert!(!is_live("templates.old.accept_unenforced", Some("[]"), Some("[\"pids\"]")));
     }
 }

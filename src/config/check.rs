@@ -12,6 +12,9 @@ const LEAST_LEASE: Duration = Duration::from_secs(15);
 /// What names of keys, tenants and services are.
 const NAME: &str = "allowed are 1 to 64 letters, digits, \".\", \"_\" and \"-\"";
 
+/// What is named like this is removed once it is old.
+const RESERVED_INSTANCES: &str = "doctor-";
+
 /// Checks everything, each rule by itself.
 pub(super) fn check(document: &Document, merge: &Merge) -> Vec<Mistake> {
     let mut checker = Checker { merge, mistakes: Vec::new() };
@@ -209,6 +212,9 @@ impl Checker<'_> {
         });
         self.require(is_label(&engine.instance, 20), &["engine.instance"], || {
             format!("{:?} is not 1 to 20 of a-z, 0-9 and \"-\", with a letter or digit at both ends", engine.instance)
+        });
+        self.require(!engine.instance.starts_with(RESERVED_INSTANCES), &["engine.instance"], || {
+            format!("{:?} begins with {RESERVED_INSTANCES:?}, as what `cellblock doctor` makes does", engine.instance)
         });
         self.require(engine.orphan_timeout >= LEAST_LEASE, &["engine.orphan_timeout"], || {
             format!(

@@ -15,6 +15,7 @@ use super::units::{
     texts,
 };
 use crate::domain::access::{KeyHash, Scope};
+use crate::domain::lock;
 use crate::domain::quota::{Quota, Rate, Share};
 use crate::domain::spec::{
     self, KernelTransport, MIB, NetworkMode, OutputLimits, PoolPlan, PoolSize, Resources, SessionRequest, Template,
@@ -416,6 +417,7 @@ pub(super) struct TemplateSection {
     pub description: String,
     pub image: String,
     pub runtime: String,
+    pub accept_unenforced: Vec<Lock>,
     pub kernelspec: String,
     pub transport: Transport,
     pub network: Network,
@@ -428,6 +430,32 @@ pub(super) struct TemplateSection {
     pub default: Bounds,
     pub maximum: Bounds,
     pub output: Output,
+}
+
+#[derive(Debug, Clone, Copy, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(super) enum Lock {
+    Memory,
+    MemorySwap,
+    Pids,
+    Cpu,
+    Seccomp,
+    TmpfsInodes,
+    MountFlags,
+}
+
+impl Lock {
+    fn into_domain(self) -> lock::Lock {
+        match self {
+            Self::Memory => lock::Lock::Memory,
+            Self::MemorySwap => lock::Lock::MemorySwap,
+            Self::Pids => lock::Lock::Pids,
+            Self::Cpu => lock::Lock::Cpu,
+            Self::Seccomp => lock::Lock::Seccomp,
+            Self::TmpfsInodes => lock::Lock::TmpfsInodes,
+            Self::MountFlags => lock::Lock::MountFlags,
+        }
+    }
 }
 
 #[derive(Debug, Clone, Copy, Deserialize)]
@@ -573,6 +601,7 @@ impl TemplateSection {
             description: self.description,
             image: self.image,
             runtime: self.runtime,
+            accept_unenforced: self.accept_unenforced.into_iter().map(Lock::into_domain).collect(),
             kernelspec: self.kernelspec,
             transport: match self.transport {
                 Transport::Ipc => KernelTransport::Ipc,

@@ -7,6 +7,7 @@ use tempfile::NamedTempFile;
 
 use super::merge::DEFAULTS;
 use super::*;
+use crate::domain::lock::Lock;
 use crate::domain::spec::MIB;
 
 fn environment(pairs: &[(&str, &str)]) -> Environment {
@@ -150,6 +151,8 @@ fn the_production_example_has_no_mistakes() {
     let reports = &loaded.config.templates["reports"];
     assert_eq!((reports.runtime.as_str(), reports.default_resources.memory_bytes), ("runsc", 512 * MIB));
     assert_eq!(reports.env["OMP_NUM_THREADS"], "1");
+    let accepted = [Lock::Pids, Lock::Seccomp, Lock::TmpfsInodes, Lock::MountFlags];
+    assert_eq!(reports.accept_unenforced, accepted.into());
 }
 
 #[test]

@@ -6,6 +6,7 @@ pub mod access;
 pub mod execution;
 pub mod ids;
 pub mod lifecycle;
+pub mod lock;
 pub mod output;
 pub mod quota;
 pub mod spec;

@@ -3,9 +3,11 @@
 //! [`resolve`] is the only way to a [`SessionSpec`], so that inside there is nothing to check again. Nothing is clamped
 //! silently: what is above a ceiling is refused with its field and the ceiling.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
+
+use super::lock::Lock;
 
 /// Bytes in a MiB.
 pub const MIB: u64 = 1024 * 1024;
@@ -148,6 +150,8 @@ pub struct Template {
     pub image: String,
     /// The engine's runtime (`runc`, `runsc`, …); the engine's default when empty.
     pub runtime: String,
+    /// What of a cell's locks its runtime or its host need not enforce.
+    pub accept_unenforced: BTreeSet<Lock>,
     /// The image's kernelspec; the guest chooses when empty.
     pub kernelspec: String,
     /// How its kernels are reached.

@@ -16,6 +16,7 @@ use crate::domain::spec::{MIB, Resources};
 
 mod attest;
 mod paths;
+pub mod runtime;
 pub mod seccomp;
 
 pub use attest::attest;
@@ -60,6 +61,8 @@ pub struct HostFacts {
     pub apparmor: bool,
     /// Uids inside are others outside, so that all cells share the quotas of one user of the machine.
     pub remapped_users: bool,
+    /// What is added to a uid inside to have it outside, where that is known.
+    pub uid_offset: u32,
 }
 
 /// The container for a cell. The same arguments give the same container.

@@ -66,6 +66,12 @@ impl Cgroup {
         v2.or_else(|| self.field("memory/memory.oom_control", "oom_kill")).unwrap_or(0)
     }
 
+    /// Periods in which processes had to wait for their CPU quota.
+    #[must_use]
+    pub fn throttled(&self) -> Option<u64> {
+        self.field("cpu.stat", "nr_throttled").or_else(|| self.field("cpu/cpu.stat", "nr_throttled"))
+    }
+
     /// What is used now, but for the disk, of which a cgroup knows nothing.
     #[must_use]
     pub fn stats(&self) -> Stats {

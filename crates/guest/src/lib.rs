@@ -7,6 +7,7 @@
 //!                            ├─ events ◀────────┐
 //!                            └─ kernel ─ launch, live ─ channels ─ zmtp ─ message ─ relay ─ cap
 //!                                               └─ effects ─ tree, changes ─ files
+//! trial ─ report, cgroup
 //! ```
 
 pub mod api;
@@ -24,4 +25,5 @@ pub mod message;
 pub mod names;
 pub mod reap;
 pub mod report;
+pub mod trial;
 pub mod zmtp;

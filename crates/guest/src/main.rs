@@ -1,4 +1,4 @@
-//! Boots the guest: locks itself, then serves the link until its lease is over. Decides nothing else.
+//! Boots the guest: locks itself, then serves the link until its lease is over, or tries its confinement. Decides nothing else.
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -9,9 +9,10 @@ use cellblock_guest::cgroup::Cgroup;
 use cellblock_guest::events::Ring;
 use cellblock_guest::kernel::{Kernels, Places};
 use cellblock_guest::link::Link;
-use cellblock_guest::names;
 use cellblock_guest::reap::Reaper;
+use cellblock_guest::{names, trial};
 use cellblock_wire::link::{IPYKERNEL_LAUNCHER_PATH, STATE_DIR, WORKDIR};
+use cellblock_wire::trial::TRIAL;
 use rustix::fs::Mode;
 use rustix::process::DumpableBehavior;
 use tokio::signal::unix::{SignalKind, signal};
@@ -33,6 +34,9 @@ fn main() -> ExitCode {
         return ExitCode::FAILURE;
     }
     rustix::process::umask(Mode::RWXG | Mode::RWXO);
+    if std::env::args().nth(1).as_deref() == Some(TRIAL) {
+        return trial::run(&std::env::args().skip(2).collect::<Vec<_>>());
+    }
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     match runtime.and_then(|runtime| runtime.block_on(serve())) {
         Ok(()) => ExitCode::SUCCESS,

@@ -6,7 +6,7 @@ use std::path::Path;
 
 use cellblock_wire::link::{Mount, Report};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socket_with};
-use rustix::process::{DumpableBehavior, PidfdFlags, PidfdGetfdFlags};
+use rustix::process::{DumpableBehavior, PidfdFlags, PidfdGetfdFlags, Resource};
 
 use crate::cgroup::Cgroup;
 
@@ -39,7 +39,29 @@ pub fn take_report(cgroup: &Cgroup) -> Report {
         ..Report::default()
     };
     add_status(&mut report, &read_bounded(Path::new("/proc/self/status")).unwrap_or_default());
+    // Kernels that show less in their files are asked.
+    if report.rlimits.is_empty() {
+        report.rlimits = asked_rlimits();
+    }
+    report.no_new_privs = report.no_new_privs.or_else(|| rustix::thread::no_new_privs().ok().map(u32::from));
     report
+}
+
+fn asked_rlimits() -> BTreeMap<String, (Option<u64>, Option<u64>)> {
+    let ask = |(name, resource): (&str, Resource)| {
+        let limit = rustix::process::getrlimit(resource);
+        (name.to_owned(), (limit.current, limit.maximum))
+    };
+    [
+        ("Max core file size", Resource::Core),
+        ("Max open files", Resource::Nofile),
+        ("Max file size", Resource::Fsize),
+        ("Max locked memory", Resource::Memlock),
+        ("Max msgqueue size", Resource::Msgqueue),
+        ("Max pending signals", Resource::Sigpending),
+    ]
+    .map(ask)
+    .into()
 }
 
 fn add_status(report: &mut Report, status: &str) {
@@ -74,7 +96,7 @@ fn interfaces() -> Vec<String> {
 }
 
 /// `proc_pid_mountinfo(5)`: `id parent dev root point options optional* - type source superoptions`.
-fn mounts(mountinfo: &str) -> Vec<Mount> {
+pub(crate) fn mounts(mountinfo: &str) -> Vec<Mount> {
     let parse = |line: &str| {
         let (before, after) = line.split_once(" - ")?;
         let (mut before, mut after) = (before.split(' ').skip(4), after.split(' '));
@@ -152,6 +174,8 @@ mod tests {
         let report = take_report(&Cgroup::default());
         assert_eq!((report.uids.len(), report.gids.len()), (4, 4));
         assert!(report.capabilities.contains_key("CapBnd") && report.rlimits.contains_key("Max open files"));
+        let asked = asked_rlimits();
+        assert!(asked.iter().all(|(name, limit)| report.rlimits.get(name) == Some(limit)), "{asked:?}");
         assert!(!report.mounts.is_empty() && !report.is_init && report.probes.contains_key("socket(AF_VSOCK)"));
     }
 }

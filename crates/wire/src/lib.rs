@@ -5,6 +5,7 @@
 pub mod frame;
 pub mod link;
 pub mod marker;
+pub mod trial;
 
 /// Generation of the protocol. Both sides say theirs, and the lower one is used; new fields are optional.
 pub const GENERATION: u32 = 1;

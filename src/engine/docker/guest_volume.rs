@@ -47,12 +47,14 @@ pub(super) struct GuestVolume {
     instance: String,
     name: String,
     files: Vec<GuestFile>,
+    /// The uid and gid that root inside has outside, which is how archives name it.
+    root: (u64, u64),
 }
 
 impl GuestVolume {
-    pub(super) fn new(instance: &str, files: Vec<GuestFile>) -> Self {
+    pub(super) fn new(instance: &str, files: Vec<GuestFile>, root: (u64, u64)) -> Self {
         let name = format!("cellblock-guest-{instance}-{}", &content_hash(&files)[..12]);
-        Self { instance: instance.to_owned(), name, files }
+        Self { instance: instance.to_owned(), name, files, root }
     }
 
     pub(super) fn name(&self) -> &str {
@@ -176,7 +178,7 @@ impl GuestVolume {
             Ok(Some(bytes))
         };
         let archive = call(ATTEMPT, GUEST_DIR, client::ARCHIVE, whole).await?;
-        Ok(archive.is_some_and(|bytes| holds(&bytes, &self.files)))
+        Ok(archive.is_some_and(|bytes| holds(&bytes, &self.files, self.root)))
     }
 }
 
@@ -214,7 +216,7 @@ fn archive(files: &[GuestFile]) -> std::io::Result<Vec<u8>> {
 }
 
 /// Whether an archive of the volume's folder holds exactly these files.
-fn holds(archive: &[u8], files: &[GuestFile]) -> bool {
+fn holds(archive: &[u8], files: &[GuestFile], root: (u64, u64)) -> bool {
     let folder = GUEST_DIR.trim_start_matches('/');
     let mut wanted: BTreeMap<String, &GuestFile> = files.iter().map(|f| (format!("{folder}/{}", f.name), f)).collect();
     let mut reader = tar::Archive::new(archive);
@@ -223,7 +225,7 @@ fn holds(archive: &[u8], files: &[GuestFile]) -> bool {
         let Ok(mut entry) = entry else { return false };
         let path = entry.path().map(|p| p.to_string_lossy().into_owned()).unwrap_or_default();
         let header = entry.header();
-        let owned_by_root = header.uid().ok() == Some(0) && header.gid().ok() == Some(0);
+        let owned_by_root = header.uid().ok() == Some(root.0) && header.gid().ok() == Some(root.1);
         let mode = header.mode().unwrap_or(0o7777) & 0o7777;
         if entry.header().entry_type().is_dir() {
             if path.trim_end_matches('/') != folder || !owned_by_root || mode & 0o7022 != 0 {
@@ -260,17 +262,22 @@ mod tests {
     #[test]
     fn exactly_the_files_are_accepted() {
         let files = [file("guest", 0o555, b"program"), file("launcher.py", 0o444, b"text")];
-        assert!(holds(&in_folder(&files), &files));
-        assert!(!holds(&in_folder(&files[..1]), &files), "one is missing");
-        assert!(!holds(&in_folder(&files), &files[..1]), "one too many");
-        assert!(!holds(&in_folder(&[file("guest", 0o555, b"pr0gram"), files[1].clone()]), &files), "other content");
-        assert!(!holds(&in_folder(&[file("guest", 0o755, b"program"), files[1].clone()]), &files), "other mode");
-        assert!(!holds(b"no archive at all", &files));
+        let root = (0, 0);
+        assert!(holds(&in_folder(&files), &files, root));
+        assert!(!holds(&in_folder(&files), &files, (100_000, 100_000)), "another owner");
+        assert!(!holds(&in_folder(&files[..1]), &files, root), "one is missing");
+        assert!(!holds(&in_folder(&files), &files[..1], root), "one too many");
+        assert!(
+            !holds(&in_folder(&[file("guest", 0o555, b"pr0gram"), files[1].clone()]), &files, root),
+            "other content"
+        );
+        assert!(!holds(&in_folder(&[file("guest", 0o755, b"program"), files[1].clone()]), &files, root), "other mode");
+        assert!(!holds(b"no archive at all", &files, root));
     }
 
     #[test]
     fn the_name_follows_from_the_content() {
-        let name = |files| GuestVolume::new("i", files).name().to_owned();
+        let name = |files| GuestVolume::new("i", files, (0, 0)).name().to_owned();
         let one = name(vec![file("guest", 0o555, b"1")]);
         assert!(one.starts_with("cellblock-guest-i-"), "{one}");
         assert_eq!(one, name(vec![file("guest", 0o555, b"1")]));

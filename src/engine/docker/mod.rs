@@ -10,11 +10,12 @@ use std::time::SystemTime;
 
 use async_trait::async_trait;
 use bollard::Docker;
-use bollard::models::SystemInfo;
+use bollard::models::{ContainerCreateBody, SystemInfo};
 use cellblock_wire::link::Report;
 use futures_util::stream::BoxStream;
 use tokio::sync::{Semaphore, SemaphorePermit};
 
+use super::lockdown::runtime::View;
 use super::lockdown::{self, HostFacts, LABEL_INSTANCE, LABEL_SPEC, LABEL_UID};
 use super::{
     ByteStream, CellName, CellSpec, CellState, Engine, EngineError, EngineEvent, EngineInfo, ImageInfo, Observed, Pull,
@@ -30,11 +31,13 @@ mod lock;
 mod never_started;
 mod preflight;
 mod stream;
+pub mod trial;
 mod uids;
 
 pub use guest_volume::GuestFile;
 use guest_volume::GuestVolume;
 use lock::Lock;
+pub use preflight::Demand;
 use uids::UidPool;
 
 /// How often a uid may turn out to be another control plane's before that is an error.
@@ -55,8 +58,8 @@ pub struct DockerSettings {
     pub uids: RangeInclusive<u32>,
     /// The operator's `config.json` of Docker, for registry credentials.
     pub credentials_file: Option<PathBuf>,
-    /// Whether a machine that can't limit swap is refused.
-    pub require_swap_limit: bool,
+    /// What cells are to have, and what may be missing. Without any, the engine's default runtime with every lock.
+    pub demands: Vec<Demand>,
     /// Cells that are made at one time. More only wait for each other inside the engine.
     pub starts_at_once: usize,
 }
@@ -72,7 +75,7 @@ impl DockerSettings {
             guest_files: Vec::new(),
             uids: 200_000..=265_535,
             credentials_file: None,
-            require_swap_limit: true,
+            demands: Vec::new(),
             starts_at_once: 4,
         }
     }
@@ -87,8 +90,8 @@ pub struct DockerEngine {
 struct Shared {
     docker: Docker,
     settings: DockerSettings,
+    info: SystemInfo,
     facts: HostFacts,
-    architecture: String,
     guest: GuestVolume,
     lock: Lock,
     /// The first image that was asked for and is there.
@@ -126,8 +129,8 @@ impl DockerEngine {
         }
         let shared = Shared {
             facts: preflight::host_facts(&info),
-            architecture: info.architecture.clone().unwrap_or_default(),
-            guest: GuestVolume::new(&settings.instance, settings.guest_files.clone()),
+            guest: GuestVolume::new(&settings.instance, settings.guest_files.clone(), preflight::root_outside(&info)),
+            info,
             lock: Lock::new(&settings.instance, settings.host.as_deref()),
             image: OnceLock::new(),
             verified: tokio::sync::Mutex::default(),
@@ -151,6 +154,11 @@ impl DockerEngine {
     #[must_use]
     pub fn guest_volume(&self) -> &str {
         self.shared.guest.name()
+    }
+
+    /// How cells of a runtime are looked at.
+    fn view(&self, runtime: &str) -> View {
+        preflight::view(&self.shared.info, &self.shared.settings.demands, runtime)
     }
 
     fn uids(&self) -> MutexGuard<'_, UidPool> {
@@ -206,6 +214,14 @@ impl DockerEngine {
         Ok(())
     }
 
+    /// The container for a cell that only tries its locks, and its uid.
+    fn trial_body(&self, cell: &CellSpec, arguments: Vec<String>) -> Result<(ContainerCreateBody, u32), EngineError> {
+        let shared = &*self.shared;
+        let uid = self.uids().take(cell.name.as_str()).ok_or_else(out_of_uids)?;
+        let body = lockdown::container(cell, uid, shared.guest.name(), &shared.settings.instance, &shared.facts);
+        Ok((ContainerCreateBody { cmd: Some(arguments), ..body }, uid))
+    }
+
     async fn make(&self, cell: &CellSpec) -> Result<Made, EngineError> {
         let shared = &*self.shared;
         for _ in 0..UID_ATTEMPTS {
@@ -215,7 +231,7 @@ impl DockerEngine {
             let guest = shared.guest.name();
             let body = lockdown::container(cell, uid, guest, &shared.settings.instance, &shared.facts);
             match cells::create(&shared.docker, &cell.name, body).await {
-                Ok(warnings) => self.judge(warnings)?,
+                Ok(warnings) => self.judge(cell, warnings)?,
                 Err(EngineError::Conflict { .. }) => return self.adopt(cell).await,
                 Err(error) => return Err(error),
             }
@@ -229,10 +245,9 @@ impl DockerEngine {
     }
 
     /// A warning says that part of what was asked for will not be enforced.
-    fn judge(&self, mut warnings: Vec<String>) -> Result<(), EngineError> {
-        if !self.shared.settings.require_swap_limit {
-            warnings.retain(|w| !w.contains("swap limit"));
-        }
+    fn judge(&self, cell: &CellSpec, mut warnings: Vec<String>) -> Result<(), EngineError> {
+        let view = self.view(&cell.runtime);
+        warnings.retain(|warning| view.requires_despite(warning));
         if warnings.is_empty() { Ok(()) } else { Err(EngineError::Unverified { mismatches: warnings }) }
     }
 
@@ -273,7 +288,8 @@ impl Engine for DockerEngine {
     async fn resolve_image(&self, reference: &str, pull: Pull) -> Result<ImageInfo, EngineError> {
         let shared = &*self.shared;
         let credentials = shared.settings.credentials_file.as_deref();
-        let image = images::resolve(&shared.docker, credentials, &shared.architecture, reference, pull).await?;
+        let architecture = shared.info.architecture.as_deref().unwrap_or_default();
+        let image = images::resolve(&shared.docker, credentials, architecture, reference, pull).await?;
         shared.image.get_or_init(|| image.id.clone());
         Ok(image)
     }
@@ -319,7 +335,8 @@ impl Engine for DockerEngine {
         let inspected = cells::inspect(&shared.docker, &cell.name).await?;
         let guest = shared.guest.name();
         let body = lockdown::container(cell, uid, guest, &shared.settings.instance, &shared.facts);
-        let mut mismatches = lockdown::attest(&body, uid, &inspected, report, &shared.facts);
+        let view = self.view(&cell.runtime);
+        let mut mismatches = lockdown::attest(&body, uid, &inspected, report, &shared.facts, &view);
         if self.is_shared(uid).await? {
             mismatches.push(format!("uid {uid} is another cell's as well"));
         }
@@ -374,6 +391,7 @@ impl Engine for DockerEngine {
     }
 
     async fn sweep(&self) -> Result<Vec<String>, EngineError> {
+        trial::clear_old(&self.shared.docker).await?;
         self.shared.guest.remove_others(&self.shared.docker).await
     }
 

@@ -8,7 +8,9 @@ use bollard::models::{ContainerCreateBody, ContainerInspectResponse};
 use cellblock_wire::link::{GUEST_DIR, Mount, Report};
 use serde_json::{Map, Value};
 
+use super::runtime::{Kind, View};
 use super::{HostFacts, paths};
+use crate::domain::lock::Lock;
 
 /// What an engine shows although nobody asked for it, and which opens nothing.
 const SHOWN_UNASKED: [&str; 4] = [
@@ -28,6 +30,9 @@ const FALLBACK_TUNNELS: [&str; 9] =
 /// rule.
 const WRITABLE_BY_KERNEL: [&str; 5] = ["/proc", "/dev", "/dev/pts", "/dev/mqueue", "/sys/fs/cgroup"];
 
+/// Devices that every container has, and that do nothing to the machine.
+const DEVICES: [&str; 6] = ["/dev/full", "/dev/null", "/dev/random", "/dev/tty", "/dev/urandom", "/dev/zero"];
+
 /// Names in `/proc/self/limits` of what Docker calls by other names.
 const LIMIT_NAMES: [(&str, &str); 6] = [
     ("core", "Max core file size"),
@@ -36,6 +41,16 @@ const LIMIT_NAMES: [(&str, &str); 6] = [
     ("memlock", "Max locked memory"),
     ("msgqueue", "Max msgqueue size"),
     ("sigpending", "Max pending signals"),
+];
+
+/// Where the engine shows a lock.
+const HOST_FIELDS: [(Lock, &str); 6] = [
+    (Lock::Memory, "Memory"),
+    (Lock::Memory, "MemorySwap"),
+    (Lock::Memory, "OomKillDisable"),
+    (Lock::MemorySwap, "MemorySwap"),
+    (Lock::MemorySwap, "MemorySwappiness"),
+    (Lock::Pids, "PidsLimit"),
 ];
 
 /// Calls that a guest must have tried: the one reaches the machine's hypervisor, the other is refused by nothing but our profile.
@@ -49,13 +64,14 @@ pub fn attest(
     inspected: &ContainerInspectResponse,
     report: &Report,
     host: &HostFacts,
+    view: &View,
 ) -> Vec<String> {
     let mut found = Differences(Vec::new());
-    compare_config(&mut found, body, inspected);
+    compare_config(&mut found, body, inspected, view);
     compare_state(&mut found, body, inspected, host);
-    compare_identity(&mut found, uid, report);
-    compare_limits(&mut found, body, report);
-    compare_mounts(&mut found, body, report);
+    compare_identity(&mut found, uid, report, view);
+    compare_limits(&mut found, body, report, view);
+    compare_mounts(&mut found, body, report, host, view);
     compare_surface(&mut found, report);
     found.0
 }
@@ -76,9 +92,21 @@ impl Differences {
     }
 }
 
-fn compare_config(found: &mut Differences, body: &ContainerCreateBody, inspected: &ContainerInspectResponse) {
-    let asked_host = object(&body.host_config);
-    compare_fields(found, "/HostConfig", &asked_host, &object(&inspected.host_config));
+fn compare_config(
+    found: &mut Differences,
+    body: &ContainerCreateBody,
+    inspected: &ContainerInspectResponse,
+    view: &View,
+) {
+    let (mut asked_host, mut shown_host) = (object(&body.host_config), object(&inspected.host_config));
+    // What the engine can't have enforced it shows as not asked for.
+    for (lock, field) in HOST_FIELDS {
+        if !view.requires(lock) {
+            asked_host.remove(field);
+            shown_host.remove(field);
+        }
+    }
+    compare_fields(found, "/HostConfig", &asked_host, &shown_host);
     let mut asked = object(&Some(body));
     asked.remove("HostConfig");
     asked.remove("NetworkingConfig");
@@ -165,7 +193,7 @@ fn compare_state(
     found.expect("/Image", &body.image, &inspected.image);
     let path = body.entrypoint.iter().flatten().next().cloned();
     found.expect("/Path", &path, &inspected.path);
-    found.require(inspected.args.iter().flatten().count() == 0, "/Args", &inspected.args);
+    found.expect("/Args", &body.cmd.clone().unwrap_or_default(), &inspected.args.clone().unwrap_or_default());
     found.require(inspected.exec_ids.iter().flatten().count() == 0, "/ExecIDs", &inspected.exec_ids);
     let running = inspected.state.as_ref().and_then(|s| s.running);
     found.expect("/State/Running", &Some(true), &running);
@@ -188,32 +216,41 @@ fn compare_state(
     found.require(ports.is_empty(), "/NetworkSettings/Ports", &ports);
 }
 
-fn compare_identity(found: &mut Differences, uid: u32, report: &Report) {
+fn compare_identity(found: &mut Differences, uid: u32, report: &Report, view: &View) {
     found.expect("the guest's uids", &vec![uid; 4], &report.uids);
     found.expect("the guest's gids", &vec![uid; 4], &report.gids);
     found.require(report.groups.iter().all(|g| *g == uid), "the guest's groups", &report.groups);
-    for set in ["CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"] {
+    // gVisor has no ambient set; where there is one, it is within the permitted one.
+    let ambient = (view.kind == Kind::Linux).then_some("CapAmb");
+    for set in ["CapInh", "CapPrm", "CapEff", "CapBnd"].into_iter().chain(ambient) {
         found.expect(&format!("the guest's {set}"), &Some(0), &report.capabilities.get(set).copied());
     }
     found.expect("the guest's NoNewPrivs", &Some(1), &report.no_new_privs);
-    found.expect("the guest's Seccomp", &Some(2), &report.seccomp);
+    if view.requires(Lock::Seccomp) {
+        found.expect("the guest's Seccomp", &Some(2), &report.seccomp);
+    }
     found.expect("the guest is the first process", &true, &report.is_init);
     found.expect("the guest can't be read by others of its uid", &true, &report.undumpable);
 }
 
 /// Limits that the guest can't read are left to what the engine shows.
-fn compare_limits(found: &mut Differences, body: &ContainerCreateBody, report: &Report) {
+fn compare_limits(found: &mut Differences, body: &ContainerCreateBody, report: &Report, view: &View) {
     let host = body.host_config.clone().unwrap_or_default();
-    let mut compare = |field: &str, asked: Option<i64>, seen: Option<u64>| {
+    let mut compare = |lock: Lock, field: &str, asked: Option<i64>, seen: Option<u64>| {
         let asked = asked.and_then(|n| u64::try_from(n).ok());
-        if seen.is_some() {
+        if seen.is_some() && view.requires(lock) {
             found.expect(field, &asked, &seen);
         }
     };
     // The kernel counts pages.
-    compare("the guest's memory limit", host.memory.map(|bytes| bytes & !4095), report.memory_limit_bytes);
-    compare("the guest's limit of processes", host.pids_limit, report.pids_limit);
-    compare("the guest's CPU quota", host.nano_cpus.map(|nano| nano / 1_000_000), report.cpu_millis);
+    compare(
+        Lock::Memory,
+        "the guest's memory limit",
+        host.memory.map(|bytes| bytes & !4095),
+        report.memory_limit_bytes,
+    );
+    compare(Lock::Pids, "the guest's limit of processes", host.pids_limit, report.pids_limit);
+    compare(Lock::Cpu, "the guest's CPU quota", host.nano_cpus.map(|nano| nano / 1_000_000), report.cpu_millis);
 
     for limit in host.ulimits.iter().flatten() {
         let docker_name = limit.name.as_deref().unwrap_or_default();
@@ -226,7 +263,13 @@ fn compare_limits(found: &mut Differences, body: &ContainerCreateBody, report: &
     }
 }
 
-fn compare_mounts(found: &mut Differences, body: &ContainerCreateBody, report: &Report) {
+fn compare_mounts(
+    found: &mut Differences,
+    body: &ContainerCreateBody,
+    report: &Report,
+    machine: &HostFacts,
+    view: &View,
+) {
     let host = body.host_config.clone().unwrap_or_default();
     // The last mount at a place is the one that is seen.
     let mounts: BTreeMap<&str, &Mount> = report.mounts.iter().map(|m| (m.point.as_str(), m)).collect();
@@ -237,7 +280,7 @@ fn compare_mounts(found: &mut Differences, body: &ContainerCreateBody, report: &
     let folders = host.tmpfs.clone().unwrap_or_default();
     for (point, asked) in &folders {
         match mounts.get(point.as_str()) {
-            Some(mount) => compare_folder(found, point, asked, mount),
+            Some(mount) => compare_folder(found, point, &outside(asked, machine), mount, view),
             None => found.0.push(format!("mount {point}: not there")),
         }
     }
@@ -246,31 +289,67 @@ fn compare_mounts(found: &mut Differences, body: &ContainerCreateBody, report: &
         let known = folders.contains_key(point)
             || WRITABLE_BY_KERNEL.contains(&point)
             // A masked file is the null device, on the container's own /dev.
-            || (mount.fstype == "tmpfs" && masks.iter().any(|mask| mask == point));
+            || (mount.fstype == "tmpfs" && masks.iter().any(|mask| mask == point))
+            || (machine.remapped_users && is_bound_for_remapped(mount, &masks));
         found.require(known || is_read_only(mount), &format!("mount {point} is not writable"), mount);
     }
+}
+
+/// Who may not make device nodes has the machine's own bound, masks among them; and the older control groups are mounted for root inside, who is nobody to
+/// them.
+fn is_bound_for_remapped(mount: &Mount, masks: &[String]) -> bool {
+    match mount.fstype.as_str() {
+        "devtmpfs" => DEVICES.contains(&mount.point.as_str()) || masks.contains(&mount.point),
+        "cgroup" => mount.point.starts_with("/sys/fs/cgroup/"),
+        _ => false,
+    }
+}
+
+/// A folder's options as they show where users are remapped: the kernel tells owners as they are outside.
+fn outside(options: &str, machine: &HostFacts) -> String {
+    let one = |option: &str| match option.split_once('=') {
+        Some((name @ ("uid" | "gid"), id)) => {
+            format!("{name}={}", id.parse::<u32>().unwrap_or(0).saturating_add(machine.uid_offset))
+        }
+        _ => option.to_owned(),
+    };
+    options.split(',').map(one).collect::<Vec<_>>().join(",")
 }
 
 fn is_read_only(mount: &Mount) -> bool {
     mount.options.iter().any(|option| option == "ro")
 }
 
-fn compare_folder(found: &mut Differences, point: &str, asked: &str, mount: &Mount) {
+fn compare_folder(found: &mut Differences, point: &str, asked: &str, mount: &Mount, view: &View) {
     found.expect(&format!("mount {point}, type"), &"tmpfs", &mount.fstype.as_str());
-    let shown = |option: &str| mount.options.iter().any(|o| o == option);
+    let shown = |option: &str| mount.options.iter().any(|o| o == option || canonical(o) == option);
     for option in asked.split(',') {
-        let wanted = match option.split_once('=') {
-            None if option == "exec" => {
-                found.require(!shown("noexec"), &format!("mount {point}, exec"), &mount.options);
-                continue;
-            }
-            None => option.to_owned(),
-            // As the kernel writes them.
-            Some(("size", bytes)) => format!("size={}k", bytes.parse::<u64>().unwrap_or(0).div_ceil(4096) * 4),
-            Some(("mode", mode)) => format!("mode={}", mode.trim_start_matches('0')),
-            Some(_) => option.to_owned(),
+        let lock = match option {
+            "nosuid" | "nodev" => Some(Lock::MountFlags),
+            inodes if inodes.starts_with("nr_inodes=") => Some(Lock::TmpfsInodes),
+            _ => None,
         };
+        if lock.is_some_and(|lock| !view.requires(lock)) {
+            continue;
+        }
+        if option == "exec" {
+            found.require(!shown("noexec"), &format!("mount {point}, exec"), &mount.options);
+            continue;
+        }
+        let wanted = canonical(option);
         found.require(shown(&wanted), &format!("mount {point}, {wanted}"), &mount.options);
+    }
+}
+
+/// An option as Linux writes it; gVisor repeats what it was given.
+fn canonical(option: &str) -> String {
+    match option.split_once('=') {
+        Some(("size", size)) => match size.parse::<u64>() {
+            Ok(bytes) => format!("size={}k", bytes.div_ceil(4096) * 4),
+            Err(_) => option.to_owned(),
+        },
+        Some(("mode", mode)) => format!("mode={}", mode.trim_start_matches('0')),
+        _ => option.to_owned(),
     }
 }
 

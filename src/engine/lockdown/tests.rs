@@ -6,8 +6,10 @@ use serde_json::{Value, json};
 use uuid::Uuid;
 
 use super::attest::as_shown;
+use super::runtime::{Kind, View};
 use super::*;
 use crate::domain::ids::SessionId;
+use crate::domain::lock::Lock;
 use crate::engine::CellName;
 
 const UID: u32 = 200_007;
@@ -137,7 +139,10 @@ fn a_machine_changes_only_what_it_must() {
 #[test]
 fn a_cell_that_is_locked_passes() {
     let body = locked();
-    assert_eq!(attest(&body, UID, &as_shown(&body), &report(), &HostFacts::default()), Vec::<String>::new());
+    assert_eq!(
+        attest(&body, UID, &as_shown(&body), &report(), &HostFacts::default(), &View::default()),
+        Vec::<String>::new()
+    );
 }
 
 /// Each lock is taken away where the engine shows it, and the attestation must name it.
@@ -208,7 +213,7 @@ fn a_lock_that_the_engine_does_not_show_is_named() {
         let body = locked();
         let mut shown = as_shown(&body);
         change(&mut shown);
-        let found = attest(&body, UID, &shown, &report(), &HostFacts::default());
+        let found = attest(&body, UID, &shown, &report(), &HostFacts::default(), &View::default());
         assert!(found.iter().any(|f| f.contains(name)), "{name} was taken away: {found:?}");
     }
 }
@@ -270,7 +275,105 @@ fn a_lock_that_the_guest_does_not_see_is_named() {
         let body = locked();
         let mut seen = report();
         change(&mut seen);
-        let found = attest(&body, UID, &as_shown(&body), &seen, &HostFacts::default());
+        let found = attest(&body, UID, &as_shown(&body), &seen, &HostFacts::default(), &View::default());
         assert!(found.iter().any(|f| f.contains(name)), "{name} was taken away: {found:?}");
+    }
+}
+
+/// What a guest reports under gVisor, which was started with `--oci-seccomp`; taken from a real one.
+fn gvisors_report() -> Report {
+    let folder = |point: &str, options: &str| SeenMount {
+        point: point.to_owned(),
+        fstype: "tmpfs".to_owned(),
+        options: format!("{options},mode=0700,uid={UID},gid={UID}").split(',').map(str::to_owned).collect(),
+    };
+    let mut seen = report();
+    seen.capabilities.remove("CapAmb");
+    (seen.memory_limit_bytes, seen.pids_limit, seen.cpu_millis) = (None, None, None);
+    seen.mounts.retain(|m| m.fstype != "tmpfs" || m.point == "/dev");
+    seen.mounts.extend([
+        folder("/tmp", "rw,noexec,rw,size=67108864"),
+        folder("/workspace", "rw,rw,size=536870912"),
+        folder("/dev/shm", "rw,noexec,rw,size=67108864"),
+        folder("/run/cellblock", "rw,noexec,rw,size=1048576"),
+    ]);
+    seen
+}
+
+#[test]
+fn what_is_forgone_is_not_looked_for_and_nothing_else() {
+    let body = locked();
+    let look = |seen: &Report, kind, forgone: &[Lock]| {
+        let view = View { kind, forgone: forgone.iter().copied().collect() };
+        attest(&body, UID, &as_shown(&body), seen, &HostFacts::default(), &view)
+    };
+    let forgone = [Lock::TmpfsInodes, Lock::MountFlags];
+    let seen = gvisors_report();
+    assert_eq!(look(&seen, Kind::Gvisor, &forgone), Vec::<String>::new());
+    assert!(look(&seen, Kind::Linux, &forgone).iter().any(|m| m.contains("CapAmb")));
+    assert!(look(&seen, Kind::Gvisor, &forgone[..1]).iter().any(|m| m.contains("nosuid")));
+    assert!(look(&seen, Kind::Gvisor, &forgone[1..]).iter().any(|m| m.contains("nr_inodes")));
+    type Change = fn(&mut Report);
+    let changes: [(&str, Change); 5] = [
+        ("Seccomp", |r| r.seccomp = Some(0)),
+        ("size=65536k", |r| r.mounts.iter_mut().for_each(|m| m.options.retain(|o| !o.starts_with("size=")))),
+        ("noexec", |r| r.mounts.iter_mut().for_each(|m| m.options.retain(|o| o != "noexec"))),
+        ("CapBnd", |r| {
+            r.capabilities.remove("CapBnd");
+        }),
+        ("interfaces", |r| r.interfaces.push("eth0".into())),
+    ];
+    for (name, change) in changes {
+        let mut seen = gvisors_report();
+        change(&mut seen);
+        let found = look(&seen, Kind::Gvisor, &forgone);
+        assert!(found.iter().any(|f| f.contains(name)), "{name} was taken away: {found:?}");
+    }
+}
+
+#[test]
+fn a_limit_that_the_engine_dropped_is_missed_unless_it_is_forgone() {
+    let body = locked();
+    let mut shown = as_shown(&body);
+    shown.host_config.as_mut().expect("a host configuration").memory_swap = Some(-1);
+    let look = |forgone: &[Lock]| {
+        let view = View { kind: Kind::Linux, forgone: forgone.iter().copied().collect() };
+        attest(&body, UID, &shown, &report(), &HostFacts::default(), &view)
+    };
+    assert!(look(&[Lock::Pids]).iter().any(|m| m.contains("MemorySwap")));
+    assert_eq!(look(&[Lock::MemorySwap]), Vec::<String>::new());
+}
+
+/// As a real guest reports it under an engine with `userns-remap`.
+#[test]
+fn where_users_are_remapped_owners_and_devices_are_those_outside() {
+    let body = locked();
+    let mut seen = report();
+    for option in seen.mounts.iter_mut().flat_map(|mount| mount.options.iter_mut()) {
+        *option = option.replace("uid=200007", "uid=300007").replace("gid=200007", "gid=300007");
+    }
+    let mount = |point: &str, fstype: &str| SeenMount {
+        point: point.to_owned(),
+        fstype: fstype.to_owned(),
+        options: vec!["rw".to_owned()],
+    };
+    let bound = [("/dev/null", "devtmpfs"), ("/proc/kmsg", "devtmpfs"), ("/sys/fs/cgroup/pids", "cgroup")];
+    seen.mounts.extend(bound.map(|(point, fstype)| mount(point, fstype)));
+    let remapped = HostFacts { remapped_users: true, uid_offset: 100_000, ..HostFacts::default() };
+    let look = |seen: &Report, host: &HostFacts| {
+        let body = container(&cell(), UID, "cellblock-guest-test-0", "test", host);
+        attest(&body, UID, &as_shown(&body), seen, host, &View::default())
+    };
+    assert_eq!(look(&seen, &remapped), Vec::<String>::new());
+    let plain = attest(&body, UID, &as_shown(&body), &seen, &HostFacts::default(), &View::default());
+    assert!(
+        plain.iter().any(|m| m.contains("/dev/null")) && plain.iter().any(|m| m.contains("uid=200007")),
+        "{plain:?}"
+    );
+    for (point, fstype) in [("/dev/sda", "devtmpfs"), ("/etc/passwd", "devtmpfs"), ("/data", "ext4"), ("/x", "cgroup")]
+    {
+        let mut open = seen.clone();
+        open.mounts.push(mount(point, fstype));
+        assert!(look(&open, &remapped).iter().any(|m| m.contains(point)), "{point}");
     }
 }

@@ -506,10 +506,29 @@ pub fn backup(folder: &Path, to: &Path) -> Result<(), StateError> {
     Ok(copied.map(drop)?)
 }
 
-fn open(path: &Path) -> Result<Connection, StateError> {
-    let mut connection = Connection::open(path)?;
-    private(path)?;
+/// Reads a database through, whether a server works with it or not, and changes nothing: its version and the newest one that is known here; `None` where
+/// there is none.
+///
+/// # Errors
+/// See [`StateError`].
+pub fn examine(folder: &Path) -> Result<Option<(usize, usize)>, StateError> {
+    let path = path_in(folder);
+    if !path.exists() {
+        return Ok(None);
+    }
+    // Where nobody has a journal open, one would be made, and left, for the sake of reading.
+    let is_at_rest = !path.with_extension("db-wal").exists();
+    let escaped = path.to_string_lossy().replace('%', "%25").replace('?', "%3f").replace('#', "%23");
+    let address = format!("file:{escaped}?immutable={}", u8::from(is_at_rest));
+    let flags = rusqlite::OpenFlags::SQLITE_OPEN_READ_ONLY | rusqlite::OpenFlags::SQLITE_OPEN_URI;
+    let connection = Connection::open_with_flags(address, flags)?;
     connection.busy_timeout(PATIENCE)?;
+    check(&connection)?;
+    Ok(Some((version_of(&connection)?, MIGRATIONS.len())))
+}
+
+/// Reads all pages.
+fn check(connection: &Connection) -> Result<(), StateError> {
     let damaged = |e: rusqlite::Error| match e.sqlite_error_code() {
         Some(rusqlite::ErrorCode::NotADatabase | rusqlite::ErrorCode::DatabaseCorrupt) => {
             StateError::Damaged(e.to_string())
@@ -517,9 +536,14 @@ fn open(path: &Path) -> Result<Connection, StateError> {
         _ => StateError::Database(e),
     };
     let verdict: String = connection.query_row("PRAGMA quick_check(1)", [], |row| row.get(0)).map_err(damaged)?;
-    if verdict != "ok" {
-        return Err(StateError::Damaged(verdict));
-    }
+    if verdict == "ok" { Ok(()) } else { Err(StateError::Damaged(verdict)) }
+}
+
+fn open(path: &Path) -> Result<Connection, StateError> {
+    let mut connection = Connection::open(path)?;
+    private(path)?;
+    connection.busy_timeout(PATIENCE)?;
+    check(&connection)?;
     let version = version_of(&connection)?;
     connection.pragma_update(None, "journal_mode", "WAL")?;
     connection.pragma_update(None, "synchronous", "NORMAL")?;

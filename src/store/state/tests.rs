@@ -388,6 +388,29 @@ fn a_newer_a_foreign_and_a_damaged_database_are_left_as_they_are() {
 }
 
 #[tokio::test]
+async fn a_database_is_examined_beside_a_server_and_without_one_and_nothing_is_changed() {
+    // A name that means something in an address.
+    let folder = tempfile::Builder::new().prefix("what?#%20").tempdir().unwrap();
+    assert_eq!(examine(folder.path()).unwrap(), None);
+    let (state, _) = State::open(folder.path(), None).unwrap();
+    state.put(turn(record(1)));
+    state.settle().await.unwrap();
+    let newest = MIGRATIONS.len();
+    assert_eq!(examine(folder.path()).unwrap(), Some((newest, newest)));
+    let at_rest = tempfile::tempdir().unwrap();
+    backup(folder.path(), &path_in(at_rest.path())).unwrap();
+    let alter = |sql: &str| Connection::open(path_in(at_rest.path())).unwrap().execute_batch(sql).unwrap();
+    alter("PRAGMA journal_mode = WAL; PRAGMA user_version = 1");
+    let files = || std::fs::read_dir(at_rest.path()).unwrap().map(|f| f.unwrap().file_name()).collect::<Vec<_>>();
+    let before = (files(), std::fs::read(path_in(at_rest.path())).unwrap());
+    assert_eq!(examine(at_rest.path()).unwrap(), Some((1, newest)), "it is not brought up");
+    assert_eq!((files(), std::fs::read(path_in(at_rest.path())).unwrap()), before);
+    std::fs::write(path_in(at_rest.path()), vec![b'x'; 8192]).unwrap();
+    assert!(matches!(examine(at_rest.path()), Err(StateError::Damaged(_))));
+    assert_eq!(files(), before.0);
+}
+
+#[tokio::test]
 async fn a_copy_is_made_while_a_server_works_and_opens_like_the_original() {
     let (folder, other) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     let (state, _) = State::open(folder.path(), None).unwrap();
