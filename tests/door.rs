@@ -397,7 +397,7 @@ async fn pages_of_other_sites(server: Arc<Server>) {
             let reply = send("OPTIONS", path, &asked, false).await;
             assert_eq!((reply.status, reply.header("access-control-allow-origin")), (200, origin), "{method} {path}");
             assert!(reply.header("access-control-allow-methods").contains(method), "{:?}", reply.headers);
-            for header in ["authorization", "content-type", "idempotency-key", "last-event-id"] {
+            for header in ["authorization", "content-type", "idempotency-key", "last-event-id", "traceparent"] {
                 assert!(reply.header("access-control-allow-headers").contains(header), "{:?}", reply.headers);
             }
             assert_eq!(reply.header("access-control-allow-credentials"), "", "keys are not cookies");

@@ -28,13 +28,15 @@ impl Origins {
 
     /// Answers browsers that ask; none where there is no other origin.
     pub(super) fn layer(&self) -> Option<CorsLayer> {
-        const TAKEN: [HeaderName; 6] = [
+        const TAKEN: [HeaderName; 8] = [
             header::AUTHORIZATION,
             header::CONTENT_TYPE,
             HeaderName::from_static("x-api-key"),
             HeaderName::from_static("x-request-id"),
             HeaderName::from_static("idempotency-key"),
             HeaderName::from_static("last-event-id"),
+            HeaderName::from_static("traceparent"),
+            HeaderName::from_static("tracestate"),
         ];
         const SHOWN: [HeaderName; 5] = [
             header::LOCATION,

@@ -271,10 +271,15 @@ impl Server {
         let ended = self.ended.lock().expect("a lock").take().expect("a server that was not stopped before");
         self.stop.cancel();
         let outcome = tokio::time::timeout(NEVER, ended).await.map_err(|_| "the server does not stop".to_owned());
-        let left = self.on_engine(&self.label()).await;
-        for name in &left {
+        let mut left = Vec::new();
+        for name in self.on_engine(&self.label()).await {
             let options = RemoveContainerOptionsBuilder::default().force(true).v(true).build();
-            self.docker.remove_container(name, Some(options)).await.expect("a removal");
+            match self.docker.remove_container(&name, Some(options)).await {
+                Ok(()) => left.push(name),
+                // A busy engine may still be at the removal that the server has asked for.
+                Err(bollard::errors::Error::DockerResponseServerError { status_code: 404 | 409, .. }) => {}
+                Err(error) => panic!("{name}: {error}"),
+            }
         }
         self.remove_volumes().await;
         outcome?.map_err(|_| "the server's task panicked".to_owned())??;
