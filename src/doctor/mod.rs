@@ -1,5 +1,5 @@
 //! `cellblock doctor`: tries whether this host does what the configuration relies on, with no server needed and none disturbed. What each finding means is
-//! decided in [`locks`] and [`place`]; how it is told, in [`verdict`].
+//! decided in `locks` and `place`; how it is told, in `verdict`.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
