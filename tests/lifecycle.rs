@@ -977,6 +977,8 @@ async fn what_is_said_again_is_done_once() {
 async fn code_that_was_perhaps_heard_is_not_given_to_another_kernel() {
     let bench = Bench::new();
     let session = bench.create().await.unwrap();
+    // The refusal to take it again comes before the word of the end.
+    bench.engine.faults(|f| f.events_late = true);
     bench.engine.lose_answers(&cell_of(&session), 1);
     let execution = bench.run(&session, "die", 5.0).await;
     assert_eq!((execution.status(), bench.engine.answers_to_lose(&cell_of(&session))), (Status::KernelDied, 0));

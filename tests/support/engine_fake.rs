@@ -31,6 +31,9 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream};
 use tokio::sync::{broadcast, watch};
 use tokio_util::sync::CancellationToken;
 
+/// How late events are, where they are.
+const LATE: Duration = Duration::from_millis(300);
+
 /// The one image there is.
 pub const IMAGE: &str = "fake:latest";
 
@@ -57,6 +60,8 @@ pub struct Faults {
     pub kernel_dies: bool,
     /// The guests of cells that are made from now on don't answer when a kernel is to be ended.
     pub deaf_to_deletions: bool,
+    /// Over links that are opened from now on, events come later than answers.
+    pub events_late: bool,
     /// The engine can't be reached.
     pub unreachable: bool,
 }
@@ -433,7 +438,7 @@ async fn answer_heard(guest: &Arc<Guest>, faults: &Faults, request: Request<Inco
     if path == "/events" {
         let after =
             request.uri().query().and_then(|q| q.strip_prefix("after=")).and_then(|n| n.parse().ok()).unwrap_or(0);
-        return events(Arc::clone(guest), after);
+        return events(Arc::clone(guest), after, if faults.events_late { LATE } else { Duration::ZERO });
     }
     let body = request.into_body().collect().await.map(|b| b.to_bytes()).unwrap_or_default();
     let parts: Vec<&str> = path.trim_start_matches('/').split('/').collect();
@@ -612,9 +617,10 @@ impl Guest {
     }
 }
 
-fn events(guest: Arc<Guest>, after: u64) -> Answer {
+fn events(guest: Arc<Guest>, after: u64, late: Duration) -> Answer {
     let newest = guest.newest.subscribe();
-    let frames = futures_util::stream::unfold((guest, newest, after), |(guest, mut newest, mut seq)| async move {
+    let frames = futures_util::stream::unfold((guest, newest, after), move |(guest, mut newest, mut seq)| async move {
+        tokio::time::sleep(late).await;
         loop {
             let _ = guest.frozen.subscribe().wait_for(|frozen| !frozen).await;
             newest.mark_unchanged();

@@ -72,15 +72,15 @@ impl Actor {
 
     /// Events up to number `heard` have been taken note of before.
     pub(super) fn connect(&mut self, booted: Booted, heard: u64) {
-        self.linking.since = Instant::now();
+        (self.linking.since, self.linking.lost_at) = (Instant::now(), None);
         self.wiring.connect(booted.link, booted.events, heard);
     }
 
     /// The same guest can be heard again. It tells again what it was not told to forget.
     pub(super) fn connect_again(&mut self, booted: Booted) {
-        self.connect(booted, self.wiring.last_seq());
         let now = Instant::now();
-        let unheard = self.linking.lost_at.take().map_or(Duration::ZERO, |at| now.duration_since(at));
+        let unheard = self.linking.lost_at.map_or(Duration::ZERO, |at| now.duration_since(at));
+        self.connect(booted, self.wiring.last_seq());
         self.contexts.values_mut().for_each(|context| context.is_linked(now, unheard));
         self.gone.iter_mut().for_each(|gone| gone.until = now + LAST_WORDS);
         self.open_notebook();
