@@ -488,10 +488,13 @@ async fn change_guard(guard: &Guard, inputs: &Inputs, loaded: &mut Loaded) {
         Some(Err(mistakes)) => return tracing::error!("nothing has changed: {mistakes}"),
         None => return,
     };
-    let fixed = |config: &Config| (config.engine.clone(), config.guard.socket.clone(), config.guard.user);
+    let fixed = |config: &Config| {
+        let (guard, starts) = (&config.guard, config.limits.concurrent_starts);
+        (config.engine.clone(), guard.socket.clone(), guard.user, config.guest.clone(), starts, config.log.clone())
+    };
     if fixed(&later.config) != fixed(&loaded.config) {
         return tracing::error!(
-            "nothing has changed: engine.*, guard.socket and guard.user need a restart of the guard"
+            "nothing has changed: engine.*, guest.*, log.*, limits.concurrent_starts, guard.socket and guard.user need a restart of the guard"
         );
     }
     if let Some(change) = loaded.changes(&later).iter().find(|change| change.is_of_confinement()) {

@@ -386,9 +386,13 @@ async fn pages_of_other_sites(server: Arc<Server>) {
         "https://app.example:8443",
     ];
     for origin in ["https://app.example", "http://localhost:3000"] {
-        for (method, path) in
-            [("POST", "/v1/sessions"), ("DELETE", "/v1/sessions/x"), ("PATCH", "/v1/sessions/x"), ("GET", "/v1/usage")]
-        {
+        for (method, path) in [
+            ("POST", "/v1/sessions"),
+            ("DELETE", "/v1/sessions/x"),
+            ("PATCH", "/v1/sessions/x"),
+            ("PUT", "/v1/admin/log"),
+            ("GET", "/v1/usage"),
+        ] {
             let asked = [
                 ("origin", origin),
                 ("access-control-request-method", method),

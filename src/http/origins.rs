@@ -47,7 +47,7 @@ impl Origins {
         ];
         let layer = CorsLayer::new()
             .allow_origin(self.0.clone())
-            .allow_methods([Method::GET, Method::POST, Method::PATCH, Method::DELETE])
+            .allow_methods([Method::GET, Method::POST, Method::PUT, Method::PATCH, Method::DELETE])
             .allow_headers(TAKEN)
             .expose_headers(SHOWN)
             .max_age(MAX_AGE);

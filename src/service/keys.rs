@@ -193,10 +193,23 @@ impl KeyRing {
         Some(revoked)
     }
 
+    /// Nobody can use them any more, and others need their places.
+    fn forget_expired(&self, keys: &mut Vec<Key>, now: Timestamp) {
+        let is_over = |key: &mut Key| !key.is_configured && key.record.expires_at.is_some_and(|end| end <= now);
+        for over in keys.extract_if(.., is_over) {
+            if let Some(state) = &self.state {
+                state.forget_api_key(over.record.id);
+            }
+        }
+    }
+
     fn insert(&self, key: Key) -> Result<(), KeyError> {
         let mut keys = self.keys_mut();
         if keys.iter().any(|known| known.record.hash == key.record.hash) {
             return Err(KeyError::Known);
+        }
+        if keys.len() >= MAX_KEYS {
+            self.forget_expired(&mut keys, Timestamp::now());
         }
         // One of the configuration always has its place, or the server would not start.
         if keys.len() >= MAX_KEYS && !key.is_configured {
@@ -309,6 +322,9 @@ mod tests {
         assert_eq!(ring.issue(nth(MAX_KEYS)), Err(KeyError::TooMany));
         ring.revoke(nth(0).id).unwrap();
         assert_eq!(ring.issue(nth(MAX_KEYS)), Ok(()));
+        // One that is over makes room.
+        ring.keys_mut()[0].record.expires_at = Some(Timestamp::UNIX_EPOCH);
+        assert_eq!(ring.issue(nth(MAX_KEYS + 1)), Ok(()));
     }
 
     #[test]

@@ -21,6 +21,8 @@ tokio::task_local! {
     static TRAIL: Arc<Trail>;
 }
 
+/// So many bytes of code are recorded, where it is; its length and its hash are of all of it.
+const MAX_CODE: usize = 64 * 1024;
 /// The action of a request whose key is not valid, whatever it asked for.
 pub const REFUSE_KEY: &str = "refuse_key";
 
@@ -231,7 +233,7 @@ pub(super) fn note_code(code: &str) {
     let Some(trail) = current() else { return };
     let Some(audit) = &trail.audit else { return };
     let sha256 = Sha256::digest(code.as_bytes()).iter().map(|byte| format!("{byte:02x}")).collect();
-    let text = audit.records_code().then(|| code.to_owned());
+    let text = audit.records_code().then(|| code[..code.floor_char_boundary(MAX_CODE)].to_owned());
     trail.lock().code = Some(Code { bytes: code.len(), sha256, text });
 }
 

@@ -63,11 +63,14 @@ pub async fn bind(path: &Path, shared: bool) -> Result<UnixListener, BindError> 
         Ok(found) if !found.file_type().is_socket() => {
             return Err(failed("there is a file, and it is no socket".to_owned()));
         }
-        Ok(_) if UnixStream::connect(path).await.is_ok() => {
-            return Err(failed("another guard listens there".to_owned()));
-        }
-        // One that was killed has left it.
-        Ok(_) => std::fs::remove_file(path).map_err(io_failed)?,
+        Ok(_) => match UnixStream::connect(path).await {
+            Ok(_) => return Err(failed("another guard listens there".to_owned())),
+            // One that was killed has left it.
+            Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
+                std::fs::remove_file(path).map_err(io_failed)?;
+            }
+            Err(error) => return Err(io_failed(error)),
+        },
         Err(error) if error.kind() == io::ErrorKind::NotFound => {}
         Err(error) => return Err(io_failed(error)),
     }

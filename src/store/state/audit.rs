@@ -183,7 +183,9 @@ pub(super) fn forget((before, keep): (Timestamp, u64), to: &Transaction<'_>) -> 
 /// Adds committed events to the file of copies.
 pub(super) fn copy(events: &[AuditEvent], file: &mut File) -> io::Result<()> {
     let lines: String = events.iter().map(|event| line(event) + "\n").collect();
-    file.write_all(lines.as_bytes())
+    let end = file.metadata()?.len();
+    // What did not fit whole is no line that others could read, nor what came behind it.
+    file.write_all(lines.as_bytes()).inspect_err(|_| drop(file.set_len(end)))
 }
 
 fn line(event: &AuditEvent) -> String {
