@@ -189,6 +189,11 @@ impl Books {
         }
     }
 
+    /// Whether the engine may still be at the creation of a cell, so that its absence proves nothing.
+    pub(super) fn is_being_made(&self, name: &CellName) -> bool {
+        self.cells.get(name).is_some_and(|entry| entry.under_way > 0)
+    }
+
     /// A cell's absence was seen.
     pub(super) fn forget(&mut self, name: &CellName) {
         if self.cells.get(name).is_some_and(|entry| entry.under_way == 0) {

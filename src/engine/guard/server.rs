@@ -14,7 +14,7 @@ use serde::Serialize;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, Interest};
 use tokio::net::unix::ReadHalf;
 use tokio::net::{UnixListener, UnixStream};
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, oneshot};
 use tokio_util::sync::CancellationToken;
 
 use super::policy::{Books, Policy};
@@ -101,14 +101,14 @@ impl std::fmt::Debug for Guard {
 }
 
 /// A creation that is under way.
-struct Making<'a> {
-    guard: &'a Guard,
-    name: &'a CellName,
+struct Making {
+    guard: Arc<Guard>,
+    name: CellName,
 }
 
-impl Drop for Making<'_> {
+impl Drop for Making {
     fn drop(&mut self) {
-        self.guard.books().settle(self.name, Instant::now());
+        self.guard.books().settle(&self.name, Instant::now());
     }
 }
 
@@ -190,7 +190,7 @@ impl Guard {
         self.books.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    async fn attend(&self, mut stream: UnixStream, stop: &CancellationToken) {
+    async fn attend(self: &Arc<Self>, mut stream: UnixStream, stop: &CancellationToken) {
         let request = match tokio::time::timeout(REQUEST_TIME, protocol::read(&mut stream, MAX_REQUEST)).await {
             Ok(Ok(request)) => self.accept(request),
             Ok(Err(error)) if error.kind() == io::ErrorKind::InvalidData => {
@@ -224,7 +224,7 @@ impl Guard {
         Ok(call)
     }
 
-    async fn perform(&self, call: Call, stream: UnixStream, stop: &CancellationToken) {
+    async fn perform(self: &Arc<Self>, call: Call, stream: UnixStream, stop: &CancellationToken) {
         match call {
             Call::Ensure { cell } => open(stream, self.ensure(cell), stop).await,
             Call::Link { name } => open(stream, self.link(name), stop).await,
@@ -277,7 +277,7 @@ impl Guard {
         self.engine.prepare(image).await
     }
 
-    async fn ensure(&self, cell: Cell) -> Result<ByteStream, EngineError> {
+    async fn ensure(self: &Arc<Self>, cell: Cell) -> Result<ByteStream, EngineError> {
         let cell = cell.read(&self.policy().instance).ok_or_else(|| foreign("creating a cell"))?;
         // An earlier guard may have found it.
         let is_known = self.books().knows_image(&cell.image);
@@ -297,8 +297,17 @@ impl Guard {
                 return Err(error);
             }
         }
-        let _making = Making { guard: self, name: &cell.name };
-        self.engine.ensure(&cell).await
+        let making = Making { guard: Arc::clone(self), name: cell.name.clone() };
+        let (tell, told) = oneshot::channel();
+        // To its end, whoever waits: the engine goes on too, and what it makes stays booked until it can be seen.
+        task::spawn("making a cell", async move {
+            let made = making.guard.engine.ensure(&cell).await;
+            drop(making);
+            drop(tell.send(made));
+        });
+        told.await.unwrap_or_else(|_| {
+            Err(EngineError::Unexpected { attempt: "creating a cell", detail: "it broke off".to_owned() })
+        })
     }
 
     async fn link(&self, name: String) -> Result<ByteStream, EngineError> {
@@ -323,6 +332,10 @@ impl Guard {
 
     async fn remove(&self, name: String) -> Result<(), EngineError> {
         let name = self.own("removing a cell", name).await?;
+        if self.books().is_being_made(&name) {
+            let detail = "it is being made; it can be removed then".to_owned();
+            return Err(EngineError::Unavailable { attempt: "removing a cell", detail });
+        }
         self.engine.remove(&name).await?;
         self.books().forget(&name);
         Ok(())
