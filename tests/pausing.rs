@@ -106,7 +106,7 @@ async fn what_runs_is_not_paused(server: Arc<Server>) {
     let running = cell.background_until_output("print(1, flush=True)\nwhile True: pass").await;
     let refused = server.post(&cell.path("/pause"), &Value::Null).await;
     let detail = text(&refused.problem(409, "state-conflict")["detail"]);
-    assert!(detail.contains("code runs or waits"), "{detail}");
+    assert!(detail.contains("something runs or waits"), "{detail}");
     server.post(&format!("/v1/executions/{running}/cancel"), &Value::Null).await;
     assert_eq!(server.ended(&running).await["status"], "cancelled");
     pause(&cell).await;

@@ -189,7 +189,9 @@ impl From<Error> for Problem {
                 problem.end_reason = Some(reason);
                 problem
             }
-            Error::QueueFull => Self::new(QUEUE_FULL, format!("{detail}; try again when some have ended")),
+            Error::QueueFull | Error::VisitsFull => {
+                Self::new(QUEUE_FULL, format!("{detail}; try again when some have ended"))
+            }
             Error::StateConflict(_) | Error::KernelBusy(_) => Self::new(STATE_CONFLICT, detail),
             Error::NotOnce(NotOnce::InFlight) => Self::new(IDEMPOTENCY_IN_FLIGHT, detail),
             Error::NotOnce(NotOnce::Mismatch) => Self::new(IDEMPOTENCY_MISMATCH, detail),

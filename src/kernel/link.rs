@@ -15,8 +15,10 @@ use cellblock_wire::link::{
     StartKernel, Stats,
 };
 use cellblock_wire::marker::{LinkSecret, Marker, MarkerScanner, Scanned};
-use http_body_util::{BodyExt, Full, Limited};
-use hyper::body::Incoming;
+use cellblock_wire::tunnel::{self, Tunnel};
+use http_body_util::combinators::UnsyncBoxBody;
+use http_body_util::{BodyExt, Either, Full, Limited};
+use hyper::body::{Body, Incoming};
 use hyper::client::conn::http2::SendRequest;
 use hyper::{Method, Request, Response};
 use hyper_util::rt::{TokioIo, TokioTimer};
@@ -36,10 +38,11 @@ const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
 const MAX_ANSWER: usize = 4 * 1024 * 1024;
 /// Output that a guest may send before its echo, in bytes: what dockerd and the pipes held.
 const MAX_DISCARDED: usize = 64 * 1024 * 1024;
-/// Window of one stream of the connection, in bytes.
-const STREAM_WINDOW: u32 = 2 * 1024 * 1024;
-/// Window of the whole connection, in bytes: what all streams that may be open at once can have in flight.
-const CONNECTION_WINDOW: u32 = 8 * 1024 * 1024;
+/// Window of one stream of the connection, in bytes. Files come at its size in each round trip.
+const STREAM_WINDOW: u32 = 4 * 1024 * 1024;
+/// Window of the whole connection, in bytes: what all streams that may be open at once can have in flight, so that none of them stands in the way
+/// of the kernels' messages. Bulk streams and tunnels are bounded by [`Visits`](crate::session::visits::Visits); tunnels by their own window too.
+const CONNECTION_WINDOW: u32 = 128 * 1024 * 1024;
 /// A peer that is silent for this long is asked whether it lives.
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
 /// A peer that does not answer that within this time is dead.
@@ -85,10 +88,26 @@ pub enum LinkError {
     },
 }
 
+/// A body that goes to a guest: whole, or as it comes.
+type Outgoing = Either<Full<Bytes>, UnsyncBoxBody<Bytes, io::Error>>;
+
+/// A request that the guest is asked for its own sake: a file, a command, a connection.
+#[derive(Debug)]
+pub struct Asked<'a> {
+    /// What is attempted, for errors: "write a file".
+    pub attempt: &'a str,
+    /// The method.
+    pub method: Method,
+    /// Path and query, escaped (see [`escape_path`]).
+    pub path: &'a str,
+    /// The guest's answer begins within this time; nothing where that depends on a body that is sent.
+    pub within: Option<Duration>,
+}
+
 /// A handle on the link to one guest.
 #[derive(Debug, Clone)]
 pub struct Link {
-    sender: SendRequest<Full<Bytes>>,
+    sender: SendRequest<Outgoing>,
     closed: watch::Receiver<bool>,
     cut: CancellationToken,
 }
@@ -244,7 +263,7 @@ impl Link {
     pub async fn read_file(&self, path: &str) -> Result<Incoming, LinkError> {
         let attempt = "read a file";
         let path = format!("/files/{}", escape_path(path));
-        let response = within(attempt, self.send(attempt, Method::GET, &path, Bytes::new())).await?;
+        let response = within(attempt, self.send(attempt, Method::GET, &path, whole(Bytes::new()))).await?;
         if response.status().is_success() { Ok(response.into_body()) } else { Err(refused(attempt, response).await) }
     }
 
@@ -255,7 +274,7 @@ impl Link {
     pub async fn events(&self, after: u64) -> Result<Events, LinkError> {
         let attempt = "tell its events";
         let path = format!("/events?after={after}");
-        let response = within(attempt, self.send(attempt, Method::GET, &path, Bytes::new())).await?;
+        let response = within(attempt, self.send(attempt, Method::GET, &path, whole(Bytes::new()))).await?;
         if !response.status().is_success() {
             return Err(refused(attempt, response).await);
         }
@@ -270,7 +289,7 @@ impl Link {
         body: Bytes,
     ) -> Result<T, LinkError> {
         let answer = async {
-            let response = self.send(attempt, method, path, body).await?;
+            let response = self.send(attempt, method, path, whole(body)).await?;
             if !response.status().is_success() {
                 return Err(refused(attempt, response).await);
             }
@@ -283,10 +302,50 @@ impl Link {
 
     async fn order(&self, attempt: &str, method: Method, path: &str, body: Bytes) -> Result<(), LinkError> {
         let answer = async {
-            let response = self.send(attempt, method, path, body).await?;
+            let response = self.send(attempt, method, path, whole(body)).await?;
             if response.status().is_success() { Ok(()) } else { Err(refused(attempt, response).await) }
         };
         within(attempt, answer).await
+    }
+
+    /// Asks with a body that is sent as it comes, and gives the answer as it comes. Whoever asks bounds both in size, and in time between two pieces.
+    ///
+    /// # Errors
+    /// A refusal, or a link that broke before the answer began: see [`LinkError`].
+    pub async fn exchange<B>(&self, asked: Asked<'_>, body: B) -> Result<Response<Incoming>, LinkError>
+    where
+        B: Body<Data = Bytes, Error = io::Error> + Send + 'static,
+    {
+        let Asked { attempt, method, path, within: limit } = asked;
+        let answer = self.send(attempt, method, path, Either::Right(UnsyncBoxBody::new(body)));
+        let response = match limit {
+            Some(limit) => within_time(attempt, limit, answer).await?,
+            None => answer.await?,
+        };
+        if response.status().is_success() { Ok(response) } else { Err(refused(attempt, response).await) }
+    }
+
+    /// Opens a byte stream to what the path names.
+    ///
+    /// # Errors
+    /// See [`LinkError`].
+    pub async fn tunnel(&self, asked: Asked<'_>) -> Result<Tunnel<Incoming>, LinkError> {
+        let (beginning, outgoing) = tunnel::begin();
+        Ok(beginning.join(self.exchange(asked, outgoing).await?.into_body()))
+    }
+
+    /// Asks with a small JSON body for a small JSON answer.
+    ///
+    /// # Errors
+    /// See [`LinkError`].
+    pub async fn ask<T: DeserializeOwned>(
+        &self,
+        attempt: &str,
+        method: Method,
+        path: &str,
+        body: &impl Serialize,
+    ) -> Result<T, LinkError> {
+        self.call(attempt, method, path, json_body(body)).await
     }
 
     async fn send(
@@ -294,9 +353,9 @@ impl Link {
         attempt: &str,
         method: Method,
         path: &str,
-        body: Bytes,
+        body: Outgoing,
     ) -> Result<Response<Incoming>, LinkError> {
-        let mut request = Request::new(Full::new(body));
+        let mut request = Request::new(body);
         *request.method_mut() = method;
         *request.uri_mut() = format!("http://guest{path}")
             .parse()
@@ -341,9 +400,20 @@ impl Events {
 }
 
 async fn within<T>(attempt: &str, answer: impl Future<Output = Result<T, LinkError>>) -> Result<T, LinkError> {
-    tokio::time::timeout(REQUEST_TIMEOUT, answer)
-        .await
-        .unwrap_or_else(|_| Err(LinkError::TimedOut { attempt: attempt.to_owned(), limit: REQUEST_TIMEOUT }))
+    within_time(attempt, REQUEST_TIMEOUT, answer).await
+}
+
+async fn within_time<T>(
+    attempt: &str,
+    limit: Duration,
+    answer: impl Future<Output = Result<T, LinkError>>,
+) -> Result<T, LinkError> {
+    let late = |_| Err(LinkError::TimedOut { attempt: attempt.to_owned(), limit });
+    tokio::time::timeout(limit, answer).await.unwrap_or_else(late)
+}
+
+fn whole(body: Bytes) -> Outgoing {
+    Either::Left(Full::new(body))
 }
 
 async fn read_bounded(attempt: &str, response: Response<Incoming>) -> Result<Bytes, LinkError> {
@@ -372,7 +442,9 @@ fn json_body<T: Serialize>(body: &T) -> Bytes {
     Bytes::from(serde_json::to_vec(body).unwrap_or_default())
 }
 
-fn escape_path(path: &str) -> String {
+/// Makes text fit for a path of the link; slashes stay.
+#[must_use]
+pub fn escape_path(path: &str) -> String {
     use std::fmt::Write as _;
     path.bytes().fold(String::new(), |mut escaped, byte| {
         if byte.is_ascii_alphanumeric() || b"-._~/".contains(&byte) {

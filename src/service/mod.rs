@@ -99,6 +99,9 @@ pub enum Error {
     /// As many executions as allowed are waiting.
     #[error("too many executions are waiting in this session")]
     QueueFull,
+    /// As many files, commands and connections of the session are under way as may be at once.
+    #[error("as many files, commands and connections of this session are under way as may be at once")]
+    VisitsFull,
     /// The state of the thing does not allow it now.
     #[error("{0}")]
     StateConflict(String),
@@ -178,6 +181,7 @@ impl From<Refused> for Error {
             }
             Refused::Restless(_) => Self::StateConflict(format!("{refused}; try it again")),
             Refused::NotPaused => Self::EngineUnavailable,
+            Refused::TooManyVisits => Self::VisitsFull,
         }
     }
 }

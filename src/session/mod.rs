@@ -30,12 +30,14 @@ pub mod pool;
 pub mod reconcile;
 pub mod registry;
 mod running;
+pub mod visits;
 mod wiring;
 
 use actor::Wish;
 pub use context::ContextState;
 use execution::{Execution, ExecutionRequest};
 use keeping::Keeping;
+use visits::{Visit, Weight};
 
 /// Commands that may wait for a session's task; more are refused.
 const COMMAND_QUEUE: usize = 256;
@@ -204,8 +206,8 @@ pub enum Refused {
     /// The execution does not ask for a line.
     #[error("nothing is asked")]
     NothingAsked,
-    /// It can't be paused while something runs or waits in it.
-    #[error("code runs or waits in the session")]
+    /// It can't be paused while something runs or waits in it, in a kernel or beside one.
+    #[error("something runs or waits in the session")]
     Busy,
     /// It can't be paused, since its kernels have not come to rest.
     #[error("its kernels did not come to rest within {0:?}")]
@@ -213,6 +215,9 @@ pub enum Refused {
     /// The engine did not pause it.
     #[error("the session could not be paused")]
     NotPaused,
+    /// As much goes on beside its kernels as may.
+    #[error("as many files, commands and connections of the session are under way as may be at once")]
+    TooManyVisits,
 }
 
 enum Command {
@@ -273,6 +278,10 @@ enum Command {
     Link {
         reply: oneshot::Sender<Result<Link, Refused>>,
     },
+    Enter {
+        weight: Weight,
+        reply: oneshot::Sender<Result<Visit, Refused>>,
+    },
     /// Answered once it is paused.
     Pause {
         reply: oneshot::Sender<Result<(), Refused>>,
@@ -308,6 +317,7 @@ impl Command {
             | Self::Ask { .. }
             | Self::Claim { .. }
             | Self::Link { .. }
+            | Self::Enter { .. }
             | Self::Resume { .. } => true,
             Self::Cancel { .. }
             | Self::Input { .. }
@@ -522,7 +532,15 @@ impl Session {
         self.ask(|reply| Command::Claim { claim: Box::new(claim), reply }).await
     }
 
-    /// The link to its guest, for bulk work that doesn't concern its kernels.
+    /// Begins work beside its kernels, for which it is resumed if it is paused, and during which it is neither idle nor paused.
+    ///
+    /// # Errors
+    /// See [`Refused`].
+    pub async fn enter(&self, weight: Weight) -> Result<Visit, Refused> {
+        self.ask(|reply| Command::Enter { weight, reply }).await
+    }
+
+    /// The link to its guest, for a question that is no activity.
     ///
     /// # Errors
     /// See [`Refused`].

@@ -9,6 +9,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use cellblock_wire::frame::{Decoder, Frame, MAX_FRAME};
 use cellblock_wire::link::{Ack, Hello, Init, Outbound, Refusal, Signal, StartKernel, Stats};
+use cellblock_wire::tunnel::Outgoing;
 use http_body_util::{BodyExt, Limited};
 use hyper::body::{Body, Frame as BodyFrame, Incoming, SizeHint};
 use hyper::{Method, Request, Response, StatusCode};
@@ -102,6 +103,8 @@ pub enum Answer {
     Events(Subscription),
     /// A file.
     File(Download),
+    /// What a byte stream sends.
+    Tunnel(Outgoing),
 }
 
 impl Body for Answer {
@@ -117,6 +120,7 @@ impl Body for Answer {
             Self::Events(events) => {
                 events.poll_chunk(context).map(|chunk| chunk.map(|chunk| Ok(BodyFrame::data(chunk))))
             }
+            Self::Tunnel(outgoing) => Pin::new(outgoing).poll_frame(context),
             Self::File(file) => Poll::Ready(match file.read() {
                 Ok(chunk) if chunk.is_empty() => None,
                 Ok(chunk) => Some(Ok(BodyFrame::data(chunk))),

@@ -31,9 +31,13 @@ use tokio::time::Instant;
 
 use crate::api::Guest;
 
-const MAX_STREAMS: u32 = 64;
-const STREAM_WINDOW: u32 = 1024 * 1024;
-const CONNECTION_WINDOW: u32 = MAX_STREAMS * STREAM_WINDOW;
+/// Streams that may be open at once: events, requests, and what lasts (files on their way, commands that are followed, connections).
+const MAX_STREAMS: u32 = 256;
+/// Files come at this size in each round trip.
+const STREAM_WINDOW: u32 = 4 * 1024 * 1024;
+/// What all streams together can have on the way, as far as the control plane lets them: few of them are files, and byte streams have
+/// [a window of their own](cellblock_wire::tunnel::WINDOW).
+const CONNECTION_WINDOW: u32 = 128 * 1024 * 1024;
 /// What a peer who keeps to the windows can ever have on the way, and some room for heads and control frames.
 const MAX_INBOX: usize = CONNECTION_WINDOW as usize + 4 * 1024 * 1024;
 const READ: usize = 64 * 1024;

@@ -507,7 +507,7 @@ pub async fn keepalive_session(
 /// Pause a session
 ///
 /// It uses no CPU and keeps its memory and files; what is asked of it next resumes it. Answers once it is paused; `state-conflict`
-/// while code runs or waits.
+/// while something runs or waits.
 #[utoipa::path(post, path = "/v1/sessions/{id}/pause", operation_id = "pause_session", tag = "sessions",
     params(("id" = String, Path)),
     responses((status = 200, body = SessionView), (status = "4XX", body = Problem), (status = "5XX", body = Problem)))]

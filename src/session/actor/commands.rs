@@ -11,6 +11,7 @@ use tokio::sync::oneshot;
 
 use super::super::context::Action;
 use super::super::execution::{Execution, ExecutionRequest};
+use super::super::visits::{Visit, Weight};
 use super::super::{Attributes, Claim, Command, ContextView, Patch, Refused};
 use super::{Actor, Context, Line, Restart, Verdict, instant};
 use crate::domain::ids::{ContextId, ExecutionId};
@@ -73,6 +74,11 @@ impl Actor {
                 let link = self.wiring.link().cloned().ok_or(Refused::NotReady);
                 drop(reply.send(self.live().and(link)));
             }
+            Command::Enter { weight, reply } => {
+                let answer = self.enter(weight);
+                // A caller that went away has left its visit with the answer.
+                drop(reply.send(answer));
+            }
             Command::Pause { reply } => self.ask_to_pause(reply),
             Command::Resume { reply } => {
                 let answer = self.live().map(|now| self.last_active = now);
@@ -108,6 +114,12 @@ impl Actor {
         self.leaving.follow(&execution);
         self.last_active = now;
         Ok(execution)
+    }
+
+    fn enter(&mut self, weight: Weight) -> Result<Visit, Refused> {
+        self.last_active = self.live()?;
+        let link = self.wiring.link().cloned().ok_or(Refused::NotReady)?;
+        self.visits.try_enter(weight, link).ok_or(Refused::TooManyVisits)
     }
 
     /// Becomes somebody's.

@@ -126,7 +126,7 @@ impl Actor {
         if self.phase != Phase::Ready {
             // It ends, or gets another cell; both tell who waits.
             self.freezing.rest_until = None;
-        } else if self.is_busy() {
+        } else if self.is_in_use() {
             self.freezing.answer(&Err(Refused::Busy));
         } else if self.is_at_rest() {
             self.freezing.rest_until = None;

@@ -22,6 +22,7 @@ use super::capacity;
 use super::context::{Context, Making, Notice, Pace};
 use super::execution::{End, Execution, Place};
 use super::keeping::Keeping;
+use super::visits::Visits;
 use super::wiring::{Act, ActKind, Acted, Settled, Starting, Wiring};
 use super::{
     Attributes, COMMAND_QUEUE, Command, ContextView, Refused, Session, Settings, Snapshot, StartFailure, StartFault,
@@ -163,6 +164,8 @@ struct Actor {
     /// Contexts whose kernels start for the first time, and who waits for them.
     creating: BTreeMap<ContextId, oneshot::Sender<Result<ContextView, Refused>>>,
     wiring: Wiring,
+    /// What goes on beside the kernels.
+    visits: Arc<Visits>,
     /// Kernels that the guest has ended, and whose last events have not come yet.
     gone: Vec<Gone>,
     work: FuturesUnordered<BoxFuture<'static, DoneIn>>,
@@ -305,6 +308,7 @@ impl Actor {
             default_context: record.default_context,
             creating: BTreeMap::new(),
             wiring: Wiring::new(starting, heard),
+            visits: Arc::default(),
             gone: Vec::new(),
             work: FuturesUnordered::new(),
             retry_after: RETRY_FIRST,
@@ -396,6 +400,7 @@ impl Actor {
                     }
                 }
                 () = tokio::time::sleep_until(deadline) => self.on_time(),
+                () = self.visits.left() => self.last_active = Instant::now(),
                 Some(command) = self.commands.recv(), if self.freezing.has_room() => self.on_command(command),
                 // Last, so that a guest which never stops talking puts nothing off.
                 event = self.wiring.next_event() => self.on_guest_event(event),
@@ -785,8 +790,13 @@ impl Actor {
     }
 
     fn idle_deadline(&self) -> Option<Instant> {
-        let waits = !self.is_busy() && !self.is_unclaimed && !self.freezing.is_wanted();
+        let waits = !self.is_in_use() && !self.is_unclaimed && !self.freezing.is_wanted();
         waits.then(|| self.last_active + self.attributes.idle)
+    }
+
+    /// Whether anything runs or waits, in a kernel or beside it.
+    fn is_in_use(&self) -> bool {
+        self.is_busy() || self.visits.are_any()
     }
 
     fn is_busy(&self) -> bool {
