@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use ipnet::IpNet;
 use tokio::net::TcpListener;
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
@@ -14,6 +15,7 @@ use crate::config::{self, Config, DrainContainers, Inputs, KeySection, Loaded, P
 use crate::domain::ids::InstallationId;
 use crate::domain::quota::QuotaTable;
 use crate::domain::spec::Template;
+use crate::egress::{self, Egress, Outside};
 use crate::engine::docker::{Demand, DockerEngine, DockerSettings, GuestFile};
 use crate::engine::guard::{self, BindError, Guard, GuardEngine, Permitted, Policy};
 use crate::engine::metered::Metered;
@@ -226,6 +228,8 @@ pub struct Process {
     pub read: Option<(Inputs, Loaded)>,
     /// Asks it to read its configuration again.
     pub reload: Arc<Notify>,
+    /// What sessions' connections to the outside meet; the world, unless a test puts something in its place.
+    pub outside: Outside,
 }
 
 /// A running control plane without a front door.
@@ -255,7 +259,7 @@ impl Plane {
     }
 
     async fn start_in(config: &Config, owns_instance: bool, process: Process) -> Result<Self, StartError> {
-        let Process { log, read, .. } = process;
+        let Process { log, read, outside, .. } = process;
         let pull = pull(config);
         let metrics = Metrics::new();
         // Before anything is there that would have to be taken down.
@@ -285,8 +289,9 @@ impl Plane {
         let offer = Offer::new(tuning::choice(config));
         let pool = Pool::new(if owns_instance { pool_plans(config) } else { Vec::new() });
         let audit = state.clone().map(|state| audit(config, state)).transpose()?;
+        let egress = Egress::new(egress_settings(config).await, outside, metrics.clone(), state.clone());
         let registry = Registry::new(Arc::clone(&engine), archive.clone(), state, instance, settings, limits, pool);
-        let registry = Arc::new(registry.counting(metrics));
+        let registry = Arc::new(registry.counting(metrics).reaching(egress));
         let stop = CancellationToken::new();
         registry.take_over(left);
         let mut service =
@@ -686,6 +691,30 @@ fn archive(config: &Config) -> Result<Archive, StartError> {
 fn open_state(config: &Config, archive: Option<Archive>) -> Result<(State, Left), StartError> {
     let folder = &config.server.data_dir;
     State::open(folder, archive).map_err(|source| StartError::State { path: state::path_in(folder), source })
+}
+
+/// What the way out of all sessions keeps to. The engine's own address is among what nobody reaches.
+async fn egress_settings(config: &Config) -> egress::Settings {
+    let section = &config.egress;
+    let limit = |bytes: u64| Some(bytes).filter(|bytes| *bytes > 0);
+    let engine = config.engine.host.split_once("://").filter(|(scheme, _)| !["unix", "guard"].contains(scheme));
+    let engine = match engine {
+        // Without a port, where that of its protocol is meant, any will do to look up the name.
+        Some((_, host)) if host.contains(':') => egress::addresses_of(host.trim_end_matches('/')).await,
+        Some((_, host)) => egress::addresses_of(&format!("{host}:2375")).await,
+        None => Vec::new(),
+    };
+    egress::Settings {
+        connections: section.connections as usize,
+        connections_per_session: section.session_connections as usize,
+        connections_per_minute: section.session_connections_per_minute,
+        sent_bytes: limit(section.session_sent),
+        received_bytes: limit(section.session_received),
+        connect_timeout: section.connect_timeout,
+        idle_timeout: section.idle_timeout,
+        deny: section.deny.iter().copied().chain(engine.into_iter().map(IpNet::from)).collect(),
+        proxy: config::proxy_of(&section.proxy).map(str::to_owned),
+    }
 }
 
 fn audit(config: &Config, state: State) -> Result<Arc<Audit>, StartError> {

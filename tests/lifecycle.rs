@@ -11,11 +11,12 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
+use cellblock::domain::egress::NetworkOffer;
 use cellblock::domain::ids::InstallationId;
 use cellblock::domain::lifecycle::{EndReason, Phase};
 use cellblock::domain::output::{RestartCause, Status, StopStep};
 use cellblock::domain::spec::{
-    MIB, NetworkMode, OnGuestLost, OnIdle, OnKernelDeath, OutputLimits, Resources, SessionRequest, Template, Timeouts,
+    MIB, OnGuestLost, OnIdle, OnKernelDeath, OutputLimits, Resources, SessionRequest, Template, Timeouts,
 };
 use cellblock::engine::{CellName, CellState, Engine, EngineError, Pull};
 use cellblock::service::keys::{Principal, Scope};
@@ -159,7 +160,7 @@ fn template() -> Template {
             messages: 100,
             messages_per_second: 100,
         },
-        network: NetworkMode::None,
+        network: NetworkOffer::default(),
         setup: String::new(),
         on_kernel_death: OnKernelDeath::Restart,
         on_guest_lost: OnGuestLost::End,

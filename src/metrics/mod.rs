@@ -119,6 +119,7 @@ struct Instruments {
     engine: Calls,
     reconciler: Rounds,
     requests: Requests,
+    egress: Egress,
     spans_dropped: IntCounter,
 }
 
@@ -243,6 +244,24 @@ impl Requests {
     }
 }
 
+/// Connections of cells to the outside.
+#[derive(Debug)]
+struct Egress {
+    decided: IntCounterVec,
+    bytes: IntCounterVec,
+}
+
+impl Egress {
+    fn new(of: &Maker) -> Self {
+        let decided = "Connections that code has asked for, by what was decided.";
+        let bytes = "Bytes that cells have exchanged with the outside, by direction.";
+        Self {
+            decided: of.counters("egress_connections_total", decided, &["outcome"], &["ok"]),
+            bytes: of.counters("egress_bytes_total", bytes, &["direction"], &["sent", "received"]),
+        }
+    }
+}
+
 impl Default for Metrics {
     fn default() -> Self {
         Self::new()
@@ -262,6 +281,7 @@ impl Metrics {
             engine: Calls::new(&of),
             reconciler: Rounds::new(&of),
             requests: Requests::new(&of),
+            egress: Egress::new(&of),
             spans_dropped: of.counter("trace_spans_dropped_total", "Spans of traces that no collector has taken."),
             registry: of.0,
         }))
@@ -318,6 +338,21 @@ impl Metrics {
     /// A guest was sent so many bytes.
     pub fn link_sent(&self, bytes: usize) {
         self.0.engine.sent.inc_by(bytes as u64);
+    }
+
+    /// A connection to the outside was made (`ok`), or refused; the word is one of ours.
+    pub fn egress_decided(&self, outcome: &'static str) {
+        self.0.egress.decided.with_label_values(&[outcome]).inc();
+    }
+
+    /// Cells have sent so many bytes out.
+    pub fn egress_sent(&self, bytes: usize) {
+        self.0.egress.bytes.with_label_values(&["sent"]).inc_by(bytes as u64);
+    }
+
+    /// Cells were sent so many bytes from outside.
+    pub fn egress_received(&self, bytes: usize) {
+        self.0.egress.bytes.with_label_values(&["received"]).inc_by(bytes as u64);
     }
 
     /// So many spans of traces were dropped.

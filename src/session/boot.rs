@@ -30,10 +30,8 @@ pub(super) async fn boot(
     cell: CellSpec,
     stream: ByteStream,
     secret: LinkSecret,
-    settings: Settings,
-    env: BTreeMap<String, String>,
+    init: Init,
 ) -> Result<Booted, StartFailure> {
-    let init = init(settings, env);
     let (link, _hello) = Link::open(stream, secret, &init).await.map_err(|e| link_failure(&cell, &e))?;
     let report = link.report().await.map_err(|e| link_failure(&cell, &e))?;
     engine.attest(&cell, &report).await.map_err(|e| engine_failure(&cell, &e))?;
@@ -97,8 +95,8 @@ impl Adoption {
 }
 
 /// What a guest is told first.
-pub(super) fn init(settings: Settings, env: BTreeMap<String, String>) -> Init {
-    Init { generation: GENERATION, orphan_timeout_seconds: settings.orphan_timeout.as_secs(), env }
+pub(super) fn init(settings: Settings, env: BTreeMap<String, String>, egress: bool) -> Init {
+    Init { generation: GENERATION, orphan_timeout_seconds: settings.orphan_timeout.as_secs(), env, egress }
 }
 
 fn link_failure(cell: &CellSpec, error: &LinkError) -> StartFailure {

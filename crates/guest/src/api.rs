@@ -17,6 +17,7 @@ use serde::{Serialize, de::DeserializeOwned};
 use tokio::sync::watch;
 
 use crate::cgroup::Cgroup;
+use crate::egress::Egress;
 use crate::events::{Ring, Subscription};
 use crate::files::{Download, FileError, RelativePath, Upload, list_files, used_bytes};
 use crate::kernel::{Kernels, Places};
@@ -147,6 +148,8 @@ pub struct Guest {
     pub kernels: Kernels,
     /// The events.
     pub ring: Ring,
+    /// The way out.
+    pub egress: Egress,
     /// The container's figures.
     pub cgroup: Cgroup,
     /// Where things are.
@@ -187,6 +190,7 @@ impl Guest {
             (&Method::POST, "ack", "") => self.acknowledge(read_json(body).await?),
             (method, "kernels", rest) => self.route_kernels(method, rest, body).await,
             (method, "files", rest) => self.route_files(method, rest, body).await,
+            (method, "egress", id) => self.route_egress(method, id, body).await,
             _ => Err(Refused::not_found("request")),
         }
     }
@@ -227,9 +231,24 @@ impl Guest {
         }
     }
 
+    async fn route_egress(&self, method: &Method, id: &str, body: Incoming) -> Answered {
+        let id = id.parse().map_err(|_| Refused::invalid("a connection's id is a number"))?;
+        match *method {
+            Method::POST => Ok(Response::new(Answer::Tunnel(self.egress.open(id, body)?))),
+            Method::DELETE => {
+                self.egress.refuse(id, read_json(body).await?)?;
+                Ok(json(&serde_json::json!({})))
+            }
+            _ => Err(Refused::not_found("request")),
+        }
+    }
+
     fn init(&self, init: Init) -> Answered {
         self.orphan_timeout.send_replace(Duration::from_secs(init.orphan_timeout_seconds).max(MIN_ORPHAN_TIMEOUT));
-        self.kernels.set_env(init.env);
+        self.kernels.set_env(match init.egress {
+            true => self.egress.offer(init.env),
+            false => init.env,
+        });
         let version = env!("CARGO_PKG_VERSION").to_owned();
         Ok(json(&Hello { generation: cellblock_wire::GENERATION, version, last_seq: self.ring.last_seq() }))
     }

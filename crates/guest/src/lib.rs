@@ -4,6 +4,7 @@
 //!
 //! ```text
 //! stdin/stdout ─ link ─ api ─┬─ files, report, cgroup
+//!                            ├─ egress ─ events
 //!                            ├─ events ◀────────┐
 //!                            └─ kernel ─ launch, live ─ channels ─ zmtp ─ message ─ relay ─ cap
 //!                                               └─ effects ─ tree, changes ─ files
@@ -16,6 +17,7 @@ pub mod capture;
 pub mod cgroup;
 pub mod changes;
 pub mod effects;
+pub mod egress;
 pub mod events;
 pub mod files;
 pub mod json;

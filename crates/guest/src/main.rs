@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use cellblock_guest::api::Guest;
 use cellblock_guest::cgroup::Cgroup;
+use cellblock_guest::egress::Egress;
 use cellblock_guest::events::Ring;
 use cellblock_guest::kernel::{Kernels, Places};
 use cellblock_guest::link::Link;
@@ -62,7 +63,8 @@ async fn serve() -> std::io::Result<()> {
         tokio::spawn(names::serve());
     }
     let (orphan_timeout, _) = watch::channel(ORPHAN_TIMEOUT);
-    Link::open(Guest { kernels, ring, cgroup, places, orphan_timeout })?.serve().await;
+    let egress = Egress::new(ring.clone());
+    Link::open(Guest { kernels, ring, egress, cgroup, places, orphan_timeout })?.serve().await;
     Ok(())
 }
 

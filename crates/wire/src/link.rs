@@ -18,6 +18,7 @@
 //! | `GET /files` | | `[`[`FileEntry`]`]`, the regular files below the working folder |
 //! | `GET /files/{path}` | | the file's bytes |
 //! | `PUT /files/{path}` | the file's bytes | 204 |
+//! | `POST /egress/{id}`, `DELETE /egress/{id}` | see [`egress`](crate::egress) | |
 //!
 //! A kernel's name is chosen by the control plane and never used again: a restart is a delete and a start under a new name, so
 //! no message of the old kernel can be taken for one of the new.
@@ -47,6 +48,9 @@ pub struct Init {
     /// Set for every process that the guest starts from now on. Secrets may be among them: they never stand in the container's own settings.
     #[serde(default)]
     pub env: BTreeMap<String, String>,
+    /// Whether there is a way out, so that the guest offers its proxy ([`egress`](crate::egress)) and names it in the environment.
+    #[serde(default)]
+    pub egress: bool,
 }
 
 /// Who answers.
@@ -366,6 +370,15 @@ pub enum Event {
         parent_id: String,
         /// What it has done.
         effects: Box<Effects>,
+    },
+    /// Code wants a connection to the outside: see [`egress`](crate::egress). It is about no kernel.
+    Egress {
+        /// The guest's number for it, never used twice.
+        id: u64,
+        /// The host, as the code wrote it.
+        host: String,
+        /// The port.
+        port: u16,
     },
     /// All five channels are connected, and the heartbeat came back.
     KernelConnected,
