@@ -289,6 +289,8 @@ impl Plane {
         let registry = Arc::new(registry.counting(metrics));
         let stop = CancellationToken::new();
         registry.take_over(left);
+        let (running, told) = (Arc::clone(&quotas), stop.clone());
+        task::spawn("quotas", async move { running.stay_within_bounds(told).await });
         let mut service =
             Service::new(Arc::clone(&registry), Arc::clone(&engine), offer.clone(), pull, archive.clone())
                 .with_keys(Arc::clone(&keys))

@@ -271,6 +271,8 @@ struct Changes {
     /// Of each API key what it is, or that it is none any more.
     api_keys: HashMap<KeyId, Option<ApiKeyRecord>>,
     usage: HashMap<Arc<str>, UsageRecord>,
+    /// Days before this one go.
+    forget_usage_before: Option<i64>,
     forget_before: Option<Timestamp>,
     /// In their order.
     audit: Vec<AuditEvent>,
@@ -322,6 +324,7 @@ impl Changes {
             && self.forget_keys_before.is_none()
             && self.api_keys.is_empty()
             && self.usage.is_empty()
+            && self.forget_usage_before.is_none()
             && self.forget_before.is_none()
             && self.audit.is_empty()
             && self.forget_audit.is_none()
@@ -352,6 +355,7 @@ impl Changes {
         for (tenant, record) in earlier.usage {
             self.usage.entry(tenant).or_insert(record);
         }
+        self.forget_usage_before = self.forget_usage_before.or(earlier.forget_usage_before);
         self.forget_before = self.forget_before.or(earlier.forget_before);
         let later = std::mem::replace(&mut self.audit, earlier.audit);
         self.audit.extend(later);
@@ -449,6 +453,12 @@ impl State {
     /// Keeps what a tenant has used, in place of what was kept of it before. Never waits.
     pub fn put_usage(&self, record: UsageRecord) {
         self.waiting.changes().usage.insert(Arc::clone(&record.tenant), record);
+        self.wake();
+    }
+
+    /// Forgets what tenants have used on days before one, in days since 1970. Never waits.
+    pub fn forget_usage(&self, before: i64) {
+        self.waiting.changes().forget_usage_before = Some(before);
         self.wake();
     }
 
@@ -718,6 +728,9 @@ impl Writer {
         }
         for record in changes.usage.values() {
             usage::write(record, &transaction)?;
+        }
+        if let Some(before) = changes.forget_usage_before {
+            usage::forget_before(before, &transaction)?;
         }
         for id in &changes.forget_executions {
             transaction.prepare_cached("DELETE FROM executions WHERE id = ?1")?.execute([id.to_string()])?;
