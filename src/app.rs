@@ -257,7 +257,7 @@ impl Plane {
     async fn start_in(config: &Config, owns_instance: bool, process: Process) -> Result<Self, StartError> {
         let Process { log, read, .. } = process;
         let pull = pull(config);
-        let metrics = Metrics::new();
+        let metrics = if config.metrics.tenant_label { Metrics::by_tenant() } else { Metrics::new() };
         // Before anything is there that would have to be taken down.
         let traces = if owns_instance { traces(config, &metrics)? } else { None };
         let engine: Arc<dyn Engine> = Arc::new(Metered::new(connect(config).await?, metrics.clone()));

@@ -901,7 +901,7 @@ impl Service {
     #[must_use]
     pub fn with_quotas(self, quotas: Arc<Quotas>) -> Self {
         for (session, execution) in self.registry.unfinished_executions() {
-            count(quotas.go_on(&session.tenant), &session, execution);
+            count(quotas.go_on(&session.tenant), self.metrics(), &session, execution);
         }
         Self { quotas, ..self }
     }
@@ -970,7 +970,7 @@ impl Service {
                 trail::note_context(execution.place.context);
                 trail::trace(execution, &session.spec.template);
                 service.registry.keep(execution);
-                count(running, &session, Arc::clone(execution));
+                count(running, service.metrics(), &session, Arc::clone(execution));
             }
             let kept = match once {
                 Some(once) => service.settle_key(once, &accepted).await,
@@ -1262,8 +1262,9 @@ fn check_size(quota: &Quota, spec: &SessionSpec) -> Result<(), Error> {
 }
 
 /// Counts an execution until it ends, and what it has used of CPUs then.
-fn count(running: Running, session: &Session, execution: Arc<Execution>) {
-    let cpu_millis = session.spec.resources.cpu_millis;
+fn count(running: Running, metrics: &Metrics, session: &Session, execution: Arc<Execution>) {
+    let (cpu_millis, metrics, tenant) =
+        (session.spec.resources.cpu_millis, metrics.clone(), Arc::clone(&session.tenant));
     task::spawn("usage", async move {
         execution.ended().await;
         // The next process counts what goes on there.
@@ -1273,6 +1274,7 @@ fn count(running: Running, session: &Session, execution: Arc<Execution>) {
             let most = duration.mul_f64(f64::from(cpu_millis) / 1000.0);
             let used = told.map_or(most, |told| told.min(most.saturating_add(CPU_SLACK)));
             running.used(used, jiff::Timestamp::now());
+            metrics.execution_of_tenant_ended(&tenant, execution.status(), used);
         }
     });
 }
