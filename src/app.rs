@@ -257,7 +257,7 @@ impl Plane {
     async fn start_in(config: &Config, owns_instance: bool, process: Process) -> Result<Self, StartError> {
         let Process { log, read, .. } = process;
         let pull = pull(config);
-        let metrics = Metrics::new();
+        let metrics = if config.metrics.tenant_label { Metrics::by_tenant() } else { Metrics::new() };
         // Before anything is there that would have to be taken down.
         let traces = if owns_instance { traces(config, &metrics)? } else { None };
         let engine: Arc<dyn Engine> = Arc::new(Metered::new(connect(config).await?, metrics.clone()));
@@ -289,6 +289,8 @@ impl Plane {
         let registry = Arc::new(registry.counting(metrics));
         let stop = CancellationToken::new();
         registry.take_over(left);
+        let (running, told) = (Arc::clone(&quotas), stop.clone());
+        task::spawn("quotas", async move { running.stay_within_bounds(told).await });
         let mut service =
             Service::new(Arc::clone(&registry), Arc::clone(&engine), offer.clone(), pull, archive.clone())
                 .with_keys(Arc::clone(&keys))

@@ -27,7 +27,7 @@ use cellblock::session::pool::Pool;
 use cellblock::session::reconcile::{Reconciler, Report};
 use cellblock::session::registry::{AfterDrain, Created, Limits, Registry};
 use cellblock::session::{Refused, Session, Settings, StartFault, fresh};
-use cellblock::store::state::State;
+use cellblock::store::state::{AuditQuery, State};
 use engine_fake::{FakeEngine, Faults, IMAGE};
 use tokio_util::sync::CancellationToken;
 
@@ -88,7 +88,8 @@ impl Bench {
         let shared: Arc<dyn Engine> = engine.clone();
         let (instance, pool) = (INSTANCE.to_owned(), Pool::new(Vec::new()));
         let registry = Arc::new(Registry::new(Arc::clone(&shared), None, state, instance, settings, limits, pool));
-        let templates = BTreeMap::from([("t".to_owned(), template)]);
+        let other = Template { name: "u".to_owned(), ..template.clone() };
+        let templates = BTreeMap::from([("t".to_owned(), template), ("u".to_owned(), other)]);
         let offer = Offer::new(Choice { templates, default: "t".to_owned() });
         let service = Service::new(Arc::clone(&registry), shared, offer, Pull::Never, None);
         let service = Arc::new(service);
@@ -400,6 +401,31 @@ async fn idle_and_lifetime_end_a_session_but_work_is_not_idle() {
 }
 
 #[tokio::test]
+async fn the_audit_tells_ends_that_nobody_has_asked_for() {
+    let folder = tempfile::tempdir().unwrap();
+    let (state, _) = State::open(folder.path(), None).unwrap();
+    let bench = Bench::on(Arc::new(FakeEngine::new(INSTANCE)), Some(state.clone()), |_, template| {
+        template.default_timeouts.idle = Duration::from_millis(500);
+    });
+    let [deleted, idle, lost] = [bench.create().await, bench.create().await, bench.create().await].map(Result::unwrap);
+    bench.start(&lost, "hang", 30.0).await.unwrap();
+    bounded(bench.service.delete_session(&bench.who, deleted.id)).await.unwrap();
+    assert_eq!(end_of(&idle).await, EndReason::Idle);
+    // Where something runs it is not idle.
+    bench.engine.kill(&CellName::new(INSTANCE, lost.id, 1));
+    assert_eq!(end_of(&lost).await, EndReason::Lost);
+    let query = AuditQuery { limit: 10, ..AuditQuery::default() };
+    let found = state.audit(query).await.unwrap().events;
+    let told: Vec<_> =
+        found.iter().map(|(_, event)| (event.session.clone().unwrap(), event.outcome.as_str())).collect();
+    assert_eq!(told, [(idle.id.to_string(), "idle"), (lost.id.to_string(), "lost")]);
+    for (_, event) in &found {
+        assert_eq!((event.action.as_str(), event.tenant.as_deref()), ("end_session", Some("one")));
+        assert_eq!((&event.key, event.address, event.status), (&None, None, None));
+    }
+}
+
+#[tokio::test]
 async fn names_are_unique_among_a_tenants_live_sessions() {
     let bench = Bench::new();
     let named = |reuse| SessionRequest { name: Some("chat".to_owned()), reuse, ..SessionRequest::default() };
@@ -407,7 +433,7 @@ async fn names_are_unique_among_a_tenants_live_sessions() {
         panic!()
     };
     let refused = bench.service.create_session(&bench.who, &named(false), true, None).await.unwrap_err();
-    assert_eq!(refused, Error::NameInUse(first.id));
+    assert_eq!(refused, Error::NameInUse(Some(first.id)));
     let Created::Reused(same) = bench.service.create_session(&bench.who, &named(true), true, None).await.unwrap()
     else {
         panic!()
@@ -418,6 +444,14 @@ async fn names_are_unique_among_a_tenants_live_sessions() {
         panic!()
     };
     assert_ne!(theirs.id, first.id);
+    // A key of other templates is told that the name is taken, and not by whom.
+    let limited = Principal { templates: Some(Arc::new(["u".to_owned()])), ..bench.who.clone() };
+    for reuse in [false, true] {
+        let request = SessionRequest { template: Some("u".to_owned()), ..named(reuse) };
+        let refused = bench.service.create_session(&limited, &request, true, None).await.unwrap_err();
+        assert_eq!(refused, Error::NameInUse(None));
+        assert_eq!(refused.to_string(), "a live session has that name");
+    }
     assert_eq!(bench.service.session(&other, first.id).unwrap_err(), Error::NotFound("session"));
 }
 

@@ -28,7 +28,7 @@ pub use check::check_log_level;
 pub use environment::Environment;
 pub use sections::{
     Audit, Auth, Drain, DrainContainers, EngineSection, Executions, ForwardedHeader, GuardSection, Guest, KeySection,
-    Limits, Log, LogFormat, PullPolicy, Server, Traces,
+    Limits, Log, LogFormat, MetricsSection, PullPolicy, Server, Traces,
 };
 pub use source::{Mistake, Mistakes, Source};
 pub use units::{parse_duration, parse_size};
@@ -64,6 +64,8 @@ pub struct Config {
     pub executions: Executions,
     /// Who has asked for what.
     pub audit: Audit,
+    /// What is counted.
+    pub metrics: MetricsSection,
     /// Requests and executions as traces.
     pub traces: Traces,
     /// What the server says about itself.
@@ -228,6 +230,7 @@ impl From<sections::Document> for Config {
             },
             executions: document.executions,
             audit: document.audit,
+            metrics: document.metrics,
             traces: document.traces,
             log: document.log,
             templates: enabled.map(|(name, template)| (name.clone(), template.into_template(name))).collect(),

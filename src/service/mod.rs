@@ -40,6 +40,7 @@ pub mod keys;
 pub mod log;
 pub mod offer;
 pub mod quotas;
+mod refusals;
 pub mod trail;
 
 use admin::Admin;
@@ -87,9 +88,9 @@ pub enum Error {
     /// The key has not the scope for this.
     #[error("the key lacks the scope \"{0}\"")]
     Forbidden(&'static str),
-    /// The tenant has a live session of that name.
-    #[error("a live session, {0}, has that name")]
-    NameInUse(SessionId),
+    /// The tenant has a live session of that name; which, if the key allows to know of it.
+    #[error("a live session{} has that name", .0.map(|id| format!(", {id},")).unwrap_or_default())]
+    NameInUse(Option<SessionId>),
     /// The session is still starting.
     #[error("the session is still starting")]
     NotReady,
@@ -192,7 +193,8 @@ impl From<CreateRefused> for Error {
             CreateRefused::Full(Full { retry_after }) => Self::AtCapacity { retry_after },
             CreateRefused::TooLarge(errors) => Self::SpecRejected(errors),
             CreateRefused::OverShare(exceeded) => Self::OverQuota { exceeded, retry_after: LATER },
-            CreateRefused::NameInUse(id) => Self::NameInUse(id),
+            // Who may know which, is decided where the key is known.
+            CreateRefused::NameInUse(_) => Self::NameInUse(None),
             CreateRefused::Draining => Self::Draining,
         }
     }
@@ -468,27 +470,38 @@ impl Service {
         let quota = self.quotas.of(&who.tenant);
         check_size(&quota, &spec)?;
         let tenant = (&who.tenant, &quota.share);
-        let created = match self.registry.find(tenant, &spec, request.reuse, lasting, once).await? {
+        let refused = |refused| self.not_created(who, refused);
+        let created = match self.registry.find(tenant, &spec, request.reuse, lasting, once).await.map_err(refused)? {
             Some(created) => created,
             None => {
                 spec.image = self.resolve_image(&template).await?.id;
-                self.registry.create(tenant, spec, request.reuse, lasting, once).await?
+                self.registry.create(tenant, spec, request.reuse, lasting, once).await.map_err(refused)?
             }
         };
         let (Created::New(session) | Created::Reused(session)) = &created;
         trail::note_session(session.id);
-        if let Created::Reused(session) = &created {
-            if !who.admits(&session.spec.template) {
-                return Err(Error::NameInUse(session.id));
-            }
+        match &created {
+            Created::New(_) => trail::note_change(),
+            Created::Reused(session) if !who.admits(&session.spec.template) => return Err(Error::NameInUse(None)),
             // It counts as activity, and comes after what its task is about to do: it may have been claimed at this moment.
-            session.keep_alive().await?;
+            Created::Reused(session) => session.keep_alive().await?,
         }
         if wait {
             self.wait_until_started(session).await?;
         }
         self.kept().await?;
         Ok(created)
+    }
+
+    /// Why a caller gets no session. Of one that has the name already it is told where its key allows to know of it.
+    fn not_created(&self, who: &Principal, refused: CreateRefused) -> Error {
+        match refused {
+            CreateRefused::NameInUse(id) => {
+                let session = self.registry.session(&who.tenant, id);
+                Error::NameInUse(session.filter(|session| who.admits(&session.spec.template)).map(|session| session.id))
+            }
+            refused => refused.into(),
+        }
     }
 
     /// What a session would be, but for its image.
@@ -892,7 +905,7 @@ impl Service {
     #[must_use]
     pub fn with_quotas(self, quotas: Arc<Quotas>) -> Self {
         for (session, execution) in self.registry.unfinished_executions() {
-            count(quotas.go_on(&session.tenant), &session, execution);
+            count(quotas.go_on(&session.tenant), self.metrics(), &session, execution);
         }
         Self { quotas, ..self }
     }
@@ -961,7 +974,7 @@ impl Service {
                 trail::note_context(execution.place.context);
                 trail::trace(execution, &session.spec.template);
                 service.registry.keep(execution);
-                count(running, &session, Arc::clone(execution));
+                count(running, service.metrics(), &session, Arc::clone(execution));
             }
             let kept = match once {
                 Some(once) => service.settle_key(once, &accepted).await,
@@ -1253,8 +1266,9 @@ fn check_size(quota: &Quota, spec: &SessionSpec) -> Result<(), Error> {
 }
 
 /// Counts an execution until it ends, and what it has used of CPUs then.
-fn count(running: Running, session: &Session, execution: Arc<Execution>) {
-    let cpu_millis = session.spec.resources.cpu_millis;
+fn count(running: Running, metrics: &Metrics, session: &Session, execution: Arc<Execution>) {
+    let (cpu_millis, metrics, tenant) =
+        (session.spec.resources.cpu_millis, metrics.clone(), Arc::clone(&session.tenant));
     task::spawn("usage", async move {
         execution.ended().await;
         // The next process counts what goes on there.
@@ -1262,7 +1276,9 @@ fn count(running: Running, session: &Session, execution: Arc<Execution>) {
             let (told, duration) = execution.cpu_and_duration();
             // What nobody has told is as much as it can have been.
             let most = duration.mul_f64(f64::from(cpu_millis) / 1000.0);
-            running.used(told.map_or(most, |told| told.min(most.saturating_add(CPU_SLACK))), jiff::Timestamp::now());
+            let used = told.map_or(most, |told| told.min(most.saturating_add(CPU_SLACK)));
+            running.used(used, jiff::Timestamp::now());
+            metrics.execution_of_tenant_ended(&tenant, execution.status(), used);
         }
     });
 }
