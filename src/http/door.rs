@@ -11,6 +11,7 @@ use jiff::Timestamp;
 
 use super::problem::{self, Problem};
 use super::remote::Remote;
+use crate::domain::ids::KeyId;
 use crate::service::keys::{KeyRing, Principal};
 
 /// Most addresses whose failures are counted at one time. Those of others count once the time is over.
@@ -62,6 +63,11 @@ impl Door {
             "the key is not valid, or there is none: send a key of this server as \"Authorization: Bearer …\" or \
              \"X-API-Key: …\"",
         ))
+    }
+
+    /// Waits until a key that was taken is valid no more.
+    pub(super) fn closed_to(&self, key: KeyId) -> impl Future<Output = ()> + Send + 'static {
+        self.keys.lapsed(key)
     }
 }
 
