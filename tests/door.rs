@@ -3,6 +3,8 @@
 
 #[path = "support/server.rs"]
 mod server;
+#[path = "support/withheld.rs"]
+mod withheld;
 
 use std::net::{Ipv4Addr, SocketAddr};
 use std::os::unix::fs::PermissionsExt;
@@ -18,13 +20,14 @@ use hyper::Request;
 use hyper_util::rt::TokioIo;
 use reqwest::Method;
 use serde_json::json;
-use server::{NEVER, Reply, Server};
+use server::{NEVER, Reply, Server, text};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::{TcpSocket, TcpStream};
 use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
 use tokio_rustls::rustls::pki_types::{CertificateDer, ServerName};
 use tokio_rustls::rustls::{ClientConfig, RootCertStore};
+use withheld::{End, Streams};
 
 /// Callers are told apart by these addresses, all of this machine.
 const fn from(last: u8) -> Ipv4Addr {
@@ -111,6 +114,8 @@ write_timeout = "2s"
 max_header = "16KiB"
 connections_per_address = 8
 cors_origins = ["https://app.example", "http://localhost:3000"]
+[executions]
+inline = "32KiB"
 "#;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -120,6 +125,7 @@ async fn the_slow_and_the_malformed() {
         who_sends_no_head_is_cut_off,
         who_sends_a_slow_body_is_told,
         who_does_not_read_is_cut_off,
+        who_does_not_read_over_http2_loses_its_streams,
         what_takes_long_is_not_cut_off,
         heads_that_are_too_large,
         heads_that_are_malformed,
@@ -212,6 +218,31 @@ async fn who_does_not_read_is_cut_off(server: Arc<Server>) {
         assert!(began.elapsed() < NEVER, "the places stay taken");
         tokio::time::sleep(Duration::from_millis(200)).await;
     }
+}
+
+async fn who_does_not_read_over_http2_loses_its_streams(server: Arc<Server>) {
+    let cell = server.cell().await;
+    let run = cell.run("'x' * 400_000").await;
+    let blob = text(&run["results"][0]["data"]["text/plain"]["$ref"]);
+    let paths = [cell.path("/notebook"), blob, "/docs/swagger-ui-bundle.js".to_owned()];
+    let connection = Streams::open(connect(&server, from(10)).await, 20_000).await;
+    let asked = Instant::now();
+    let unread = paths.iter().map(async |path| {
+        let mut answer = connection.get(path, &server.key, &[]).await;
+        assert_eq!(answer.status, 200, "{path}");
+        (path, answer.unread(NEVER).await)
+    });
+    for (path, end) in join_all(unread).await {
+        assert_eq!(end, End::Reset(h2::Reason::CANCEL), "{path}");
+    }
+    assert!(asked.elapsed() >= Duration::from_secs(2), "{:?}", asked.elapsed());
+    // The control: who takes them has them. The first connection takes no more requests after `header_timeout`.
+    let connection = Streams::open(connect(&server, from(10)).await, 20_000).await;
+    for path in &paths {
+        let taken = connection.get(path, &server.key, &[]).await.taken(Duration::ZERO, NEVER).await;
+        assert!(matches!(taken, End::Whole(400_000..)), "{path}: {taken:?}");
+    }
+    cell.delete().await;
 }
 
 async fn what_takes_long_is_not_cut_off(server: Arc<Server>) {

@@ -11,6 +11,7 @@ use jiff::Timestamp;
 
 use super::problem::{self, Problem};
 use super::remote::Remote;
+use crate::domain::ids::KeyId;
 use crate::service::keys::{KeyRing, Principal};
 use crate::service::trail;
 
@@ -65,6 +66,11 @@ impl Door {
             "the key is not valid, or there is none: send a key of this server as \"Authorization: Bearer …\" or \
              \"X-API-Key: …\"",
         ))
+    }
+
+    /// Waits until a key that was taken is valid no more.
+    pub(super) fn closed_to(&self, key: KeyId) -> impl Future<Output = ()> + Send + 'static {
+        self.keys.lapsed(key)
     }
 }
 

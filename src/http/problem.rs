@@ -212,6 +212,7 @@ impl From<Error> for Problem {
                 limit: Some(Limit::exhausted(rate, retry_after)),
                 ..Self::new(RATE_LIMITED, detail)
             },
+            Error::OwnNotebooksBusy => Self::new(RATE_LIMITED, detail),
             Error::NotebooksBusy => Self::new(AT_CAPACITY, format!("{detail}; try again in a moment")),
             Error::AtCapacity { retry_after } => Self {
                 retry_after_seconds: Some(retry_after.as_secs_f64().ceil() as u64),

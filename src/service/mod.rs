@@ -10,7 +10,6 @@ use bytes::Bytes;
 use cellblock_wire::link::{FileEntry, Stats};
 use hyper::body::Incoming;
 use serde_json::json;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_util::sync::CancellationToken;
 
 use crate::domain::ids::{ContextId, ExecutionId, SessionId};
@@ -21,6 +20,7 @@ use crate::domain::spec::{self, FieldError, Resources, SessionRequest, SessionSp
 use crate::engine::{Engine, EngineError, ImageInfo, Pull};
 use crate::kernel::link::LinkError;
 use crate::metrics::Metrics;
+use crate::places::{Full as NoPlace, Place, Places};
 use crate::session::capacity::Full;
 use crate::session::execution::{Execution, ExecutionRequest, OnTimeout, Stdin};
 use crate::session::once::{Begun, MAX_KEYS, Made, NotOnce, Once, Reservation};
@@ -62,8 +62,8 @@ pub const MAX_LINE: usize = 64 * 1024;
 const MAX_LINES: (usize, usize) = (1000, 1024 * 1024);
 /// Most user expressions, and most bytes of one.
 const MAX_EXPRESSIONS: (usize, usize) = (32, 64 * 1024);
-/// KiB of notebooks on their way to callers at once.
-const NOTEBOOK_ROOM: usize = 256 * 1024;
+/// KiB of notebooks on their way to callers at once, and those of one tenant: callers may read slowly.
+const NOTEBOOK_ROOM: (usize, usize) = (256 * 1024, 128 * 1024);
 /// Most buffers of a comm's message; a message of more parts is no message of Jupyter's for the guest.
 const MAX_BUFFERS: usize = 32;
 /// A kernel answers a question within this time; it has none while it runs code.
@@ -125,9 +125,12 @@ pub enum Error {
         /// When it may again.
         retry_after: Duration,
     },
-    /// Too much is on its way to others.
+    /// Too much is on its way to callers.
     #[error("too many notebooks are being fetched")]
     NotebooksBusy,
+    /// Too much is on its way to the tenant's callers.
+    #[error("too many of the tenant's notebooks are being fetched; read those first")]
+    OwnNotebooksBusy,
     /// The kernel had no time for a question.
     #[error("the kernel did not answer within {0:?}; it may be running code")]
     KernelBusy(Duration),
@@ -225,13 +228,16 @@ pub struct ExecuteRequest {
     pub comm: Option<Comm>,
 }
 
-/// A notebook on its way to a caller.
-#[derive(Debug)]
-pub struct Notebook {
-    /// The file.
-    pub bytes: Bytes,
-    /// Its part of the memory for notebooks; to be held until it is sent.
-    pub room: OwnedSemaphorePermit,
+/// A notebook on its way to a caller. It has its part of the memory for notebooks until the last piece of it is gone.
+struct Fetched {
+    bytes: Bytes,
+    _room: Place<Arc<str>>,
+}
+
+impl AsRef<[u8]> for Fetched {
+    fn as_ref(&self) -> &[u8] {
+        &self.bytes
+    }
 }
 
 /// A question to a kernel about code.
@@ -309,8 +315,8 @@ pub struct Service {
     offer: Offer,
     pull: Pull,
     archive: Option<Archive>,
-    /// KiB of notebooks that may be on their way at once: callers may read slowly.
-    notebook_room: Arc<Semaphore>,
+    /// KiB of notebooks on their way, by tenant.
+    notebook_room: Arc<Places<Arc<str>>>,
     /// When the engine was last asked whether it answers, and whether it did.
     engine_seen: tokio::sync::Mutex<Option<(Instant, bool)>>,
     /// What operators' commands work with, where there are any.
@@ -343,7 +349,7 @@ impl Service {
         pull: Pull,
         archive: Option<Archive>,
     ) -> Self {
-        let (engine_seen, notebook_room) = (tokio::sync::Mutex::default(), Arc::new(Semaphore::new(NOTEBOOK_ROOM)));
+        let (engine_seen, notebook_room) = (tokio::sync::Mutex::default(), Places::new(NOTEBOOK_ROOM.0));
         Self {
             registry,
             engine,
@@ -878,15 +884,19 @@ impl Service {
     ///
     /// # Errors
     /// [`Error::NotFound`] or [`Error::Forbidden`].
-    pub async fn notebook(&self, who: &Principal, id: SessionId) -> Result<Notebook, Error> {
+    pub async fn notebook(&self, who: &Principal, id: SessionId) -> Result<Bytes, Error> {
         who.require_read()?;
         self.require_notebook(who, id)?;
         let archive = self.archive.as_ref().ok_or(Error::NotFound("notebook"))?;
         let bytes = archive.notebook(&who.tenant, id).await.ok_or(Error::NotFound("notebook"))?;
-        // One that is larger than all the room has it to itself.
-        let share = u32::try_from((bytes.len() / 1024 + 1).min(NOTEBOOK_ROOM)).unwrap_or(u32::MAX);
-        let room = Arc::clone(&self.notebook_room).try_acquire_many_owned(share).map_err(|_| Error::NotebooksBusy)?;
-        Ok(Notebook { bytes, room })
+        // One that is larger than a tenant's part has that to itself.
+        let (_, most) = NOTEBOOK_ROOM;
+        let share = (bytes.len() / 1024 + 1).min(most);
+        let room = self.notebook_room.take(Arc::clone(&who.tenant), share, most).map_err(|full| match full {
+            NoPlace::OfOne => Error::OwnNotebooksBusy,
+            NoPlace::All => Error::NotebooksBusy,
+        })?;
+        Ok(Bytes::from_owner(Fetched { bytes, _room: room }))
     }
 
     /// Forgets a session's notebook.

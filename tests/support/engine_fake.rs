@@ -17,7 +17,7 @@ use cellblock::engine::{
 };
 use cellblock_wire::frame::{self, Frame};
 use cellblock_wire::link::{
-    Channel, Event, Hello, KernelDeleted, KernelStarted, Numbered, Outbound, Refusal, Report, StartKernel,
+    Channel, Event, Hello, KernelDeleted, KernelStarted, Numbered, Outbound, Refusal, Report, StartKernel, Stats,
 };
 use cellblock_wire::marker::{MARKER_LEN, MarkerScanner, Scanned};
 use futures_util::StreamExt;
@@ -447,6 +447,7 @@ async fn answer_heard(guest: &Arc<Guest>, faults: &Faults, request: Request<Inco
             guest.state.lock().unwrap().links += 1;
             json_answer(&Hello { generation: 1, version: "fake".to_owned(), last_seq: 0 })
         }
+        ("GET", ["stats"]) => json_answer(&Stats::default()),
         ("GET", ["report"]) => json_answer(&Report::default()),
         ("POST", ["kernels"]) => {
             let start: StartKernel = serde_json::from_slice(&body).unwrap();
