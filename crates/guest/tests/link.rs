@@ -38,6 +38,7 @@ async fn requests_that_need_no_kernel() {
     let _: Stats = cell.get("/stats").await;
     let specs: Vec<KernelSpec> = cell.get("/kernelspecs").await;
     assert!(specs.iter().any(|spec| spec.name == FAKE));
+    assert_eq!(cell.get::<Vec<String>>("/kernels").await, [""; 0]);
     for (method, path, status, code) in [
         (Method::GET, "/nothing", 404, "not-found"),
         (Method::POST, "/kernels", 400, "invalid"),
