@@ -21,7 +21,7 @@ const LAYERS: [(&str, &[&str]); 18] = [
     ("http", &["domain", "task", "metrics", "traces", "session", "service"]),
     ("config", &["domain"]),
     ("cli", &["domain", "config"]),
-    ("tuning", &["domain", "config", "service", "session"]),
+    ("tuning", &["domain", "config", "http", "service", "session"]),
     (
         "app",
         &["domain", "task", "metrics", "traces", "config", "engine", "http", "service", "session", "store", "tuning"],
