@@ -19,7 +19,7 @@ use crate::engine::guard::{self, BindError, Guard, GuardEngine, Permitted, Polic
 use crate::engine::metered::Metered;
 use crate::engine::{Engine, EngineError, Pull};
 use crate::http;
-use crate::http::tls::TlsError;
+use crate::http::tls::{Tls, TlsError};
 use crate::metrics::Metrics;
 use crate::service::Service;
 use crate::service::admin::{Admin, Reload};
@@ -36,7 +36,7 @@ use crate::store::state::{self, Left, State, StateError};
 use crate::store::{Archive, ArchiveLimits, installation};
 use crate::task;
 use crate::traces::{self, Traces};
-use crate::tuning::{self, Reloader, ceilings, limits, pool_plans, settings};
+use crate::tuning::{self, Reloader, Shown, ceilings, limits, pool_plans, settings};
 
 pub mod front;
 
@@ -251,10 +251,15 @@ impl Plane {
     /// # Errors
     /// See [`StartError`].
     pub async fn start(config: &Config, owns_instance: bool) -> Result<Self, StartError> {
-        Self::start_in(config, owns_instance, Process::default()).await
+        Self::start_in(config, owns_instance, Process::default(), None).await
     }
 
-    async fn start_in(config: &Config, owns_instance: bool, process: Process) -> Result<Self, StartError> {
+    async fn start_in(
+        config: &Config,
+        owns_instance: bool,
+        process: Process,
+        tls: Option<Arc<Tls>>,
+    ) -> Result<Self, StartError> {
         let Process { log, read, .. } = process;
         let pull = pull(config);
         let metrics = if config.metrics.tenant_label { Metrics::by_tenant() } else { Metrics::new() };
@@ -320,7 +325,7 @@ impl Plane {
             task::spawn("pools", pool::run(Arc::clone(&engine), Arc::clone(&registry), stop.clone()));
             let reload = read.map(|(inputs, loaded)| -> Arc<dyn Reload> {
                 let (registry, loaded) = (Arc::clone(&registry), Mutex::new(loaded));
-                Arc::new(Reloader { inputs, loaded, registry, offer, quotas, log })
+                Arc::new(Reloader { inputs, loaded, registry, offer, quotas, log, shown: tls.map(Shown::new) })
             });
             service = service.administered(Admin {
                 reload,
@@ -367,7 +372,7 @@ pub async fn serve(config: &Config, process: Process, ready: impl FnOnce(SocketA
     let admin = admin_listener(config).await?;
     let keys = configured_keys(config)?;
     let _lock = lock(&config.server.data_dir)?;
-    let plane = Plane::start_in(config, true, process).await?;
+    let plane = Plane::start_in(config, true, process, connections.tls.clone()).await?;
     for key in keys {
         let name = key.name.clone();
         plane.keys.add(key).map_err(|reason| StartError::ConfiguredKey { name, reason })?;

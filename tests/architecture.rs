@@ -22,7 +22,7 @@ const LAYERS: [(&str, &[&str]); 19] = [
     ("http", &["domain", "task", "places", "metrics", "traces", "session", "service"]),
     ("config", &["domain"]),
     ("cli", &["domain", "config"]),
-    ("tuning", &["domain", "config", "service", "session"]),
+    ("tuning", &["domain", "config", "http", "service", "session"]),
     (
         "app",
         &["domain", "task", "metrics", "traces", "config", "engine", "http", "service", "session", "store", "tuning"],

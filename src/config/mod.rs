@@ -24,7 +24,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 pub use change::Change;
-pub use check::check_log_level;
+pub use check::{MOST_SESSIONS, check_log_level};
 pub use environment::Environment;
 pub use sections::{
     Audit, Auth, Drain, DrainContainers, EngineSection, Executions, ForwardedHeader, GuardSection, Guest, KeySection,

@@ -8,6 +8,7 @@
 //! | `POST /init` | [`Init`] | [`Hello`] |
 //! | `GET /report` | | [`Report`] |
 //! | `GET /kernelspecs` | | `[`[`KernelSpec`]`]` |
+//! | `GET /kernels` | | names of the kernels that are there, as an array |
 //! | `POST /kernels` | [`StartKernel`] | [`KernelStarted`] |
 //! | `POST /kernels/{kernel}/messages` | one frame: [`Outbound`] and the message's parts | 204 |
 //! | `POST /kernels/{kernel}/signal` | [`Signal`] | 204 |

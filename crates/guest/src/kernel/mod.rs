@@ -116,6 +116,14 @@ impl Kernels {
         find_specs().into_iter().map(tell).collect()
     }
 
+    /// The names of those that are there, which may be on their way out.
+    #[must_use]
+    pub fn names(&self) -> Vec<String> {
+        let mut names: Vec<_> = self.lock().kernels.keys().cloned().collect();
+        names.sort_unstable();
+        names
+    }
+
     /// Starts a kernel's process and its task; one that was started before, where that answer was perhaps not heard, is left as it is.
     ///
     /// # Errors
