@@ -37,6 +37,7 @@ pub mod admin;
 pub mod audit;
 pub mod issuing;
 pub mod keys;
+mod languages;
 pub mod log;
 pub mod offer;
 pub mod quotas;
@@ -210,6 +211,8 @@ pub struct ExecuteRequest {
     pub code: String,
     /// Where it runs; the session's first context when absent.
     pub context: Option<ContextId>,
+    /// In which language: where no context is named, that language's runs it, and is made if there is none.
+    pub language: Option<String>,
     /// Its time limit; the session's when absent.
     pub timeout_seconds: Option<f64>,
     /// Nothing is shown and nothing is counted.
@@ -226,6 +229,17 @@ pub struct ExecuteRequest {
     pub on_timeout: OnTimeout,
     /// A message of a comm instead of code.
     pub comm: Option<Comm>,
+}
+
+/// What a context is to be.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct ContextRequest {
+    /// One of the image's kernelspecs; that of the session when absent.
+    pub kernelspec: Option<String>,
+    /// Instead of it, a language that one of them runs.
+    pub language: Option<String>,
+    /// Working folder of its kernel; the session's when absent.
+    pub cwd: Option<String>,
 }
 
 /// A notebook on its way to a caller. It has its part of the memory for notebooks until the last piece of it is gone.
@@ -708,7 +722,7 @@ impl Service {
         Ok(self.session(who, id)?.contexts().await?)
     }
 
-    /// Adds a context to a session; answers once its kernel does. Without a kernelspec it has that of the session.
+    /// Adds a context to a session; answers once its kernel does.
     ///
     /// # Errors
     /// See [`Error`].
@@ -716,17 +730,22 @@ impl Service {
         self: &Arc<Self>,
         who: &Principal,
         id: SessionId,
-        kernelspec: Option<String>,
-        cwd: Option<String>,
+        wanted: ContextRequest,
         once: Option<Reservation>,
     ) -> Result<ContextView, Error> {
         who.require_sessions()?;
         self.accepts()?;
         let session = self.session(who, id)?;
+        let ContextRequest { mut kernelspec, language, cwd } = wanted;
         let mut errors = Vec::new();
-        if kernelspec.as_deref().is_some_and(|k| !spec::is_name(k)) {
-            let allowed = "allowed are 1 to 64 letters, digits, \".\", \"_\" and \"-\"";
-            errors.push(FieldError::new("/kernelspec", allowed));
+        for (pointer, name) in [("/kernelspec", &kernelspec), ("/language", &language)] {
+            if name.as_deref().is_some_and(|name| !spec::is_name(name)) {
+                let allowed = "allowed are 1 to 64 letters, digits, \".\", \"_\" and \"-\"";
+                errors.push(FieldError::new(pointer, allowed));
+            }
+        }
+        if kernelspec.is_some() && language.is_some() {
+            errors.push(FieldError::new("/language", "the kernelspec has its language; name one of the two"));
         }
         if cwd.as_deref().is_some_and(|c| c.is_empty() || c.len() > 4096 || c.contains('\0')) {
             errors.push(FieldError::new("/cwd", "allowed is a path of at most 4096 bytes"));
@@ -734,7 +753,9 @@ impl Service {
         if !errors.is_empty() {
             return Err(Error::SpecRejected(errors));
         }
-        if let Some(wanted) = &kernelspec {
+        if let Some(language) = &language {
+            kernelspec = Some(languages::kernelspec_for(&session, language).await?);
+        } else if let Some(wanted) = &kernelspec {
             let specs = session.link().await?.kernelspecs().await.map_err(|error| unreachable_guest(id, &error))?;
             // Names come from the image, which is as trusted as its operator makes it.
             let names: Vec<_> = specs.iter().map(|s| s.name.as_str()).filter(|name| spec::is_name(name)).collect();
@@ -969,7 +990,8 @@ impl Service {
         let session = self.session(who, id)?;
         self.accepts()?;
         trail::note_code(&request.code);
-        let (context, request) = (request.context, resolve_execution(&session.spec, request)?);
+        let (context, language) = (request.context, request.language.clone());
+        let request = resolve_execution(&session.spec, request)?;
         let running = self.quotas.begin_execution(&who.tenant, self.stored(&who.tenant), jiff::Timestamp::now())?;
         let service = Arc::clone(self);
         // What was accepted is kept even if its caller leaves at this moment.
@@ -978,7 +1000,14 @@ impl Service {
             if let Some(once) = &once {
                 once.will_be(Made::Execution(id));
             }
-            let accepted = session.execute(id, context, request).await.map_err(Error::from);
+            let context = match language {
+                Some(language) => languages::context_for(&session, &language).await.map(Some),
+                None => Ok(context),
+            };
+            let accepted = match context {
+                Ok(context) => session.execute(id, context, request).await.map_err(Error::from),
+                Err(error) => Err(error),
+            };
             if let Ok(execution) = &accepted {
                 trail::note_execution(id);
                 trail::note_context(execution.place.context);
@@ -1179,6 +1208,13 @@ fn resolve_execution(spec: &SessionSpec, request: ExecuteRequest) -> Result<Exec
             errors.push(FieldError::new("/max_output_bytes", message));
         }
         output.text_bytes = asked;
+    }
+    if let Some(language) = &request.language {
+        if !spec::is_name(language) {
+            errors.push(FieldError::new("/language", "allowed are 1 to 64 letters, digits, \".\", \"_\" and \"-\""));
+        } else if request.context.is_some() {
+            errors.push(FieldError::new("/language", "the context has its language; name one of the two"));
+        }
     }
     check_input(&request, &mut errors);
     if !errors.is_empty() {

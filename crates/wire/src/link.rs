@@ -125,6 +125,9 @@ pub struct KernelSpec {
     pub language: String,
     /// Its name for people.
     pub display_name: String,
+    /// What other languages it runs.
+    #[serde(default)]
+    pub also: Vec<String>,
 }
 
 /// How the guest reaches a kernel.
