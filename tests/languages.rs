@@ -16,7 +16,6 @@ struct Language {
     template: &'static str,
     /// As callers name it.
     name: &'static str,
-    kernelspec: &'static str,
     /// Prints 42, out of a variable that stays.
     sets: &'static str,
     /// Prints the variable's double.
@@ -43,7 +42,6 @@ struct Language {
 const BASH: Language = Language {
     template: "bash",
     name: "bash",
-    kernelspec: "bash",
     sets: "x=42; echo $x",
     uses: "echo $((x * 2))",
     looks: "echo $COLOUR; pwd",
@@ -60,7 +58,6 @@ const BASH: Language = Language {
 const DENO: Language = Language {
     template: "deno",
     name: "typescript",
-    kernelspec: "deno",
     sets: "let x: number = 42; console.log(x)",
     uses: "console.log(x * 2)",
     looks: "console.log(Deno.env.get('COLOUR')); console.log(Deno.cwd())",
@@ -78,7 +75,6 @@ const DENO: Language = Language {
 const R: Language = Language {
     template: "r",
     name: "r",
-    kernelspec: "ir",
     sets: "x <- 42; cat(x)",
     uses: "cat(x * 2)",
     looks: "cat(Sys.getenv('COLOUR'), getwd(), sep = '\\n')",
@@ -96,7 +92,6 @@ const R: Language = Language {
 const PYTHON: Language = Language {
     template: "python",
     name: "python",
-    kernelspec: "python3",
     sets: "x = 42; print(x)",
     uses: "print(x * 2)",
     looks: "import os; print(os.environ['COLOUR'], os.getcwd(), sep='\\n')",
