@@ -19,8 +19,8 @@ setup: ## install and start what is missing (NO_INSTALL=1: only say what)
 	@scripts/setup
 
 .PHONY: images
-images: setup ## build the images for sessions: base, python, data
-	@scripts/images base python data
+images: setup ## build the images for sessions, of all languages
+	@scripts/images
 
 .PHONY: guest
 guest: setup ## build the guest for the tests, beside the dev build of the server

@@ -21,7 +21,7 @@ use crate::engine::guard::{self, BindError, Guard, GuardEngine, Permitted, Polic
 use crate::engine::metered::Metered;
 use crate::engine::{Engine, EngineError, Pull};
 use crate::http;
-use crate::http::tls::TlsError;
+use crate::http::tls::{Tls, TlsError};
 use crate::metrics::Metrics;
 use crate::service::Service;
 use crate::service::admin::{Admin, Reload};
@@ -38,7 +38,7 @@ use crate::store::state::{self, Left, State, StateError};
 use crate::store::{Archive, ArchiveLimits, installation};
 use crate::task;
 use crate::traces::{self, Traces};
-use crate::tuning::{self, Reloader, ceilings, limits, pool_plans, settings};
+use crate::tuning::{self, Reloader, Shown, ceilings, limits, pool_plans, settings};
 
 pub mod front;
 
@@ -255,13 +255,23 @@ impl Plane {
     /// # Errors
     /// See [`StartError`].
     pub async fn start(config: &Config, owns_instance: bool) -> Result<Self, StartError> {
-        Self::start_in(config, owns_instance, Process::default()).await
+        Self::start_in(config, owns_instance, Process::default(), None).await
     }
 
+<<<<<<< HEAD
     async fn start_in(config: &Config, owns_instance: bool, process: Process) -> Result<Self, StartError> {
         let Process { log, read, outside, .. } = process;
+=======
+    async fn start_in(
+        config: &Config,
+        owns_instance: bool,
+        process: Process,
+        tls: Option<Arc<Tls>>,
+    ) -> Result<Self, StartError> {
+        let Process { log, read, .. } = process;
+>>>>>>> main
         let pull = pull(config);
-        let metrics = Metrics::new();
+        let metrics = if config.metrics.tenant_label { Metrics::by_tenant() } else { Metrics::new() };
         // Before anything is there that would have to be taken down.
         let traces = if owns_instance { traces(config, &metrics)? } else { None };
         let engine: Arc<dyn Engine> = Arc::new(Metered::new(connect(config).await?, metrics.clone()));
@@ -294,6 +304,8 @@ impl Plane {
         let registry = Arc::new(registry.counting(metrics).reaching(egress));
         let stop = CancellationToken::new();
         registry.take_over(left);
+        let (running, told) = (Arc::clone(&quotas), stop.clone());
+        task::spawn("quotas", async move { running.stay_within_bounds(told).await });
         let mut service =
             Service::new(Arc::clone(&registry), Arc::clone(&engine), offer.clone(), pull, archive.clone())
                 .with_keys(Arc::clone(&keys))
@@ -323,7 +335,7 @@ impl Plane {
             task::spawn("pools", pool::run(Arc::clone(&engine), Arc::clone(&registry), stop.clone()));
             let reload = read.map(|(inputs, loaded)| -> Arc<dyn Reload> {
                 let (registry, loaded) = (Arc::clone(&registry), Mutex::new(loaded));
-                Arc::new(Reloader { inputs, loaded, registry, offer, quotas, log })
+                Arc::new(Reloader { inputs, loaded, registry, offer, quotas, log, shown: tls.map(Shown::new) })
             });
             service = service.administered(Admin {
                 reload,
@@ -370,7 +382,7 @@ pub async fn serve(config: &Config, process: Process, ready: impl FnOnce(SocketA
     let admin = admin_listener(config).await?;
     let keys = configured_keys(config)?;
     let _lock = lock(&config.server.data_dir)?;
-    let plane = Plane::start_in(config, true, process).await?;
+    let plane = Plane::start_in(config, true, process, connections.tls.clone()).await?;
     for key in keys {
         let name = key.name.clone();
         plane.keys.add(key).map_err(|reason| StartError::ConfiguredKey { name, reason })?;

@@ -14,6 +14,7 @@ pub mod http;
 pub mod json;
 pub mod kernel;
 pub mod metrics;
+pub mod places;
 pub mod run;
 pub mod service;
 pub mod session;

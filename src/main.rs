@@ -19,8 +19,19 @@ use cellblock::{app, http, run, task};
 /// The exit status for a configuration with mistakes.
 const BAD_CONFIG: u8 = 1;
 
-#[tokio::main]
-async fn main() -> ExitCode {
+fn main() -> ExitCode {
+    let runtime =
+        tokio::runtime::Builder::new_multi_thread().enable_all().max_blocking_threads(task::BLOCKING_THREADS).build();
+    match runtime {
+        Ok(runtime) => runtime.block_on(perform()),
+        Err(error) => {
+            eprintln!("cellblock: threads can't be started: {error}");
+            cli::FAILED.into()
+        }
+    }
+}
+
+async fn perform() -> ExitCode {
     let environment = Environment::capture();
     let cli = Cli::parse();
     if let Some(code) = cli::perform(&cli, &environment).await {

@@ -5,6 +5,9 @@ use std::future::Future;
 use futures_util::FutureExt;
 use tokio::task::JoinHandle;
 
+/// Most threads for what blocks, beside one for each CPU. Tokio's own number, said here because limits of the process are reckoned with it.
+pub const BLOCKING_THREADS: usize = 512;
+
 /// Spawns a task. It is never aborted: what is to stop early is told to, and answers.
 #[expect(clippy::disallowed_methods, reason = "this is the one place")]
 pub fn spawn<F>(name: &'static str, future: F) -> JoinHandle<()>

@@ -4,6 +4,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::config::{self, Change, Config, Inputs, Loaded};
 use crate::domain::spec::{self, PoolPlan, Template};
+use crate::http::tls::{Certificate, Tls};
 use crate::service::admin::{Changed, Reload};
 use crate::service::log::LogLevel;
 use crate::service::offer::{Choice, Offer};
@@ -27,6 +28,40 @@ pub struct Reloader {
     pub quotas: Arc<Quotas>,
     /// The log's level, if it can be changed.
     pub log: Option<LogLevel>,
+    /// The certificate, where TLS is spoken.
+    pub shown: Option<Shown>,
+}
+
+/// What callers are shown of who this is.
+#[derive(Debug)]
+pub struct Shown {
+    tls: Arc<Tls>,
+    /// The one that the last reload, or the start, has left.
+    before: Mutex<String>,
+}
+
+impl Shown {
+    /// As it is now.
+    pub fn new(tls: Arc<Tls>) -> Self {
+        let before = Mutex::new(tls.in_force().sha256);
+        Self { tls, before }
+    }
+
+    fn look(&self) -> Result<Option<Certificate>, String> {
+        self.tls.look().map_err(|error| format!("server.tls_cert_file: {error}; the certificate in force stays"))
+    }
+
+    /// Takes one over. It may have been noticed before by the task that looks now and then: then that is told now.
+    fn take_over(&self, fresh: Option<Certificate>) -> Option<Changed> {
+        if let Some(fresh) = fresh {
+            self.tls.put_in_force(fresh);
+        }
+        let now = self.tls.in_force().sha256;
+        let before = std::mem::replace(&mut *self.before.lock().unwrap_or_else(PoisonError::into_inner), now.clone());
+        let shown = |sha256: &str| Some(format!("\"sha256:{sha256}\""));
+        let key = "server.tls_cert_file".to_owned();
+        (before != now).then(|| Changed { key, before: shown(&before), after: shown(&now) })
+    }
 }
 
 impl std::fmt::Debug for Reloader {
@@ -42,9 +77,16 @@ impl Reload for Reloader {
         let later = config::load(&self.inputs)
             .map_err(|mistakes| mistakes.0.iter().map(ToString::to_string).collect::<Vec<_>>())?;
         let changes = loaded.changes(&later);
-        let cold: Vec<String> = changes.iter().filter(|change| !change.is_live()).map(needs_restart).collect();
-        if !cold.is_empty() {
-            return Err(cold);
+        let mut refused: Vec<String> = changes.iter().filter(|change| !change.is_live()).map(needs_restart).collect();
+        let fresh = match self.shown.as_ref().map(Shown::look).transpose() {
+            Ok(fresh) => fresh.flatten(),
+            Err(mistake) => {
+                refused.push(mistake);
+                None
+            }
+        };
+        if !refused.is_empty() {
+            return Err(refused);
         }
         let config = &later.config;
         if let Some(log) = self.log.as_ref().filter(|_| config.log.level != loaded.config.log.level) {
@@ -54,11 +96,14 @@ impl Reload for Reloader {
         self.quotas.change(config.quotas.clone());
         self.offer.change(choice(config));
         self.registry.pool().change(pool_plans(config));
-        for change in &changes {
+        let told = changes.into_iter().map(|Change { key, before, after, .. }| Changed { key, before, after });
+        let mut told: Vec<_> = told.chain(self.shown.as_ref().and_then(|shown| shown.take_over(fresh))).collect();
+        told.sort_by(|one, other| one.key.cmp(&other.key));
+        for change in &told {
             tracing::info!(%change, "the configuration has changed");
         }
         *loaded = later;
-        Ok(changes.into_iter().map(|Change { key, before, after, .. }| Changed { key, before, after }).collect())
+        Ok(told)
     }
 }
 

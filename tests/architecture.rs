@@ -7,21 +7,22 @@ use std::path::{Path, PathBuf};
 use syn::visit::Visit;
 
 /// Each top module and the others it may use. Lower layers only; what stands beside each other stays apart.
-const LAYERS: [(&str, &[&str]); 18] = [
+const LAYERS: [(&str, &[&str]); 19] = [
     ("domain", &[]),
     ("task", &[]),
     ("json", &[]),
+    ("places", &[]),
     ("metrics", &["domain"]),
     ("traces", &["domain", "task", "metrics"]),
     ("engine", &["domain", "task", "metrics"]),
     ("kernel", &["domain", "json", "task"]),
     ("store", &["domain", "json", "metrics"]),
     ("session", &["domain", "task", "metrics", "traces", "engine", "kernel", "store"]),
-    ("service", &["domain", "task", "metrics", "traces", "engine", "kernel", "session", "store"]),
-    ("http", &["domain", "task", "metrics", "traces", "session", "service"]),
+    ("service", &["domain", "task", "places", "metrics", "traces", "engine", "kernel", "session", "store"]),
+    ("http", &["domain", "task", "places", "metrics", "traces", "session", "service"]),
     ("config", &["domain"]),
     ("cli", &["domain", "config"]),
-    ("tuning", &["domain", "config", "service", "session"]),
+    ("tuning", &["domain", "config", "http", "service", "session"]),
     (
         "app",
         &["domain", "task", "metrics", "traces", "config", "engine", "http", "service", "session", "store", "tuning"],

@@ -117,7 +117,8 @@ async fn everything_that_changes_something_is_told_but_no_code_and_no_key() {
     requests_are_logged(&log, &cell.id);
     let copied = std::fs::read_to_string(&copy).unwrap();
     assert_eq!(copied.lines().count(), all.len());
-    assert!(copied.lines().all(|line| serde_json::from_str::<Value>(line).is_ok()));
+    let numbers = copied.lines().map(|line| serde_json::from_str::<Value>(line).unwrap()["number"].as_u64().unwrap());
+    assert!(numbers.is_sorted_by(|one, next| one < next));
     let digits = server.key.trim_start_matches("cb_").to_owned();
     for (place, told) in [("the log", log), ("audit.file", copied), ("the audit", json!(all).to_string())] {
         for secret in [MARK, &digits, text(&made["key"]).trim_start_matches("cb_"), wrong.trim_start_matches("cb_")] {

@@ -15,6 +15,8 @@ use bollard::query_parameters::{
     ListContainersOptionsBuilder, ListImagesOptionsBuilder, ListNetworksOptionsBuilder, ListVolumesOptionsBuilder,
     RemoveImageOptionsBuilder, TagImageOptionsBuilder,
 };
+use cellblock::config::{self, Config, Inputs, MOST_SESSIONS};
+use cellblock::engine::guard::Needs;
 use futures_util::FutureExt;
 use serde_json::{Value, json};
 
@@ -130,6 +132,84 @@ impl Deployment {
 
 fn text(value: &Value) -> &str {
     value.as_str().unwrap_or_else(|| panic!("not a text: {value}"))
+}
+
+/// What is set for a process: bytes of memory, threads, open files.
+#[derive(Debug)]
+struct Room {
+    memory: usize,
+    tasks: usize,
+    files: usize,
+}
+
+impl Room {
+    /// What stands behind these words in a unit or a service of compose.
+    fn read(text: &str, words: [&str; 3]) -> Self {
+        let [memory, tasks, files] = words.map(|word| {
+            let values: Vec<&str> = text.lines().filter_map(|line| line.trim().strip_prefix(word)).collect();
+            assert_eq!(values.len(), 1, "{word} in {text}");
+            let digits = values[0].trim_end_matches(['}', 'g', 'G', 'm', 'M']);
+            let shift = match values[0].trim_end_matches('}').to_lowercase().pop() {
+                Some('g') => 30,
+                Some('m') => 20,
+                _ => 0,
+            };
+            digits.parse::<usize>().unwrap_or_else(|_| panic!("{word}{}", values[0])) << shift
+        });
+        Self { memory, tasks, files }
+    }
+
+    fn unit(name: &str) -> Self {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("deploy/systemd").join(name);
+        Self::read(&std::fs::read_to_string(path).unwrap(), ["MemoryMax=", "TasksMax=", "LimitNOFILE="])
+    }
+
+    /// A service, which has what stands for both.
+    fn service(name: &str) -> Self {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("docker-compose.yml");
+        let text = std::fs::read_to_string(path).unwrap();
+        let (both, services) = text.split_once("\nservices:\n").unwrap();
+        let own = services.split_once(&format!("  {name}:\n")).unwrap().1;
+        let own: String =
+            own.lines().take_while(|line| line.starts_with("   ") || line.is_empty()).collect::<Vec<_>>().join("\n");
+        assert_eq!(own.matches("<<: *both").count(), 1, "{own}");
+        Self::read(&format!("{both}\n{own}"), ["mem_limit: ", "pids_limit: ", "ulimits: {nofile: "])
+    }
+}
+
+/// What a server may come to need for so many sessions, as its unit says it.
+fn needs_of_server(config: &Config, sessions: usize, connections: usize) -> Room {
+    let kept = usize::try_from(config.executions.retention_size).unwrap();
+    let bodies = 64 * usize::try_from(config.server.max_body).unwrap();
+    let memory = (256 << 20) + sessions * (256 << 10) + kept + connections * (20 << 10) + bodies;
+    Room { memory, tasks: 0, files: 2 * (sessions + connections) }
+}
+
+/// Threads on a machine that is larger than most.
+const THREADS: usize = 1024 + cellblock::task::BLOCKING_THREADS + 64;
+
+#[test]
+fn units_and_compose_have_room_for_what_may_be_configured() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("config.toml");
+    std::fs::write(&file, "[server]\ndata_dir = \"/var/lib/cellblock\"\n").unwrap();
+    let config = config::load(&Inputs { files: vec![file], ..Inputs::default() }).unwrap().config;
+    let (most, usual) = (MOST_SESSIONS as usize, config.limits.sessions as usize);
+    let guard = |sessions: usize| {
+        let Needs { memory, files } = Needs::of(sessions);
+        Room { memory, tasks: 0, files }
+    };
+    let server = |sessions: usize, connections: u32| needs_of_server(&config, sessions, connections as usize);
+    for (what, room, needs) in [
+        ("the guard's unit", Room::unit("cellblock-guard.service"), guard(most)),
+        ("the server's unit", Room::unit("cellblock.service"), server(most, 2000)),
+        // What is configured unless somebody mounts more, and what the comments say beside that.
+        ("the guard in compose", Room::service("guard"), guard(usual.max(300))),
+        ("the server in compose", Room::service("cellblock"), server(usual.max(2000), config.server.connections)),
+    ] {
+        assert!(room.memory >= needs.memory, "{what}: {room:?} {needs:?}");
+        assert!(room.files >= needs.files && room.tasks >= THREADS, "{what}: {room:?} {needs:?}");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -3,6 +3,8 @@
 
 #[path = "support/server.rs"]
 mod server;
+#[path = "support/withheld.rs"]
+mod withheld;
 
 use std::net::{Ipv4Addr, SocketAddr};
 use std::os::unix::fs::PermissionsExt;
@@ -11,20 +13,23 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
+use cellblock::app::Process;
+use cellblock::config::{self, Inputs};
 use cellblock::task::Executor;
 use futures_util::future::join_all;
 use http_body_util::{BodyExt, Full};
 use hyper::Request;
 use hyper_util::rt::TokioIo;
 use reqwest::Method;
-use serde_json::json;
-use server::{NEVER, Reply, Server};
+use serde_json::{Value, json};
+use server::{NEVER, Reply, Server, text};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::{TcpSocket, TcpStream};
 use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
 use tokio_rustls::rustls::pki_types::{CertificateDer, ServerName};
 use tokio_rustls::rustls::{ClientConfig, RootCertStore};
+use withheld::{End, Streams};
 
 /// Callers are told apart by these addresses, all of this machine.
 const fn from(last: u8) -> Ipv4Addr {
@@ -111,6 +116,8 @@ write_timeout = "2s"
 max_header = "16KiB"
 connections_per_address = 8
 cors_origins = ["https://app.example", "http://localhost:3000"]
+[executions]
+inline = "32KiB"
 "#;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -120,6 +127,7 @@ async fn the_slow_and_the_malformed() {
         who_sends_no_head_is_cut_off,
         who_sends_a_slow_body_is_told,
         who_does_not_read_is_cut_off,
+        who_does_not_read_over_http2_loses_its_streams,
         what_takes_long_is_not_cut_off,
         heads_that_are_too_large,
         heads_that_are_malformed,
@@ -212,6 +220,31 @@ async fn who_does_not_read_is_cut_off(server: Arc<Server>) {
         assert!(began.elapsed() < NEVER, "the places stay taken");
         tokio::time::sleep(Duration::from_millis(200)).await;
     }
+}
+
+async fn who_does_not_read_over_http2_loses_its_streams(server: Arc<Server>) {
+    let cell = server.cell().await;
+    let run = cell.run("'x' * 400_000").await;
+    let blob = text(&run["results"][0]["data"]["text/plain"]["$ref"]);
+    let paths = [cell.path("/notebook"), blob, "/docs/swagger-ui-bundle.js".to_owned()];
+    let connection = Streams::open(connect(&server, from(10)).await, 20_000).await;
+    let asked = Instant::now();
+    let unread = paths.iter().map(async |path| {
+        let mut answer = connection.get(path, &server.key, &[]).await;
+        assert_eq!(answer.status, 200, "{path}");
+        (path, answer.unread(NEVER).await)
+    });
+    for (path, end) in join_all(unread).await {
+        assert_eq!(end, End::Reset(h2::Reason::CANCEL), "{path}");
+    }
+    assert!(asked.elapsed() >= Duration::from_secs(2), "{:?}", asked.elapsed());
+    // The control: who takes them has them. The first connection takes no more requests after `header_timeout`.
+    let connection = Streams::open(connect(&server, from(10)).await, 20_000).await;
+    for path in &paths {
+        let taken = connection.get(path, &server.key, &[]).await.taken(Duration::ZERO, NEVER).await;
+        assert!(matches!(taken, End::Whole(400_000..)), "{path}: {taken:?}");
+    }
+    cell.delete().await;
 }
 
 async fn what_takes_long_is_not_cut_off(server: Arc<Server>) {
@@ -574,11 +607,19 @@ async fn shake(
     name: &'static str,
     protocols: &[&str],
 ) -> std::io::Result<TlsStream<TcpStream>> {
+    shake_on(connect(server, from(1)).await, trusted, name, protocols).await
+}
+
+async fn shake_on(
+    stream: TcpStream,
+    trusted: &CertificateDer<'static>,
+    name: &'static str,
+    protocols: &[&str],
+) -> std::io::Result<TlsStream<TcpStream>> {
     let mut roots = RootCertStore::empty();
     roots.add(trusted.clone()).unwrap();
     let mut config = ClientConfig::builder().with_root_certificates(roots).with_no_client_auth();
     config.alpn_protocols = protocols.iter().map(|protocol| protocol.as_bytes().to_vec()).collect();
-    let stream = connect(server, from(1)).await;
     let shaking = TlsConnector::from(Arc::new(config)).connect(ServerName::try_from(name).unwrap(), stream);
     tokio::time::timeout(NEVER, shaking).await.expect("a handshake in time")
 }
@@ -636,6 +677,115 @@ async fn over_tls() {
     let refused =
         cellblock::app::serve(&config, cellblock::app::Process::default(), |_| panic!("it can't be ready")).await;
     assert!(refused.is_err_and(|error| error.to_string().contains("cert.pem")));
+}
+
+/// A server with TLS, and its operator's key and files.
+struct Operated {
+    address: SocketAddr,
+    key: String,
+    files: tempfile::TempDir,
+    process: cellblock::app::Process,
+    ended: tokio::task::JoinHandle<()>,
+}
+
+impl Operated {
+    async fn start(certificates: &Path) -> Self {
+        let key = format!("cb_{}", uuid::Uuid::new_v4().simple().to_string().repeat(2));
+        let file = certificates.join("key");
+        std::fs::write(&file, &key).unwrap();
+        std::fs::set_permissions(&file, std::fs::Permissions::from_mode(0o600)).unwrap();
+        let path = |file: &str| certificates.join(file);
+        let settings = format!(
+            "[server]\napi_key_file = {file:?}\ntls_cert_file = {:?}\ntls_key_file = {:?}\n",
+            path("cert.pem"),
+            path("key.pem")
+        );
+        let (files, config) = server::configuration(&settings);
+        let read = ["base.toml", "test.toml"].map(|name| files.path().join(name)).to_vec();
+        let inputs = Inputs { files: read, ..Inputs::default() };
+        let loaded = config::load(&inputs).unwrap();
+        let process = Process { read: Some((inputs, loaded)), ..Process::default() };
+        let (stop, reload) = (process.stop.clone(), Arc::clone(&process.reload));
+        let (ready, address) = tokio::sync::oneshot::channel();
+        let ended = cellblock::task::spawn("server", async move {
+            let served = cellblock::app::serve(&config, process, |address| ready.send(address).unwrap()).await;
+            served.unwrap_or_else(|error| panic!("{error}"));
+        });
+        let address = address.await.expect("a server");
+        Self { address, key, files, process: Process { stop, reload, ..Process::default() }, ended }
+    }
+
+    async fn shows(&self, certificate: &CertificateDer<'static>) -> std::io::Result<TlsStream<TcpStream>> {
+        shake_on(TcpStream::connect(self.address).await.unwrap(), certificate, "box.example", &["h2"]).await
+    }
+
+    /// Status and answer of a reload, which is asked for by whoever trusts this certificate.
+    async fn reload(&self, trusted: &CertificateDer<'static>) -> (u16, Value) {
+        let request = Request::post("https://box.example/v1/admin/reload").header("content-type", "application/json");
+        let request = request.header("authorization", format!("Bearer {}", self.key));
+        let connection = self.shows(trusted).await.expect("a handshake");
+        let (status, text) = over_http2(connection, request.body(Full::from("{}")).unwrap()).await.unwrap();
+        (status, serde_json::from_str(&text).unwrap_or_else(|_| panic!("{text}")))
+    }
+
+    fn limit_sessions(&self, to: u32) {
+        let file = self.files.path().join("test.toml");
+        let text = std::fs::read_to_string(&file).unwrap();
+        let text = text.split("[limits]").next().unwrap();
+        std::fs::write(&file, format!("{text}[limits]\nsessions = {to}\n")).unwrap();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_reload_takes_a_certificate_over_at_once_or_nothing_at_all() {
+    let folder = tempfile::tempdir().unwrap();
+    let first = certify(folder.path(), "box.example");
+    let server = Operated::start(folder.path()).await;
+    assert_eq!(server.reload(&first).await, (200, json!({"changes": []})));
+
+    let sum = || {
+        let sum = std::process::Command::new("sha256sum").arg(folder.path().join("cert.pem")).output().unwrap();
+        format!("\"sha256:{}\"", &String::from_utf8(sum.stdout).unwrap()[..64])
+    };
+    let (before, second) = (sum(), certify(folder.path(), "box.example"));
+    let changed = json!({"changes": [{"key": "server.tls_cert_file", "before": before, "after": sum()}]});
+    assert_eq!(server.reload(&first).await, (200, changed));
+    assert!(server.shows(&first).await.is_err() && server.shows(&second).await.is_ok());
+
+    // One that can't be used: each reload says so, and takes over nothing else.
+    let (before, good) = (sum(), std::fs::read(folder.path().join("cert.pem")).unwrap());
+    std::fs::write(folder.path().join("cert.pem"), "nothing").unwrap();
+    server.limit_sessions(7);
+    for _ in 0..2 {
+        let (status, problem) = server.reload(&second).await;
+        assert_eq!((status, problem["errors"].as_array().map(Vec::len)), (422, Some(1)), "{problem}");
+        let line = server::text(&problem["errors"][0]["message"]);
+        assert!(line.starts_with("server.tls_cert_file: ") && line.contains("cert.pem: there is no cert"), "{line}");
+    }
+    std::fs::write(folder.path().join("cert.pem"), good).unwrap();
+    let limits = json!({"key": "limits.sessions", "before": "100", "after": "7"});
+    assert_eq!(server.reload(&second).await, (200, json!({"changes": [limits]})));
+    // And one that is right is not taken over beside a mistake.
+    let third = certify(folder.path(), "box.example");
+    server.limit_sessions(0);
+    assert_eq!(server.reload(&second).await.0, 422);
+    assert!(server.shows(&second).await.is_ok());
+    server.limit_sessions(8);
+    let (status, both) = server.reload(&second).await;
+    let third_shown = json!({"key": "server.tls_cert_file", "before": before, "after": sum()});
+    assert_eq!((status, &both["changes"][1]), (200, &third_shown), "{both}");
+    assert!(server.shows(&third).await.is_ok());
+
+    // By a signal.
+    let fourth = certify(folder.path(), "box.example");
+    let began = Instant::now();
+    server.process.reload.notify_one();
+    while server.shows(&fourth).await.is_err() {
+        assert!(began.elapsed() < Duration::from_secs(5), "it is not looked at with a reload");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    server.process.stop.at_once();
+    tokio::time::timeout(NEVER, server.ended).await.expect("an end").unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

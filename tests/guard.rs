@@ -3,6 +3,8 @@
 
 #[path = "support/engine_docker.rs"]
 mod engine_docker;
+#[path = "support/engine_fake.rs"]
+mod engine_fake;
 #[path = "support/engine_suite.rs"]
 mod engine_suite;
 #[path = "support/server.rs"]
@@ -17,10 +19,11 @@ use bollard::models::ContainerCreateBody;
 use bollard::query_parameters::CreateContainerOptionsBuilder;
 use cellblock::domain::ids::SessionId;
 use cellblock::domain::spec::{MIB, Resources};
-use cellblock::engine::guard::{Guard, GuardEngine, Permitted, Policy, bind};
+use cellblock::engine::guard::{Guard, GuardEngine, Needs, Permitted, Policy, bind};
 use cellblock::engine::{ByteStream, CellName, CellSpec, Engine, EngineError, Pull};
 use cellblock::task;
 use engine_docker::{Bench, IMAGE, on_docker, real_guest, scripted_guest};
+use engine_fake::FakeEngine;
 use engine_suite::{Subject, echo, secret};
 use serde_json::{Value, json};
 use server::{Cell, NEVER, Server};
@@ -49,10 +52,14 @@ impl Drop for Guarded {
 fn policy(bench: &Bench) -> Policy {
     let most = Resources { memory_bytes: 512 * MIB, ..engine_suite::resources() };
     let permitted = |image: &str| Permitted { image: image.to_owned(), runtime: String::new(), most };
+    // The second one is what the suite looks for in vain.
+    policy_of(&bench.instance, vec![permitted(IMAGE), permitted("cellblock-no-such-image:none")])
+}
+
+fn policy_of(instance: &str, templates: Vec<Permitted>) -> Policy {
     Policy {
-        instance: bench.instance.clone(),
-        // The second one is what the suite looks for in vain.
-        templates: vec![permitted(IMAGE), permitted("cellblock-no-such-image:none")],
+        instance: instance.to_owned(),
+        templates,
         pull: Pull::Never,
         cells: 4,
         cpu_millis: None,
@@ -67,14 +74,19 @@ fn own_user() -> u32 {
 }
 
 async fn guarded_for(bench: &Bench, policy: Policy, users: Vec<u32>) -> Result<Guarded, EngineError> {
+    guarded(Arc::new(bench.engine.clone()), policy, users).await
+}
+
+async fn guarded(engine: Arc<dyn Engine>, policy: Policy, users: Vec<u32>) -> Result<Guarded, EngineError> {
+    let instance = policy.instance.clone();
     let folder = tempfile::tempdir().unwrap();
     let socket = folder.path().join("of its own").join("guard.sock");
     let listener = bind(&socket, false).await.unwrap();
-    let guard = Guard::new(Arc::new(bench.engine.clone()), policy).await.unwrap();
+    let guard = Guard::new(engine, policy).await.unwrap();
     let stop = CancellationToken::new();
     task::spawn("guard", Arc::new(guard).serve(listener, users, stop.clone()));
     let stopped = stop.clone().drop_guard();
-    let engine = GuardEngine::connect(socket.clone(), &bench.instance).await?;
+    let engine = GuardEngine::connect(socket.clone(), &instance).await?;
     stopped.disarm();
     Ok(Guarded { engine, socket, stop, _folder: folder })
 }
@@ -239,6 +251,140 @@ fn frame(text: &str) -> Vec<u8> {
     frame
 }
 
+/// A cell as it crosses the socket.
+fn as_json(cell: &CellSpec) -> Value {
+    let of = &cell.resources;
+    json!({"name": cell.name.as_str(), "session": cell.session.to_string(), "image": cell.image, "runtime": cell.runtime,
+        "cpu_millis": of.cpu_millis, "memory_bytes": of.memory_bytes, "disk_bytes": of.disk_bytes,
+        "tmp_bytes": of.tmp_bytes, "pids": of.pids, "open_files": of.open_files})
+}
+
+/// A guard before an engine without containers, which counts what it is asked.
+async fn before_a_fake(change: impl FnOnce(&mut Policy)) -> (Guarded, Arc<FakeEngine>) {
+    let most = engine_suite::resources();
+    let listed = Permitted { image: engine_fake::IMAGE.to_owned(), runtime: String::new(), most };
+    let mut policy = policy_of("fake", vec![listed]);
+    change(&mut policy);
+    let fake = Arc::new(FakeEngine::new("fake"));
+    let engine: Arc<dyn Engine> = Arc::<FakeEngine>::clone(&fake);
+    (guarded(engine, policy, vec![own_user()]).await.expect("a guard"), fake)
+}
+
+fn fake_cell() -> CellSpec {
+    let session = SessionId::from_uuid(Uuid::now_v7());
+    let (name, image) = (CellName::new("fake", session, 0), "sha256:fake".to_owned());
+    CellSpec { name, session, image, runtime: String::new(), resources: engine_suite::resources() }
+}
+
+fn unavailable<T>(outcome: Result<T, EngineError>, word: &str) {
+    let refused = outcome.err();
+    assert!(
+        matches!(&refused, Some(EngineError::Unavailable { detail, .. }) if detail.contains(word)),
+        "{word}: {refused:?}"
+    );
+}
+
+#[tokio::test]
+async fn callers_that_hang_up_leave_no_more_cells_than_are_permitted() {
+    let (guarded, fake) = before_a_fake(|policy| policy.cells = 3).await;
+    fake.faults(|faults| faults.ensure_takes = Duration::from_secs(3));
+    let ask = async |cell: &CellSpec| {
+        let mut stream = UnixStream::connect(&guarded.socket).await.expect("a connection");
+        let request = json!({"version": 1, "instance": "fake", "call": {"ensure": {"cell": as_json(cell)}}});
+        stream.write_all(&frame(&request.to_string())).await.unwrap();
+        stream
+    };
+    let mut first = Vec::new();
+    for count in 1..=3 {
+        let cell = fake_cell();
+        let stream = ask(&cell).await;
+        until("the engine is at it", async || fake.asked("make a cell") == count).await;
+        drop(stream);
+        first.push(cell.name);
+    }
+    // Each look finds no cell, as none is there yet; those that hang up go on being counted.
+    for _ in 0..40 {
+        drop(ask(&fake_cell()).await);
+    }
+    for _ in 0..5 {
+        unavailable(guarded.engine.ensure(&fake_cell()).await, "3 cells");
+    }
+    // Nor can one be forgotten while it is being made.
+    unavailable(guarded.engine.remove(&first[0]).await, "being made");
+    until("they are made", async || guarded.engine.list().await.is_ok_and(|cells| cells.len() == 3)).await;
+    unavailable(guarded.engine.ensure(&fake_cell()).await, "3 cells");
+    let mut there: Vec<_> = fake.list().await.unwrap().into_iter().map(|seen| seen.name).collect();
+    there.sort_unstable();
+    first.sort_unstable();
+    assert_eq!((there, fake.asked("make a cell")), (first.clone(), 3));
+    // Their places are there again, once they are gone.
+    fake.faults(|faults| faults.ensure_takes = Duration::ZERO);
+    for name in &first {
+        until("it is settled", async || guarded.engine.remove(name).await.is_ok()).await;
+        guarded.engine.ensure(&fake_cell()).await.expect("a cell in its place");
+    }
+}
+
+#[tokio::test]
+async fn what_is_refused_costs_the_engine_no_more_than_is_paid_for() {
+    let (guarded, fake) = before_a_fake(|policy| (policy.cells, policy.creates_per_minute) = (1, 3)).await;
+    let asked = || (fake.asked("list"), fake.asked("find an image"));
+    let cell = fake_cell();
+    guarded.engine.ensure(&cell).await.expect("a cell");
+    // What is never permitted, and what is permitted, ask for no look.
+    let mut above = fake_cell();
+    above.resources.pids += 1;
+    let before = asked();
+    assert!(matches!(guarded.engine.ensure(&above).await.err(), Some(EngineError::Rejected { .. })));
+    assert_eq!(asked(), before);
+    // There are three looks, whatever they are for; after that the refusal comes without one.
+    let mut unlisted = fake_cell();
+    unlisted.image = "sha256:other".to_owned();
+    for _ in 0..20 {
+        let absent = guarded.engine.ensure(&unlisted).await.err();
+        assert!(matches!(absent, Some(EngineError::Absent { .. })), "{absent:?}");
+        unavailable(guarded.engine.ensure(&fake_cell()).await, "1 cells");
+    }
+    let after = asked();
+    assert_eq!((after.0 - before.0) + (after.1 - before.1), 3, "{before:?} {after:?}");
+    // Those that were refused have taken nobody's creates; and above the rate there is no look either.
+    for _ in 0..2 {
+        guarded.engine.remove(&cell.name).await.expect("a removal");
+        guarded.engine.ensure(&cell).await.expect("a cell");
+    }
+    guarded.engine.remove(&cell.name).await.expect("a removal");
+    let before = asked();
+    for cell in [&cell, &unlisted] {
+        unavailable(guarded.engine.ensure(cell).await, "3 creates a minute");
+    }
+    assert_eq!(asked(), before);
+}
+
+#[tokio::test]
+async fn requests_that_do_not_end_are_held_up_by_their_bytes() {
+    let (guarded, _fake) = before_a_fake(|policy| policy.cells = 100).await;
+    let half = {
+        let mut half = (512_u32 << 10).to_be_bytes().to_vec();
+        half.resize(400 << 10, b' ');
+        half
+    };
+    let mut held = Vec::new();
+    for _ in 0..4 {
+        let mut stream = UnixStream::connect(&guarded.socket).await.expect("a connection");
+        tokio::time::timeout(NEVER, stream.write_all(&half)).await.expect("a guard that reads").unwrap();
+        held.push(stream);
+    }
+    // There is no room for the fifth, of which the guard takes nothing; and not for ever.
+    let mut fifth = UnixStream::connect(&guarded.socket).await.expect("a connection");
+    let taken = tokio::time::timeout(Duration::from_secs(1), fifth.write_all(&half)).await;
+    assert!(taken.is_err(), "more is read than there is room for: {taken:?}");
+    until("there is room again", async || guarded.engine.info().await.is_ok()).await;
+    for mut stream in held {
+        let end = tokio::time::timeout(NEVER, stream.read(&mut [0])).await.expect("the end");
+        assert!(matches!(end, Ok(0) | Err(_)), "{end:?}");
+    }
+}
+
 #[tokio::test]
 async fn what_is_no_request_is_refused_and_costs_only_its_connection() {
     on_docker(scripted_guest(), |bench| async move {
@@ -247,10 +393,7 @@ async fn what_is_no_request_is_refused_and_costs_only_its_connection() {
         let call = |call: Value| json!({"version": 1, "instance": bench.instance, "call": call}).to_string();
         let sound = call(json!("list"));
         assert_eq!(say_whole(&guarded.socket, &frame(&sound)).await, r#"{"Ok":[]}"#, "the probe itself is understood");
-        let cell_json = json!({"name": cell.name.as_str(), "session": cell.session.to_string(), "image": cell.image,
-            "runtime": "", "cpu_millis": 1000, "memory_bytes": 256 * MIB, "disk_bytes": 64 * MIB,
-            "tmp_bytes": 32 * MIB, "pids": 64, "open_files": 1024});
-        let ensure = call(json!({"ensure": {"cell": cell_json}}));
+        let ensure = call(json!({"ensure": {"cell": as_json(&cell)}}));
         let with = |from: &str, to: &str| {
             let changed = ensure.replacen(from, to, 1);
             assert_ne!(changed, ensure, "{from}");
@@ -361,9 +504,11 @@ async fn images_amounts_and_rates_are_the_guards_to_permit() {
             change(&mut cell);
             cell
         };
-        let absent = engine.ensure(&with(&|c| c.image.clone_from(&unlisted))).await.err();
+        // Each of these costs a look at the engine, of which the other guard has as few as creates.
+        let lenient = guarded_by(&bench, self::policy(&bench)).await;
+        let absent = lenient.engine.ensure(&with(&|c| c.image.clone_from(&unlisted))).await.err();
         assert!(matches!(absent, Some(EngineError::Absent { .. })), "{absent:?}");
-        let by_name = engine.ensure(&with(&|c| c.image = IMAGE.to_owned())).await.err();
+        let by_name = lenient.engine.ensure(&with(&|c| c.image = IMAGE.to_owned())).await.err();
         assert!(matches!(by_name, Some(EngineError::Absent { .. })), "an id is wanted: {by_name:?}");
         rejected(engine.ensure(&with(&|c| c.runtime = "runc".to_owned())).await.err(), "runtime");
         rejected(engine.ensure(&with(&|c| c.resources.memory_bytes = 513 * MIB)).await.err(), "memory_bytes");
@@ -398,6 +543,38 @@ async fn images_amounts_and_rates_are_the_guards_to_permit() {
         engine.remove(&good.name).await.expect("a removal");
     })
     .await;
+}
+
+/// Requests as they are dearest: short texts in long lists, on every connection that there may be.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_said_to_a_guard_fits_into_its_memory() {
+    let sockets = tempfile::tempdir().unwrap();
+    let socket = sockets.path().join("guard.sock");
+    let (folder, _) = server::configuration("[limits]\nsessions = 100\n");
+    let guard = Program::start(folder.path(), &socket).await;
+    let lists = r#""x","#.repeat(130_000);
+    let report = format!(r#"{{"interfaces":[{}]}}"#, lists.trim_end_matches(','));
+    let call = format!(r#"{{"version":1,"instance":"x","call":{{"attest":{{"report":{report},"cell":{{}}}}}}}}"#);
+    let whole = frame(&call);
+    // Each is read as it comes; and without its last byte it is in hand for as long as it may be.
+    for said in [whole.as_slice(), &whole[..whole.len() - 1]] {
+        let mut saying = Vec::new();
+        for _ in 0..456 {
+            let mut stream = UnixStream::connect(&socket).await.expect("a connection");
+            saying.push(async move {
+                // A guard that has no room for it closes while we write.
+                let _ = stream.write_all(said).await;
+                let _ = stream.read(&mut [0]).await;
+            });
+        }
+        let all = futures_util::future::join_all(saying);
+        tokio::time::timeout(NEVER, all).await.expect("an end of all connections");
+    }
+    let status = std::fs::read_to_string(format!("/proc/{}/status", guard.0.id())).unwrap();
+    let most = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap().trim();
+    let most: usize = most.strip_suffix(" kB").unwrap().parse().unwrap();
+    println!("at most {most} KiB resident");
+    assert!(most << 10 < Needs::of(100).memory, "{most} KiB");
 }
 
 #[tokio::test]
@@ -512,6 +689,12 @@ async fn until(what: &str, mut holds: impl AsyncFnMut() -> bool) {
     tokio::time::timeout(NEVER, waiting).await.unwrap_or_else(|_| panic!("never: {what}"));
 }
 
+/// Processes of kernels in a container.
+async fn kernels_in(server: &Server, container: &str) -> usize {
+    let inside = server.docker.top_processes(container, None).await.expect("processes").processes.unwrap_or_default();
+    inside.iter().filter(|process| process.iter().any(|part| part.contains("ipykernel"))).count()
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_whole_server_works_through_a_guard_that_may_be_killed() {
     let sockets = tempfile::tempdir().unwrap();
@@ -541,8 +724,22 @@ async fn a_whole_server_works_through_a_guard_that_may_be_killed() {
     let cell = first.create(json!({"template": "small"})).await;
     cell.value("x = 41").await;
     first.kill(pid).await;
-    let (second, _) = first.spawn_again().await;
+    let (second, pid) = first.spawn_again().await;
     let cell = Cell { server: Arc::clone(&second), id: cell.id.clone(), view: Value::Null };
+    assert_eq!(cell.value("x + 1").await, "42");
+
+    // A context is deleted while there is no link, and then there is no server either: the next one ends the kernel that nobody was told to end.
+    let context = server::text(&second.post(&cell.path("/contexts"), &json!({})).await.json["id"]);
+    let container = cell.containers().await.remove(0);
+    drop(guard);
+    let deleted = second.delete(&cell.path(&format!("/contexts/{context}"))).await;
+    assert_eq!(deleted.status, 200, "{}", deleted.text);
+    second.kill(pid).await;
+    assert_eq!(kernels_in(&second, &container).await, 2, "nobody has ended it");
+    let guard = Program::start(folder.path(), &socket).await;
+    let (second, _) = second.spawn_again().await;
+    let cell = Cell { server: Arc::clone(&second), id: cell.id.clone(), view: Value::Null };
+    until("one kernel is left", async || kernels_in(&second, &container).await == 1).await;
     assert_eq!(cell.value("x + 1").await, "42");
 
     // The guard is killed: callers are told so, and the server goes on.

@@ -2,6 +2,8 @@
 //! suite that Docker passes holds the fake to the truth.
 #![allow(clippy::unwrap_used, reason = "a test that finds something else is to fail")]
 
+#[path = "support/bench.rs"]
+mod bench;
 #[path = "support/engine_fake.rs"]
 mod engine_fake;
 #[path = "support/engine_suite.rs"]
@@ -11,167 +13,20 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use cellblock::domain::egress::NetworkOffer;
-use cellblock::domain::ids::InstallationId;
+use bench::{Bench, INSTANCE, NEVER, bounded, cell_of};
 use cellblock::domain::lifecycle::{EndReason, Phase};
 use cellblock::domain::output::{RestartCause, Status, StopStep};
-use cellblock::domain::spec::{
-    MIB, OnGuestLost, OnIdle, OnKernelDeath, OutputLimits, Resources, SessionRequest, Template, Timeouts,
-};
-use cellblock::engine::{CellName, CellState, Engine, EngineError, Pull};
-use cellblock::service::keys::{Principal, Scope};
-use cellblock::service::offer::{Choice, Offer};
-use cellblock::service::{Error, ExecuteRequest, Service};
-use cellblock::session::capacity::Ceilings;
-use cellblock::session::execution::{Execution, OnTimeout};
-use cellblock::session::pool::Pool;
+use cellblock::domain::spec::{OnGuestLost, OnIdle, OnKernelDeath, SessionRequest};
+use cellblock::engine::{CellName, CellState, Engine, EngineError};
+use cellblock::service::keys::Principal;
+use cellblock::service::{Error, ExecuteRequest};
+use cellblock::session::execution::OnTimeout;
 use cellblock::session::reconcile::{Reconciler, Report};
-use cellblock::session::registry::{AfterDrain, Created, Limits, Registry};
-use cellblock::session::{Refused, Session, Settings, StartFault, fresh};
-use cellblock::store::state::State;
+use cellblock::session::registry::{AfterDrain, Created};
+use cellblock::session::{Refused, Session, StartFault, fresh};
+use cellblock::store::state::{AuditQuery, State};
 use engine_fake::{FakeEngine, Faults, IMAGE};
 use tokio_util::sync::CancellationToken;
-
-const INSTANCE: &str = "fake";
-/// How long anything here may take before it counts as never.
-const NEVER: Duration = Duration::from_secs(40);
-
-struct Bench {
-    engine: Arc<FakeEngine>,
-    registry: Arc<Registry>,
-    service: Arc<Service>,
-    who: Principal,
-    /// The same for every control plane of one data folder.
-    installation: InstallationId,
-}
-
-impl Bench {
-    fn new() -> Self {
-        Self::with(|_, _| {})
-    }
-
-    fn with(change: impl FnOnce(&mut Settings, &mut Template)) -> Self {
-        Self::on(Arc::new(FakeEngine::new(INSTANCE)), None, change)
-    }
-
-    /// Another control plane on an engine.
-    fn beside(engine: Arc<FakeEngine>) -> Self {
-        let installation = InstallationId::from_uuid(uuid::Uuid::new_v4());
-        Self { installation, ..Self::on(engine, None, |_, _| {}) }
-    }
-
-    fn on(engine: Arc<FakeEngine>, state: Option<State>, change: impl FnOnce(&mut Settings, &mut Template)) -> Self {
-        let mut settings = Settings {
-            start_timeout: Duration::from_secs(5),
-            interrupt_grace: Duration::from_millis(200),
-            orphan_timeout: Duration::from_secs(60),
-            queued_executions: 3,
-            queue_timeout: Duration::from_secs(60),
-            contexts: 2,
-            inline: usize::MAX,
-        };
-        let mut template = template();
-        change(&mut settings, &mut template);
-        let limits = Limits {
-            ceilings: Ceilings {
-                sessions: 5,
-                cpu_millis: None,
-                memory_bytes: None,
-                starts: 4,
-                waiting: 2,
-                patience: Duration::from_millis(300),
-            },
-            session_retention: NEVER,
-            execution_retention: NEVER,
-            executions: 100,
-            execution_bytes: MIB,
-        };
-        let shared: Arc<dyn Engine> = engine.clone();
-        let (instance, pool) = (INSTANCE.to_owned(), Pool::new(Vec::new()));
-        let registry = Arc::new(Registry::new(Arc::clone(&shared), None, state, instance, settings, limits, pool));
-        let templates = BTreeMap::from([("t".to_owned(), template)]);
-        let offer = Offer::new(Choice { templates, default: "t".to_owned() });
-        let service = Service::new(Arc::clone(&registry), shared, offer, Pull::Never, None);
-        let service = Arc::new(service);
-        let who = Principal::new("one", [Scope::Sessions]);
-        let installation = InstallationId::from_uuid(uuid::Uuid::from_u128(1));
-        Self { engine, registry, service, who, installation }
-    }
-
-    async fn create(&self) -> Result<Session, Error> {
-        let request = SessionRequest::default();
-        match bounded(self.service.create_session(&self.who, &request, true, None)).await? {
-            Created::New(session) | Created::Reused(session) => Ok(session),
-        }
-    }
-
-    async fn start(&self, session: &Session, code: &str, timeout_seconds: f64) -> Result<Arc<Execution>, Error> {
-        let request = ExecuteRequest {
-            code: code.to_owned(),
-            timeout_seconds: Some(timeout_seconds),
-            ..ExecuteRequest::default()
-        };
-        self.service.execute(&self.who, session.id, request, None).await
-    }
-
-    async fn run(&self, session: &Session, code: &str, timeout_seconds: f64) -> Arc<Execution> {
-        let execution = self.start(session, code, timeout_seconds).await.expect("accepted");
-        bounded(execution.ended()).await;
-        execution
-    }
-
-    /// Of an installation of its own.
-    fn reconciler(&self) -> Reconciler {
-        Reconciler::new(self.engine.clone(), Arc::clone(&self.registry), self.installation)
-    }
-
-    async fn cells(&self) -> usize {
-        self.engine.list().await.map_or(0, |cells| cells.len())
-    }
-}
-
-fn template() -> Template {
-    let resources = Resources {
-        cpu_millis: 1000,
-        memory_bytes: 512 * MIB,
-        disk_bytes: 64 * MIB,
-        tmp_bytes: 64 * MIB,
-        pids: 64,
-        open_files: 1024,
-    };
-    let timeouts = Timeouts { idle: NEVER, lifetime: NEVER, execution: NEVER, paused: NEVER };
-    Template {
-        name: "t".to_owned(),
-        description: String::new(),
-        image: IMAGE.to_owned(),
-        runtime: String::new(),
-        accept_unenforced: std::collections::BTreeSet::new(),
-        kernelspec: String::new(),
-        transport: cellblock::domain::spec::KernelTransport::Ipc,
-        env: BTreeMap::new(),
-        default_resources: resources,
-        max_resources: resources,
-        default_timeouts: timeouts,
-        max_timeouts: timeouts,
-        output: OutputLimits {
-            text_bytes: 1000,
-            result_bytes: 1000,
-            total_bytes: 3000,
-            messages: 100,
-            messages_per_second: 100,
-        },
-        network: NetworkOffer::default(),
-        setup: String::new(),
-        on_kernel_death: OnKernelDeath::Restart,
-        on_guest_lost: OnGuestLost::End,
-        pools: Vec::new(),
-        on_idle: OnIdle::Delete,
-    }
-}
-
-async fn bounded<T>(future: impl Future<Output = T>) -> T {
-    tokio::time::timeout(NEVER, future).await.expect("this never ends")
-}
 
 async fn end_of(session: &Session) -> EndReason {
     match bounded(session.wait_for(|s| matches!(s.phase, Phase::Ended(_)))).await.phase {
@@ -401,6 +256,31 @@ async fn idle_and_lifetime_end_a_session_but_work_is_not_idle() {
 }
 
 #[tokio::test]
+async fn the_audit_tells_ends_that_nobody_has_asked_for() {
+    let folder = tempfile::tempdir().unwrap();
+    let (state, _) = State::open(folder.path(), None).unwrap();
+    let bench = Bench::on(Arc::new(FakeEngine::new(INSTANCE)), Some(state.clone()), |_, template| {
+        template.default_timeouts.idle = Duration::from_millis(500);
+    });
+    let [deleted, idle, lost] = [bench.create().await, bench.create().await, bench.create().await].map(Result::unwrap);
+    bench.start(&lost, "hang", 30.0).await.unwrap();
+    bounded(bench.service.delete_session(&bench.who, deleted.id)).await.unwrap();
+    assert_eq!(end_of(&idle).await, EndReason::Idle);
+    // Where something runs it is not idle.
+    bench.engine.kill(&CellName::new(INSTANCE, lost.id, 1));
+    assert_eq!(end_of(&lost).await, EndReason::Lost);
+    let query = AuditQuery { limit: 10, ..AuditQuery::default() };
+    let found = state.audit(query).await.unwrap().events;
+    let told: Vec<_> =
+        found.iter().map(|(_, event)| (event.session.clone().unwrap(), event.outcome.as_str())).collect();
+    assert_eq!(told, [(idle.id.to_string(), "idle"), (lost.id.to_string(), "lost")]);
+    for (_, event) in &found {
+        assert_eq!((event.action.as_str(), event.tenant.as_deref()), ("end_session", Some("one")));
+        assert_eq!((&event.key, event.address, event.status), (&None, None, None));
+    }
+}
+
+#[tokio::test]
 async fn names_are_unique_among_a_tenants_live_sessions() {
     let bench = Bench::new();
     let named = |reuse| SessionRequest { name: Some("chat".to_owned()), reuse, ..SessionRequest::default() };
@@ -408,7 +288,7 @@ async fn names_are_unique_among_a_tenants_live_sessions() {
         panic!()
     };
     let refused = bench.service.create_session(&bench.who, &named(false), true, None).await.unwrap_err();
-    assert_eq!(refused, Error::NameInUse(first.id));
+    assert_eq!(refused, Error::NameInUse(Some(first.id)));
     let Created::Reused(same) = bench.service.create_session(&bench.who, &named(true), true, None).await.unwrap()
     else {
         panic!()
@@ -419,6 +299,14 @@ async fn names_are_unique_among_a_tenants_live_sessions() {
         panic!()
     };
     assert_ne!(theirs.id, first.id);
+    // A key of other templates is told that the name is taken, and not by whom.
+    let limited = Principal { templates: Some(Arc::new(["u".to_owned()])), ..bench.who.clone() };
+    for reuse in [false, true] {
+        let request = SessionRequest { template: Some("u".to_owned()), ..named(reuse) };
+        let refused = bench.service.create_session(&limited, &request, true, None).await.unwrap_err();
+        assert_eq!(refused, Error::NameInUse(None));
+        assert_eq!(refused.to_string(), "a live session has that name");
+    }
     assert_eq!(bench.service.session(&other, first.id).unwrap_err(), Error::NotFound("session"));
 }
 
@@ -683,10 +571,6 @@ async fn finished_executions_go_by_their_number_and_by_what_they_hold() {
     }
     bench.run(&session, "print x", 5.0).await;
     assert!(!kept(&bench)[199], "what came before the long ones is gone");
-}
-
-fn cell_of(session: &Session) -> CellName {
-    CellName::new(INSTANCE, session.id, 1)
 }
 
 impl Bench {

@@ -141,6 +141,34 @@ async fn work_moves_what_prometheus_reads() {
     server.finish().await.unwrap();
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn tenants_are_named_where_an_operator_wants_it() {
+    let admin = free_address();
+    let wanted = "[metrics]\ntenant_label = true";
+    let server = Server::start(&format!("server.admin_listen = \"{admin}\"\n{SETTINGS}\n{wanted}\n")).await;
+    let cell = server.create(json!({})).await;
+    cell.run("n = sum(range(10**6))").await;
+    let of = [("tenant", "default")];
+    // An execution is counted for its tenant at its end, beside its answer.
+    let end = Instant::now() + Duration::from_secs(60);
+    let text = loop {
+        let text = scrape(&server, admin).await;
+        if text.contains("cellblock_tenant_cpu_seconds_total{") {
+            break text;
+        }
+        assert!(Instant::now() < end, "{text}");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    };
+    let seen = Scrape::read(&text);
+    assert_eq!(seen.mistakes, Vec::<String>::new());
+    assert_eq!(seen.sum("cellblock_tenant_sessions", &of), 1.0);
+    assert_eq!(seen.sum("cellblock_tenant_sessions", &[]), 1.0, "what is nobody's yet is not counted");
+    assert_eq!(seen.sum("cellblock_tenant_executions_total", &[of[0], ("status", "ok")]), 1.0);
+    assert!(seen.sum("cellblock_tenant_cpu_seconds_total", &of) > 0.0);
+    cell.delete().await;
+    server.finish().await.unwrap();
+}
+
 /// Two sessions, one from the pool and one not; executions that end in three ways; and requests that are refused.
 async fn work(server: &Arc<Server>) -> Vec<String> {
     let warm = server.create(json!({})).await;

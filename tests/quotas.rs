@@ -205,6 +205,11 @@ async fn requests_come_at_a_rate(server: Arc<Server>) {
     assert_eq!(refused.header("ratelimit"), format!("\"requests\";r=0;t={seconds}"));
     let other = server.get("/v1/sessions").await;
     assert_eq!((other.status, other.header("ratelimit")), (200, ""), "others are not held to it");
+    tenant.ask(Method::POST, "/v1/sessions", json!({})).await.problem(429, "rate-limited");
+    let told = server.get("/v1/audit?tenant=requests").await.json["events"].clone();
+    let first = &told[0];
+    assert_eq!((&first["action"], &first["outcome"]), (&json!("create_session"), &json!("rate-limited")), "{told}");
+    assert!(text(&first["key"]).starts_with("key"), "{told}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

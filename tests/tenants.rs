@@ -285,7 +285,9 @@ async fn every_route_of_the_document_answers_each_kind_of_key_as_it_should() {
     assert_eq!(again.status, 201, "{}", again.text);
     let limited = callers[5].1.as_deref().expect("a key");
     let limited = server.bare(Method::POST, "/v1/sessions").bearer_auth(limited);
-    server.send(limited.json(&named)).await.problem(409, "name-in-use");
+    let refused = server.send(limited.json(&named)).await;
+    refused.problem(409, "name-in-use");
+    assert!(!refused.text.contains(&text(&again.json["id"])), "{}", refused.text);
 
     let operator = callers[7].1.as_deref().expect("a key");
     let drained = server.send(server.bare(Method::POST, "/v1/admin/drain").bearer_auth(operator)).await;

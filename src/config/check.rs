@@ -39,6 +39,8 @@ pub(super) fn check(document: &Document, merge: &Merge) -> Vec<Mistake> {
     checker.mistakes
 }
 
+/// Most that `limits.sessions` may be.
+pub const MOST_SESSIONS: u32 = 10_000;
 /// The longest path of a unix socket.
 const LONGEST_SOCKET: usize = 107;
 
@@ -254,7 +256,7 @@ impl Checker<'_> {
     fn amounts(&mut self, document: &Document) {
         let (limits, executions) = (&document.limits, &document.executions);
         for (key, value, most) in [
-            ("limits.sessions", limits.sessions, 10_000),
+            ("limits.sessions", limits.sessions, MOST_SESSIONS),
             ("limits.queued_executions", limits.queued_executions, 10_000),
             ("limits.queued_creates", limits.queued_creates, 10_000),
             ("limits.concurrent_starts", limits.concurrent_starts, 256),

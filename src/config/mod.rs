@@ -24,11 +24,19 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 pub use change::Change;
+<<<<<<< HEAD
 pub use check::{check_log_level, proxy_of};
 pub use environment::Environment;
 pub use sections::{
     Audit, Auth, Drain, DrainContainers, Egress, EngineSection, Executions, ForwardedHeader, GuardSection, Guest,
     KeySection, Limits, Log, LogFormat, PullPolicy, Server, Traces,
+=======
+pub use check::{MOST_SESSIONS, check_log_level};
+pub use environment::Environment;
+pub use sections::{
+    Audit, Auth, Drain, DrainContainers, EngineSection, Executions, ForwardedHeader, GuardSection, Guest, KeySection,
+    Limits, Log, LogFormat, MetricsSection, PullPolicy, Server, Traces,
+>>>>>>> main
 };
 pub use source::{Mistake, Mistakes, Source};
 pub use units::{parse_duration, parse_size};
@@ -66,6 +74,8 @@ pub struct Config {
     pub egress: Egress,
     /// Who has asked for what.
     pub audit: Audit,
+    /// What is counted.
+    pub metrics: MetricsSection,
     /// Requests and executions as traces.
     pub traces: Traces,
     /// What the server says about itself.
@@ -231,6 +241,7 @@ impl From<sections::Document> for Config {
             executions: document.executions,
             egress: document.egress,
             audit: document.audit,
+            metrics: document.metrics,
             traces: document.traces,
             log: document.log,
             templates: enabled.map(|(name, template)| (name.clone(), template.into_template(name))).collect(),

@@ -42,6 +42,7 @@ pub(super) struct Document {
     pub executions: Executions,
     pub egress: Egress,
     pub audit: Audit,
+    pub metrics: MetricsSection,
     pub traces: Traces,
     pub log: Log,
     #[expect(dead_code, reason = "read for its form; templates have their own copies of what is in it")]
@@ -400,6 +401,14 @@ pub struct Audit {
     pub retention_time: Duration,
     /// The oldest beyond so many go earlier.
     pub retention_count: u32,
+}
+
+/// What is counted.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MetricsSection {
+    /// Whether there are figures by tenant.
+    pub tenant_label: bool,
 }
 
 /// Requests and executions as traces.

@@ -11,7 +11,9 @@ use jiff::Timestamp;
 
 use super::problem::{self, Problem};
 use super::remote::Remote;
+use crate::domain::ids::KeyId;
 use crate::service::keys::{KeyRing, Principal};
+use crate::service::trail;
 
 /// Most addresses whose failures are counted at one time. Those of others count once the time is over.
 const MAX_ADDRESSES: usize = 10_000;
@@ -46,6 +48,8 @@ impl Door {
     pub fn admit(&self, parts: &Parts) -> Result<Principal, Problem> {
         let key = key_of(parts);
         if let Some(who) = key.and_then(|key| self.keys.principal(key, Timestamp::now())) {
+            // Whatever becomes of the request, it is theirs.
+            trail::note_caller(&who);
             return Ok(who);
         }
         let address = parts.extensions.get::<Remote>().map(|Remote(address)| *address);
@@ -62,6 +66,11 @@ impl Door {
             "the key is not valid, or there is none: send a key of this server as \"Authorization: Bearer …\" or \
              \"X-API-Key: …\"",
         ))
+    }
+
+    /// Waits until a key that was taken is valid no more.
+    pub(super) fn closed_to(&self, key: KeyId) -> impl Future<Output = ()> + Send + 'static {
+        self.keys.lapsed(key)
     }
 }
 
@@ -128,11 +137,30 @@ pub(super) fn host_of(address: IpAddr) -> IpAddr {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::service::keys::{self, ConfiguredKey, Scope};
+    use crate::service::trail::{Origin, Trail};
 
     const MINUTE: Duration = Duration::from_secs(60);
 
     fn address(text: &str) -> IpAddr {
         text.parse().unwrap()
+    }
+
+    #[tokio::test]
+    async fn whose_a_request_is_is_known_once_it_is_in_whatever_becomes_of_it() {
+        let (key, ring) = (keys::generate().unwrap(), KeyRing::default());
+        let (hash, principal) = (keys::hash(&key).unwrap(), Principal::new("one", [Scope::Read]));
+        ring.add(ConfiguredKey { hash, name: "n".to_owned(), principal, expires_at: None }).unwrap();
+        let door = Door::new(Arc::new(ring), Tries { most: 2, within: MINUTE });
+        let told = async |key: &str| {
+            let request =
+                axum::http::Request::builder().header(AUTHORIZATION, format!("Bearer {key}")).body(()).unwrap();
+            let trail = Trail::new(Origin::default(), None, None);
+            let is_in = trail.follow(async { door.admit(&request.into_parts().0).is_ok() }).await;
+            (is_in, trail.told().tenant, trail.told().key.is_some())
+        };
+        assert_eq!(told(&key).await, (true, Some(Arc::from("one")), true));
+        assert_eq!(told("cb_wrong").await, (false, None, false));
     }
 
     #[test]

@@ -97,7 +97,8 @@ async fn read(mut body: RawBody, bounds: Bounds) -> Result<Bytes, Problem> {
         discard(&mut body, bounds).await;
         return Err(too_large());
     }
-    match tokio::time::timeout(bounds.body_time, Limited::new(&mut body, bounds.body).collect()).await {
+    let whole = tokio::time::timeout(bounds.body_time, Limited::new(&mut body, bounds.body).collect());
+    match trail::arriving(whole).await {
         Ok(Ok(collected)) => Ok(collected.to_bytes()),
         Ok(Err(error)) if error.is::<LengthLimitError>() => {
             discard(&mut body, bounds).await;
@@ -294,7 +295,6 @@ impl FromRequestParts<App> for Caller {
             // A request is read once.
             let _ = slot.set(state.into());
         }
-        trail::note_caller(&who);
         Ok(Self(who))
     }
 }

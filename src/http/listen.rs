@@ -1,16 +1,16 @@
 //! Connections: how many there may be, how long each may take for what it says and hears, and their orderly end. What is said on them is the router's business.
 
-use std::collections::HashMap;
 use std::convert::Infallible;
 use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use axum::Router;
 use axum::extract::ConnectInfo;
 use axum::http::{HeaderValue, Request, Version, header};
 use axum::response::Response;
+use futures_util::TryFutureExt;
 use hyper::body::Incoming;
 use hyper::service::{Service, service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
@@ -27,13 +27,20 @@ use super::problem::{self, Problem};
 use super::remote::Proxies;
 use super::tls::Tls;
 use crate::domain::ids::RequestId;
+use crate::places::{Full, Place, Places};
 use crate::session;
-use crate::task::{self, Executor};
+use crate::task;
+
+mod unread;
+
+use unread::Streams;
 
 /// Lines in the head of a request.
 const MAX_HEADERS: usize = 100;
 /// Requests at a time on one connection of HTTP/2.
 const MAX_STREAMS: u32 = 200;
+/// Bytes that wait on one stream of it for room. With the number of streams it bounds what a connection holds.
+const MAX_SEND_BUFFER: usize = 64 * 1024;
 /// Streams that a caller has given up before they were looked at; more end the connection. So many after which it is taken for an attack.
 const MAX_RESETS: usize = 20;
 /// Streams that were ended here for what came on them; more end the connection.
@@ -56,7 +63,7 @@ pub struct Connections {
     pub head_time: Duration,
     /// Bytes of a request's head.
     pub head_bytes: usize,
-    /// What is sent is taken within this time.
+    /// Some of what is sent is taken within this time.
     pub write_time: Duration,
     /// Only trusted proxies, and whoever is on this machine, may speak without TLS.
     pub plain_from_proxies_only: bool,
@@ -85,7 +92,7 @@ pub(super) async fn run(
     }
     let host = Arc::new(Host {
         builder: builder(&connections),
-        places: Arc::default(),
+        places: Places::new(connections.most),
         refusing: Semaphore::new(REFUSED_AT_ONCE),
         router,
         proxies,
@@ -118,8 +125,8 @@ fn is_of_one_connection(error: &std::io::Error) -> bool {
     matches!(error.kind(), ConnectionAborted | ConnectionRefused | ConnectionReset)
 }
 
-fn builder(connections: &Connections) -> Builder<Executor> {
-    let mut builder = Builder::new(Executor);
+fn builder(connections: &Connections) -> Builder<Streams> {
+    let mut builder = Builder::new(Streams { patience: connections.write_time });
     builder
         .http1()
         .timer(TokioTimer::new())
@@ -130,6 +137,7 @@ fn builder(connections: &Connections) -> Builder<Executor> {
         .http2()
         .timer(TokioTimer::new())
         .max_concurrent_streams(MAX_STREAMS)
+        .max_send_buf_size(MAX_SEND_BUFFER)
         .max_pending_accept_reset_streams(MAX_RESETS)
         .max_local_error_reset_streams(MAX_STREAM_ERRORS)
         .max_header_list_size(u32::try_from(connections.head_bytes).unwrap_or(u32::MAX))
@@ -140,16 +148,17 @@ fn builder(connections: &Connections) -> Builder<Executor> {
 
 struct Host {
     connections: Connections,
-    builder: Builder<Executor>,
+    builder: Builder<Streams>,
     router: Router,
     proxies: Proxies,
-    places: Arc<Places>,
+    /// Of connections, by address.
+    places: Arc<Places<IpAddr>>,
     refusing: Semaphore,
     stop: CancellationToken,
 }
 
 impl Host {
-    async fn receive(self: Arc<Self>, stream: TcpStream, peer: SocketAddr, place: Result<Place, Problem>) {
+    async fn receive(self: Arc<Self>, stream: TcpStream, peer: SocketAddr, place: Result<Place<IpAddr>, Problem>) {
         self.prepare(&stream);
         match place {
             Ok(place) => {
@@ -176,7 +185,7 @@ impl Host {
         }
     }
 
-    fn admit(&self, address: IpAddr) -> Result<Place, Problem> {
+    fn admit(&self, address: IpAddr) -> Result<Place<IpAddr>, Problem> {
         let is_proxy = self.proxies.include(address);
         if self.connections.plain_from_proxies_only && !is_proxy && !address.to_canonical().is_loopback() {
             let detail = "this server is asked through its proxy, which speaks TLS";
@@ -184,7 +193,7 @@ impl Host {
         }
         let Connections { most, most_of_one, .. } = self.connections;
         let most_of_one = if is_proxy { most } else { most_of_one };
-        Places::take(&self.places, host_of(address), most, most_of_one).map_err(|full| match full {
+        self.places.take(host_of(address), 1, most_of_one).map_err(|full| match full {
             Full::OfOne => Problem::new(
                 problem::RATE_LIMITED,
                 format!(
@@ -237,7 +246,7 @@ impl Host {
         let service = service_fn(|request: Request<Incoming>| {
             requests.fetch_add(1, Ordering::Relaxed);
             is_http2.store(request.version() == Version::HTTP_2, Ordering::Relaxed);
-            answer(request)
+            answer(request).map_ok(unread::counted)
         });
         let connection = self.builder.serve_connection_with_upgrades(TokioIo::new(stream), service);
         let mut connection = std::pin::pin!(connection);
@@ -275,59 +284,6 @@ impl Host {
     }
 }
 
-/// How many connections there are, by address.
-#[derive(Debug, Default)]
-struct Places(Mutex<Taken>);
-
-#[derive(Debug, Default)]
-struct Taken {
-    all: usize,
-    of: HashMap<IpAddr, usize>,
-}
-
-/// A connection's place, for as long as it lives.
-#[derive(Debug)]
-struct Place {
-    places: Arc<Places>,
-    address: IpAddr,
-}
-
-/// Why there is no place.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Full {
-    OfOne,
-    All,
-}
-
-impl Places {
-    fn take(places: &Arc<Self>, address: IpAddr, most: usize, most_of_one: usize) -> Result<Place, Full> {
-        // No step can panic halfway.
-        let mut taken = places.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let own = taken.of.get(&address).copied().unwrap_or_default();
-        if own >= most_of_one {
-            return Err(Full::OfOne);
-        }
-        if taken.all >= most {
-            return Err(Full::All);
-        }
-        taken.all += 1;
-        taken.of.insert(address, own + 1);
-        drop(taken);
-        Ok(Place { places: Arc::clone(places), address })
-    }
-}
-
-impl Drop for Place {
-    fn drop(&mut self) {
-        let mut taken = self.places.0.lock().unwrap_or_else(PoisonError::into_inner);
-        taken.all -= 1;
-        match taken.of.get_mut(&self.address) {
-            Some(own) if *own > 1 => *own -= 1,
-            _ => drop(taken.of.remove(&self.address)),
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -345,7 +301,7 @@ mod tests {
         };
         let host = Host {
             builder: builder(&connections),
-            places: Arc::default(),
+            places: Places::new(connections.most),
             refusing: Semaphore::new(1),
             router: Router::new(),
             proxies: Proxies::new(vec!["192.0.2.0/24".parse().unwrap()], "x-forwarded-for"),
@@ -359,21 +315,5 @@ mod tests {
         let _own = admit("127.0.0.1").unwrap();
         assert_eq!(admit("127.0.0.1").unwrap_err(), "rate-limited");
         assert_eq!(admit("192.0.2.1").unwrap_err(), "at-capacity");
-    }
-
-    #[test]
-    fn places_come_back_and_leave_nothing() {
-        let places = Arc::<Places>::default();
-        let [one, two, three] = ["192.0.2.1", "192.0.2.2", "192.0.2.3"].map(|text| text.parse().unwrap());
-        let take = |address| Places::take(&places, address, 3, 2);
-        let (first, second) = (take(one).unwrap(), take(one).unwrap());
-        assert_eq!(take(one).unwrap_err(), Full::OfOne);
-        let third = take(two).unwrap();
-        assert_eq!(take(three).unwrap_err(), Full::All);
-        drop(first);
-        let fourth = take(three).unwrap();
-        drop((second, third, fourth));
-        let taken = places.0.lock().unwrap();
-        assert_eq!((taken.all, taken.of.len()), (0, 0));
     }
 }

@@ -28,6 +28,7 @@ pub mod admin;
 pub mod docs;
 pub mod door;
 pub mod extract;
+mod lapse;
 mod line;
 pub mod listen;
 mod operations;
@@ -172,7 +173,12 @@ async fn finish(State((app, operations)): State<(App, Arc<Operations>)>, mut req
     app.service.metrics().request_answered(&line.route, line.method.as_str(), status.as_u16(), took);
     let is_key_refused = status == StatusCode::UNAUTHORIZED && has_key;
     trail.end(Answered { status: status.as_u16(), problem: code, is_key_refused, made });
-    response
+    // What is there as a whole is given out.
+    let is_whole = response.body().size_hint().exact().is_some();
+    match if is_whole { None } else { trail.told().key } {
+        Some(key) => lapse::until(app.door.closed_to(key), response),
+        None => response,
+    }
 }
 
 /// Begins to trace a request, below the span that its caller names.

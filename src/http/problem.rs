@@ -181,7 +181,10 @@ impl From<Error> for Problem {
             }
             Error::NotFound(_) => Self::new(NOT_FOUND, detail),
             Error::Forbidden(_) => Self::new(FORBIDDEN, detail),
-            Error::NameInUse(_) => Self::new(NAME_IN_USE, format!("{detail}; say \"if_exists\": \"reuse\" to get it")),
+            Error::NameInUse(None) => Self::new(NAME_IN_USE, format!("{detail}; the key does not allow it")),
+            Error::NameInUse(Some(_)) => {
+                Self::new(NAME_IN_USE, format!("{detail}; say \"if_exists\": \"reuse\" to get it"))
+            }
             Error::NotReady => Self::new(SESSION_NOT_READY, format!("{detail}; wait with GET …/wait?state=ready")),
             Error::SessionEnded(reason) => {
                 let reason = reason.word();
@@ -209,6 +212,7 @@ impl From<Error> for Problem {
                 limit: Some(Limit::exhausted(rate, retry_after)),
                 ..Self::new(RATE_LIMITED, detail)
             },
+            Error::OwnNotebooksBusy => Self::new(RATE_LIMITED, detail),
             Error::NotebooksBusy => Self::new(AT_CAPACITY, format!("{detail}; try again in a moment")),
             Error::AtCapacity { retry_after } => Self {
                 retry_after_seconds: Some(retry_after.as_secs_f64().ceil() as u64),

@@ -2,7 +2,7 @@
 
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
 use sha2::{Digest, Sha256};
@@ -36,17 +36,31 @@ pub struct Tls {
     key_file: PathBuf,
     provider: Arc<CryptoProvider>,
     current: Arc<Current>,
-    /// Hash of what the files had when they were looked at last.
-    seen: Mutex<[u8; 32]>,
     config: Arc<ServerConfig>,
 }
 
+/// A certificate with its key that was read from the files, and can be used.
+#[derive(Debug, Clone)]
+pub struct Certificate {
+    key: Arc<CertifiedKey>,
+    /// Of both files.
+    hash: [u8; 32],
+    /// SHA-256 of the certificate's file, as `sha256sum` says it.
+    pub sha256: String,
+}
+
 #[derive(Debug)]
-struct Current(RwLock<Arc<CertifiedKey>>);
+struct Current(RwLock<Certificate>);
+
+impl Current {
+    fn get(&self) -> Certificate {
+        self.0.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+}
 
 impl ResolvesServerCert for Current {
     fn resolve(&self, _: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
-        Some(Arc::clone(&self.0.read().unwrap_or_else(PoisonError::into_inner)))
+        Some(self.get().key)
     }
 }
 
@@ -70,8 +84,8 @@ impl Tls {
     pub fn load(certificate_file: &Path, key_file: &Path) -> Result<Self, TlsError> {
         let provider = Arc::new(aws_lc_rs::default_provider());
         let files = read(certificate_file, key_file)?;
-        let key = certified(&files, certificate_file, key_file, &provider)?;
-        let current = Arc::new(Current(RwLock::new(Arc::new(key))));
+        let certificate = certified(&files, certificate_file, key_file, &provider)?;
+        let current = Arc::new(Current(RwLock::new(certificate)));
         let builder = ServerConfig::builder_with_provider(Arc::clone(&provider)).with_safe_default_protocol_versions();
         let builder = builder.map_err(|error| wrong(certificate_file, error.to_string()))?;
         let mut config = builder.with_no_client_auth().with_cert_resolver(Arc::<Current>::clone(&current));
@@ -81,40 +95,51 @@ impl Tls {
             key_file: key_file.to_owned(),
             provider,
             current,
-            seen: Mutex::new(files.hash()),
             config: Arc::new(config),
         })
     }
 
-    /// Reads the files again; new connections have what is in them. Whether anything has changed since they were looked at last. Blocks.
+    /// What is in force.
+    #[must_use]
+    pub fn in_force(&self) -> Certificate {
+        self.current.get()
+    }
+
+    /// Reads the files again, and changes nothing: what is in them, if it is not what is in force. Blocks.
     ///
     /// # Errors
-    /// As for [`Tls::load`]; what was in force stays so. A mistake is told once.
-    pub fn reload(&self) -> Result<bool, TlsError> {
+    /// As for [`Tls::load`].
+    pub fn look(&self) -> Result<Option<Certificate>, TlsError> {
         let files = read(&self.certificate_file, &self.key_file)?;
-        let hash = files.hash();
-        if std::mem::replace(&mut *self.seen.lock().unwrap_or_else(PoisonError::into_inner), hash) == hash {
-            return Ok(false);
+        if files.hash() == self.in_force().hash {
+            return Ok(None);
         }
-        let key = certified(&files, &self.certificate_file, &self.key_file, &self.provider)?;
-        *self.current.0.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(key);
-        Ok(true)
+        certified(&files, &self.certificate_file, &self.key_file, &self.provider).map(Some)
+    }
+
+    /// New connections have this one.
+    pub fn put_in_force(&self, certificate: Certificate) {
+        *self.current.0.write().unwrap_or_else(PoisonError::into_inner) = certificate;
     }
 
     /// Reads the files again when they have changed, until it is told to stop.
     pub(super) async fn watch(self: Arc<Self>, stop: CancellationToken) {
-        let mut missing = false;
+        let mut told = None;
         while stop.run_until_cancelled(tokio::time::sleep(LOOK)).await.is_some() {
             let own = Arc::clone(&self);
             // It reads two small files; a panic in it leaves the certificate as it is.
-            let Ok(reloaded) = tokio::task::spawn_blocking(move || own.reload()).await else { continue };
-            let failed = reloaded.is_err();
-            match reloaded {
-                Ok(true) => tracing::info!("the TLS certificate was read again"),
-                Err(error) if !missing => tracing::error!(%error, "the TLS certificate stays as it was"),
-                Ok(false) | Err(_) => {}
+            let Ok(looked) = tokio::task::spawn_blocking(move || own.look()).await else { continue };
+            let mistake = looked.as_ref().err().map(ToString::to_string);
+            match (looked, &mistake) {
+                (Ok(Some(certificate)), _) => {
+                    tracing::info!(sha256 = certificate.sha256, "the TLS certificate was read again");
+                    self.put_in_force(certificate);
+                }
+                // Once, not each time.
+                (_, Some(error)) if mistake != told => tracing::error!(error, "the TLS certificate stays as it was"),
+                _ => {}
             }
-            missing = failed;
+            told = mistake;
         }
     }
 
@@ -144,7 +169,7 @@ fn certified(
     certificate_file: &Path,
     key_file: &Path,
     provider: &CryptoProvider,
-) -> Result<CertifiedKey, TlsError> {
+) -> Result<Certificate, TlsError> {
     let chain: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(&files.certificates).collect();
     let chain = chain.map_err(|error| wrong(certificate_file, format!("it is not PEM: {error}")))?;
     if chain.is_empty() {
@@ -155,8 +180,10 @@ fn certified(
     }
     let key = PrivateKeyDer::from_pem_slice(&files.key)
         .map_err(|error| wrong(key_file, format!("there is no private key in it as PEM: {error}")))?;
-    CertifiedKey::from_der(chain, key, provider)
-        .map_err(|error| wrong(key_file, format!("it can't be used with {}: {error}", certificate_file.display())))
+    let key = CertifiedKey::from_der(chain, key, provider)
+        .map_err(|error| wrong(key_file, format!("it can't be used with {}: {error}", certificate_file.display())))?;
+    let sha256 = Sha256::digest(&files.certificates).iter().map(|byte| format!("{byte:02x}")).collect();
+    Ok(Certificate { key: Arc::new(key), hash: files.hash(), sha256 })
 }
 
 #[cfg(test)]
@@ -183,16 +210,20 @@ mod tests {
         let certificate = put(folder.path(), "cert.pem", &first);
         let key = put(folder.path(), "key.pem", &first_key);
         let tls = Tls::load(&certificate, &key).unwrap();
-        let in_force = || tls.current.0.read().unwrap().cert[0].clone();
+        let in_force = || tls.in_force().key.cert[0].clone();
         let before = in_force();
-        assert!(!tls.reload().unwrap(), "nothing has changed");
+        assert!(tls.look().unwrap().is_none(), "nothing has changed");
         put(folder.path(), "cert.pem", &second);
-        let halfway = tls.reload().unwrap_err();
-        assert_eq!((halfway.path.as_path(), in_force() == before), (key.as_path(), true), "{halfway}");
-        assert!(!tls.reload().unwrap(), "it is told once");
+        for _ in 0..2 {
+            let halfway = tls.look().unwrap_err();
+            assert_eq!((halfway.path.as_path(), in_force() == before), (key.as_path(), true), "{halfway}");
+        }
         put(folder.path(), "key.pem", &second_key);
-        assert!(tls.reload().unwrap());
+        let fresh = tls.look().unwrap().unwrap();
+        assert_eq!(in_force(), before, "a look changes nothing");
+        tls.put_in_force(fresh);
         assert_ne!(in_force(), before);
+        assert!(tls.look().unwrap().is_none());
     }
 
     #[test]

@@ -195,6 +195,17 @@ impl Link {
         self.call("list kernelspecs", Method::GET, "/kernelspecs", Bytes::new()).await
     }
 
+    /// The names of the kernels that are there: hostile text. A guest of an earlier version can't tell, and names none.
+    ///
+    /// # Errors
+    /// See [`LinkError`].
+    pub async fn kernels(&self) -> Result<Vec<String>, LinkError> {
+        match self.call("list its kernels", Method::GET, "/kernels", Bytes::new()).await {
+            Err(LinkError::Refused { refusal, .. }) if refusal.code == "not-found" => Ok(Vec::new()),
+            listed => listed,
+        }
+    }
+
     /// Starts a kernel; its channels connect later, which an event tells.
     ///
     /// # Errors

@@ -28,6 +28,8 @@ pub struct Levels {
     pub memory: Ceiling,
     /// The pools.
     pub pools: Vec<PoolLevel>,
+    /// Sessions of each tenant, where tenants are counted.
+    pub tenants: Vec<(String, usize)>,
 }
 
 /// What was promised of something, and what may be.
@@ -75,6 +77,12 @@ impl Levels {
         of.ceiling("cpus", "CPUs", self.cpus);
         of.ceiling("memory_bytes", "Bytes of memory", self.memory);
         of.pools(&self.pools);
+        if !self.tenants.is_empty() {
+            let sessions = of.gauges("tenant_sessions", "Sessions that have not ended, by tenant.", &["tenant"]);
+            for (tenant, count) in &self.tenants {
+                sessions.with_label_values(&[tenant]).set(*count as f64);
+            }
+        }
         of.0.gather()
     }
 }

@@ -1,8 +1,9 @@
 //! What the server counts of itself, for Prometheus: each figure with its name, its unit and its labels. It decides nothing, and knows nothing of who counts.
 //!
-//! Every label has few values that are known beforehand: words of ours, names of templates, templates of routes. No id and no tenant is among them. The figures are
-//! this handle's own, so that two servers in one process count apart.
+//! Every label has few values that are known beforehand: words of ours, names of templates, templates of routes. No id is among them, and no tenant but in figures of their
+//! own that have to be asked for (`tenants`). The figures are this handle's own, so that two servers in one process count apart.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -15,8 +16,10 @@ use crate::domain::lifecycle::EndReason;
 use crate::domain::output::{Status, Truncated};
 
 mod levels;
+mod tenants;
 
 pub use levels::{Ceiling, Levels, PoolLevel};
+use tenants::Tenants;
 
 /// The form of the exposition, as Prometheus wants it in `Content-Type`.
 pub const CONTENT_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
@@ -121,6 +124,7 @@ struct Instruments {
     requests: Requests,
     egress: Egress,
     spans_dropped: IntCounter,
+    tenants: Option<Tenants>,
 }
 
 #[derive(Debug)]
@@ -272,6 +276,16 @@ impl Metrics {
     /// Nothing was counted yet.
     #[must_use]
     pub fn new() -> Self {
+        Self::counting(false)
+    }
+
+    /// The same, which counts by tenant too.
+    #[must_use]
+    pub fn by_tenant() -> Self {
+        Self::counting(true)
+    }
+
+    fn counting(by_tenant: bool) -> Self {
         let of = Maker(Registry::new());
         let build = of.gauges("build_info", "The version of the server that runs; always 1.", &["version"]);
         build.with_label_values(&[env!("CARGO_PKG_VERSION")]).set(1.0);
@@ -283,6 +297,7 @@ impl Metrics {
             requests: Requests::new(&of),
             egress: Egress::new(&of),
             spans_dropped: of.counter("trace_spans_dropped_total", "Spans of traces that no collector has taken."),
+            tenants: by_tenant.then(|| Tenants::new(&of)),
             registry: of.0,
         }))
     }
@@ -317,6 +332,22 @@ impl Metrics {
         if let Some(ran) = ran {
             self.0.executions.seconds.with_label_values(&[status.word()]).observe(ran.as_secs_f64());
         }
+    }
+
+    /// An execution of a tenant's has ended, and so much CPU time counts for it. Nothing is counted unless tenants are.
+    pub fn execution_of_tenant_ended(&self, tenant: &str, status: Status, cpu: Duration) {
+        if let Some(tenants) = &self.0.tenants {
+            tenants.execution_ended(tenant, status, cpu);
+        }
+    }
+
+    /// How many there are of each tenant, by its label; nothing unless tenants are counted.
+    #[must_use]
+    pub fn tenant_levels<'a>(&self, of: impl Iterator<Item = &'a str>) -> Vec<(String, usize)> {
+        let Some(tenants) = &self.0.tenants else { return Vec::new() };
+        let mut levels = BTreeMap::<&str, usize>::new();
+        of.for_each(|tenant| *levels.entry(tenants.label(tenant)).or_default() += 1);
+        levels.into_iter().map(|(tenant, count)| (tenant.to_owned(), count)).collect()
     }
 
     /// Output was left out.
@@ -497,6 +528,30 @@ mod tests {
         let line = |n| format!("cellblock_session_ends_total{{reason=\"idle\"}} {n}\n");
         assert!(one.render(&Levels::default()).contains(&line(1)));
         assert!(other.render(&Levels::default()).contains(&line(0)));
+    }
+
+    #[test]
+    fn tenants_are_counted_where_that_is_wanted_and_only_so_many_by_name() {
+        let count = |metrics: &Metrics| {
+            for n in 0..tenants::MAX_TENANTS + 5 {
+                metrics.execution_of_tenant_ended(&format!("t{n}"), Status::Ok, Duration::from_millis(500));
+            }
+            let sessions = metrics.tenant_levels(["t0", "t0", "late", "later"].into_iter());
+            metrics.render(&Levels { tenants: sessions, ..Levels::default() })
+        };
+        assert!(!count(&Metrics::new()).contains("tenant"));
+        let text = count(&Metrics::by_tenant());
+        for line in [
+            "cellblock_tenant_executions_total{status=\"ok\",tenant=\"t0\"} 1",
+            "cellblock_tenant_executions_total{status=\"ok\",tenant=\"other\"} 5",
+            "cellblock_tenant_cpu_seconds_total{tenant=\"other\"} 2.5",
+            "cellblock_tenant_sessions{tenant=\"t0\"} 2",
+            "cellblock_tenant_sessions{tenant=\"other\"} 2",
+        ] {
+            assert!(text.lines().any(|told| told == line), "{line} is not in {text}");
+        }
+        let of_executions = text.lines().filter(|line| line.starts_with("cellblock_tenant_executions_total{"));
+        assert_eq!(of_executions.count(), tenants::MAX_TENANTS + 1);
     }
 
     #[test]

@@ -39,12 +39,19 @@ pub trait Reload: std::fmt::Debug + Send + Sync {
 /// A value of the configuration that is another now.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Changed {
-    /// Its key: `limits.sessions`.
+    /// Its key: `limits.sessions`. Of `server.tls_cert_file` it is what is in the file.
     pub key: String,
     /// As TOML; nothing where there was no such key.
     pub before: Option<String>,
     /// As TOML; nothing where there is no such key any more.
     pub after: Option<String>,
+}
+
+impl std::fmt::Display for Changed {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let shown = |value: &Option<String>| value.clone().unwrap_or_else(|| "nothing".to_owned());
+        write!(f, "{}: {} -> {}", self.key, shown(&self.before), shown(&self.after))
+    }
 }
 
 /// What a server that begins to drain leaves unfinished.

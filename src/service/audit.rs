@@ -1,21 +1,20 @@
-//! The audit: who has asked for what, and what came of it. Where events come from is the business of the trail of each request, where they are kept that of the store.
+//! The audit: who has asked for what, and what came of it, with refusals told one by one for as long as they are few. Where events come from is the business of the trail of
+//! each request, where they are kept that of the store.
 
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
 use tokio_util::sync::CancellationToken;
 
 use super::keys::Principal;
-use super::trail::REFUSE_KEY;
+use super::refusals::Refusals;
 use super::{Error, Service};
-pub use crate::store::state::{AuditEvent, AuditQuery};
+pub use crate::store::state::{AuditEvent, AuditFound, AuditQuery};
 use crate::store::state::{State, StateError};
 
-/// Most events of keys that are not valid …
-const REFUSED: u32 = 100;
-/// … within this time: whoever guesses keys is not to wash away what others have done.
-const REFUSED_WITHIN: Duration = Duration::from_secs(60);
+/// The action of an event that stands for those that were left out.
+const LEAVE_OUT: &str = "leave_out_refused";
 
 /// What is over is forgotten so often.
 const FORGET: Duration = Duration::from_secs(60);
@@ -36,14 +35,14 @@ pub struct AuditBounds {
 pub struct Audit {
     state: State,
     bounds: AuditBounds,
-    refused: Mutex<(Instant, u32)>,
+    refusals: Mutex<Refusals>,
 }
 
 impl Audit {
     /// One that is kept in this database.
     #[must_use]
     pub fn new(state: State, bounds: AuditBounds) -> Self {
-        Self { state, bounds, refused: Mutex::new((Instant::now(), 0)) }
+        Self { state, bounds, refusals: Mutex::new(Refusals::new(Instant::now())) }
     }
 
     /// Whether code is to stand in its events.
@@ -62,42 +61,64 @@ impl Audit {
                 _ = timer.tick() => {
                     let before = Timestamp::now().saturating_sub(self.bounds.retention).unwrap_or(Timestamp::MIN);
                     self.state.forget_audit(before, self.bounds.events);
+                    let left_out = self.refusals().over(Instant::now());
+                    self.tell_left_out(left_out);
                 }
             }
         }
     }
 
-    /// Adds an event.
+    /// Adds an event of what was carried out, or may have been.
     pub(super) fn put(&self, event: AuditEvent) {
-        if event.action == REFUSE_KEY && !self.may_tell_refusal(Instant::now()) {
-            return;
-        }
         if !self.state.put_audit(event) {
             tracing::error!("an audit event is lost: the database can't be written, and too many wait for it");
         }
     }
 
-    fn may_tell_refusal(&self, now: Instant) -> bool {
-        // Every change is whole between its statements that can panic, of which there are none.
-        let mut refused = self.refused.lock().unwrap_or_else(PoisonError::into_inner);
-        if now.duration_since(refused.0) >= REFUSED_WITHIN {
-            *refused = (now, 0);
+    /// Adds an event of a request that has changed nothing, or counts it, where its tenant has had many of them: whoever is refused again and again is not to wash away what
+    /// others have done.
+    pub(super) fn put_refused(&self, event: AuditEvent) {
+        let now = Instant::now();
+        let (left_out, may_be_told) = {
+            let mut refusals = self.refusals();
+            (refusals.over(now), refusals.count(event.tenant.as_deref()))
+        };
+        self.tell_left_out(left_out);
+        if may_be_told {
+            self.put(event);
         }
-        refused.1 = refused.1.saturating_add(1);
-        refused.1 <= REFUSED
     }
 
-    async fn events(&self, query: AuditQuery) -> Result<Vec<(i64, AuditEvent)>, StateError> {
+    fn tell_left_out(&self, left_out: Vec<(Option<String>, u64)>) {
+        for (tenant, count) in left_out {
+            tracing::warn!(tenant, count, "more requests were refused than the audit tells of one by one");
+            self.put(AuditEvent { tenant, count: Some(count), ..AuditEvent::now(LEAVE_OUT, "refused") });
+        }
+    }
+
+    fn refusals(&self) -> MutexGuard<'_, Refusals> {
+        // Every change is whole between its statements that can panic, of which there are none.
+        self.refusals.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    async fn events(&self, query: AuditQuery) -> Result<AuditFound, StateError> {
         self.state.audit(query).await
     }
 }
 
+impl Drop for Audit {
+    fn drop(&mut self) {
+        let left_out = self.refusals().take();
+        self.tell_left_out(left_out);
+    }
+}
+
 impl Service {
-    /// Events of the audit in their order, each with its number, whoever's they are.
+    /// Events of the audit, whoever's they are.
     ///
     /// # Errors
     /// See [`Error`].
-    pub async fn list_audit(&self, who: &Principal, query: AuditQuery) -> Result<Vec<(i64, AuditEvent)>, Error> {
+    pub async fn list_audit(&self, who: &Principal, query: AuditQuery) -> Result<AuditFound, Error> {
         who.require_admin()?;
         let audit = self.audit.as_ref().ok_or_else(|| Error::StateConflict("this server keeps no audit".to_owned()))?;
         audit.events(query).await.map_err(|error| {

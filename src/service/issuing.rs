@@ -73,7 +73,7 @@ impl Service {
         Ok(self.keys.list().into_iter().filter(wanted).collect())
     }
 
-    /// Takes a key back. No request with it is accepted any more; what it has begun goes on.
+    /// Takes a key back. No request with it is accepted any more, and answers that go on to it break off; executions that it has begun go on.
     ///
     /// # Errors
     /// See [`Error`].

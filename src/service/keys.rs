@@ -1,10 +1,12 @@
 //! API keys, and who stands behind one. Keys are kept as hashes only; files and their modes are the business of `app`.
 
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::time::Duration;
 
 use jiff::Timestamp;
 use sha2::{Digest, Sha256};
 use subtle::ConstantTimeEq;
+use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use super::Error;
@@ -87,7 +89,27 @@ pub struct Key {
 #[derive(Debug, Default)]
 pub struct KeyRing {
     state: Option<State>,
-    keys: RwLock<Vec<Key>>,
+    keys: RwLock<Vec<Known>>,
+}
+
+/// A key of the ring.
+#[derive(Debug)]
+struct Known {
+    key: Key,
+    /// Cancelled when it is taken out of the ring.
+    taken_out: CancellationToken,
+}
+
+impl From<Key> for Known {
+    fn from(key: Key) -> Self {
+        Self { key, taken_out: CancellationToken::new() }
+    }
+}
+
+impl Drop for Known {
+    fn drop(&mut self) {
+        self.taken_out.cancel();
+    }
 }
 
 /// A key of the configuration.
@@ -121,7 +143,7 @@ impl KeyRing {
     /// The keys that an earlier process has kept, and the database that keeps what comes to them.
     #[must_use]
     pub fn new(state: Option<State>, kept: Vec<ApiKeyRecord>) -> Self {
-        let keys = kept.into_iter().map(|record| Key { record, is_configured: false }).collect();
+        let keys = kept.into_iter().map(|record| Key { record, is_configured: false }.into()).collect();
         Self { state, keys: RwLock::new(keys) }
     }
 
@@ -148,8 +170,8 @@ impl KeyRing {
         let mut found = None;
         let keys = self.keys();
         for known in keys.iter() {
-            if bool::from(known.record.hash.0.ct_eq(&asked.0)) {
-                found = Some(&known.record);
+            if bool::from(known.key.record.hash.0.ct_eq(&asked.0)) {
+                found = Some(&known.key.record);
             }
         }
         let record = found.filter(|record| record.expires_at.is_none_or(|end| now < end))?;
@@ -162,9 +184,26 @@ impl KeyRing {
         })
     }
 
+    /// Waits until a key counts no more: it has expired, or was revoked.
+    pub fn lapsed(&self, id: KeyId) -> impl Future<Output = ()> + Send + 'static {
+        let keys = self.keys();
+        let known = keys.iter().find(|known| known.key.record.id == id);
+        let known = known.map(|known| (known.taken_out.clone(), known.key.record.expires_at));
+        drop(keys);
+        async move {
+            let Some((taken_out, expires_at)) = known else { return };
+            let Some(end) = expires_at else { return taken_out.cancelled().await };
+            // The clock of the wall may be set back meanwhile.
+            while let Ok(left) = Duration::try_from(end.duration_since(Timestamp::now()))
+                && !left.is_zero()
+                && taken_out.run_until_cancelled(tokio::time::sleep(left)).await.is_some()
+            {}
+        }
+    }
+
     /// All keys in the order of their ids.
     pub(super) fn list(&self) -> Vec<Key> {
-        let mut keys = self.keys().clone();
+        let mut keys: Vec<_> = self.keys().iter().map(|known| known.key.clone()).collect();
         keys.sort_by_key(|key| key.record.id);
         keys
     }
@@ -181,11 +220,12 @@ impl KeyRing {
     /// Takes a key away that is not of the configuration: it counts no more. Says what it was.
     pub(super) fn revoke(&self, id: KeyId) -> Option<Key> {
         let mut keys = self.keys_mut();
-        let at = keys.iter().position(|key| key.record.id == id)?;
-        if keys[at].is_configured {
-            return Some(keys[at].clone());
+        let at = keys.iter().position(|known| known.key.record.id == id)?;
+        let revoked = keys[at].key.clone();
+        if revoked.is_configured {
+            return Some(revoked);
         }
-        let revoked = keys.swap_remove(at);
+        keys.swap_remove(at);
         drop(keys);
         if let Some(state) = &self.state {
             state.forget_api_key(id);
@@ -194,18 +234,19 @@ impl KeyRing {
     }
 
     /// Nobody can use them any more, and others need their places.
-    fn forget_expired(&self, keys: &mut Vec<Key>, now: Timestamp) {
-        let is_over = |key: &mut Key| !key.is_configured && key.record.expires_at.is_some_and(|end| end <= now);
+    fn forget_expired(&self, keys: &mut Vec<Known>, now: Timestamp) {
+        let is_over =
+            |Known { key, .. }: &mut Known| !key.is_configured && key.record.expires_at.is_some_and(|end| end <= now);
         for over in keys.extract_if(.., is_over) {
             if let Some(state) = &self.state {
-                state.forget_api_key(over.record.id);
+                state.forget_api_key(over.key.record.id);
             }
         }
     }
 
     fn insert(&self, key: Key) -> Result<(), KeyError> {
         let mut keys = self.keys_mut();
-        if keys.iter().any(|known| known.record.hash == key.record.hash) {
+        if keys.iter().any(|known| known.key.record.hash == key.record.hash) {
             return Err(KeyError::Known);
         }
         if keys.len() >= MAX_KEYS {
@@ -215,16 +256,16 @@ impl KeyRing {
         if keys.len() >= MAX_KEYS && !key.is_configured {
             return Err(KeyError::TooMany);
         }
-        keys.push(key);
+        keys.push(key.into());
         Ok(())
     }
 
-    fn keys(&self) -> RwLockReadGuard<'_, Vec<Key>> {
+    fn keys(&self) -> RwLockReadGuard<'_, Vec<Known>> {
         // Every change is a single call, so a panic leaves nothing half done.
         self.keys.read().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn keys_mut(&self) -> RwLockWriteGuard<'_, Vec<Key>> {
+    fn keys_mut(&self) -> RwLockWriteGuard<'_, Vec<Known>> {
         self.keys.write().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -318,12 +359,12 @@ mod tests {
             let key = format!("{PREFIX}{n:064x}");
             record(n as u128, &key)
         };
-        (0..MAX_KEYS).for_each(|n| ring.keys_mut().push(Key { record: nth(n), is_configured: false }));
+        (0..MAX_KEYS).for_each(|n| ring.keys_mut().push(Key { record: nth(n), is_configured: false }.into()));
         assert_eq!(ring.issue(nth(MAX_KEYS)), Err(KeyError::TooMany));
         ring.revoke(nth(0).id).unwrap();
         assert_eq!(ring.issue(nth(MAX_KEYS)), Ok(()));
         // One that is over makes room.
-        ring.keys_mut()[0].record.expires_at = Some(Timestamp::UNIX_EPOCH);
+        ring.keys_mut()[0].key.record.expires_at = Some(Timestamp::UNIX_EPOCH);
         assert_eq!(ring.issue(nth(MAX_KEYS + 1)), Ok(()));
     }
 

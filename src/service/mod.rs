@@ -10,7 +10,6 @@ use bytes::Bytes;
 use cellblock_wire::link::{FileEntry, Stats};
 use hyper::body::Incoming;
 use serde_json::json;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_util::sync::CancellationToken;
 
 use crate::domain::egress::{Network, NetworkRequest};
@@ -22,6 +21,7 @@ use crate::domain::spec::{self, FieldError, Resources, SessionRequest, SessionSp
 use crate::engine::{Engine, EngineError, ImageInfo, Pull};
 use crate::kernel::link::LinkError;
 use crate::metrics::Metrics;
+use crate::places::{Full as NoPlace, Place, Places};
 use crate::session::capacity::Full;
 use crate::session::execution::{Execution, ExecutionRequest, OnTimeout, Stdin};
 use crate::session::once::{Begun, MAX_KEYS, Made, NotOnce, Once, Reservation};
@@ -38,9 +38,11 @@ pub mod admin;
 pub mod audit;
 pub mod issuing;
 pub mod keys;
+mod languages;
 pub mod log;
 pub mod offer;
 pub mod quotas;
+mod refusals;
 pub mod trail;
 
 use admin::Admin;
@@ -62,8 +64,8 @@ pub const MAX_LINE: usize = 64 * 1024;
 const MAX_LINES: (usize, usize) = (1000, 1024 * 1024);
 /// Most user expressions, and most bytes of one.
 const MAX_EXPRESSIONS: (usize, usize) = (32, 64 * 1024);
-/// KiB of notebooks on their way to callers at once.
-const NOTEBOOK_ROOM: usize = 256 * 1024;
+/// KiB of notebooks on their way to callers at once, and those of one tenant: callers may read slowly.
+const NOTEBOOK_ROOM: (usize, usize) = (256 * 1024, 128 * 1024);
 /// Most buffers of a comm's message; a message of more parts is no message of Jupyter's for the guest.
 const MAX_BUFFERS: usize = 32;
 /// A kernel answers a question within this time; it has none while it runs code.
@@ -88,9 +90,9 @@ pub enum Error {
     /// The key has not the scope for this.
     #[error("the key lacks the scope \"{0}\"")]
     Forbidden(&'static str),
-    /// The tenant has a live session of that name.
-    #[error("a live session, {0}, has that name")]
-    NameInUse(SessionId),
+    /// The tenant has a live session of that name; which, if the key allows to know of it.
+    #[error("a live session{} has that name", .0.map(|id| format!(", {id},")).unwrap_or_default())]
+    NameInUse(Option<SessionId>),
     /// The session is still starting.
     #[error("the session is still starting")]
     NotReady,
@@ -125,9 +127,12 @@ pub enum Error {
         /// When it may again.
         retry_after: Duration,
     },
-    /// Too much is on its way to others.
+    /// Too much is on its way to callers.
     #[error("too many notebooks are being fetched")]
     NotebooksBusy,
+    /// Too much is on its way to the tenant's callers.
+    #[error("too many of the tenant's notebooks are being fetched; read those first")]
+    OwnNotebooksBusy,
     /// The kernel had no time for a question.
     #[error("the kernel did not answer within {0:?}; it may be running code")]
     KernelBusy(Duration),
@@ -193,7 +198,8 @@ impl From<CreateRefused> for Error {
             CreateRefused::Full(Full { retry_after }) => Self::AtCapacity { retry_after },
             CreateRefused::TooLarge(errors) => Self::SpecRejected(errors),
             CreateRefused::OverShare(exceeded) => Self::OverQuota { exceeded, retry_after: LATER },
-            CreateRefused::NameInUse(id) => Self::NameInUse(id),
+            // Who may know which, is decided where the key is known.
+            CreateRefused::NameInUse(_) => Self::NameInUse(None),
             CreateRefused::Draining => Self::Draining,
         }
     }
@@ -206,6 +212,8 @@ pub struct ExecuteRequest {
     pub code: String,
     /// Where it runs; the session's first context when absent.
     pub context: Option<ContextId>,
+    /// In which language: where no context is named, that language's runs it, and is made if there is none.
+    pub language: Option<String>,
     /// Its time limit; the session's when absent.
     pub timeout_seconds: Option<f64>,
     /// Nothing is shown and nothing is counted.
@@ -224,13 +232,27 @@ pub struct ExecuteRequest {
     pub comm: Option<Comm>,
 }
 
-/// A notebook on its way to a caller.
-#[derive(Debug)]
-pub struct Notebook {
-    /// The file.
-    pub bytes: Bytes,
-    /// Its part of the memory for notebooks; to be held until it is sent.
-    pub room: OwnedSemaphorePermit,
+/// What a context is to be.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct ContextRequest {
+    /// One of the image's kernelspecs; that of the session when absent.
+    pub kernelspec: Option<String>,
+    /// Instead of it, a language that one of them runs.
+    pub language: Option<String>,
+    /// Working folder of its kernel; the session's when absent.
+    pub cwd: Option<String>,
+}
+
+/// A notebook on its way to a caller. It has its part of the memory for notebooks until the last piece of it is gone.
+struct Fetched {
+    bytes: Bytes,
+    _room: Place<Arc<str>>,
+}
+
+impl AsRef<[u8]> for Fetched {
+    fn as_ref(&self) -> &[u8] {
+        &self.bytes
+    }
 }
 
 /// A question to a kernel about code.
@@ -308,8 +330,8 @@ pub struct Service {
     offer: Offer,
     pull: Pull,
     archive: Option<Archive>,
-    /// KiB of notebooks that may be on their way at once: callers may read slowly.
-    notebook_room: Arc<Semaphore>,
+    /// KiB of notebooks on their way, by tenant.
+    notebook_room: Arc<Places<Arc<str>>>,
     /// When the engine was last asked whether it answers, and whether it did.
     engine_seen: tokio::sync::Mutex<Option<(Instant, bool)>>,
     /// What operators' commands work with, where there are any.
@@ -342,7 +364,7 @@ impl Service {
         pull: Pull,
         archive: Option<Archive>,
     ) -> Self {
-        let (engine_seen, notebook_room) = (tokio::sync::Mutex::default(), Arc::new(Semaphore::new(NOTEBOOK_ROOM)));
+        let (engine_seen, notebook_room) = (tokio::sync::Mutex::default(), Places::new(NOTEBOOK_ROOM.0));
         Self {
             registry,
             engine,
@@ -469,27 +491,38 @@ impl Service {
         let quota = self.quotas.of(&who.tenant);
         check_size(&quota, &spec)?;
         let tenant = (&who.tenant, &quota.share);
-        let created = match self.registry.find(tenant, &spec, request.reuse, lasting, once).await? {
+        let refused = |refused| self.not_created(who, refused);
+        let created = match self.registry.find(tenant, &spec, request.reuse, lasting, once).await.map_err(refused)? {
             Some(created) => created,
             None => {
                 spec.image = self.resolve_image(&template).await?.id;
-                self.registry.create(tenant, spec, request.reuse, lasting, once).await?
+                self.registry.create(tenant, spec, request.reuse, lasting, once).await.map_err(refused)?
             }
         };
         let (Created::New(session) | Created::Reused(session)) = &created;
         trail::note_session(session.id);
-        if let Created::Reused(session) = &created {
-            if !who.admits(&session.spec.template) {
-                return Err(Error::NameInUse(session.id));
-            }
+        match &created {
+            Created::New(_) => trail::note_change(),
+            Created::Reused(session) if !who.admits(&session.spec.template) => return Err(Error::NameInUse(None)),
             // It counts as activity, and comes after what its task is about to do: it may have been claimed at this moment.
-            session.keep_alive().await?;
+            Created::Reused(session) => session.keep_alive().await?,
         }
         if wait {
             self.wait_until_started(session).await?;
         }
         self.kept().await?;
         Ok(created)
+    }
+
+    /// Why a caller gets no session. Of one that has the name already it is told where its key allows to know of it.
+    fn not_created(&self, who: &Principal, refused: CreateRefused) -> Error {
+        match refused {
+            CreateRefused::NameInUse(id) => {
+                let session = self.registry.session(&who.tenant, id);
+                Error::NameInUse(session.filter(|session| who.admits(&session.spec.template)).map(|session| session.id))
+            }
+            refused => refused.into(),
+        }
     }
 
     /// What a session would be, but for its image.
@@ -699,7 +732,7 @@ impl Service {
         Ok(self.session(who, id)?.contexts().await?)
     }
 
-    /// Adds a context to a session; answers once its kernel does. Without a kernelspec it has that of the session.
+    /// Adds a context to a session; answers once its kernel does.
     ///
     /// # Errors
     /// See [`Error`].
@@ -707,17 +740,22 @@ impl Service {
         self: &Arc<Self>,
         who: &Principal,
         id: SessionId,
-        kernelspec: Option<String>,
-        cwd: Option<String>,
+        wanted: ContextRequest,
         once: Option<Reservation>,
     ) -> Result<ContextView, Error> {
         who.require_sessions()?;
         self.accepts()?;
         let session = self.session(who, id)?;
+        let ContextRequest { mut kernelspec, language, cwd } = wanted;
         let mut errors = Vec::new();
-        if kernelspec.as_deref().is_some_and(|k| !spec::is_name(k)) {
-            let allowed = "allowed are 1 to 64 letters, digits, \".\", \"_\" and \"-\"";
-            errors.push(FieldError::new("/kernelspec", allowed));
+        for (pointer, name) in [("/kernelspec", &kernelspec), ("/language", &language)] {
+            if name.as_deref().is_some_and(|name| !spec::is_name(name)) {
+                let allowed = "allowed are 1 to 64 letters, digits, \".\", \"_\" and \"-\"";
+                errors.push(FieldError::new(pointer, allowed));
+            }
+        }
+        if kernelspec.is_some() && language.is_some() {
+            errors.push(FieldError::new("/language", "the kernelspec has its language; name one of the two"));
         }
         if cwd.as_deref().is_some_and(|c| c.is_empty() || c.len() > 4096 || c.contains('\0')) {
             errors.push(FieldError::new("/cwd", "allowed is a path of at most 4096 bytes"));
@@ -725,7 +763,9 @@ impl Service {
         if !errors.is_empty() {
             return Err(Error::SpecRejected(errors));
         }
-        if let Some(wanted) = &kernelspec {
+        if let Some(language) = &language {
+            kernelspec = Some(languages::kernelspec_for(&session, language).await?);
+        } else if let Some(wanted) = &kernelspec {
             let specs = session.link().await?.kernelspecs().await.map_err(|error| unreachable_guest(id, &error))?;
             // Names come from the image, which is as trusted as its operator makes it.
             let names: Vec<_> = specs.iter().map(|s| s.name.as_str()).filter(|name| spec::is_name(name)).collect();
@@ -875,15 +915,19 @@ impl Service {
     ///
     /// # Errors
     /// [`Error::NotFound`] or [`Error::Forbidden`].
-    pub async fn notebook(&self, who: &Principal, id: SessionId) -> Result<Notebook, Error> {
+    pub async fn notebook(&self, who: &Principal, id: SessionId) -> Result<Bytes, Error> {
         who.require_read()?;
         self.require_notebook(who, id)?;
         let archive = self.archive.as_ref().ok_or(Error::NotFound("notebook"))?;
         let bytes = archive.notebook(&who.tenant, id).await.ok_or(Error::NotFound("notebook"))?;
-        // One that is larger than all the room has it to itself.
-        let share = u32::try_from((bytes.len() / 1024 + 1).min(NOTEBOOK_ROOM)).unwrap_or(u32::MAX);
-        let room = Arc::clone(&self.notebook_room).try_acquire_many_owned(share).map_err(|_| Error::NotebooksBusy)?;
-        Ok(Notebook { bytes, room })
+        // One that is larger than a tenant's part has that to itself.
+        let (_, most) = NOTEBOOK_ROOM;
+        let share = (bytes.len() / 1024 + 1).min(most);
+        let room = self.notebook_room.take(Arc::clone(&who.tenant), share, most).map_err(|full| match full {
+            NoPlace::OfOne => Error::OwnNotebooksBusy,
+            NoPlace::All => Error::NotebooksBusy,
+        })?;
+        Ok(Bytes::from_owner(Fetched { bytes, _room: room }))
     }
 
     /// Forgets a session's notebook.
@@ -902,7 +946,7 @@ impl Service {
     #[must_use]
     pub fn with_quotas(self, quotas: Arc<Quotas>) -> Self {
         for (session, execution) in self.registry.unfinished_executions() {
-            count(quotas.go_on(&session.tenant), &session, execution);
+            count(quotas.go_on(&session.tenant), self.metrics(), &session, execution);
         }
         Self { quotas, ..self }
     }
@@ -956,7 +1000,8 @@ impl Service {
         let session = self.session(who, id)?;
         self.accepts()?;
         trail::note_code(&request.code);
-        let (context, request) = (request.context, resolve_execution(&session.spec, request)?);
+        let (context, language) = (request.context, request.language.clone());
+        let request = resolve_execution(&session.spec, request)?;
         let running = self.quotas.begin_execution(&who.tenant, self.stored(&who.tenant), jiff::Timestamp::now())?;
         let service = Arc::clone(self);
         // What was accepted is kept even if its caller leaves at this moment.
@@ -965,13 +1010,20 @@ impl Service {
             if let Some(once) = &once {
                 once.will_be(Made::Execution(id));
             }
-            let accepted = session.execute(id, context, request).await.map_err(Error::from);
+            let context = match language {
+                Some(language) => languages::context_for(&session, &language).await.map(Some),
+                None => Ok(context),
+            };
+            let accepted = match context {
+                Ok(context) => session.execute(id, context, request).await.map_err(Error::from),
+                Err(error) => Err(error),
+            };
             if let Ok(execution) = &accepted {
                 trail::note_execution(id);
                 trail::note_context(execution.place.context);
                 trail::trace(execution, &session.spec.template);
                 service.registry.keep(execution);
-                count(running, &session, Arc::clone(execution));
+                count(running, service.metrics(), &session, Arc::clone(execution));
             }
             let kept = match once {
                 Some(once) => service.settle_key(once, &accepted).await,
@@ -1173,6 +1225,13 @@ fn resolve_execution(spec: &SessionSpec, request: ExecuteRequest) -> Result<Exec
         }
         output.text_bytes = asked;
     }
+    if let Some(language) = &request.language {
+        if !spec::is_name(language) {
+            errors.push(FieldError::new("/language", "allowed are 1 to 64 letters, digits, \".\", \"_\" and \"-\""));
+        } else if request.context.is_some() {
+            errors.push(FieldError::new("/language", "the context has its language; name one of the two"));
+        }
+    }
     check_input(&request, &mut errors);
     if !errors.is_empty() {
         return Err(Error::SpecRejected(errors));
@@ -1269,8 +1328,9 @@ fn check_size(quota: &Quota, spec: &SessionSpec) -> Result<(), Error> {
 }
 
 /// Counts an execution until it ends, and what it has used of CPUs then.
-fn count(running: Running, session: &Session, execution: Arc<Execution>) {
-    let cpu_millis = session.spec.resources.cpu_millis;
+fn count(running: Running, metrics: &Metrics, session: &Session, execution: Arc<Execution>) {
+    let (cpu_millis, metrics, tenant) =
+        (session.spec.resources.cpu_millis, metrics.clone(), Arc::clone(&session.tenant));
     task::spawn("usage", async move {
         execution.ended().await;
         // The next process counts what goes on there.
@@ -1278,7 +1338,9 @@ fn count(running: Running, session: &Session, execution: Arc<Execution>) {
             let (told, duration) = execution.cpu_and_duration();
             // What nobody has told is as much as it can have been.
             let most = duration.mul_f64(f64::from(cpu_millis) / 1000.0);
-            running.used(told.map_or(most, |told| told.min(most.saturating_add(CPU_SLACK))), jiff::Timestamp::now());
+            let used = told.map_or(most, |told| told.min(most.saturating_add(CPU_SLACK)));
+            running.used(used, jiff::Timestamp::now());
+            metrics.execution_of_tenant_ended(&tenant, execution.status(), used);
         }
     });
 }

@@ -8,12 +8,20 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
+use tokio_util::sync::CancellationToken;
 
 use super::Error;
+use super::keys::MAX_KEYS;
 use crate::domain::quota::{Exceeded, Quota, QuotaTable, Rate};
 use crate::store::state::{State, UsageRecord};
 
 const DAY: i64 = 24 * 3600;
+/// What was used is known on its day and on so many after it, in case the clock is set back.
+const KEPT_DAYS: i64 = 1;
+/// Accounts of tenants that are known at once: there are no more tenants than keys, but keys come and go.
+const MAX_ACCOUNTS: usize = 2 * MAX_KEYS;
+/// What holds nothing any more is forgotten so often.
+const FORGET: Duration = Duration::from_secs(60);
 /// Executions end all the time.
 const SOON: Duration = Duration::from_secs(1);
 /// When to look again for what ends when its owner wants it to.
@@ -55,10 +63,15 @@ struct Bucket {
 }
 
 impl Bucket {
+    /// How many may come now.
+    fn filled(&self, rate: Rate, now: Instant) -> f64 {
+        let since = now.saturating_duration_since(self.at).as_secs_f64();
+        (self.tokens + since * rate.per_second).min(f64::from(rate.burst))
+    }
+
     /// Takes one. What is left, or when there is one.
     fn take(&mut self, rate: Rate, now: Instant) -> Result<RateState, Duration> {
-        let since = now.saturating_duration_since(self.at).as_secs_f64();
-        self.tokens = (self.tokens + since * rate.per_second).min(f64::from(rate.burst));
+        self.tokens = self.filled(rate, now);
         self.at = now;
         let until = |tokens: f64, wanted: f64| {
             Duration::try_from_secs_f64(((wanted - tokens) / rate.per_second).max(0.0)).unwrap_or(Duration::MAX)
@@ -82,7 +95,7 @@ impl Running {
     /// It has used so much.
     pub(super) fn used(&self, cpu: Duration, now: Timestamp) {
         let mut accounts = self.quotas.accounts();
-        let account = accounts.entry(Arc::clone(&self.tenant)).or_default();
+        let account = account(&mut accounts, &self.tenant);
         let (day, before) = account.cpu_of(now);
         account.cpu = (day, before.saturating_add(cpu));
         if let Some(state) = &self.quotas.state {
@@ -145,7 +158,7 @@ impl Quotas {
     pub(super) fn request(&self, tenant: &Arc<str>, now: Instant) -> Result<Option<RateState>, Error> {
         let Some(rate) = self.of(tenant).requests else { return Ok(None) };
         let mut accounts = self.accounts();
-        let account = accounts.entry(Arc::clone(tenant)).or_default();
+        let account = account(&mut accounts, tenant);
         let bucket = account.bucket.get_or_insert(Bucket { tokens: rate.burst.into(), at: now });
         bucket.take(rate, now).map(Some).map_err(|retry_after| Error::RateLimited { rate, retry_after })
     }
@@ -155,7 +168,7 @@ impl Quotas {
     /// # Errors
     /// [`Error::OverQuota`].
     pub(super) fn check_execution(&self, tenant: &Arc<str>, stored: u64, now: Timestamp) -> Result<(), Error> {
-        self.accounts().entry(Arc::clone(tenant)).or_default().check(self.of(tenant), stored, now)
+        account(&mut self.accounts(), tenant).check(self.of(tenant), stored, now)
     }
 
     /// Counts an execution, if it may be accepted.
@@ -169,7 +182,7 @@ impl Quotas {
         now: Timestamp,
     ) -> Result<Running, Error> {
         let mut accounts = self.accounts();
-        let account = accounts.entry(Arc::clone(tenant)).or_default();
+        let account = account(&mut accounts, tenant);
         account.check(self.of(tenant), stored, now)?;
         account.executions += 1;
         Ok(Running { quotas: Arc::clone(self), tenant: Arc::clone(tenant) })
@@ -177,7 +190,7 @@ impl Quotas {
 
     /// Counts one that was accepted before, whatever the quotas are now.
     pub(super) fn go_on(self: &Arc<Self>, tenant: &Arc<str>) -> Running {
-        self.accounts().entry(Arc::clone(tenant)).or_default().executions += 1;
+        account(&mut self.accounts(), tenant).executions += 1;
         Running { quotas: Arc::clone(self), tenant: Arc::clone(tenant) }
     }
 
@@ -190,13 +203,51 @@ impl Quotas {
         }
     }
 
+    /// Forgets now and then what holds nothing any more, until it is told to stop.
+    pub async fn stay_within_bounds(&self, stop: CancellationToken) {
+        let mut timer = tokio::time::interval(FORGET);
+        timer.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            tokio::select! {
+                () = stop.cancelled() => return,
+                _ = timer.tick() => self.forget(Timestamp::now(), Instant::now()),
+            }
+        }
+    }
+
+    /// Forgets accounts that say no more than none would, and what was used on days that are long over.
+    fn forget(&self, now: Timestamp, at: Instant) {
+        let first = now.as_second().div_euclid(DAY) - KEPT_DAYS;
+        self.accounts().retain(|tenant, account| account.holds(self.of(tenant).requests, first, at));
+        if let Some(state) = &self.state {
+            state.forget_usage(first);
+        }
+    }
+
     fn accounts(&self) -> MutexGuard<'_, HashMap<Arc<str>, Account>> {
         // Every change is whole between its statements that can panic, of which there are none.
         self.accounts.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
+/// A tenant's account. Where there are too many, that of a tenant in which nothing runs goes, the one that has used least.
+fn account<'a>(accounts: &'a mut HashMap<Arc<str>, Account>, tenant: &Arc<str>) -> &'a mut Account {
+    if accounts.len() >= MAX_ACCOUNTS && !accounts.contains_key(tenant) {
+        let quiet = accounts.iter().filter(|(_, account)| account.executions == 0);
+        let least = quiet.min_by_key(|(_, account)| account.cpu).map(|(tenant, _)| Arc::clone(tenant));
+        least.and_then(|tenant| accounts.remove(&tenant));
+    }
+    accounts.entry(Arc::clone(tenant)).or_default()
+}
+
 impl Account {
+    /// Whether it says more than a new one would, with this rate and of days from `first` on.
+    fn holds(&self, rate: Option<Rate>, first: i64, at: Instant) -> bool {
+        let (day, used) = self.cpu;
+        let is_full = |(rate, bucket): (Rate, Bucket)| bucket.filled(rate, at) >= f64::from(rate.burst);
+        self.executions > 0 || (day >= first && !used.is_zero()) || !rate.zip(self.bucket).is_none_or(is_full)
+    }
+
     fn check(&self, quota: Quota, stored: u64, now: Timestamp) -> Result<(), Error> {
         let over = |name, limit, retry_after| Error::OverQuota { exceeded: Exceeded { name, limit }, retry_after };
         if let Some(limit) = quota.executions.filter(|limit| self.executions >= *limit) {
@@ -290,6 +341,56 @@ mod tests {
         use_up(10, at(2 * DAY));
         assert!(quotas.check_execution(&one, 0, at(DAY)).is_err(), "a clock that was set back gives nothing back");
         assert_eq!(midnight_after(at(2 * DAY)), at(3 * DAY));
+    }
+
+    #[test]
+    fn who_holds_nothing_is_forgotten_and_nobody_else() {
+        let rate = Rate { per_second: 1.0, burst: 2 };
+        let quotas = quotas(Quota { requests: Some(rate), ..Quota::default() });
+        let [one, two, three, four] = ["one", "two", "three", "four"].map(Arc::<str>::from);
+        let (start, day) = (Instant::now(), at(10 * DAY));
+        let known = |now, millis| {
+            quotas.forget(now, start + Duration::from_millis(millis));
+            let mut known: Vec<_> = quotas.accounts().keys().map(ToString::to_string).collect();
+            known.sort();
+            known
+        };
+        quotas.request(&one, start).unwrap();
+        let running = quotas.go_on(&two);
+        quotas.go_on(&three).used(Duration::from_secs(1), day);
+        quotas.check_execution(&four, 0, day).unwrap();
+        assert_eq!(known(day, 500), ["one", "three", "two"], "a look leaves nothing");
+        assert_eq!(known(day, 1000), ["three", "two"], "a full bucket is like none");
+        drop(running);
+        assert_eq!(known(at(11 * DAY), 1000), ["three"]);
+        assert_eq!(known(at(12 * DAY), 1000), Vec::<String>::new());
+    }
+
+    #[test]
+    fn there_are_so_many_accounts_at_once_and_who_has_used_least_goes() {
+        let quotas = quotas(Quota::default());
+        let tenant = |n: usize| Arc::<str>::from(format!("t{n}"));
+        let _running = quotas.go_on(&tenant(0));
+        for n in 1..MAX_ACCOUNTS + 10 {
+            quotas.go_on(&tenant(n)).used(Duration::from_secs(if n == 7 { 1 } else { 2 }), at(0));
+        }
+        let accounts = quotas.accounts();
+        assert_eq!(accounts.len(), MAX_ACCOUNTS);
+        assert!(accounts.contains_key(&tenant(0)) && !accounts.contains_key(&tenant(7)));
+    }
+
+    #[tokio::test]
+    async fn what_was_used_long_ago_is_in_no_database() {
+        let folder = tempfile::tempdir().unwrap();
+        let state = State::open(folder.path(), None).unwrap().0;
+        let quotas = Arc::new(Quotas::new(QuotaTable::default(), Some(state.clone()), Vec::new()));
+        for (tenant, day) in [("one", 8), ("two", 9), ("three", 10)] {
+            quotas.go_on(&Arc::from(tenant)).used(Duration::from_secs(1), at(day * DAY));
+        }
+        quotas.forget(at(10 * DAY), Instant::now());
+        state.settle().await.unwrap();
+        let left = State::open(folder.path(), None).unwrap().1;
+        assert_eq!(left.usage.iter().map(|record| &*record.tenant).collect::<Vec<_>>(), ["three", "two"]);
     }
 
     #[test]

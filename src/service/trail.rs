@@ -7,7 +7,6 @@
 use std::net::IpAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use jiff::{Timestamp, Unit};
 use sha2::{Digest, Sha256};
 
 use super::audit::Audit;
@@ -57,6 +56,9 @@ pub struct Told {
     /// The execution.
     pub execution: Option<ExecutionId>,
     code: Option<Code>,
+    has_changed: bool,
+    /// Its body is still on its way, so nothing was begun.
+    is_arriving: bool,
 }
 
 /// Code that was sent.
@@ -131,9 +133,9 @@ impl Trail {
         }
         let Some(audit) = &self.audit else { return };
         let told = self.lock().clone();
-        let is_refused = answered.as_ref().is_some_and(|answered| answered.is_key_refused);
+        let is_key_refused = answered.as_ref().is_some_and(|answered| answered.is_key_refused);
         let action = match (&self.origin.action, &told.tenant) {
-            _ if is_refused => REFUSE_KEY.to_owned(),
+            _ if is_key_refused => REFUSE_KEY.to_owned(),
             (Some(action), Some(_)) => action.to_string(),
             // Nobody who is known has asked for anything that counts.
             _ => return,
@@ -145,14 +147,13 @@ impl Trail {
             Some(Code { bytes, sha256, text }) => (Some(bytes), Some(sha256), text),
             None => (None, None, None),
         };
-        let now = Timestamp::now();
+        // Whoever leaves before a request is whole has asked for nothing.
+        let is_refused = status.map_or(told.is_arriving, |status| (400..500).contains(&status)) && !told.has_changed;
         let event = AuditEvent {
-            at: now.round(Unit::Millisecond).unwrap_or(now),
             tenant: told.tenant.map(|tenant| tenant.to_string()),
             key: told.key.map(|id| id.to_string()),
             address: self.origin.address,
             request: self.origin.request.clone(),
-            action,
             target: target.chars().take(MAX_TARGET).collect(),
             session: told.session.map(|id| id.to_string()),
             context: told.context.map(|id| id.to_string()),
@@ -161,12 +162,12 @@ impl Trail {
             code_sha256,
             code,
             status,
-            outcome: outcome.to_owned(),
+            ..AuditEvent::now(&action, outcome)
         };
         for other in told.others {
             audit.put(AuditEvent { session: Some(other.to_string()), ..event.clone() });
         }
-        audit.put(event);
+        if is_refused { audit.put_refused(event) } else { audit.put(event) }
     }
 
     fn lock(&self) -> MutexGuard<'_, Told> {
@@ -197,6 +198,19 @@ pub(super) async fn follow<T>(trail: Option<Arc<Trail>>, work: impl Future<Outpu
 /// Notes who asks.
 pub fn note_caller(who: &Principal) {
     note(|told| (told.tenant, told.key) = (Some(Arc::clone(&who.tenant)), who.key));
+}
+
+/// Reads what is still to come of a request.
+pub async fn arriving<T>(read: impl Future<Output = T>) -> T {
+    note(|told| told.is_arriving = true);
+    let arrived = read.await;
+    note(|told| told.is_arriving = false);
+    arrived
+}
+
+/// Notes that a request has changed something, so that its event is told however it is answered.
+pub(super) fn note_change() {
+    note(|told| told.has_changed = true);
 }
 
 /// Notes which session a request is about.
@@ -246,8 +260,11 @@ fn note(change: impl FnOnce(&mut Told)) {
 mod tests {
     use std::time::Duration;
 
+    use futures_util::FutureExt;
+
     use super::super::audit::{AuditBounds, AuditQuery};
     use super::super::keys::Scope;
+    use super::super::refusals::TOLD;
     use super::*;
     use crate::store::state::State;
 
@@ -277,7 +294,7 @@ mod tests {
 
         async fn events(&self) -> Vec<AuditEvent> {
             let query = AuditQuery { limit: 1000, ..AuditQuery::default() };
-            self.state.audit(query).await.unwrap().into_iter().map(|(_, event)| event).collect()
+            self.state.audit(query).await.unwrap().events.into_iter().map(|(_, event)| event).collect()
         }
     }
 
@@ -365,7 +382,54 @@ mod tests {
             bench.trail(None).end(REFUSED);
         }
         let events = bench.events().await;
-        assert_eq!(events.len(), 100);
+        assert_eq!(events.len() as u64, TOLD);
         assert!(events.iter().all(|event| event.action == REFUSE_KEY && event.tenant.is_none()));
+    }
+
+    #[tokio::test]
+    async fn a_tenant_that_is_refused_again_and_again_hides_nothing_that_is_carried_out() {
+        let bench = Bench::new(false);
+        let ask = async |tenant: &str, answered: Answered, changes: bool| {
+            let trail = bench.trail(Some("create_session"));
+            let work = async {
+                note_caller(&Principal::new(tenant, [Scope::Sessions]));
+                if changes {
+                    note_change();
+                }
+            };
+            trail.follow(work).await;
+            trail.end(answered);
+        };
+        let refused = || Answered { status: 404, problem: Some("not-found"), is_key_refused: false, made: None };
+        for _ in 0..TOLD + 20 {
+            ask("one", refused(), false).await;
+        }
+        ask("one", OK, false).await;
+        ask("one", refused(), true).await;
+        ask("one", Answered { status: 503, problem: Some("draining"), ..OK }, false).await;
+        ask("two", refused(), false).await;
+        // One that has never arrived whole, and one whose caller has left later.
+        let (cut, left) = (bench.trail(Some("create_session")), bench.trail(Some("create_session")));
+        let cut_off = cut.follow(async {
+            known();
+            arriving(std::future::pending::<()>()).await;
+        });
+        assert!(cut_off.now_or_never().is_none());
+        left.follow(async {
+            known();
+            arriving(std::future::ready(())).await;
+        })
+        .await;
+        drop((cut, left));
+        let told = bench.events().await;
+        let outcomes: Vec<_> = told.iter().skip(TOLD as usize).map(|event| event.outcome.as_str()).collect();
+        assert_eq!(outcomes, ["ok", "not-found", "draining", "not-found", "unanswered"]);
+        // A server that stops tells what it has left out.
+        let Bench { state, audit, _folder } = bench;
+        drop(audit);
+        let last =
+            state.audit(AuditQuery { limit: 1000, ..AuditQuery::default() }).await.unwrap().events.pop().unwrap().1;
+        let (tenant, count) = (last.tenant.as_deref(), last.count);
+        assert_eq!((last.action.as_str(), tenant, count), ("leave_out_refused", Some("one"), Some(21)));
     }
 }

@@ -22,6 +22,8 @@ const ADOPT_AGAIN: Duration = Duration::from_secs(1);
 pub(super) struct Booted {
     pub(super) link: Link,
     pub(super) events: Events,
+    /// The names of kernels that are there, as the guest has them: hostile text.
+    pub(super) kernels: Vec<String>,
 }
 
 /// Opens the link, attests the cell, and subscribes to its events. No kernel runs before this has succeeded.
@@ -36,7 +38,7 @@ pub(super) async fn boot(
     let report = link.report().await.map_err(|e| link_failure(&cell, &e))?;
     engine.attest(&cell, &report).await.map_err(|e| engine_failure(&cell, &e))?;
     let events = link.events(0).await.map_err(|e| link_failure(&cell, &e))?;
-    Ok(Booted { link, events })
+    Ok(Booted { link, events, kernels: Vec::new() })
 }
 
 /// A cell that is there already, and how long its link is waited for.
@@ -89,8 +91,9 @@ impl Adoption {
         self.engine.resume(&self.name).await.map_err(|e| e.to_string())?;
         let stream = self.engine.link(&self.name).await.map_err(|e| e.to_string())?;
         let (link, _hello) = Link::open(stream, self.secret, &self.init).await.map_err(|e| e.to_string())?;
+        let kernels = link.kernels().await.map_err(|e| e.to_string())?;
         let events = link.events(0).await.map_err(|e| e.to_string())?;
-        Ok(Booted { link, events })
+        Ok(Booted { link, events, kernels })
     }
 }
 

@@ -486,6 +486,11 @@ impl Context {
         kernel.strip_prefix(self.client.as_str()).is_some_and(|rest| rest.starts_with('n'))
     }
 
+    /// Whether this is the kernel that it has.
+    pub(super) fn has(&self, kernel: &str) -> bool {
+        self.kernel == kernel
+    }
+
     /// Whether something of a caller's runs or waits.
     pub(super) fn is_busy(&self) -> bool {
         let runs = match &self.state {

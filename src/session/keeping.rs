@@ -65,6 +65,11 @@ impl Keeping {
         Self { metrics: None, ..self }
     }
 
+    /// Whose session it is.
+    pub(super) fn tenant(&self) -> &str {
+        &self.tenant
+    }
+
     /// Where it is counted, if it is.
     pub(super) fn metrics(&self) -> Option<&Metrics> {
         self.metrics.as_ref()

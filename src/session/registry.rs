@@ -563,6 +563,7 @@ impl Registry {
                 _ => {}
             }
         }
+        levels.tenants = self.metrics.tenant_levels(self.live().iter().map(|session| &*session.tenant));
         self.capacity.look(&mut levels);
         let pools = self.pool.views().into_iter();
         let pool = |PoolView { template, target, ready, starting, hits, misses, .. }| PoolLevel {

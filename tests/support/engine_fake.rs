@@ -17,7 +17,7 @@ use cellblock::engine::{
 };
 use cellblock_wire::frame::{self, Frame};
 use cellblock_wire::link::{
-    Channel, Event, Hello, KernelDeleted, KernelStarted, Numbered, Outbound, Refusal, Report, StartKernel,
+    Channel, Event, Hello, KernelDeleted, KernelStarted, Numbered, Outbound, Refusal, Report, StartKernel, Stats,
 };
 use cellblock_wire::marker::{MARKER_LEN, MarkerScanner, Scanned};
 use futures_util::StreamExt;
@@ -73,6 +73,8 @@ pub struct FakeEngine {
     cells: Arc<Mutex<BTreeMap<CellName, Cell>>>,
     holder: Arc<Mutex<Option<InstallationId>>>,
     events: broadcast::Sender<EngineEvent>,
+    /// How often each thing was attempted.
+    asked: Mutex<BTreeMap<&'static str, usize>>,
 }
 
 #[derive(Clone)]
@@ -92,7 +94,13 @@ impl FakeEngine {
             cells: Arc::default(),
             holder: Arc::default(),
             events,
+            asked: Mutex::default(),
         }
+    }
+
+    /// How often this was attempted: `make a cell`, `list`, `find an image`, …
+    pub fn asked(&self, attempt: &'static str) -> usize {
+        self.asked.lock().unwrap().get(attempt).copied().unwrap_or_default()
     }
 
     /// Changes what goes wrong.
@@ -188,6 +196,7 @@ impl FakeEngine {
     }
 
     fn reachable(&self, attempt: &'static str) -> Result<Faults, EngineError> {
+        *self.asked.lock().unwrap().entry(attempt).or_default() += 1;
         let faults = self.faults.lock().unwrap().clone();
         if faults.unreachable {
             return Err(EngineError::Unavailable { attempt, detail: "told to fail".to_owned() });
@@ -416,7 +425,7 @@ async fn serve(guest: Arc<Guest>, mut stream: DuplexStream, faults: Faults) {
 type Answer = Response<UnsyncBoxBody<Bytes, Infallible>>;
 
 async fn answer(guest: &Arc<Guest>, faults: &Faults, request: Request<Incoming>) -> Answer {
-    let is_an_order = request.uri().path().starts_with("/kernels");
+    let is_an_order = request.method() != "GET" && request.uri().path().starts_with("/kernels");
     let answer = answer_heard(guest, faults, request).await;
     let is_lost = is_an_order && {
         let mut state = guest.state.lock().unwrap();
@@ -447,7 +456,9 @@ async fn answer_heard(guest: &Arc<Guest>, faults: &Faults, request: Request<Inco
             guest.state.lock().unwrap().links += 1;
             json_answer(&Hello { generation: 1, version: "fake".to_owned(), last_seq: 0 })
         }
+        ("GET", ["stats"]) => json_answer(&Stats::default()),
         ("GET", ["report"]) => json_answer(&Report::default()),
+        ("GET", ["kernels"]) => json_answer(&guest.state.lock().unwrap().kernels.keys().collect::<Vec<_>>()),
         ("POST", ["kernels"]) => {
             let start: StartKernel = serde_json::from_slice(&body).unwrap();
             if !guest.state.lock().unwrap().kernels.contains_key(&start.kernel) {

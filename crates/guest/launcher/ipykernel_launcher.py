@@ -17,15 +17,16 @@ UNSENT = 256 * 1024
 PIPE = 64 * 1024
 
 
-def import_in_parts(name, part):
-    """A package whose own content is imported with the first name that is taken from it and is not in its module `part`."""
+def import_in_parts(name, *parts):
+    """A package whose own content is imported with the first name that is taken from it and is in none of its modules `parts`, the light ones first."""
     spec = importlib.util.find_spec(name)
 
     class Package(types.ModuleType):
         def __getattr__(self, wanted):
-            module = importlib.import_module(f"{name}.{part}")
-            if hasattr(module, wanted):
-                return getattr(module, wanted)
+            for part in parts:
+                module = importlib.import_module(f"{name}.{part}")
+                if hasattr(module, wanted):
+                    return getattr(module, wanted)
             self.__class__ = types.ModuleType
             spec.loader.exec_module(self)
             return getattr(self, wanted)
@@ -127,8 +128,8 @@ if __name__ == "__main__":
         del sys.path[0]
     # A third of the boot is spent on importing a debugger that nobody can reach. ipykernel does without one that it can't import.
     sys.modules["debugpy"] = None
-    # Of the clients' package a kernel needs messages and connection files.
-    import_in_parts("jupyter_client", "connect")
+    # Of the clients' package a kernel needs messages and connection files, and, before version 8, asks it for its version meanwhile.
+    import_in_parts("jupyter_client", "_version", "connect")
 
     import tempfile
 

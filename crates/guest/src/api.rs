@@ -197,6 +197,7 @@ impl Guest {
 
     async fn route_kernels(&self, method: &Method, rest: &str, body: Incoming) -> Answered {
         match (method, rest.split_once('/').unwrap_or((rest, ""))) {
+            (&Method::GET, ("", "")) => Ok(json(&self.kernels.names())),
             (&Method::POST, ("", "")) => {
                 let request: StartKernel = read_json(body).await?;
                 Ok(json(&self.kernels.start(&request)?))

@@ -38,6 +38,7 @@ async fn requests_that_need_no_kernel() {
     let _: Stats = cell.get("/stats").await;
     let specs: Vec<KernelSpec> = cell.get("/kernelspecs").await;
     assert!(specs.iter().any(|spec| spec.name == FAKE));
+    assert_eq!(cell.get::<Vec<String>>("/kernels").await, [""; 0]);
     for (method, path, status, code) in [
         (Method::GET, "/nothing", 404, "not-found"),
         (Method::POST, "/kernels", 400, "invalid"),
@@ -175,8 +176,10 @@ async fn what_was_held_back_is_told_before_a_kernel_is_gone() {
     execute(&mut cell, "k1", "m1", "spill 20 100", cap).await;
     cell.until(|event| matches!(event, Event::Message { msg_type, .. } if msg_type == "stream")).await;
     tokio::time::sleep(Duration::from_millis(300)).await;
+    assert_eq!(cell.get::<Vec<String>>("/kernels").await, ["k1"]);
     let (status, body) = cell.request(Method::DELETE, "/kernels/k1", "".into()).await;
     assert_eq!(status, StatusCode::OK);
+    assert_eq!(cell.get::<Vec<String>>("/kernels").await, [""; 0]);
     let gone: KernelDeleted = serde_json::from_slice(&body).unwrap();
     let events = cell.until(|event| matches!(event, Event::Gap { .. })).await;
     assert!(gone.last_seq >= events.last().unwrap().head.seq);

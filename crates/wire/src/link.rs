@@ -8,6 +8,7 @@
 //! | `POST /init` | [`Init`] | [`Hello`] |
 //! | `GET /report` | | [`Report`] |
 //! | `GET /kernelspecs` | | `[`[`KernelSpec`]`]` |
+//! | `GET /kernels` | | names of the kernels that are there, as an array |
 //! | `POST /kernels` | [`StartKernel`] | [`KernelStarted`] |
 //! | `POST /kernels/{kernel}/messages` | one frame: [`Outbound`] and the message's parts | 204 |
 //! | `POST /kernels/{kernel}/signal` | [`Signal`] | 204 |
@@ -128,6 +129,9 @@ pub struct KernelSpec {
     pub language: String,
     /// Its name for people.
     pub display_name: String,
+    /// What other languages it runs.
+    #[serde(default)]
+    pub also: Vec<String>,
 }
 
 /// How the guest reaches a kernel.

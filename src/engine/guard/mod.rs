@@ -17,4 +17,4 @@ mod server;
 
 pub use client::GuardEngine;
 pub use policy::{Permitted, Policy};
-pub use server::{BindError, Guard, bind};
+pub use server::{BindError, Guard, Needs, bind};

@@ -27,7 +27,7 @@ pub struct Policy {
     pub cpu_millis: Option<u64>,
     /// Bytes of memory that they were all promised; none: no ceiling.
     pub memory_bytes: Option<u64>,
-    /// Creates at once, and again in each minute.
+    /// Creates at once, and again in each minute; and looks at the engine for what would be refused otherwise.
     pub creates_per_minute: u32,
 }
 
@@ -108,13 +108,63 @@ pub(super) struct Books {
     cells: BTreeMap<CellName, Entry>,
     /// Ids and the references that they were found under, oldest first.
     resolved: Vec<(String, String)>,
-    creates: f64,
+    creates: Tokens,
+    looks: Tokens,
+}
+
+/// What may be done so many times at once, and again in each minute.
+#[derive(Debug)]
+struct Tokens {
+    left: f64,
     counted: Instant,
+}
+
+impl Tokens {
+    fn new(most: u32, now: Instant) -> Self {
+        Self { left: most.into(), counted: now }
+    }
+
+    fn is_there_one(&mut self, most: u32, now: Instant) -> bool {
+        let most = f64::from(most);
+        let back = now.saturating_duration_since(self.counted).as_secs_f64() / MINUTE.as_secs_f64() * most;
+        (self.left, self.counted) = ((self.left + back).min(most), now);
+        self.left >= 1.0
+    }
+
+    fn take(&mut self, most: u32, now: Instant) -> bool {
+        let is_there_one = self.is_there_one(most, now);
+        self.left -= f64::from(u8::from(is_there_one));
+        is_there_one
+    }
+}
+
+/// Why a cell gets no place.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) struct Refusal {
+    pub(super) error: EngineError,
+    /// What may be otherwise than the books have it.
+    pub(super) doubt: Option<Doubt>,
+}
+
+impl From<EngineError> for Refusal {
+    fn from(error: EngineError) -> Self {
+        Self { error, doubt: None }
+    }
+}
+
+/// What only the engine knows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Doubt {
+    /// A listed reference may mean another image by now.
+    Images,
+    /// Others than the guard may have removed cells.
+    Cells,
 }
 
 impl Books {
     pub(super) fn new(policy: &Policy, now: Instant) -> Self {
-        Self { cells: BTreeMap::new(), resolved: Vec::new(), creates: policy.creates_per_minute.into(), counted: now }
+        let tokens = || Tokens::new(policy.creates_per_minute, now);
+        Self { cells: BTreeMap::new(), resolved: Vec::new(), creates: tokens(), looks: tokens() }
     }
 
     /// A reference was found to mean this content.
@@ -132,16 +182,50 @@ impl Books {
         self.resolved.iter().any(|(known, _)| known == id)
     }
 
-    /// Takes a place for a cell, until [`Books::settle`] and then as long as it is seen.
+    /// Takes a place for a cell, until [`Books::settle`] and then as long as it is seen. What no look at the engine could change is refused first: a cell that
+    /// is never permitted, and then any above the rate.
     ///
     /// # Errors
     /// [`EngineError::Absent`] for an image that is not listed, [`EngineError::Rejected`] for a cell that is never permitted, [`EngineError::Unavailable`] for
     /// one that may be later.
-    pub(super) fn reserve(&mut self, policy: &Policy, cell: &CellSpec, now: Instant) -> Result<(), EngineError> {
+    pub(super) fn reserve(&mut self, policy: &Policy, cell: &CellSpec, now: Instant) -> Result<(), Refusal> {
         let found = self.resolved.iter().filter(|(id, _)| *id == cell.image);
         let references: Vec<_> = found.map(|(_, reference)| reference.as_str()).collect();
-        policy.check(cell, &references)?;
-        let later = |detail: String| Err(EngineError::Unavailable { attempt: ATTEMPT, detail });
+        let unlisted = match policy.check(cell, &references) {
+            Ok(()) => None,
+            Err(error @ EngineError::Absent { .. }) => Some(Refusal { error, doubt: Some(Doubt::Images) }),
+            Err(error) => return Err(error.into()),
+        };
+        if !self.creates.is_there_one(policy.creates_per_minute, now) {
+            let detail = format!("the guard permits {} creates a minute", policy.creates_per_minute);
+            return Err(EngineError::Unavailable { attempt: ATTEMPT, detail }.into());
+        }
+        if let Some(unlisted) = unlisted {
+            return Err(unlisted);
+        }
+        self.fits(policy, cell)?;
+        self.creates.take(policy.creates_per_minute, now);
+        let asked = Promised::from(&cell.resources);
+        let entry = self.cells.entry(cell.name.clone());
+        let entry = entry.or_insert(Entry { promised: Promised::default(), under_way: 0, settled: now });
+        // One of this name may be there already, made from another specification.
+        entry.promised.cpu_millis = entry.promised.cpu_millis.max(asked.cpu_millis);
+        entry.promised.memory_bytes = entry.promised.memory_bytes.max(asked.memory_bytes);
+        entry.under_way += 1;
+        Ok(())
+    }
+
+    /// Pays for a look at the engine, which would be free otherwise for whoever asks for what is refused. There are as many as creates.
+    pub(super) fn may_look(&mut self, policy: &Policy, now: Instant) -> bool {
+        self.looks.take(policy.creates_per_minute, now)
+    }
+
+    /// Whether a cell fits into the ceilings, beside those that are there or may be.
+    fn fits(&self, policy: &Policy, cell: &CellSpec) -> Result<(), Refusal> {
+        let later = |detail: String| {
+            let error = EngineError::Unavailable { attempt: ATTEMPT, detail };
+            Err(Refusal { error, doubt: Some(Doubt::Cells) })
+        };
         let asked = Promised::from(&cell.resources);
         let others = self.cells.iter().filter(|(name, _)| **name != cell.name);
         let (mut cells, mut cpu, mut memory) = (1, u64::from(asked.cpu_millis), asked.memory_bytes);
@@ -159,25 +243,6 @@ impl Books {
         if let Some(most) = policy.memory_bytes.filter(|most| memory > *most) {
             return later(format!("all cells would have {memory} bytes of memory; the guard permits {most}"));
         }
-        self.count(policy, now)?;
-        let entry = self.cells.entry(cell.name.clone());
-        let entry = entry.or_insert(Entry { promised: Promised::default(), under_way: 0, settled: now });
-        // One of this name may be there already, made from another specification.
-        entry.promised.cpu_millis = entry.promised.cpu_millis.max(asked.cpu_millis);
-        entry.promised.memory_bytes = entry.promised.memory_bytes.max(asked.memory_bytes);
-        entry.under_way += 1;
-        Ok(())
-    }
-
-    fn count(&mut self, policy: &Policy, now: Instant) -> Result<(), EngineError> {
-        let most = f64::from(policy.creates_per_minute);
-        let back = now.saturating_duration_since(self.counted).as_secs_f64() / MINUTE.as_secs_f64() * most;
-        (self.creates, self.counted) = ((self.creates + back).min(most), now);
-        if self.creates < 1.0 {
-            let detail = format!("the guard permits {} creates a minute", policy.creates_per_minute);
-            return Err(EngineError::Unavailable { attempt: ATTEMPT, detail });
-        }
-        self.creates -= 1.0;
         Ok(())
     }
 
@@ -269,7 +334,7 @@ mod tests {
         let mut outcome = |change: &dyn Fn(&mut CellSpec)| {
             let mut cell = cell(1);
             change(&mut cell);
-            books.reserve(&policy, &cell, now)
+            books.reserve(&policy, &cell, now).map_err(|refusal| refusal.error)
         };
         assert_eq!(outcome(&|_| {}), Ok(()));
         let absent = outcome(&|c| c.image = "sha256:b".to_owned());
@@ -302,7 +367,9 @@ mod tests {
             assert_eq!(books.reserve(&policy, &cell(n), now), Ok(()));
             assert_eq!(books.reserve(&policy, &cell(n), now), Ok(()), "asked for twice is one cell");
         }
-        assert!(matches!(books.reserve(&policy, &cell(3), now), Err(EngineError::Unavailable { .. })));
+        let refused = books.reserve(&policy, &cell(3), now).unwrap_err();
+        assert!(matches!(refused.error, EngineError::Unavailable { .. }), "{refused:?}");
+        assert_eq!(refused.doubt, Some(Doubt::Cells), "others may have removed some");
         let name = cell(0).name;
         books.settle(&name, now);
         books.forget(&name);
@@ -320,14 +387,14 @@ mod tests {
         assert_eq!(books.reserve(&policy, &cell(2), now), Ok(()));
         let refused = books.reserve(&policy, &cell(3), now);
         assert!(
-            matches!(&refused, Err(EngineError::Unavailable { detail, .. }) if detail.contains("CPU")),
+            matches!(&refused, Err(Refusal { error: EngineError::Unavailable { detail, .. }, .. }) if detail.contains("CPU")),
             "{refused:?}"
         );
         let mut small = cell(3);
         small.resources.cpu_millis = 1;
         let refused = books.reserve(&policy, &small, now);
         assert!(
-            matches!(&refused, Err(EngineError::Unavailable { detail, .. }) if detail.contains("memory")),
+            matches!(&refused, Err(Refusal { error: EngineError::Unavailable { detail, .. }, .. }) if detail.contains("memory")),
             "{refused:?}"
         );
         // The first one is gone; the second one is not, though nobody has seen it yet.
@@ -349,6 +416,15 @@ mod tests {
     }
 
     #[test]
+    fn looks_at_the_engine_for_what_is_refused_are_counted_apart_from_creates() {
+        let policy = Policy { creates_per_minute: 2, ..policy() };
+        let (mut books, now) = books(&policy);
+        assert_eq!([(); 4].map(|()| books.may_look(&policy, now)), [true, true, false, false]);
+        assert_eq!(books.reserve(&policy, &cell(1), now), Ok(()), "whoever is permitted does not pay for others");
+        assert!(books.may_look(&policy, now + Duration::from_secs(31)));
+    }
+
+    #[test]
     fn creates_come_back_with_time() {
         let policy = Policy { cells: 1000, creates_per_minute: 60, ..policy() };
         let (mut books, now) = books(&policy);
@@ -357,10 +433,18 @@ mod tests {
         }
         let refused = books.reserve(&policy, &cell(60), now);
         assert!(
-            matches!(&refused, Err(EngineError::Unavailable { detail, .. }) if detail.contains("60")),
+            matches!(&refused, Err(Refusal { error: EngineError::Unavailable { detail, .. }, .. }) if detail.contains("60")),
             "{refused:?}"
         );
+        assert_eq!(refused.unwrap_err().doubt, None, "no look at the engine changes that");
+        // Nor is there one for an image that is not listed, or a cell above the ceilings.
+        let unlisted = CellSpec { image: "sha256:b".to_owned(), ..cell(60) };
+        let full = Policy { cells: 1, ..policy.clone() };
+        for (policy, cell) in [(&policy, &unlisted), (&full, &cell(60))] {
+            assert_eq!(books.reserve(policy, cell, now).unwrap_err().doubt, None);
+        }
         let later = now + Duration::from_secs(2);
+        assert_eq!(books.reserve(&policy, &unlisted, later).unwrap_err().doubt, Some(Doubt::Images));
         assert_eq!(books.reserve(&policy, &cell(61), later), Ok(()));
         assert_eq!(books.reserve(&policy, &cell(62), later), Ok(()));
         assert!(books.reserve(&policy, &cell(63), later).is_err());

@@ -4,12 +4,14 @@
 //! is nothing but compared, may say more than is known. Nothing is decided here.
 
 use std::io;
+use std::sync::Arc;
 use std::time::Duration;
 
 use cellblock_wire::link::Report;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::domain::ids::InstallationId;
 use crate::domain::spec::Resources;
@@ -21,6 +23,13 @@ use crate::engine::{
 pub(super) const VERSION: u32 = 1;
 /// Most bytes of a request; a guest's report is the largest part of any.
 pub(super) const MAX_REQUEST: u32 = 512 * 1024;
+/// What is in hand of requests at one time, in bytes as they were announced: four of the longest, or two thousand ordinary ones.
+pub(super) const ROOM: usize = 2 * 1024 * 1024;
+/// A byte of a request takes up to this many while it is read: a text of one letter has four there, and takes 32 of the heap and 24 of a list that grows by
+/// doubling.
+pub(super) const READ_BYTES: usize = 28;
+/// A request counts as no less than this many bytes.
+const LEAST: u32 = 1024;
 /// Most bytes of an answer; the longest lists ten thousand cells.
 pub(super) const MAX_ANSWER: u32 = 8 * 1024 * 1024;
 
@@ -247,15 +256,35 @@ impl Failure {
 /// # Errors
 /// Those of the connection; `InvalidData` where the frame is too long or is not what is expected.
 pub(super) async fn read<T: DeserializeOwned>(from: &mut (impl AsyncRead + Unpin), most: u32) -> io::Result<T> {
+    let length = length(from, most).await?;
+    body(from, length).await
+}
+
+/// Reads one frame once there is room for it, which it takes until the permit is dropped. Without a time limit, also for that.
+///
+/// # Errors
+/// As for [`read`].
+pub(super) async fn read_into_room<T: DeserializeOwned>(
+    from: &mut (impl AsyncRead + Unpin),
+    most: u32,
+    room: &Arc<Semaphore>,
+) -> io::Result<(T, OwnedSemaphorePermit)> {
+    let length = length(from, most).await?;
+    let taken = Arc::clone(room).acquire_many_owned(length.max(LEAST)).await.map_err(io::Error::other)?;
+    Ok((body(from, length).await?, taken))
+}
+
+async fn length(from: &mut (impl AsyncRead + Unpin), most: u32) -> io::Result<u32> {
     let length = from.read_u32().await?;
     if length > most {
         return Err(invalid(format!("a frame of {length} bytes; allowed are {most}")));
     }
-    let mut body = Vec::new();
-    from.take(length.into()).read_to_end(&mut body).await?;
-    if body.len() < length as usize {
-        return Err(io::ErrorKind::UnexpectedEof.into());
-    }
+    Ok(length)
+}
+
+async fn body<T: DeserializeOwned>(from: &mut (impl AsyncRead + Unpin), length: u32) -> io::Result<T> {
+    let mut body = vec![0; length as usize];
+    from.read_exact(&mut body).await?;
     serde_json::from_slice(&body).map_err(|error| invalid(error.to_string()))
 }
 
@@ -359,6 +388,44 @@ mod tests {
         let long = "x".repeat(MAX_REQUEST as usize);
         let unsaid = write(&mut Vec::new(), MAX_REQUEST, &long).await.unwrap_err();
         assert_eq!(unsaid.kind(), io::ErrorKind::InvalidData);
+    }
+
+    #[tokio::test]
+    async fn requests_in_hand_have_room_for_so_many_bytes_and_wait_for_more() {
+        let room = Arc::new(Semaphore::new(ROOM));
+        let longest = {
+            let mut frame = MAX_REQUEST.to_be_bytes().to_vec();
+            let text = "x".repeat(MAX_REQUEST as usize - 2);
+            frame.extend_from_slice(format!("\"{text}\"").as_bytes());
+            frame
+        };
+        let mut held = Vec::new();
+        for _ in 0..ROOM / MAX_REQUEST as usize {
+            held.push(read_into_room::<String>(&mut longest.as_slice(), MAX_REQUEST, &room).await.unwrap().1);
+        }
+        // Who has said how much is to come waits, and nothing was taken for the rest of it.
+        let (mut ours, theirs) = tokio::io::duplex(MAX_REQUEST as usize + 4);
+        tokio::io::AsyncWriteExt::write_all(&mut ours, &longest).await.unwrap();
+        let mut theirs = theirs;
+        let mut waiting = std::pin::pin!(read_into_room::<String>(&mut theirs, MAX_REQUEST, &room));
+        assert!(tokio::time::timeout(Duration::from_millis(50), &mut waiting).await.is_err());
+        held.pop();
+        assert_eq!(waiting.await.unwrap().0.len(), MAX_REQUEST as usize - 2);
+    }
+
+    /// What a list of short texts takes, which is the worst that a report can be made of.
+    #[test]
+    fn a_byte_of_a_request_takes_no_more_than_was_reckoned() {
+        for (text, heap) in [("\"\",", 0), ("\"x\",", 32), ("\"xx\",", 32)] {
+            // One more than a list of this length holds.
+            let texts = (1 << 16) + 1;
+            let request = format!("[{}", text.repeat(texts));
+            let list: Vec<String> = serde_json::from_str(&format!("{}]", request.trim_end_matches(','))).unwrap();
+            // While it grows, there are the list as it was and the one of twice its length; and the request's own bytes.
+            let most = list.capacity() * size_of::<String>() * 3 / 2 + texts * heap + request.len();
+            assert!(request.len() <= MAX_REQUEST as usize && list.len() == texts);
+            assert!(most <= READ_BYTES * request.len(), "{text}: {}", most / request.len());
+        }
     }
 
     #[test]

@@ -14,13 +14,13 @@ use serde::Serialize;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, Interest};
 use tokio::net::unix::ReadHalf;
 use tokio::net::{UnixListener, UnixStream};
-use tokio::sync::{Semaphore, oneshot};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 use tokio_util::sync::CancellationToken;
 
-use super::policy::{Books, Policy};
+use super::policy::{Books, Doubt, Policy, Refusal};
 use super::protocol::{self, Call, Cell, Failure, Happened, MAX_ANSWER, MAX_REQUEST, Request, Seen, VERSION};
 use crate::domain::ids::InstallationId;
-use crate::engine::{ByteStream, CellName, Engine, EngineError, ImageInfo, Observed, Pull};
+use crate::engine::{ByteStream, CellName, CellSpec, Engine, EngineError, ImageInfo, Observed, Pull};
 use crate::task;
 
 /// A request has arrived within this time.
@@ -33,6 +33,16 @@ const LAST_CALLS: Duration = Duration::from_secs(10);
 const CALLS: usize = 256;
 /// Bytes of a stream on their way, in each direction.
 const PIECE: usize = 32 * 1024;
+/// Lists of all cells that are made or told at one time; each is as long as there are cells.
+const LISTS: usize = 2;
+/// What a connection takes beside its pieces: the engine's end of it, and the tasks.
+const CONNECTION_BYTES: usize = 64 * 1024;
+/// What a cell takes in a list: the engine's words for it, what is read of them, and the answer.
+const LISTED_BYTES: usize = 16 * 1024;
+/// What the process takes when nothing is asked of it, code and allocator included.
+const OWN_BYTES: usize = 64 * 1024 * 1024;
+/// Open files beside those of connections.
+const OWN_FILES: usize = 64;
 /// How often a peer that is not read from is looked at.
 const LOOK: Duration = Duration::from_millis(50);
 /// After a connection could not be taken, the next one is tried after this time.
@@ -82,7 +92,31 @@ pub async fn bind(path: &Path, shared: bool) -> Result<UnixListener, BindError> 
 
 /// How many connections there may be at once.
 fn connections(policy: &Policy) -> u32 {
-    u32::try_from(policy.cells.saturating_mul(2).saturating_add(CALLS)).unwrap_or(u32::MAX)
+    u32::try_from(most_connections(policy.cells)).unwrap_or(u32::MAX)
+}
+
+/// What a guard may come to need of its machine, whatever is asked of it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Needs {
+    /// Bytes of memory.
+    pub memory: usize,
+    /// Open files: a peer's and an engine's for each connection.
+    pub files: usize,
+}
+
+impl Needs {
+    /// Of one that permits this many cells.
+    #[must_use]
+    pub fn of(cells: usize) -> Self {
+        let connections = most_connections(cells);
+        let requests = protocol::ROOM * protocol::READ_BYTES;
+        let memory = OWN_BYTES + requests + connections * (2 * PIECE + CONNECTION_BYTES) + LISTS * cells * LISTED_BYTES;
+        Self { memory, files: OWN_FILES + 2 * connections }
+    }
+}
+
+fn most_connections(cells: usize) -> usize {
+    cells.saturating_mul(2).saturating_add(CALLS)
 }
 
 /// An engine behind a policy.
@@ -92,6 +126,9 @@ pub struct Guard {
     books: Mutex<Books>,
     connections: Arc<Semaphore>,
     most: AtomicU32,
+    /// For requests in hand, in bytes.
+    room: Arc<Semaphore>,
+    lists: Semaphore,
 }
 
 impl std::fmt::Debug for Guard {
@@ -126,6 +163,8 @@ impl Guard {
             books,
             connections: Arc::new(Semaphore::new(most as usize)),
             most: AtomicU32::new(most),
+            room: Arc::new(Semaphore::new(protocol::ROOM)),
+            lists: Semaphore::new(LISTS),
         };
         guard.list().await?;
         guard.resolve_all().await;
@@ -191,16 +230,17 @@ impl Guard {
     }
 
     async fn attend(self: &Arc<Self>, mut stream: UnixStream, stop: &CancellationToken) {
-        let request = match tokio::time::timeout(REQUEST_TIME, protocol::read(&mut stream, MAX_REQUEST)).await {
-            Ok(Ok(request)) => self.accept(request),
+        let reading = protocol::read_into_room(&mut stream, MAX_REQUEST, &self.room);
+        let request = match tokio::time::timeout(REQUEST_TIME, reading).await {
+            Ok(Ok((request, room))) => self.accept(request).map(|call| (call, room)),
             Ok(Err(error)) if error.kind() == io::ErrorKind::InvalidData => {
                 Err(rejected("reading a request", format!("{:.500}", error.to_string())))
             }
-            // It went away, or says nothing.
+            // It went away, or says nothing, or others have said so much that there was no room.
             Ok(Err(_)) | Err(_) => return,
         };
         match request {
-            Ok(call) => self.perform(call, stream, stop).await,
+            Ok((call, room)) => self.perform(call, room, stream, stop).await,
             Err(error) => {
                 tracing::warn!(%error, "refused what is no request");
                 let _ = answer::<()>(&mut stream, Err(error)).await;
@@ -224,11 +264,21 @@ impl Guard {
         Ok(call)
     }
 
-    async fn perform(self: &Arc<Self>, call: Call, stream: UnixStream, stop: &CancellationToken) {
+    /// `room` is what the call takes: all others hold it until they are answered.
+    async fn perform(
+        self: &Arc<Self>,
+        call: Call,
+        room: OwnedSemaphorePermit,
+        stream: UnixStream,
+        stop: &CancellationToken,
+    ) {
         match call {
-            Call::Ensure { cell } => open(stream, self.ensure(cell), stop).await,
-            Call::Link { name } => open(stream, self.link(name), stop).await,
-            Call::Watch { since_ms } => self.watch(stream, since_ms, stop).await,
+            Call::Ensure { cell } => open(stream, holding(room, self.ensure(cell)), stop).await,
+            Call::Link { name } => open(stream, holding(room, self.link(name)), stop).await,
+            Call::Watch { since_ms } => {
+                drop(room);
+                self.watch(stream, since_ms, stop).await;
+            }
             Call::Info => tell(stream, self.engine.info()).await,
             Call::ResolveImage { reference, pull } => tell(stream, self.resolve_image(&reference, pull)).await,
             Call::Prepare { image } => tell(stream, self.prepare(&image)).await,
@@ -240,7 +290,11 @@ impl Guard {
             Call::Claim { installation } => tell(stream, self.claim(&installation)).await,
             Call::Release { installation } => tell(stream, self.release(&installation)).await,
             Call::Sweep => tell(stream, self.engine.sweep()).await,
-            Call::List => tell(stream, self.list()).await,
+            Call::List => {
+                // Until it is told; nobody closes it.
+                let _turn = self.lists.acquire().await;
+                tell(stream, self.list()).await;
+            }
         }
     }
 
@@ -279,24 +333,7 @@ impl Guard {
 
     async fn ensure(self: &Arc<Self>, cell: Cell) -> Result<ByteStream, EngineError> {
         let cell = cell.read(&self.policy().instance).ok_or_else(|| foreign("creating a cell"))?;
-        // An earlier guard may have found it.
-        let is_known = self.books().knows_image(&cell.image);
-        if !is_known {
-            self.resolve_all().await;
-        }
-        let reserve = || self.books().reserve(&self.policy(), &cell, Instant::now());
-        match reserve() {
-            Ok(()) => {}
-            // Others than us may have removed cells.
-            Err(EngineError::Unavailable { .. }) => {
-                self.list().await?;
-                reserve().inspect_err(|error| tracing::warn!(%error, "refused a cell"))?;
-            }
-            Err(error) => {
-                tracing::warn!(%error, "refused a cell");
-                return Err(error);
-            }
-        }
+        self.reserve(&cell).await.inspect_err(|error| tracing::warn!(%error, "refused a cell"))?;
         let making = Making { guard: Arc::clone(self), name: cell.name.clone() };
         let (tell, told) = oneshot::channel();
         // To its end, whoever waits: the engine goes on too, and what it makes stays booked until it can be seen.
@@ -308,6 +345,31 @@ impl Guard {
         told.await.unwrap_or_else(|_| {
             Err(EngineError::Unexpected { attempt: "creating a cell", detail: "it broke off".to_owned() })
         })
+    }
+
+    /// Takes a place for a cell. The engine is looked at where it may know better, once for each doubt, and only as long as looks are paid for: whoever is
+    /// refused costs it nothing else.
+    async fn reserve(&self, cell: &CellSpec) -> Result<(), EngineError> {
+        let mut looked = None;
+        loop {
+            let policy = self.policy();
+            let reserved = self.books().reserve(&policy, cell, Instant::now());
+            let Err(Refusal { error, doubt }) = reserved else { return Ok(()) };
+            let Some(doubt) = doubt.filter(|doubt| looked != Some(*doubt)) else { return Err(error) };
+            if !self.books().may_look(&policy, Instant::now()) {
+                return Err(error);
+            }
+            match doubt {
+                // An earlier guard may have found it.
+                Doubt::Images => self.resolve_all().await,
+                // Others than us may have removed cells.
+                Doubt::Cells => {
+                    let _turn = self.lists.acquire().await;
+                    self.list().await?;
+                }
+            }
+            looked = Some(doubt);
+        }
     }
 
     async fn link(&self, name: String) -> Result<ByteStream, EngineError> {
@@ -411,6 +473,13 @@ fn foreign(attempt: &'static str) -> EngineError {
 
 fn installation_id(text: &str) -> Result<InstallationId, EngineError> {
     text.parse().map_err(|_| rejected("taking the instance's name", "this is no installation's id".to_owned()))
+}
+
+/// What a call takes is free again once it has come to its end.
+async fn holding<T>(room: OwnedSemaphorePermit, call: impl Future<Output = T>) -> T {
+    let outcome = call.await;
+    drop(room);
+    outcome
 }
 
 /// Answers with what comes out, unless the peer goes away first.

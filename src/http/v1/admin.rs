@@ -132,7 +132,7 @@ pub async fn drain_server(
 /// A value of the configuration that is another now.
 #[derive(Debug, Serialize, ToSchema)]
 pub struct ChangeView {
-    /// Its key, such as `limits.sessions`.
+    /// Its key, such as `limits.sessions`. Of `server.tls_cert_file` it is the file that is another: its SHA-256, as `"sha256:…"`.
     key: String,
     /// As TOML; nothing where there was no such key.
     before: Option<String>,
@@ -155,7 +155,7 @@ impl From<Changed> for ChangeView {
 
 /// Read the configuration again
 ///
-/// The same as SIGHUP: limits, templates with their pools, quotas and the log's level are taken over, all that is different or, where something is wrong or needs a
+/// The same as SIGHUP: limits, templates with their pools, quotas, the log's level and a certificate that was exchanged are taken over, all that is different or, where something is wrong or needs a
 /// restart, nothing (`config-rejected`, with a line for each). Sessions that are there keep what they have. Needs the scope `admin`.
 #[utoipa::path(post, path = "/v1/admin/reload", operation_id = "reload_server", tag = "admin",
     responses((status = 200, body = ReloadView), (status = "4XX", body = Problem)))]

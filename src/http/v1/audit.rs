@@ -12,7 +12,7 @@ use crate::domain::spec::FieldError;
 use crate::http::App;
 use crate::http::extract::{Answer, Caller, Params};
 use crate::http::problem::{self, Problem};
-use crate::service::audit::{AuditEvent, AuditQuery};
+use crate::service::audit::{AuditEvent, AuditFound, AuditQuery};
 
 /// Events of a page: without a limit, and at most.
 const PAGE: (usize, usize) = (100, 1000);
@@ -26,7 +26,7 @@ pub struct AuditPage {
     next_cursor: Option<String>,
 }
 
-/// Something that was asked for.
+/// Something that was asked for, or has happened.
 #[derive(Debug, Serialize, ToSchema)]
 pub struct AuditView {
     /// When it was answered, or given up.
@@ -37,9 +37,10 @@ pub struct AuditView {
     key: Option<String>,
     /// Where the request came from.
     address: Option<String>,
-    /// The request's id, as in the log.
-    request_id: String,
-    /// The operation, as `operationId` in this document; `refuse_key` for a request whose key is not valid.
+    /// The request's id, as in the log; nothing where there was no request.
+    request_id: Option<String>,
+    /// The operation, as `operationId` in this document; `refuse_key` for a request whose key is not valid, `leave_out_refused` for those refused beyond what is told of one
+    /// by one, `end_session` for the end of a session that nobody has asked for.
     action: String,
     /// The path of what was asked for, or, where something was made, of that.
     target: String,
@@ -58,8 +59,11 @@ pub struct AuditView {
     code: Option<String>,
     /// The status of the answer; nothing if the caller left before it.
     status: Option<u16>,
-    /// `ok`, the code of the problem, or `unanswered`.
+    /// `ok`, the code of the problem, or `unanswered`; for the end of a session its reason; `refused`.
     outcome: String,
+    /// How many requests it stands for, where that is not one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    count: Option<u64>,
 }
 
 impl From<AuditEvent> for AuditView {
@@ -69,7 +73,7 @@ impl From<AuditEvent> for AuditView {
             tenant: event.tenant,
             key: event.key,
             address: event.address.map(|address| address.to_string()),
-            request_id: event.request,
+            request_id: Some(event.request).filter(|id| !id.is_empty()),
             action: event.action,
             target: event.target,
             session_id: event.session,
@@ -80,6 +84,7 @@ impl From<AuditEvent> for AuditView {
             code: event.code,
             status: event.status,
             outcome: event.outcome,
+            count: event.count,
         }
     }
 }
@@ -92,7 +97,7 @@ impl From<AuditEvent> for AuditView {
         ("action" = Option<String>, Query, description = "Such as `create_execution`"),
         ("since" = Option<String>, Query, description = "Not before, as RFC 3339 has it"),
         ("until" = Option<String>, Query, description = "Before"),
-        ("limit" = Option<usize>, Query, description = "1 to 1000; 100 when absent"),
+        ("limit" = Option<usize>, Query, description = "1 to 1000; 100 when absent. A page has fewer where they are long"),
         ("cursor" = Option<String>, Query, description = "From `next_cursor`")),
     responses((status = 200, body = AuditPage), (status = "4XX", body = Problem), (status = "5XX", body = Problem)))]
 pub async fn list_audit(
@@ -113,14 +118,11 @@ pub async fn list_audit(
         since: params.parse::<Timestamp>("since", time)?,
         until: params.parse::<Timestamp>("until", time)?,
         after: params.get("cursor").map(read_cursor).transpose()?.unwrap_or(0),
-        // One more tells whether there are more.
-        limit: limit + 1,
+        limit,
     };
-    let mut found = app.service.list_audit(&who, query).await?;
-    let has_more = found.len() > limit;
-    found.truncate(limit);
-    let next_cursor = found.last().filter(|_| has_more).map(|(number, _)| cursor(*number));
-    Ok(Answer(AuditPage { events: found.into_iter().map(|(_, event)| event.into()).collect(), next_cursor }))
+    let AuditFound { events, has_more } = app.service.list_audit(&who, query).await?;
+    let next_cursor = events.last().filter(|_| has_more).map(|(number, _)| cursor(*number));
+    Ok(Answer(AuditPage { events: events.into_iter().map(|(_, event)| event.into()).collect(), next_cursor }))
 }
 
 fn cursor(number: i64) -> String {

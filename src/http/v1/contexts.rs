@@ -17,7 +17,7 @@ use crate::domain::spec::FieldError;
 use crate::http::App;
 use crate::http::extract::{Answer, Body, Caller, Id, Ids, Keyed};
 use crate::http::problem::{self, Problem};
-use crate::service::{Error, ExecuteRequest, Question};
+use crate::service::{ContextRequest, Error, ExecuteRequest, Question};
 use crate::session::once::Made;
 use crate::session::{self, ContextState};
 
@@ -27,6 +27,8 @@ use crate::session::{self, ContextState};
 pub struct CreateContext {
     /// One of the image's kernelspecs; that of the session when absent.
     kernelspec: Option<String>,
+    /// Instead of it, a language that one of them runs: `python`, `bash`, `r`, `typescript`, `javascript`, as the image has them.
+    language: Option<String>,
     /// Working folder of its kernel; the session's when absent.
     cwd: Option<String>,
 }
@@ -102,7 +104,10 @@ pub async fn create_context(
     Keyed(body, key): Keyed<CreateContext>,
 ) -> Result<Response, Problem> {
     let context = match begin(&app, &who, key)? {
-        First::New(once) => app.service.create_context(&who, id, body.kernelspec, body.cwd, once).await?,
+        First::New(once) => {
+            let CreateContext { kernelspec, language, cwd } = body;
+            app.service.create_context(&who, id, ContextRequest { kernelspec, language, cwd }, once).await?
+        }
         First::Made(made) => {
             let contexts = app.service.contexts(&who, id).await?;
             let is_made = |context: &session::ContextView| made == Made::Context(id, context.id);

@@ -37,6 +37,9 @@ pub struct CreateExecution {
     /// Where it runs; the session's default context when absent.
     #[serde(default)]
     pub(super) context_id: Option<String>,
+    /// Its language, where no context is named: the session's context of that language runs it, and is made if there is none.
+    #[serde(default)]
+    pub(super) language: Option<String>,
     /// It is interrupted after this long; the session's limit when absent.
     #[serde(default)]
     pub(super) timeout_seconds: Option<f64>,
@@ -559,6 +562,7 @@ pub(super) fn execute_request(body: CreateExecution) -> Result<ExecuteRequest, P
     Ok(ExecuteRequest {
         code: body.code,
         context,
+        language: body.language,
         timeout_seconds: body.timeout_seconds,
         silent: body.silent,
         store_history: body.store_history,

@@ -133,8 +133,8 @@ pub async fn list_keys(
 
 /// Revoke an API key
 ///
-/// No request with it is accepted any more; what it has begun goes on. One of the server's configuration is a `state-conflict`. Needs the scope
-/// `admin`.
+/// No request with it is accepted any more, and streams that it has opened break off; executions that it has begun go on. One of the server's
+/// configuration is a `state-conflict`. Needs the scope `admin`.
 #[utoipa::path(delete, path = "/v1/keys/{id}", operation_id = "revoke_key", tag = "keys", params(("id" = String, Path)),
     responses((status = 204), (status = "4XX", body = Problem), (status = "5XX", body = Problem)))]
 pub async fn revoke_key(

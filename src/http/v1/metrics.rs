@@ -74,8 +74,8 @@ impl From<SessionMetrics> for MetricsView {
 
 /// Look at what a session uses
 ///
-/// With `Accept: text/event-stream` again and again, as events `metrics`, until the session is paused or over. It is no activity of the session, and a paused
-/// one is not resumed for it (`state-conflict`).
+/// With `Accept: text/event-stream` again and again, as events `metrics`, until the session is paused or over; none comes while its container
+/// can't be asked. It is no activity of the session, and a paused one is not resumed for it (`state-conflict`).
 #[utoipa::path(get, path = "/v1/sessions/{id}/metrics", operation_id = "get_session_metrics", tag = "sessions",
     params(("id" = String, Path), ("interval_seconds" = Option<u64>, Query, description = "Between two events: 1 to 60; 2 when absent")),
     responses((status = 200, body = MetricsView), (status = "4XX", body = Problem), (status = "5XX", body = Problem)))]
@@ -101,7 +101,7 @@ pub async fn get_session_metrics(
     Ok(Sse::new(looks).keep_alive(KeepAlive::default()).into_response())
 }
 
-/// Events with what a session uses, the first at once, until it can't be asked any more.
+/// Events with what a session uses, the first at once, until it is paused or over.
 fn looks(
     service: Arc<Service>,
     who: Principal,
@@ -112,17 +112,31 @@ fn looks(
     stream::unfold((service, who, Some(first)), move |(service, who, first)| async move {
         let metrics = match first {
             Some(first) => first,
-            None => {
-                let session = service.session(&who, id).ok()?;
-                let leaves = session.wait_for(|snapshot| snapshot.phase != Phase::Ready);
-                if tokio::time::timeout(interval, leaves).await.is_ok() {
-                    return None;
-                }
-                service.session_metrics(&who, id).await.ok()?
-            }
+            None => next_look(&service, &who, id, interval).await?,
         };
         // Texts and numbers: writing them can't fail.
         let text = serde_json::to_string(&MetricsView::from(metrics)).unwrap_or_default();
         Some((Ok(Event::default().event("metrics").data(text)), (service, who, None)))
     })
+}
+
+/// Looks again after the interval. Where nothing can be told, since the link is lost or the container is being replaced, the next interval may.
+async fn next_look(service: &Service, who: &Principal, id: SessionId, interval: Duration) -> Option<SessionMetrics> {
+    loop {
+        let session = service.session(who, id).ok()?;
+        let leaves = session.wait_for(|snapshot| !goes_on(snapshot.phase));
+        if tokio::time::timeout(interval, leaves).await.is_ok() {
+            return None;
+        }
+        if let Ok(metrics) = service.session_metrics(who, id).await {
+            return Some(metrics);
+        }
+    }
+}
+
+fn goes_on(phase: Phase) -> bool {
+    match phase {
+        Phase::Provisioning | Phase::Connecting | Phase::Ready | Phase::Resuming | Phase::Replacing => true,
+        Phase::Pausing | Phase::Paused | Phase::Aborting(_) | Phase::Ending(_) | Phase::Ended(_) => false,
+    }
 }

@@ -62,6 +62,9 @@ pub struct CreateRun {
     #[serde(default)]
     #[schema(value_type = StdinSchema)]
     stdin: StdinRequest,
+    /// Its language; that of the template when absent.
+    #[serde(default)]
+    language: Option<String>,
     /// Expressions that are evaluated after it, by name.
     #[serde(default)]
     user_expressions: BTreeMap<String, String>,
@@ -86,6 +89,7 @@ impl CreateRun {
         let execution = CreateExecution {
             code: self.code,
             context_id: None,
+            language: self.language,
             timeout_seconds: self.timeout_seconds,
             silent: false,
             store_history: None,

@@ -1,12 +1,19 @@
-//! What is counted of a session: its starts, and its end.
+//! What is counted of a session: its starts, and its end. An end that nobody has asked for is told in the audit too.
 
 use super::Actor;
 use crate::domain::lifecycle::{EndReason, Phase};
 use crate::metrics::{Source, Started};
+use crate::store::state::AuditEvent;
+
+/// The action of an event of a session's end.
+const END_SESSION: &str = "end_session";
 
 impl Actor {
     /// Its phase is another one than `before`.
     pub(super) fn count(&self, before: Phase) {
+        if let Phase::Ended(reason) = self.phase {
+            self.tell_end(reason);
+        }
         let Some(metrics) = self.keeping.metrics() else { return };
         let outcome = match (before, self.phase) {
             (Phase::Connecting, Phase::Ready) => Some(Started::Ok),
@@ -20,6 +27,22 @@ impl Actor {
         }
         if let Phase::Ended(reason) = self.phase {
             metrics.session_ended(reason);
+        }
+    }
+
+    /// What was asked for is told with the request; what is nobody's yet concerns nobody.
+    fn tell_end(&self, reason: EndReason) {
+        let is_asked_for = matches!(reason, EndReason::Deleted | EndReason::Drained);
+        let Some(state) = self.leaving.state.as_ref().filter(|_| !is_asked_for && !self.is_unclaimed) else { return };
+        let id = self.cell.session;
+        let event = AuditEvent {
+            tenant: Some(self.keeping.tenant().to_owned()),
+            target: format!("/v1/sessions/{id}"),
+            session: Some(id.to_string()),
+            ..AuditEvent::now(END_SESSION, reason.word())
+        };
+        if !state.put_audit(event) {
+            tracing::error!(session = %id, "an audit event is lost: the database can't be written, and too many wait for it");
         }
     }
 

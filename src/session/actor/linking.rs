@@ -6,9 +6,11 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use super::super::context::Action;
 use super::super::wiring::Settled;
 use super::freezing;
 use super::{Actor, Booted, Done, LAST_WORDS, Verdict, boot};
+use crate::domain::ids::ContextId;
 use crate::domain::lifecycle::Phase;
 use crate::kernel::link::{Link, LinkError};
 
@@ -20,6 +22,8 @@ const GUEST_ANSWERS: Duration = Duration::from_secs(20);
 const SHORT: Duration = Duration::from_secs(10);
 /// … but after this time, doubled with each such link up to `SHORT`.
 const WAIT_FIRST: Duration = Duration::from_millis(500);
+/// Most kernels of no context that are ended after one link: more than a guest runs.
+const MOST_STRAYS: usize = 64;
 
 /// What a session knows of its links.
 pub(super) struct Linking {
@@ -73,7 +77,20 @@ impl Actor {
     /// Events up to number `heard` have been taken note of before.
     pub(super) fn connect(&mut self, booted: Booted, heard: u64) {
         (self.linking.since, self.linking.lost_at) = (Instant::now(), None);
+        self.end_strays(booted.kernels);
         self.wiring.connect(booted.link, booted.events, heard);
+    }
+
+    /// Ends kernels that no context has. One whose context was deleted while its guest was not heard was to be ended over the next link: the process that
+    /// was to do so may have ended first, and no record tells of it.
+    fn end_strays(&mut self, kernels: Vec<String>) {
+        let strays = kernels.into_iter().filter(|name| is_a_kernels(name));
+        let strays = strays.filter(|name| !self.contexts.values().any(|context| context.has(name)));
+        let deletions: Vec<_> = strays.take(MOST_STRAYS).map(|kernel| Action::Delete { kernel }).collect();
+        for deletion in &deletions {
+            tracing::info!(session = %self.cell.session, ?deletion, "a kernel of no context is ended");
+        }
+        self.wiring.plan(deletions);
     }
 
     /// The same guest can be heard again. It tells again what it was not told to forget.
@@ -142,5 +159,29 @@ impl Actor {
             tokio::time::sleep(wait).await;
             Done::Adopted(adoption.adopt().await)
         });
+    }
+}
+
+/// Whether this is a name as contexts give it to their kernels. What a guest says instead chooses nothing.
+fn is_a_kernels(name: &str) -> bool {
+    let parts = name.rsplit_once('n').and_then(|(context, n)| Some((context.parse().ok()?, n.parse().ok()?)));
+    parts.is_some_and(|(context, n): (ContextId, u32)| format!("{context}n{n}") == name)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_name_of_ours_is_a_kernels() {
+        let id = ContextId::from_uuid(uuid::Uuid::from_u128(5));
+        assert!(is_a_kernels(&format!("{id}n12")));
+        let upper = id.to_string().to_uppercase();
+        let odd = ["n1", "../init", &format!("{id}"), &format!("{id}n"), &format!("{id}n01"), &format!("{id}n+1")];
+        for name in
+            odd.into_iter().chain([format!("{upper}n1").as_str(), &format!("{id}n1/signal"), &format!("{id}n1 ")])
+        {
+            assert!(!is_a_kernels(name), "{name}");
+        }
     }
 }

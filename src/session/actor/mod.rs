@@ -224,7 +224,11 @@ pub(super) fn spawn(birth: Birth) -> Session {
         default_context: actor.default_context,
         created_at: actor.created_at,
         is_warm: actor.leaving.is_warm,
+<<<<<<< HEAD
         gate: Arc::clone(&actor.gate),
+=======
+        by_language: Arc::default(),
+>>>>>>> main
         commands: commands_in,
         wishes: wishes_in,
         snapshot: actor.snapshot.subscribe(),
@@ -260,7 +264,11 @@ pub(super) fn ended(record: SessionRecord, reason: EndReason, gate: Arc<Gate>) -
         default_context: record.default_context,
         created_at: record.created_at,
         is_warm: record.is_warm,
+<<<<<<< HEAD
         gate,
+=======
+        by_language: Arc::default(),
+>>>>>>> main
         commands,
         wishes,
         snapshot: watch::Sender::new(snapshot).subscribe(),

@@ -1,16 +1,15 @@
 //! Who has asked for what, and what came of it: events that are added and never changed, the oldest of which go in time. It does not know what is worth an event.
 
-use std::fs::File;
-use std::io::{self, Write};
+use std::io;
 use std::net::IpAddr;
 use std::path::Path;
 use std::sync::Arc;
 
-use jiff::Timestamp;
+use jiff::{Timestamp, Unit};
 use rusqlite::{Connection, OpenFlags, Transaction, named_params, params};
 use serde::{Deserialize, Serialize};
 
-use super::{PATIENCE, State, StateError, path_in};
+use super::{PATIENCE, State, StateError, audit_file, path_in};
 use crate::domain::ids::SessionId;
 
 /// How the table is made. Numbers are not given twice, so that a reader who goes on after one misses nothing.
@@ -30,8 +29,11 @@ pub(super) const TABLE: &str = "CREATE TABLE audit (
 /// Events that may wait for a commit, and bytes of code in them. They do so only while the database can't be written.
 const MAX_WAITING: (usize, usize) = (10_000, 64 * 1024 * 1024);
 
+/// Bytes of events that are looked up at once, as they are kept; one event is always found, however long it is.
+const MAX_FOUND: usize = 4 * 1024 * 1024;
+
 /// One event. Written as JSON it is one line.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct AuditEvent {
     /// When it was over.
     pub at: Timestamp,
@@ -41,9 +43,9 @@ pub struct AuditEvent {
     pub key: Option<String>,
     /// Where the request came from.
     pub address: Option<IpAddr>,
-    /// The request's id, as in the log.
+    /// The request's id, as in the log; empty where there was no request.
     pub request: String,
-    /// What was asked for: an operation of the API, or `refuse_key`.
+    /// What was asked for: an operation of the API, or `refuse_key`; or what has happened: `end_session`, `leave_out_refused`.
     pub action: String,
     /// The path of what was asked for, or of what was made.
     pub target: String,
@@ -62,8 +64,30 @@ pub struct AuditEvent {
     pub code: Option<String>,
     /// The HTTP status of the answer; nothing if the caller left before it.
     pub status: Option<u16>,
-    /// `ok`, the code of the problem, or `unanswered`.
+    /// `ok`, the code of the problem, or `unanswered`; of what nobody has asked for, why.
     pub outcome: String,
+    /// How many requests it stands for, where that is not one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub count: Option<u64>,
+}
+
+impl AuditEvent {
+    /// One of this moment, of which nothing else is known yet.
+    #[must_use]
+    pub fn now(action: &str, outcome: &str) -> Self {
+        let now = Timestamp::now();
+        let at = now.round(Unit::Millisecond).unwrap_or(now);
+        Self { at, action: action.to_owned(), outcome: outcome.to_owned(), ..Self::default() }
+    }
+}
+
+/// Events in their order, with their numbers.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct AuditFound {
+    /// As many as were wanted, or as fit.
+    pub events: Vec<(i64, AuditEvent)>,
+    /// Whether there are more after them.
+    pub has_more: bool,
 }
 
 /// Which events are wanted.
@@ -106,23 +130,24 @@ impl State {
         self.wake();
     }
 
-    /// Has each event written to a file as well, a line of JSON each, once it is committed.
+    /// Has each event written to a file as well, a line of JSON each, once it is committed: those after the last that was copied to any file, or from now on.
     ///
     /// # Errors
     /// When the file can't be opened for adding to it.
     pub fn copy_audit_to(&self, path: &Path) -> io::Result<()> {
         use std::os::unix::fs::OpenOptionsExt;
-        let file = std::fs::OpenOptions::new().create(true).append(true).mode(0o600).open(path)?;
+        let mut file = std::fs::OpenOptions::new().create(true).append(true).mode(0o600).open(path)?;
+        audit_file::begin_line(path, &mut file)?;
         self.waiting.changes().audit_file = Some(file);
         self.wake();
         Ok(())
     }
 
-    /// Events in their order, with their numbers; those that were put before are among them.
+    /// Events that are wanted; those that were put before are among them.
     ///
     /// # Errors
     /// See [`StateError`].
-    pub async fn audit(&self, query: AuditQuery) -> Result<Vec<(i64, AuditEvent)>, StateError> {
+    pub async fn audit(&self, query: AuditQuery) -> Result<AuditFound, StateError> {
         self.settle().await?;
         let folder = Arc::clone(&self.folder);
         // A connection of its own: the thread that commits is not to wait for a long look.
@@ -130,7 +155,7 @@ impl State {
     }
 }
 
-fn read(folder: &Path, query: &AuditQuery) -> Result<Vec<(i64, AuditEvent)>, StateError> {
+fn read(folder: &Path, query: &AuditQuery) -> Result<AuditFound, StateError> {
     let connection = Connection::open_with_flags(path_in(folder), OpenFlags::SQLITE_OPEN_READ_ONLY)?;
     connection.busy_timeout(PATIENCE)?;
     let mut text = "SELECT id, body FROM audit WHERE id > :after".to_owned();
@@ -148,21 +173,28 @@ fn read(folder: &Path, query: &AuditQuery) -> Result<Vec<(i64, AuditEvent)>, Sta
         query.since.map_or(i64::MIN, |at| at.as_millisecond()),
         query.until.map_or(i64::MAX, |at| at.as_millisecond()),
     );
-    let limit = i64::try_from(query.limit).unwrap_or(i64::MAX);
+    // One more tells whether there are more.
+    let limit = i64::try_from(query.limit).unwrap_or(i64::MAX).saturating_add(1);
     values.extend_from_slice(named_params! {":after": query.after, ":since": since, ":until": until, ":limit": limit});
     for (name, value) in [(":tenant", &query.tenant), (":session", &session), (":action", &query.action)] {
         if let Some(value) = value {
             values.push((name, value));
         }
     }
-    let rows = statement.query_map(values.as_slice(), |row| Ok((row.get::<_, i64>(0)?, row.get::<_, String>(1)?)))?;
-    let event = |row: rusqlite::Result<(i64, String)>| {
-        let (id, body) = row?;
+    let mut rows = statement.query(values.as_slice())?;
+    let (mut found, mut bytes) = (AuditFound::default(), 0);
+    while let Some(row) = rows.next()? {
+        let (id, body): (i64, String) = (row.get(0)?, row.get(1)?);
+        bytes += body.len();
+        found.has_more = found.events.len() == query.limit || (bytes > MAX_FOUND && !found.events.is_empty());
+        if found.has_more {
+            break;
+        }
         let event = serde_json::from_str(&body)
             .map_err(|e| StateError::Damaged(format!("the audit event {id} can't be read: {e}")))?;
-        Ok((id, event))
-    };
-    rows.map(event).collect()
+        found.events.push((id, event));
+    }
+    Ok(found)
 }
 
 pub(super) fn write(event: &AuditEvent, to: &Transaction<'_>) -> rusqlite::Result<()> {
@@ -180,14 +212,6 @@ pub(super) fn forget((before, keep): (Timestamp, u64), to: &Transaction<'_>) -> 
     Ok(())
 }
 
-/// Adds committed events to the file of copies.
-pub(super) fn copy(events: &[AuditEvent], file: &mut File) -> io::Result<()> {
-    let lines: String = events.iter().map(|event| line(event) + "\n").collect();
-    let end = file.metadata()?.len();
-    // What did not fit whole is no line that others could read, nor what came behind it.
-    file.write_all(lines.as_bytes()).inspect_err(|_| drop(file.set_len(end)))
-}
-
 fn line(event: &AuditEvent) -> String {
     // A plain structure of texts and numbers: writing it can't fail.
     serde_json::to_string(event).unwrap_or_default()
@@ -201,19 +225,14 @@ mod tests {
         AuditEvent {
             at: Timestamp::from_second(second).unwrap(),
             tenant: Some(tenant.to_owned()),
-            key: None,
             address: "192.0.2.7".parse().ok(),
             request: format!("req{second}"),
-            action: action.to_owned(),
             target: "/v1/sessions".to_owned(),
             session: session.map(|id| SessionId::from(uuid::Uuid::from_u128(id)).to_string()),
-            context: None,
-            execution: None,
             code_bytes: Some(3),
             code_sha256: Some("abc".to_owned()),
-            code: None,
             status: Some(200),
-            outcome: "ok".to_owned(),
+            ..AuditEvent::now(action, "ok")
         }
     }
 
@@ -230,7 +249,7 @@ mod tests {
     /// The requests of the events that are found.
     async fn found(state: &State, query: AuditQuery) -> Vec<String> {
         let found = state.audit(query).await.unwrap();
-        found.into_iter().map(|(_, event)| event.request).collect()
+        found.events.into_iter().map(|(_, event)| event.request).collect()
     }
 
     fn all() -> AuditQuery {
@@ -242,7 +261,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let state = State::open(folder.path(), None).unwrap().0;
         events().into_iter().for_each(|event| assert!(state.put_audit(event)));
-        let whole = state.audit(all()).await.unwrap();
+        let whole = state.audit(all()).await.unwrap().events;
         assert_eq!(whole.iter().map(|(_, event)| event.clone()).collect::<Vec<_>>(), events());
         drop(state);
 
@@ -266,7 +285,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let state = State::open(folder.path(), None).unwrap().0;
         events().into_iter().for_each(|event| assert!(state.put_audit(event)));
-        let last = state.audit(all()).await.unwrap()[4].0;
+        let last = state.audit(all()).await.unwrap().events[4].0;
         state.forget_audit(Timestamp::from_second(3).unwrap(), 100);
         assert_eq!(found(&state, all()).await, ["req3", "req4", "req5"]);
         state.forget_audit(Timestamp::MIN, 2);
@@ -274,7 +293,29 @@ mod tests {
         state.forget_audit(Timestamp::MAX, 0);
         assert_eq!(found(&state, all()).await, Vec::<String>::new());
         assert!(state.put_audit(event(6, "one", "create_session", None)));
-        assert!(state.audit(all()).await.unwrap()[0].0 > last);
+        assert!(state.audit(all()).await.unwrap().events[0].0 > last);
+    }
+
+    #[tokio::test]
+    async fn what_is_found_at_once_is_bounded_by_number_and_by_bytes_and_goes_on() {
+        let folder = tempfile::tempdir().unwrap();
+        let state = State::open(folder.path(), None).unwrap().0;
+        let code = |bytes: usize| AuditEvent { code: Some("x".repeat(bytes)), ..event(1, "one", "create_run", None) };
+        let lengths = [MAX_FOUND / 2, MAX_FOUND / 4, MAX_FOUND / 2, MAX_FOUND + 1, 1, 1];
+        lengths.iter().for_each(|bytes| assert!(state.put_audit(code(*bytes))));
+        let (mut pages, mut query) = (Vec::new(), AuditQuery { limit: 2, ..AuditQuery::default() });
+        loop {
+            let AuditFound { events, has_more } = state.audit(query.clone()).await.unwrap();
+            pages.push(events.len());
+            query.after = events.last().unwrap().0;
+            if !has_more {
+                break;
+            }
+        }
+        assert_eq!(pages, [2, 1, 1, 2]);
+        query.after = 0;
+        query.limit = 100;
+        assert_eq!(state.audit(query).await.unwrap().events.len(), 2);
     }
 
     #[tokio::test]

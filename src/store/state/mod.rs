@@ -26,6 +26,7 @@ use crate::store::Archive;
 
 mod api_keys;
 mod audit;
+mod audit_file;
 mod execution_form;
 mod executions;
 mod form;
@@ -36,7 +37,8 @@ mod tests;
 mod usage;
 
 pub use api_keys::ApiKeyRecord;
-pub use audit::{AuditEvent, AuditQuery};
+pub use audit::{AuditEvent, AuditFound, AuditQuery};
+use audit_file::Copying;
 use executions::Pending;
 pub use executions::{Birth, ExecutionChange, ExecutionRecord, Logged, Progress, RunningRecord};
 pub use keys::{KeyRecord, Made};
@@ -47,7 +49,8 @@ const FILE: &str = "state.db";
 /// Marks the file as ours, in its header (`PRAGMA application_id`): "cell".
 const APPLICATION_ID: i32 = 0x6365_6c6c;
 /// How the tables are made: each step brings the database from the version of its place to the next.
-const MIGRATIONS: [&str; 6] = [SESSIONS, executions::TABLES, keys::TABLE, api_keys::TABLE, usage::TABLE, audit::TABLE];
+const MIGRATIONS: [&str; 7] =
+    [SESSIONS, executions::TABLES, keys::TABLE, api_keys::TABLE, usage::TABLE, audit::TABLE, audit_file::TABLE];
 const SESSIONS: &str = "CREATE TABLE sessions (
         id TEXT PRIMARY KEY,
         revision INTEGER NOT NULL,
@@ -272,6 +275,8 @@ struct Changes {
     /// Of each API key what it is, or that it is none any more.
     api_keys: HashMap<KeyId, Option<ApiKeyRecord>>,
     usage: HashMap<Arc<str>, UsageRecord>,
+    /// Days before this one go.
+    forget_usage_before: Option<i64>,
     forget_before: Option<Timestamp>,
     /// In their order.
     audit: Vec<AuditEvent>,
@@ -323,6 +328,7 @@ impl Changes {
             && self.forget_keys_before.is_none()
             && self.api_keys.is_empty()
             && self.usage.is_empty()
+            && self.forget_usage_before.is_none()
             && self.forget_before.is_none()
             && self.audit.is_empty()
             && self.forget_audit.is_none()
@@ -353,10 +359,12 @@ impl Changes {
         for (tenant, record) in earlier.usage {
             self.usage.entry(tenant).or_insert(record);
         }
+        self.forget_usage_before = self.forget_usage_before.or(earlier.forget_usage_before);
         self.forget_before = self.forget_before.or(earlier.forget_before);
         let later = std::mem::replace(&mut self.audit, earlier.audit);
         self.audit.extend(later);
         self.forget_audit = self.forget_audit.or(earlier.forget_audit);
+        self.audit_file = self.audit_file.take().or(earlier.audit_file);
     }
 }
 
@@ -386,7 +394,7 @@ impl State {
             first,
             is_written: Arc::clone(&is_written),
             commits: commits.clone(),
-            audit_file: None,
+            copying: None,
         };
         let thread = std::thread::Builder::new().name("state".to_owned());
         thread.spawn(move || writer.run(received)).map_err(|_| StateError::Unwritten)?;
@@ -449,6 +457,12 @@ impl State {
     /// Keeps what a tenant has used, in place of what was kept of it before. Never waits.
     pub fn put_usage(&self, record: UsageRecord) {
         self.waiting.changes().usage.insert(Arc::clone(&record.tenant), record);
+        self.wake();
+    }
+
+    /// Forgets what tenants have used on days before one, in days since 1970. Never waits.
+    pub fn forget_usage(&self, before: i64) {
+        self.waiting.changes().forget_usage_before = Some(before);
         self.wake();
     }
 
@@ -606,7 +620,7 @@ struct Writer {
     first: Option<Archive>,
     is_written: Arc<AtomicBool>,
     commits: Commits,
-    audit_file: Option<File>,
+    copying: Option<Copying>,
 }
 
 impl Writer {
@@ -614,7 +628,8 @@ impl Writer {
     fn run(mut self, mut commands: mpsc::Receiver<Command>) {
         let mut asking = Vec::new();
         loop {
-            let first = if self.waiting.changes().is_empty() {
+            let is_behind = self.copying.as_ref().is_some_and(|copying| copying.is_due(Instant::now()));
+            let first = if self.waiting.changes().is_empty() && !is_behind {
                 commands.blocking_recv()
             } else {
                 match commands.try_recv() {
@@ -647,29 +662,40 @@ impl Writer {
         }
     }
 
-    /// Commits everything that waits, or puts it back.
+    /// Commits everything that waits, or puts it back; and copies of the audit what is not copied.
     fn commit(&mut self) -> rusqlite::Result<()> {
         let mut changes = std::mem::take(&mut *self.waiting.changes());
         if changes.is_empty() {
+            self.copy_audit(false);
             return Ok(());
-        }
-        if let Some(file) = changes.audit_file.take() {
-            self.audit_file = Some(file);
         }
         if let Some(archive) = self.first.as_ref().filter(|_| changes.executions.values().any(Pending::needs_archive)) {
             archive.flush_now();
         }
         let began = Instant::now();
-        let committed = self.write(&changes);
+        // Copying begins before: what comes with it is to be copied.
+        let committed = self.begin_copying(&mut changes).and_then(|()| self.write(&changes));
         self.commits.committed(committed.is_ok(), began.elapsed());
         if committed.is_err() {
             self.waiting.changes().put_back(changes);
-        } else if let Some(file) = &mut self.audit_file
-            && let Err(error) = audit::copy(&changes.audit, file)
-        {
-            tracing::error!(%error, "audit events are in the database, but not in audit.file");
+        } else {
+            self.copy_audit(!changes.audit.is_empty());
         }
         committed
+    }
+
+    fn begin_copying(&mut self, changes: &mut Changes) -> rusqlite::Result<()> {
+        if changes.audit_file.is_some() {
+            let last = audit_file::last_copied(&self.connection)?;
+            self.copying = changes.audit_file.take().map(|file| Copying::new(file, last));
+        }
+        Ok(())
+    }
+
+    fn copy_audit(&mut self, has_new: bool) {
+        if let Some(copying) = &mut self.copying {
+            copying.go_on(has_new, &self.connection, Instant::now());
+        }
     }
 
     fn write(&mut self, changes: &Changes) -> rusqlite::Result<()> {
@@ -706,6 +732,9 @@ impl Writer {
         }
         for record in changes.usage.values() {
             usage::write(record, &transaction)?;
+        }
+        if let Some(before) = changes.forget_usage_before {
+            usage::forget_before(before, &transaction)?;
         }
         for id in &changes.forget_executions {
             transaction.prepare_cached("DELETE FROM executions WHERE id = ?1")?.execute([id.to_string()])?;

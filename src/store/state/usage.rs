@@ -36,6 +36,12 @@ pub(super) fn write(record: &UsageRecord, to: &Transaction<'_>) -> rusqlite::Res
     Ok(())
 }
 
+/// Forgets what was used before a day.
+pub(super) fn forget_before(day: i64, to: &Transaction<'_>) -> rusqlite::Result<()> {
+    to.prepare_cached("DELETE FROM usage WHERE day < ?1")?.execute([day])?;
+    Ok(())
+}
+
 pub(super) fn read_all(connection: &Connection) -> Result<Vec<UsageRecord>, StateError> {
     let mut statement = connection.prepare("SELECT tenant, day, cpu_us FROM usage ORDER BY tenant")?;
     let rows = statement.query_map([], |row| {

@@ -47,6 +47,8 @@ pub struct Shared {
     pub account: Account,
     /// Its process's exit.
     pub exit: ExitWatch,
+    /// Its output may come this long after the idle status.
+    late_output: Option<Duration>,
     relay: Mutex<Relay>,
     /// A reply whose execution's effects are being looked at.
     held: Mutex<Option<Box<Incoming>>>,
@@ -58,7 +60,24 @@ impl Shared {
     #[must_use]
     pub fn new(name: String, signer: Signer, ring: Ring, account: Account, exit: ExitWatch) -> Self {
         let (outbox, relay, held) = (Outbox::default(), Mutex::default(), Mutex::default());
-        Self { name, signer, ring, outbox, account, exit, relay, held, swept: AtomicBool::new(false) }
+        Self {
+            name,
+            signer,
+            ring,
+            outbox,
+            account,
+            exit,
+            late_output: None,
+            relay,
+            held,
+            swept: AtomicBool::new(false),
+        }
+    }
+
+    /// The same, of a kernel whose output may come so long after the idle status.
+    #[must_use]
+    pub fn with_late_output(self, late_output: Option<Duration>) -> Self {
+        Self { late_output, ..self }
     }
 
     /// It is about to be ended together with another kernel.
@@ -387,10 +406,26 @@ impl Consumer for Inbox {
 
 impl Inbox {
     async fn settle_output(&mut self, message: Incoming) {
-        let Shared { ring, name, exit, .. } = &*self.shared;
+        if let Some(late_output) = self.shared.late_output
+            && self.shared.relay().puts_off(&message)
+        {
+            let shared = self.shared.clone();
+            tokio::spawn(async move {
+                tokio::time::sleep(late_output).await;
+                shared.tell_output(message).await;
+            });
+            return;
+        }
+        self.shared.tell_output(message).await;
+    }
+}
+
+impl Shared {
+    async fn tell_output(&self, message: Incoming) {
+        let Self { ring, name, exit, .. } = self;
         ring.await_output_room(message.output_size()).await;
         let (told, due) = {
-            let mut relay = self.shared.relay();
+            let mut relay = self.relay();
             (relay.iopub(message, ring.output_room()), relay.due(Instant::now().into_std()))
         };
         if let Some(due) = due {

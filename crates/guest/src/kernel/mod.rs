@@ -112,8 +112,17 @@ impl Kernels {
             name: spec.name,
             language: spec.json.language,
             display_name: spec.json.display_name,
+            also: spec.json.metadata.cellblock.languages,
         };
         find_specs().into_iter().map(tell).collect()
+    }
+
+    /// The names of those that are there, which may be on their way out.
+    #[must_use]
+    pub fn names(&self) -> Vec<String> {
+        let mut names: Vec<_> = self.lock().kernels.keys().cloned().collect();
+        names.sort_unstable();
+        names
     }
 
     /// Starts a kernel's process and its task; one that was started before, where that answer was perhaps not heard, is left as it is.
@@ -134,7 +143,7 @@ impl Kernels {
         let launch = Launch {
             kernel: name,
             spec: &spec,
-            transport: request.transport,
+            transport: spec.json.metadata.cellblock.transport.unwrap_or(request.transport),
             env: [&init_env, &spec.json.env, &request.env],
             cwd: request.cwd.as_deref().map_or(self.places.workdir.as_path(), std::path::Path::new),
             state: &self.places.state,
@@ -148,7 +157,8 @@ impl Kernels {
         let exit = self.reaper.watch(launched.tree.pid);
         let account = Account::open(self.meters.clone(), launched.tree.clone());
         let signer = launched.signer.clone();
-        let shared = Arc::new(Shared::new(name.clone(), signer, self.ring.clone(), account, exit.clone()));
+        let shared = Shared::new(name.clone(), signer, self.ring.clone(), account, exit.clone());
+        let shared = Arc::new(shared.with_late_output(spec.json.metadata.cellblock.late_output()));
         let (deletions, to_delete) = mpsc::channel(1);
         let FoundSpec { name: kernelspec, json, .. } = spec;
         let started = KernelStarted { kernelspec, language: json.language, display_name: json.display_name };

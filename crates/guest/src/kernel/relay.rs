@@ -49,6 +49,8 @@ struct Execution {
     errors: u32,
     inputs: u32,
     idle: bool,
+    /// Its idle status was put off once.
+    put_off: bool,
     replied: bool,
 }
 
@@ -92,6 +94,7 @@ impl Relay {
             errors: 0,
             inputs: 0,
             idle: false,
+            put_off: false,
             replied: false,
         });
     }
@@ -129,6 +132,14 @@ impl Relay {
             None => self.in_background(message, room, &mut out),
         }
         out
+    }
+
+    /// Whether this is an execution's idle status, for the first time: of a kernel whose output may come after it, it is judged a little later.
+    pub fn puts_off(&mut self, message: &Incoming) -> bool {
+        let Some(execution) = self.executions.iter_mut().find(|e| e.id == message.parent_id && !e.idle) else {
+            return false;
+        };
+        is_idle(message) && !std::mem::replace(&mut execution.put_off, true)
     }
 
     /// The kernel has ended: what was held back or left out of the executions that were under way.
@@ -191,6 +202,13 @@ impl Relay {
     }
 }
 
+fn is_idle(message: &Incoming) -> bool {
+    let Content::Whole(content) = &message.content else { return false };
+    let fits = message.msg_type == "status" && message.size <= MAX_STATUS;
+    let state = fits.then(|| short_fields(content, &["execution_state"], 64)).flatten().and_then(|[state]| state);
+    state.as_deref() == Some("idle")
+}
+
 fn take_one(left: &mut u32) -> bool {
     let some = *left > 0;
     *left = left.saturating_sub(1);
@@ -215,9 +233,10 @@ impl Execution {
     }
 
     fn status(&mut self, message: Incoming, room: usize, out: &mut Vec<Out>) {
-        let Content::Whole(content) = &message.content else { return };
-        let state = short_fields(content, &["execution_state"], 64).and_then(|[state]| state);
-        if state.as_deref() == Some("idle") {
+        if !matches!(message.content, Content::Whole(_)) {
+            return;
+        }
+        if is_idle(&message) {
             self.idle = true;
             self.end(room, out);
         } else if self.statuses == MAX_STATUSES {
@@ -504,6 +523,17 @@ mod tests {
         reply.content = Content::LeftOut;
         let out = Relay::default().reply(Channel::Shell, reply).unwrap();
         assert!(std::str::from_utf8(&out.parts[3]).unwrap().contains("ReplyTooLarge"));
+    }
+
+    #[test]
+    fn an_idle_status_is_put_off_once_and_output_after_it_counts() {
+        let mut relay = Relay::default();
+        relay.sent("e", Some(CAP));
+        assert!(!relay.puts_off(&idle("stranger")) && !relay.puts_off(&print("e", "x")));
+        assert!(relay.puts_off(&idle("e")) && !relay.puts_off(&idle("e")));
+        assert_eq!(short(&relay.iopub(print("e", "late"), ROOM)), ["late"]);
+        assert_eq!(short(&relay.iopub(idle("e"), ROOM)), ["status"]);
+        assert!(!relay.puts_off(&idle("e")));
     }
 
     proptest! {

@@ -3,11 +3,15 @@
 use std::collections::BTreeMap;
 use std::io::Read;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
+use cellblock_wire::link::Transport;
 use serde::Deserialize;
 
 const MAX_SPEC: u64 = 64 * 1024;
 const MAX_SPECS: usize = 64;
+/// No kernel is waited for longer after it said that it is idle.
+const MAX_LATE: Duration = Duration::from_secs(1);
 
 /// A kernelspec as it stands on disk.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -34,6 +38,39 @@ pub struct SpecJson {
     /// Added to the environment.
     #[serde(default)]
     pub env: BTreeMap<String, String>,
+    /// What others have to say of it.
+    #[serde(default)]
+    pub metadata: Metadata,
+}
+
+/// The `metadata` of a `kernel.json`: a section for each program that reads it.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+pub struct Metadata {
+    /// Ours.
+    #[serde(default)]
+    pub cellblock: Ours,
+}
+
+/// What an image's maker tells us of a kernel.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+pub struct Ours {
+    /// How it is to be reached, where it knows one way only.
+    #[serde(default)]
+    pub transport: Option<Transport>,
+    /// Languages that it runs beside its own.
+    #[serde(default)]
+    pub languages: Vec<String>,
+    /// It sends output from a task of its own, so that some may come after the idle status: within so many milliseconds.
+    #[serde(default)]
+    pub late_output_ms: u64,
+}
+
+impl Ours {
+    /// How long after the idle status output may come, if it may.
+    #[must_use]
+    pub fn late_output(&self) -> Option<Duration> {
+        (self.late_output_ms > 0).then(|| Duration::from_millis(self.late_output_ms).min(MAX_LATE))
+    }
 }
 
 /// All kernelspecs, `python3` first, then in the order of the folders; of two with one name the first.
@@ -105,11 +142,17 @@ mod tests {
         write("a/kernels/broken", "{");
         write("a/kernels/empty", r#"{"argv":[]}"#);
         write("b/kernels/ir", r#"{"argv":["other"]}"#);
-        write("b/kernels/python3", r#"{"argv":["python"],"env":{"A":"b"}}"#);
+        write("b/kernels/python3", r#"{"argv":["python"],"env":{"A":"b"},"metadata":{"debugger":true}}"#);
+        write(
+            "b/kernels/deno",
+            r#"{"argv":["deno"],"metadata":{"cellblock":{"transport":"tcp","languages":["javascript"]}}}"#,
+        );
         std::fs::create_dir_all(root.join("b/kernels/odd/kernel.json")).unwrap();
         let specs = find_in(&[root.join("a"), root.join("missing"), root.join("b")]);
         let names: Vec<_> = specs.iter().map(|s| (s.name.as_str(), s.json.argv[0].as_str())).collect();
-        assert_eq!(names, [("python3", "python"), ("ir", "R")]);
+        assert_eq!(names, [("python3", "python"), ("ir", "R"), ("deno", "deno")]);
+        let ours = &specs[2].json.metadata.cellblock;
+        assert_eq!((ours.transport, &ours.languages[..]), (Some(Transport::Tcp), &["javascript".to_owned()][..]));
         assert_eq!(specs[0].json.env["A"], "b");
         std::fs::remove_dir_all(root).unwrap();
     }
