@@ -258,18 +258,13 @@ impl Plane {
         Self::start_in(config, owns_instance, Process::default(), None).await
     }
 
-<<<<<<< HEAD
-    async fn start_in(config: &Config, owns_instance: bool, process: Process) -> Result<Self, StartError> {
-        let Process { log, read, outside, .. } = process;
-=======
     async fn start_in(
         config: &Config,
         owns_instance: bool,
         process: Process,
         tls: Option<Arc<Tls>>,
     ) -> Result<Self, StartError> {
-        let Process { log, read, .. } = process;
->>>>>>> main
+        let Process { log, read, outside, .. } = process;
         let pull = pull(config);
         let metrics = if config.metrics.tenant_label { Metrics::by_tenant() } else { Metrics::new() };
         // Before anything is there that would have to be taken down.

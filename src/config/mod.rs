@@ -24,19 +24,11 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 pub use change::Change;
-<<<<<<< HEAD
-pub use check::{check_log_level, proxy_of};
+pub use check::{MOST_SESSIONS, check_log_level, proxy_of};
 pub use environment::Environment;
 pub use sections::{
     Audit, Auth, Drain, DrainContainers, Egress, EngineSection, Executions, ForwardedHeader, GuardSection, Guest,
-    KeySection, Limits, Log, LogFormat, PullPolicy, Server, Traces,
-=======
-pub use check::{MOST_SESSIONS, check_log_level};
-pub use environment::Environment;
-pub use sections::{
-    Audit, Auth, Drain, DrainContainers, EngineSection, Executions, ForwardedHeader, GuardSection, Guest, KeySection,
-    Limits, Log, LogFormat, MetricsSection, PullPolicy, Server, Traces,
->>>>>>> main
+    KeySection, Limits, Log, LogFormat, MetricsSection, PullPolicy, Server, Traces,
 };
 pub use source::{Mistake, Mistakes, Source};
 pub use units::{parse_duration, parse_size};

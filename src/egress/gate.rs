@@ -363,6 +363,7 @@ impl Gate {
             code: None,
             status,
             outcome: outcome.to_owned(),
+            count: None,
         };
         if !state.put_audit(event) {
             tracing::error!("an audit event is lost: the database can't be written, and too many wait for it");

@@ -352,12 +352,9 @@ pub struct Session {
     pub created_at: Timestamp,
     /// It was there before it was asked for.
     pub is_warm: bool,
-<<<<<<< HEAD
-    gate: Arc<Gate>,
-=======
     /// Held while a context is looked for by its language, and made.
     pub(crate) by_language: Arc<tokio::sync::Mutex<()>>,
->>>>>>> main
+    gate: Arc<Gate>,
     commands: mpsc::Sender<Command>,
     wishes: mpsc::Sender<Wish>,
     snapshot: watch::Receiver<Snapshot>,

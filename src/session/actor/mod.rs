@@ -224,11 +224,8 @@ pub(super) fn spawn(birth: Birth) -> Session {
         default_context: actor.default_context,
         created_at: actor.created_at,
         is_warm: actor.leaving.is_warm,
-<<<<<<< HEAD
-        gate: Arc::clone(&actor.gate),
-=======
         by_language: Arc::default(),
->>>>>>> main
+        gate: Arc::clone(&actor.gate),
         commands: commands_in,
         wishes: wishes_in,
         snapshot: actor.snapshot.subscribe(),
@@ -264,11 +261,8 @@ pub(super) fn ended(record: SessionRecord, reason: EndReason, gate: Arc<Gate>) -
         default_context: record.default_context,
         created_at: record.created_at,
         is_warm: record.is_warm,
-<<<<<<< HEAD
-        gate,
-=======
         by_language: Arc::default(),
->>>>>>> main
+        gate,
         commands,
         wishes,
         snapshot: watch::Sender::new(snapshot).subscribe(),
