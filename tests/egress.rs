@@ -356,7 +356,7 @@ async fn the_tools_that_people_use_work_with_no_configuration_of_their_own() {
     assert!(installed.starts_with('0'), "{installed}");
     assert_eq!(cell.value("import tiny_cell; tiny_cell.answer").await, "42");
     let refused = cell
-        .value("r = subprocess.run([sys.executable, '-m', 'pip', 'download', '--retries', '0', '--index-url', 'https://other.org/simple', 'tiny-cell'], capture_output=True, text=True)\nprint(r.returncode, r.stderr)")
+        .value("r = subprocess.run([sys.executable, '-m', 'pip', 'download', '--retries', '1', '--index-url', 'https://other.org/simple', 'tiny-cell'], capture_output=True, text=True)\nprint(r.returncode, r.stderr)")
         .await;
     assert!(refused.contains("other.org:443 is not within what this session may reach"), "{refused}");
     // Who is at the same address, and is not allowed, is not reached by naming it later.
@@ -645,10 +645,9 @@ async fn a_server_that_is_killed_breaks_what_is_open_and_the_next_goes_on() {
     let hold =
         "held = open_proxy(); held.sendall(b'CONNECT allowed.example.org:80 HTTP/1.1\\r\\n\\r\\n'); first_line(held)";
     assert!(cell.value(hold).await.contains("200"));
-    for (host, expected) in
-        [("dead.example.org", "502"), ("other.example.org", "403"), ("127.0.0.1", "403"), ("loop.example.org", "403")]
-    {
-        assert!(cell.value(&format!("get('http://{host}/')")).await.contains(expected), "{host}");
+    assert!(cell.value("get('http://dead.example.org/')").await.contains("502"));
+    for refused in ["other.example.org:80", "127.0.0.1:80", "2130706433:80"] {
+        assert!(cell.value(&format!("connect('{refused}')")).await.contains("403"), "{refused}");
     }
     server.kill(pid).await;
     let (again, _) = server.spawn_again().await;
