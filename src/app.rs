@@ -15,7 +15,7 @@ use crate::config::{self, Config, DrainContainers, Inputs, KeySection, Loaded, P
 use crate::domain::ids::InstallationId;
 use crate::domain::quota::QuotaTable;
 use crate::domain::spec::Template;
-use crate::egress::{self, Egress, Outside};
+use crate::egress::{self, Egress, Outside, Trust};
 use crate::engine::docker::{Demand, DockerEngine, DockerSettings, GuestFile};
 use crate::engine::guard::{self, BindError, Guard, GuardEngine, Permitted, Policy};
 use crate::engine::metered::Metered;
@@ -151,6 +151,14 @@ pub enum StartError {
         /// Why.
         reason: String,
     },
+    /// The authorities of upstreams can't be had.
+    #[error("the authorities in {} can't be used: {reason}\n  `egress.ca_file` in the configuration names it", path.display())]
+    Authorities {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        reason: String,
+    },
     /// The data folder can't be had.
     #[error("the data folder can't be locked with {}: {reason}\n  end the other server, or give this one a folder and an engine.instance of its own", path.display())]
     Locked {
@@ -268,6 +276,7 @@ impl Plane {
         let pull = pull(config);
         let metrics = if config.metrics.tenant_label { Metrics::by_tenant() } else { Metrics::new() };
         // Before anything is there that would have to be taken down.
+        let trust = trust(config)?;
         let traces = if owns_instance { traces(config, &metrics)? } else { None };
         let engine: Arc<dyn Engine> = Arc::new(Metered::new(connect(config).await?, metrics.clone()));
         let (settings, limits) = (settings(config), limits(config));
@@ -294,7 +303,7 @@ impl Plane {
         let offer = Offer::new(tuning::choice(config));
         let pool = Pool::new(if owns_instance { pool_plans(config) } else { Vec::new() });
         let audit = state.clone().map(|state| audit(config, state)).transpose()?;
-        let egress = Egress::new(egress_settings(config).await, outside, metrics.clone(), state.clone());
+        let egress = Egress::new(egress_settings(config).await, trust, outside, metrics.clone(), state.clone());
         let registry = Registry::new(Arc::clone(&engine), archive.clone(), state, instance, settings, limits, pool);
         let registry = Arc::new(registry.counting(metrics).reaching(egress));
         let stop = CancellationToken::new();
@@ -698,6 +707,13 @@ fn archive(config: &Config) -> Result<Archive, StartError> {
 fn open_state(config: &Config, archive: Option<Archive>) -> Result<(State, Left), StartError> {
     let folder = &config.server.data_dir;
     State::open(folder, archive).map_err(|source| StartError::State { path: state::path_in(folder), source })
+}
+
+/// Whom upstreams are trusted by.
+fn trust(config: &Config) -> Result<Trust, StartError> {
+    let file = config.egress.ca_file.as_deref();
+    let path = file.map(Path::to_path_buf).unwrap_or_default();
+    Trust::load(file).map_err(|reason| StartError::Authorities { path, reason })
 }
 
 /// What the way out of all sessions keeps to. The engine's own address is among what nobody reaches.

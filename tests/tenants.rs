@@ -71,6 +71,7 @@ fn routes() -> Vec<(&'static str, &'static str, About, Value)> {
         ("POST", "/v1/executions/{id}/input", Change, json!({"text": "x"})),
         ("POST", "/v1/sessions/{id}/restart", Change, none.clone()),
         ("GET", "/v1/sessions/{id}/metrics", Look, none.clone()),
+        ("GET", "/v1/sessions/{id}/egress", Look, none.clone()),
         ("GET", "/v1/sessions/{id}/notebook", Look, none.clone()),
         ("DELETE", "/v1/sessions/{id}/contexts/{context}", Change, none.clone()),
         ("DELETE", "/v1/sessions/{id}/notebook", Change, none.clone()),

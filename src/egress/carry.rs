@@ -8,6 +8,8 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
+use crate::domain::egress::hello::{self, Look};
+
 /// Bytes that are read at once.
 const PIECE: usize = 64 * 1024;
 
@@ -21,11 +23,11 @@ pub(super) struct Meter<'a> {
 }
 
 impl Meter<'_> {
-    fn pass(&self, bytes: usize) -> io::Result<()> {
+    fn pass(&self, bytes: usize) -> Result<(), Stop> {
         let before = self.session.fetch_add(bytes as u64, Ordering::Relaxed);
         if self.most.is_some_and(|most| before.saturating_add(bytes as u64) > most) {
             self.session.fetch_sub(bytes as u64, Ordering::Relaxed);
-            return Err(io::Error::from(io::ErrorKind::QuotaExceeded));
+            return Err(Stop::Spent);
         }
         self.own.fetch_add(bytes as u64, Ordering::Relaxed);
         (self.count)(bytes);
@@ -46,6 +48,8 @@ pub(super) enum Ended {
     Spent,
     /// It may not be any more.
     Cut,
+    /// Its first words are for a server of another name, or can't be read.
+    WrongName,
 }
 
 impl Ended {
@@ -57,7 +61,21 @@ impl Ended {
             Self::Idle => "idle",
             Self::Spent => "too-many-bytes",
             Self::Cut => "cut",
+            Self::WrongName => "wrong-name",
         }
+    }
+}
+
+/// Why carrying ends early.
+enum Stop {
+    Broken,
+    Spent,
+    WrongName,
+}
+
+impl From<io::Error> for Stop {
+    fn from(_: io::Error) -> Self {
+        Self::Broken
     }
 }
 
@@ -65,6 +83,7 @@ impl Ended {
 pub(super) async fn carry(
     (cell, out): (impl AsyncRead + AsyncWrite + Unpin, impl AsyncRead + AsyncWrite + Unpin),
     (sent, received): (&Meter<'_>, &Meter<'_>),
+    name: Option<&str>,
     idle: Duration,
     cut: &CancellationToken,
 ) -> Ended {
@@ -73,7 +92,7 @@ pub(super) async fn carry(
     let (mut out_in, mut out_out) = tokio::io::split(out);
     let both = async {
         tokio::try_join!(
-            pump(&mut cell_in, &mut out_out, sent, &moved),
+            pump_checked(&mut cell_in, &mut out_out, sent, &moved, name),
             pump(&mut out_in, &mut cell_out, received, &moved)
         )
     };
@@ -81,12 +100,44 @@ pub(super) async fn carry(
     tokio::select! {
         ended = both => match ended {
             Ok(_) => Ended::Done,
-            Err(error) if error.kind() == io::ErrorKind::QuotaExceeded => Ended::Spent,
-            Err(_) => Ended::Broken,
+            Err(Stop::Spent) => Ended::Spent,
+            Err(Stop::WrongName) => Ended::WrongName,
+            Err(Stop::Broken) => Ended::Broken,
         },
         () = idles => Ended::Idle,
         () = cut.cancelled() => Ended::Cut,
     }
+}
+
+/// The same as [`pump`], but what begins like TLS gets nowhere before it has named the server that was asked for, or nobody.
+async fn pump_checked(
+    from: &mut (impl AsyncRead + Unpin),
+    to: &mut (impl AsyncWrite + Unpin),
+    meter: &Meter<'_>,
+    moved: &Notify,
+    name: Option<&str>,
+) -> Result<(), Stop> {
+    let Some(name) = name else { return pump(from, to, meter, moved).await };
+    let mut begun = Vec::new();
+    loop {
+        let is_over = from.read_buf(&mut begun).await? == 0;
+        match hello::look(&begun) {
+            Look::More if !is_over => continue,
+            Look::Name(meant) if !meant.trim_end_matches('.').eq_ignore_ascii_case(name) => {
+                return Err(Stop::WrongName);
+            }
+            Look::Wrong => return Err(Stop::WrongName),
+            Look::More | Look::NotTls | Look::NoName | Look::Name(_) => break,
+        }
+    }
+    if !begun.is_empty() {
+        meter.pass(begun.len())?;
+        moved.notify_one();
+        to.write_all(&begun).await?;
+        to.flush().await?;
+    }
+    drop(begun);
+    pump(from, to, meter, moved).await
 }
 
 async fn pump(
@@ -94,12 +145,12 @@ async fn pump(
     to: &mut (impl AsyncWrite + Unpin),
     meter: &Meter<'_>,
     moved: &Notify,
-) -> io::Result<()> {
+) -> Result<(), Stop> {
     let mut piece = vec![0; PIECE];
     loop {
         let read = from.read(&mut piece).await?;
         if read == 0 {
-            return to.shutdown().await;
+            return Ok(to.shutdown().await?);
         }
         meter.pass(read)?;
         moved.notify_one();
@@ -140,7 +191,7 @@ mod tests {
             };
             tokio::join!(say, hear);
         };
-        let carried = carry((cell, out), (&sent, &received), idle, &token);
+        let carried = carry((cell, out), (&sent, &received), Some("example.org"), idle, &token);
         let (ended, ()) = tokio::join!(carried, talk);
         (ended, all_sent.load(Ordering::Relaxed))
     }

@@ -45,7 +45,7 @@ pub struct Decision {
     pub address: Option<IpAddr>,
     /// Why it was refused; nothing where it was made.
     pub refusal: Option<Refusal>,
-    /// How it has ended: `done`, `broken`, `idle`, `too-many-bytes` or `cut`; nothing while it is open, or where it never was.
+    /// How it has ended: `done`, `broken`, `idle`, `too-many-bytes`, `cut` or `wrong-name`; nothing while it is open, or where it never was.
     pub ended: Option<&'static str>,
     /// Bytes that it has sent out of the cell, once it has ended.
     pub sent: u64,
@@ -117,6 +117,8 @@ struct Admission<'a> {
     gate: &'a Gate,
     number: u64,
     cut: CancellationToken,
+    /// What TLS is to name, if it is spoken.
+    name: Option<String>,
     admitted: Admitted,
     _places: (OwnedSemaphorePermit, OwnedSemaphorePermit),
 }
@@ -239,7 +241,7 @@ impl Gate {
             let admission = self.admit(&host, port)?;
             let reached = match &admission.admitted {
                 Admitted::Plain => self.egress.reach(&host, port).await?,
-                Admitted::Upstream(_) => return Err(Refusal::NoUpstream(host, port).into()),
+                Admitted::Upstream(upstream) => self.egress.reach_upstream(upstream).await?,
             };
             // The rules may be others by now.
             match admission.cut.is_cancelled() {
@@ -286,7 +288,11 @@ impl Gate {
         let cut = CancellationToken::new();
         inner.open.insert(number, Open { host: host.clone(), port, cut: cut.clone() });
         drop(inner);
-        Ok(Admission { gate: self, number, cut, admitted, _places: (own, of_all) })
+        let name = match (host, &admitted) {
+            (Host::Name(name), Admitted::Plain) => Some(name.clone()),
+            _ => None,
+        };
+        Ok(Admission { gate: self, number, cut, name, admitted, _places: (own, of_all) })
     }
 
     async fn carry(&self, link: &Link, id: u64, number: u64, admission: Admission<'_>, reached: Reached) {
@@ -297,7 +303,8 @@ impl Gate {
         let received = Meter { own: AtomicU64::new(0), session: &self.received, most: received_most, count: &into };
         let ended = match link.open_egress(id).await {
             Ok(tunnel) => {
-                carry((tunnel, reached.stream), (&sent, &received), shared.settings.idle_timeout, &admission.cut).await
+                let (idle, cut) = (shared.settings.idle_timeout, &admission.cut);
+                carry((tunnel, reached.stream), (&sent, &received), admission.name.as_deref(), idle, cut).await
             }
             // Whoever asked for it has gone, or the link has.
             Err(_) => Ended::Broken,

@@ -21,11 +21,15 @@ mod carry;
 pub mod gate;
 mod outside;
 mod reach;
+mod trust;
+mod upstream;
+mod veil;
 
 use bucket::Bucket;
 pub use gate::{Decision, Gate, GateView};
 pub use outside::addresses_of;
 pub use outside::{Dialer, Outside, Resolver, Stream, SystemDialer, SystemResolver};
+pub use trust::Trust;
 
 /// Audit events of all sessions together: so many at once …
 const AUDIT_BURST: f64 = 1000.0;
@@ -154,6 +158,7 @@ pub struct Egress(Arc<Shared>);
 struct Shared {
     settings: Settings,
     outside: Outside,
+    trust: Trust,
     places: Arc<Semaphore>,
     audit_budget: Bucket,
     metrics: Metrics,
@@ -170,10 +175,10 @@ impl fmt::Debug for Egress {
 impl Egress {
     /// The way out of all sessions of a server.
     #[must_use]
-    pub fn new(settings: Settings, outside: Outside, metrics: Metrics, state: Option<State>) -> Self {
+    pub fn new(settings: Settings, trust: Trust, outside: Outside, metrics: Metrics, state: Option<State>) -> Self {
         let places = Arc::new(Semaphore::new(settings.connections));
         let audit_budget = Bucket::new(AUDIT_BURST, AUDIT_PER_SECOND);
-        Self(Arc::new(Shared { settings, outside, places, audit_budget, metrics, state }))
+        Self(Arc::new(Shared { settings, outside, trust, places, audit_budget, metrics, state }))
     }
 
     /// One that makes no connection.
@@ -190,7 +195,7 @@ impl Egress {
             deny: Vec::new(),
             proxy: None,
         };
-        Self::new(settings, Outside::default(), Metrics::new(), None)
+        Self::new(settings, Trust::default(), Outside::default(), Metrics::new(), None)
     }
 
     /// Why an address may not be reached, whatever the name; nothing if it may.

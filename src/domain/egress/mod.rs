@@ -13,6 +13,7 @@ use std::sync::Arc;
 use super::spec::FieldError;
 
 pub mod address;
+pub mod hello;
 mod host;
 
 pub use host::Host;

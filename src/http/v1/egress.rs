@@ -48,7 +48,8 @@ pub struct DecisionView {
     reason: Option<&'static str>,
     /// The same as a sentence, which the code was told too.
     detail: Option<String>,
-    /// How it has ended: `done`, `broken`, `idle`, `too-many-bytes` or `cut`; nothing while it is open.
+    /// How it has ended: `done`, `broken`, `idle`, `too-many-bytes`, `cut`, or `wrong-name` where TLS was begun with a server of another name; nothing
+    /// while it is open.
     ended: Option<&'static str>,
     /// Bytes that it has sent out, once it has ended.
     sent_bytes: u64,
