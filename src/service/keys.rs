@@ -162,6 +162,13 @@ impl KeyRing {
         })
     }
 
+    /// Whether somebody who came in once would still be let in. Whoever is within this process needs no key.
+    #[must_use]
+    pub fn still_admits(&self, who: &Principal, now: Timestamp) -> bool {
+        let is_valid = |key: &Key| key.record.expires_at.is_none_or(|end| now < end);
+        who.key.is_none_or(|id| self.keys().iter().any(|key| key.record.id == id && is_valid(key)))
+    }
+
     /// All keys in the order of their ids.
     pub(super) fn list(&self) -> Vec<Key> {
         let mut keys = self.keys().clone();

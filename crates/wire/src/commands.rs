@@ -191,6 +191,12 @@ pub enum CommandEvent {
     Ended {
         /// How.
         end: CommandEnd,
+        /// Bytes of its stdout.
+        #[serde(default)]
+        stdout: Totals,
+        /// Bytes of its stderr.
+        #[serde(default)]
+        stderr: Totals,
     },
 }
 

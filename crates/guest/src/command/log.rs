@@ -158,7 +158,8 @@ impl Log {
         for stream in [CommandStream::Stdout, CommandStream::Stderr] {
             inner.tell_tail(&self.budget, stream);
         }
-        inner.put(&self.budget, CommandEvent::Ended { end }, Vec::new());
+        let (stdout, stderr) = inner.totals(self.keep);
+        inner.put(&self.budget, CommandEvent::Ended { end, stdout, stderr }, Vec::new());
         inner.end = Some(end);
         drop(inner);
         self.changed.send_replace(());
@@ -174,15 +175,8 @@ impl Log {
     #[must_use]
     pub fn totals(&self) -> (Totals, Totals, u64) {
         let inner = self.lock();
-        let totals = |kept: &Kept| {
-            let known = kept.told + (kept.tail.len() + kept.partial.len()) as u64;
-            Totals { bytes: kept.total, omitted: kept.total.saturating_sub(known) }
-        };
-        let mut stdout = totals(&inner.stdout);
-        if matches!(self.keep, Keep::End(_)) {
-            stdout.omitted = inner.gone;
-        }
-        (stdout, totals(&inner.stderr), inner.next() - 1)
+        let (stdout, stderr) = inner.totals(self.keep);
+        (stdout, stderr, inner.next() - 1)
     }
 
     /// Frames of the events after number `after`, and of new ones as they come, to the last one; or only of those that are there.
@@ -242,6 +236,18 @@ fn encode(seq: u64, event: CommandEvent, bytes: &[u8], chunk: &mut BytesMut) {
 impl Inner {
     fn next(&self) -> u64 {
         self.first + self.entries.len() as u64
+    }
+
+    fn totals(&self, keep: Keep) -> (Totals, Totals) {
+        let totals = |kept: &Kept| {
+            let known = kept.told + (kept.tail.len() + kept.partial.len()) as u64;
+            Totals { bytes: kept.total, omitted: kept.total.saturating_sub(known) }
+        };
+        let mut stdout = totals(&self.stdout);
+        if matches!(keep, Keep::End(_)) {
+            stdout.omitted = self.gone;
+        }
+        (stdout, totals(&self.stderr))
     }
 
     fn kept(&mut self, stream: CommandStream) -> &mut Kept {
@@ -485,7 +491,7 @@ mod tests {
         chunks.iter().for_each(|chunk| decoder.push(chunk));
         let frames: Vec<Frame<NumberedCommandEvent>> = std::iter::from_fn(|| decoder.next_frame().unwrap()).collect();
         assert_eq!((text(&frames).as_slice(), frames[0].head.seq), (&b"twothree"[..], 3), "untold output is one event");
-        assert!(matches!(frames[1].head.event, CommandEvent::Ended { end } if end.status == Some(3)));
+        assert!(matches!(frames[1].head.event, CommandEvent::Ended { end, .. } if end.status == Some(3)));
     }
 
     #[test]

@@ -42,8 +42,10 @@ const ROOM: usize = 256 * 1024;
 const LEFTOVERS: usize = 64;
 /// Requests with input that wait for one command.
 const MAX_INPUTS: usize = 8;
-/// Longest command line that is remembered for people, in bytes.
-const MAX_ARGV: usize = 8 * 1024;
+/// The same of its folder, and of its tag.
+const MAX_CWD: usize = 256;
+/// Longest command line that is remembered for people, in bytes: a list of all commands is one small answer.
+const MAX_ARGV: usize = 1024;
 
 /// A command, as its task and the requests about it share it.
 pub struct Running {
@@ -171,8 +173,8 @@ impl Commands {
             oom_kills_before,
             started_at: SystemTime::now(),
             argv: cut(argv),
-            cwd: cwd.to_string_lossy().into_owned(),
-            tag: request.tag.clone(),
+            cwd: cut_to(cwd.to_string_lossy().into_owned(), MAX_CWD),
+            tag: request.tag.clone().map(|tag| cut_to(tag, MAX_CWD)),
             terminal: launched.terminal,
             inputs,
             endings,
@@ -400,6 +402,11 @@ fn begin_input(inputs: &mpsc::Sender<Input>, input: Bytes, close: bool, held: He
     });
 }
 
+fn cut_to(mut text: String, limit: usize) -> String {
+    text.truncate(text.floor_char_boundary(limit));
+    text
+}
+
 /// A command line that is not too long to be remembered.
 fn cut(argv: Vec<String>) -> Vec<String> {
     let mut left = MAX_ARGV;
@@ -408,8 +415,8 @@ fn cut(argv: Vec<String>) -> Vec<String> {
         if left == 0 {
             break;
         }
-        argument.truncate(argument.floor_char_boundary(left));
-        left -= argument.len().min(left);
+        argument = cut_to(argument, left);
+        left -= argument.len();
         kept.push(argument);
     }
     kept
