@@ -155,8 +155,10 @@ impl Log {
         if inner.end.is_some() {
             return;
         }
-        for stream in [CommandStream::Stdout, CommandStream::Stderr] {
-            inner.tell_tail(&self.budget, stream);
+        if let Keep::HeadAndTail(_) = self.keep {
+            for stream in [CommandStream::Stdout, CommandStream::Stderr] {
+                inner.tell_tail(&self.budget, stream);
+            }
         }
         let (stdout, stderr) = inner.totals(self.keep);
         inner.put(&self.budget, CommandEvent::Ended { end, stdout, stderr }, Vec::new());

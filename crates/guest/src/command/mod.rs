@@ -222,7 +222,7 @@ impl Commands {
     /// Forgets commands that have ended, oldest first, until there is room for another one's output.
     fn make_room(&self, more: usize) {
         let mut table = self.lock();
-        while table.ended.len() >= MAX_ENDED || self.budget.left() < ROOM + more {
+        while table.ended.len() > MAX_ENDED || self.budget.left() < ROOM + more {
             let Some(oldest) = table.ended.pop_front() else { return };
             table.all.remove(&oldest);
             table.order.retain(|id| *id != oldest);
