@@ -4,6 +4,7 @@
 //!
 //! ```text
 //! stdin/stdout ─ link ─ api ─┬─ files, report, cgroup
+//!                            ├─ command ─ launch, live, log, tty
 //!                            ├─ egress ─ events
 //!                            ├─ events ◀────────┐
 //!                            └─ kernel ─ launch, live ─ channels ─ zmtp ─ message ─ relay ─ cap
@@ -16,6 +17,7 @@ pub mod cap;
 pub mod capture;
 pub mod cgroup;
 pub mod changes;
+pub mod command;
 pub mod effects;
 pub mod egress;
 pub mod events;
