@@ -13,6 +13,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::config::{self, Config, DrainContainers, Inputs, KeySection, Loaded, PullPolicy};
 use crate::domain::ids::InstallationId;
+use crate::domain::packages::Index;
 use crate::domain::quota::QuotaTable;
 use crate::domain::spec::Template;
 use crate::egress::{self, Egress, Outside, Trust};
@@ -52,6 +53,11 @@ const FIRST_TENANT: &str = "default";
 const FIRST_KEY: &str = "api-key-file";
 /// Our launcher for `ipykernel`, beside the guest in its volume.
 const IPYKERNEL_LAUNCHER: &[u8] = include_bytes!("../crates/guest/launcher/ipykernel_launcher.py");
+/// What each Python of a cell imports first, and what installs packages.
+const SITECUSTOMIZE: &[u8] = include_bytes!("../crates/guest/launcher/python/sitecustomize.py");
+const PACKAGES: &[u8] = include_bytes!("../crates/guest/launcher/python/cellblock_packages.py");
+/// An index that is not there.
+const NOWHERE: Index = Index { host: String::new(), port: 443, path: String::new(), file_hosts: Vec::new() };
 
 /// Why the control plane does not start. Each says what to do.
 #[derive(Debug, thiserror::Error)]
@@ -689,7 +695,13 @@ pub fn guest_files(binary: Option<&Path>) -> Result<Vec<GuestFile>, StartError> 
     let path = binary.map_or_else(beside_us, Path::to_path_buf);
     let bytes = std::fs::read(&path).map_err(|source| StartError::Guest { path, source })?;
     let file = |name: &str, mode, bytes| GuestFile { name: name.to_owned(), mode, bytes };
-    Ok(vec![file("guest", 0o555, bytes), file("ipykernel_launcher.py", 0o444, IPYKERNEL_LAUNCHER.to_vec())])
+    let text = |name: &str, text: &[u8]| file(name, 0o444, text.to_vec());
+    Ok(vec![
+        file("guest", 0o555, bytes),
+        text("ipykernel_launcher.py", IPYKERNEL_LAUNCHER),
+        text("python/cellblock_packages.py", PACKAGES),
+        text("python/sitecustomize.py", SITECUSTOMIZE),
+    ])
 }
 
 fn archive(config: &Config) -> Result<Archive, StartError> {
@@ -737,6 +749,8 @@ async fn egress_settings(config: &Config) -> egress::Settings {
         idle_timeout: section.idle_timeout,
         deny: section.deny.iter().copied().chain(engine.into_iter().map(IpNet::from)).collect(),
         proxy: config::proxy_of(&section.proxy).map(str::to_owned),
+        index: config.packages.index().unwrap_or(NOWHERE),
+        package_bytes: config.packages.size,
     }
 }
 

@@ -127,6 +127,8 @@ pub fn settings(config: &Config) -> Settings {
         queue_timeout: config.executions.queue_timeout,
         contexts: config.limits.contexts as usize,
         inline: usize::try_from(config.executions.inline).unwrap_or(usize::MAX),
+        package_bytes: config.packages.size,
+        package_timeout: config.packages.timeout,
     }
 }
 

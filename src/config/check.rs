@@ -3,9 +3,10 @@
 use std::time::Duration;
 
 use super::merge::Merge;
-use super::sections::{Bounds, Document, Server, TemplateSection};
+use super::sections::{Bounds, Document, PackageRule, Server, TemplateSection};
 use super::source::{Key, Mistake, Source, dotted, key_of};
 use crate::domain::egress::{self, Rule};
+use crate::domain::packages::{self, Requirement};
 use crate::domain::spec::{self, KERNEL_FLOOR, MIB, PoolSize};
 
 /// A container lives at least so long without hearing of a server, which it does when it is asked whether it lives.
@@ -25,6 +26,7 @@ pub(super) fn check(document: &Document, merge: &Merge) -> Vec<Mistake> {
     checker.amounts(document);
     checker.quotas(document);
     checker.egress(document);
+    checker.packages(document);
     checker.traces(document);
     checker.log(document);
     checker.default_template(document);
@@ -337,6 +339,31 @@ impl Checker<'_> {
         });
     }
 
+    fn packages(&mut self, document: &Document) {
+        let packages = &document.packages;
+        let index = egress::Upstream::parse_url(&packages.index_url);
+        self.require(index.is_ok(), &["packages.index_url"], || {
+            format!("{:?} is no index of packages: name it as https://host/path", packages.index_url)
+        });
+        for wrong in packages.file_hosts.iter().filter_map(|host| packages::file_host(host).err()) {
+            self.require(false, &["packages.file_hosts"], || wrong.clone());
+        }
+        self.positive(packages.timeout, "packages.timeout");
+        self.require(packages.size > 0, &["packages.size"], || "0 bytes would be no package".to_owned());
+    }
+
+    fn package_rule(&mut self, name: &str, template: &TemplateSection) {
+        let PackageRule::Listed(texts) = &template.packages else { return };
+        let key = format!("templates.{name}.packages");
+        for wrong in texts.iter().filter_map(|text| Requirement::parse(text).err()) {
+            self.require(false, &[&key], || wrong.clone());
+        }
+        let count = texts.len();
+        self.require((1..=packages::MAX_REQUIREMENTS).contains(&count), &[&key], || {
+            format!("{count} packages; allowed are \"none\", \"any\" or 1 to {}", packages::MAX_REQUIREMENTS)
+        });
+    }
+
     fn network(&mut self, name: &str, template: &TemplateSection) {
         let network = &template.network;
         let key = |field: &str| format!("templates.{name}.network.{field}");
@@ -359,6 +386,7 @@ impl Checker<'_> {
                 (!is_label(&upstream.name, 40)).then(|| {
                     "name: allowed are 1 to 40 of a-z, 0-9 and \"-\", with a letter or digit at both ends".to_owned()
                 }),
+                (upstream.name == egress::PACKAGES).then(|| "name: \"packages\" is the index of packages".to_owned()),
                 network.upstreams[..at]
                     .iter()
                     .any(|other| other.name == upstream.name)
@@ -487,6 +515,7 @@ impl Checker<'_> {
         });
         self.env(name, template);
         self.network(name, template);
+        self.package_rule(name, template);
         self.floors(name, "default", &template.default);
         self.floors(name, "maximum", &template.maximum);
         self.ceilings(name, template);

@@ -17,6 +17,7 @@ use super::units::{
 use crate::domain::access::{KeyHash, Scope};
 use crate::domain::egress::{self, NetworkMode, NetworkOffer, Rule};
 use crate::domain::lock;
+use crate::domain::packages::{self, Index, PackagePolicy, Requirement};
 use crate::domain::quota::{Quota, Rate, Share};
 use crate::domain::spec::{
     self, KernelTransport, MIB, OutputLimits, PoolPlan, PoolSize, Resources, SessionRequest, Template, Timeouts,
@@ -41,6 +42,7 @@ pub(super) struct Document {
     pub tenants: BTreeMap<String, Tenant>,
     pub executions: Executions,
     pub egress: Egress,
+    pub packages: Packages,
     pub audit: Audit,
     pub metrics: MetricsSection,
     pub traces: Traces,
@@ -387,6 +389,64 @@ pub struct Egress {
     pub ca_file: Option<PathBuf>,
 }
 
+/// Where packages come from, and how much of them.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Packages {
+    /// The index, `https://host/path`.
+    pub index_url: String,
+    /// Hosts that its files are at, beside its own.
+    #[serde(deserialize_with = "texts")]
+    pub file_hosts: Vec<String>,
+    /// Time for one installation.
+    #[serde(deserialize_with = "duration")]
+    pub timeout: Duration,
+    /// Bytes that one installation may add.
+    #[serde(deserialize_with = "size")]
+    pub size: u64,
+}
+
+impl Packages {
+    /// The index; nothing where it is none, which is told elsewhere.
+    #[must_use]
+    pub fn index(&self) -> Option<Index> {
+        let (host, port, path) = egress::Upstream::parse_url(&self.index_url).ok()?;
+        let file_hosts: Option<Vec<String>> =
+            self.file_hosts.iter().map(|host| packages::file_host(host).ok()).collect();
+        Some(Index { host, port, path, file_hosts: file_hosts? })
+    }
+}
+
+/// Which packages sessions of a template may install.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(untagged, expecting = "allowed are \"none\", \"any\" and a list of packages")]
+pub(super) enum PackageRule {
+    /// `none` or `any`.
+    Word(PackageWord),
+    /// These.
+    Listed(Vec<String>),
+}
+
+#[derive(Debug, Clone, Copy, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(super) enum PackageWord {
+    None,
+    Any,
+}
+
+impl PackageRule {
+    /// What is no package is told elsewhere.
+    fn policy(&self) -> PackagePolicy {
+        match self {
+            Self::Word(PackageWord::None) => PackagePolicy::None,
+            Self::Word(PackageWord::Any) => PackagePolicy::Any,
+            Self::Listed(texts) => {
+                PackagePolicy::Listed(texts.iter().filter_map(|text| Requirement::parse(text).ok()).collect())
+            }
+        }
+    }
+}
+
 /// Who has asked for what.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -463,6 +523,7 @@ pub(super) struct TemplateSection {
     pub kernelspec: String,
     pub transport: Transport,
     pub network: Network,
+    pub packages: PackageRule,
     pub env: BTreeMap<String, String>,
     pub setup: String,
     pub on_kernel_death: OnKernelDeath,
@@ -538,7 +599,7 @@ pub(super) struct Upstream {
 
 impl Network {
     /// Rules that are none are told elsewhere.
-    fn offer(self) -> NetworkOffer {
+    fn offer(self, packages: PackagePolicy) -> NetworkOffer {
         let rules = |texts: &[String]| texts.iter().filter_map(|text| Rule::parse(text).ok()).flatten().collect();
         let usual: std::sync::Arc<[Rule]> = rules(&self.allow);
         let initial = match self.mode {
@@ -551,7 +612,7 @@ impl Network {
             Some(egress::Upstream { name, host, port, path, header, secret_file })
         };
         let upstreams = self.upstreams.into_iter().filter_map(upstream).collect();
-        NetworkOffer { initial, usual, may_allow: rules(&self.may_allow), upstreams }
+        NetworkOffer { initial, usual, may_allow: rules(&self.may_allow), upstreams, packages }
     }
 }
 
@@ -717,7 +778,7 @@ impl TemplateSection {
                 OnIdle::Delete => spec::OnIdle::Delete,
                 OnIdle::Pause => spec::OnIdle::Pause,
             },
-            network: self.network.offer(),
+            network: self.network.offer(self.packages.policy()),
         }
     }
 }

@@ -210,6 +210,8 @@ pub struct SessionRequest {
     pub on_idle: Option<OnIdle>,
     /// What it is to reach.
     pub network: NetworkRequest,
+    /// What is installed before it is given to its caller.
+    pub packages: Vec<String>,
 }
 
 /// A specification that holds every rule.
@@ -288,6 +290,7 @@ pub fn resolve(template: &Template, request: &SessionRequest) -> Result<SessionS
         errors.extend(wrong);
         Network::default()
     });
+    errors.extend(template.network.packages.choose(&request.packages).err().unwrap_or_default());
     if !errors.is_empty() {
         return Err(errors);
     }

@@ -13,10 +13,12 @@ use tokio_util::sync::CancellationToken;
 
 use super::bucket::Bucket;
 use super::carry::{Ended, Meter, carry};
+use super::packages::Remarks;
 use super::reach::{NotReached, Reached};
 use super::{Egress, Refusal};
-use crate::domain::egress::{Host, Network, Upstream};
+use crate::domain::egress::{Host, Network, NetworkOffer, PACKAGES, Upstream};
 use crate::domain::ids::SessionId;
+use crate::domain::packages::PackagePolicy;
 use crate::kernel::link::Link;
 use crate::store::state::AuditEvent;
 use crate::task;
@@ -80,6 +82,8 @@ pub struct Gate {
     audit_budget: Bucket,
     sent: AtomicU64,
     received: AtomicU64,
+    /// Why packages were not given.
+    remarks: Arc<Remarks>,
     inner: Mutex<Inner>,
 }
 
@@ -87,6 +91,7 @@ struct Inner {
     tenant: Arc<str>,
     network: Network,
     upstreams: Arc<[Upstream]>,
+    packages: PackagePolicy,
     decisions: VecDeque<Decision>,
     /// The number of the first of them.
     first: u64,
@@ -110,6 +115,7 @@ struct Open {
 enum Admitted {
     Plain,
     Upstream(Box<Upstream>),
+    Packages(PackagePolicy),
 }
 
 /// A connection that was admitted, until this is dropped.
@@ -137,6 +143,12 @@ impl std::fmt::Debug for Gate {
 
 impl Inner {
     fn admit(&self, host: &Host, port: u16) -> Result<Admitted, Refusal> {
+        if Upstream::named_by(host) == Some(PACKAGES) && port == 80 {
+            return match self.packages.is_open() {
+                true => Ok(Admitted::Packages(self.packages.clone())),
+                false => Err(Refusal::NoPackages),
+            };
+        }
         if !self.network.is_open() {
             return Err(Refusal::Closed);
         }
@@ -160,14 +172,15 @@ impl Gate {
         session: SessionId,
         tenant: Arc<str>,
         network: Network,
-        upstreams: Arc<[Upstream]>,
+        offer: &NetworkOffer,
     ) -> Arc<Self> {
         let settings = &egress.0.settings;
         let a_minute = f64::from(settings.connections_per_minute);
         let inner = Inner {
             tenant,
             network,
-            upstreams,
+            upstreams: Arc::clone(&offer.upstreams),
+            packages: offer.packages.clone(),
             decisions: VecDeque::new(),
             first: 0,
             open: HashMap::new(),
@@ -183,6 +196,7 @@ impl Gate {
             audit_budget: Bucket::new(AUDIT_BURST, AUDIT_PER_SECOND),
             sent: AtomicU64::new(0),
             received: AtomicU64::new(0),
+            remarks: Arc::default(),
             inner: Mutex::new(inner),
             egress,
             session,
@@ -203,9 +217,10 @@ impl Gate {
     }
 
     /// The session becomes somebody's.
-    pub fn claim(&self, tenant: Arc<str>, network: Network, upstreams: Arc<[Upstream]>) {
+    pub fn claim(&self, tenant: Arc<str>, network: Network, offer: &NetworkOffer) {
         let mut inner = self.inner();
-        (inner.tenant, inner.upstreams) = (tenant, upstreams);
+        (inner.tenant, inner.upstreams) = (tenant, Arc::clone(&offer.upstreams));
+        inner.packages = offer.packages.clone();
         drop(inner);
         self.change(network);
     }
@@ -242,6 +257,7 @@ impl Gate {
             let reached = match &admission.admitted {
                 Admitted::Plain => self.egress.reach(&host, port).await?,
                 Admitted::Upstream(upstream) => self.egress.reach_upstream(upstream).await?,
+                Admitted::Packages(policy) => self.egress.reach_packages(policy.clone(), Arc::clone(&self.remarks)),
             };
             // The rules may be others by now.
             match admission.cut.is_cancelled() {

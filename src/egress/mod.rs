@@ -13,6 +13,7 @@ use ipnet::IpNet;
 use tokio::sync::Semaphore;
 
 use crate::domain::egress::Host;
+use crate::domain::packages::Index;
 use crate::metrics::Metrics;
 use crate::store::state::State;
 
@@ -20,6 +21,7 @@ mod bucket;
 mod carry;
 pub mod gate;
 mod outside;
+mod packages;
 mod reach;
 mod trust;
 mod upstream;
@@ -57,6 +59,10 @@ pub struct Settings {
     pub deny: Vec<IpNet>,
     /// The proxy that connections go through, as `host:port`.
     pub proxy: Option<String>,
+    /// Where packages come from.
+    pub index: Index,
+    /// Largest file of a package, in bytes.
+    pub package_bytes: u64,
 }
 
 /// Why a connection is not made.
@@ -71,6 +77,9 @@ pub enum Refusal {
     /// No rule admits it.
     #[error("{0}:{1} is not within what this session may reach (network.allow)")]
     NotAllowed(Host, u16),
+    /// No packages may be installed.
+    #[error("nothing may be installed here: the template's packages policy is \"none\"")]
+    NoPackages,
     /// There is no upstream of that name, or it was asked for at another port.
     #[error("{0}:{1} is no upstream of this session; upstreams are asked at port 80, in plain HTTP")]
     NoUpstream(Host, u16),
@@ -107,7 +116,7 @@ impl Refusal {
         match self {
             Self::Closed => "closed",
             Self::NoHost(_) => "no-host",
-            Self::NotAllowed(..) | Self::NoUpstream(..) => "not-allowed",
+            Self::NotAllowed(..) | Self::NoUpstream(..) | Self::NoPackages => "not-allowed",
             Self::NotPublic(..) => "not-public",
             Self::Denied(_) => "denied",
             Self::NotResolved(_) => "not-resolved",
@@ -142,6 +151,7 @@ impl Refusal {
             | Self::NoHost(_)
             | Self::NotAllowed(..)
             | Self::NoUpstream(..)
+            | Self::NoPackages
             | Self::NotPublic(..)
             | Self::Denied(_) => 403,
             Self::TooMany(_) | Self::TooFast(_) | Self::Spent(_) => 429,
@@ -159,6 +169,7 @@ struct Shared {
     settings: Settings,
     outside: Outside,
     trust: Trust,
+    packages: packages::Shared,
     places: Arc<Semaphore>,
     audit_budget: Bucket,
     metrics: Metrics,
@@ -178,7 +189,16 @@ impl Egress {
     pub fn new(settings: Settings, trust: Trust, outside: Outside, metrics: Metrics, state: Option<State>) -> Self {
         let places = Arc::new(Semaphore::new(settings.connections));
         let audit_budget = Bucket::new(AUDIT_BURST, AUDIT_PER_SECOND);
-        Self(Arc::new(Shared { settings, outside, trust, places, audit_budget, metrics, state }))
+        Self(Arc::new(Shared {
+            settings,
+            outside,
+            trust,
+            packages: packages::Shared::new(),
+            places,
+            audit_budget,
+            metrics,
+            state,
+        }))
     }
 
     /// One that makes no connection.
@@ -194,6 +214,8 @@ impl Egress {
             idle_timeout: Duration::ZERO,
             deny: Vec::new(),
             proxy: None,
+            index: Index { host: String::new(), port: 443, path: String::new(), file_hosts: Vec::new() },
+            package_bytes: 0,
         };
         Self::new(settings, Trust::default(), Outside::default(), Metrics::new(), None)
     }

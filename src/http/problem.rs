@@ -104,6 +104,7 @@ codes! {
     RATE_LIMITED "rate-limited" TOO_MANY_REQUESTS "Too many requests" true;
     QUEUE_FULL "queue-full" TOO_MANY_REQUESTS "Too many executions are waiting" true;
     SPAWN_FAILED "spawn-failed" CONFLICT "The command can't be started" true;
+    INSTALL_FAILED "install-failed" UNPROCESSABLE_ENTITY "The packages were not installed" false;
     INTERNAL "internal" INTERNAL_SERVER_ERROR "The server failed" true;
     GUEST_UNREACHABLE "guest-unreachable" BAD_GATEWAY "The session's container did not answer" true;
     KERNEL_FAILED "kernel-failed" BAD_GATEWAY "The kernel did not start" false;
@@ -200,6 +201,7 @@ impl From<Error> for Problem {
             Error::SpawnFailed(_) => {
                 Self::new(SPAWN_FAILED, format!("{detail}; end some of its commands, or of what its code has started"))
             }
+            Error::InstallFailed(_) => Self::new(INSTALL_FAILED, detail),
             Error::StateConflict(_) | Error::KernelBusy(_) => Self::new(STATE_CONFLICT, detail),
             Error::NotOnce(NotOnce::InFlight) => Self::new(IDEMPOTENCY_IN_FLIGHT, detail),
             Error::NotOnce(NotOnce::Mismatch) => Self::new(IDEMPOTENCY_MISMATCH, detail),

@@ -326,6 +326,15 @@ impl Service {
 }
 
 impl CommandFollow {
+    /// Starts what the server itself wants to know of a session, and follows it. It is nobody's command, and counts for nobody.
+    pub(super) async fn of(session: &Session, request: &CommandRequest) -> Result<Self, Error> {
+        let id: CommandId = fresh();
+        let (mut start, input) = resolve(&session.spec, request)?;
+        start.id = id.to_string();
+        start_once(session, &start, &input).await?;
+        Ok(Self::new(session.clone(), id, 0, true))
+    }
+
     fn new(session: Session, id: CommandId, after: u64, is_waiting: bool) -> Self {
         Self { session, id, seq: after, is_waiting, is_over: false, stream: None, running: None }
     }

@@ -42,6 +42,7 @@ pub mod keys;
 mod languages;
 pub mod log;
 pub mod offer;
+pub mod packages;
 pub mod quotas;
 mod refusals;
 pub mod trail;
@@ -109,6 +110,9 @@ pub enum Error {
     /// As many commands run as may, or too much waits for one.
     #[error("{0}")]
     CommandsFull(String),
+    /// Packages can't be installed.
+    #[error("the packages were not installed: {0}")]
+    InstallFailed(String),
     /// The session has no room for another process.
     #[error("the command can't be started: {0}")]
     SpawnFailed(String),
@@ -427,11 +431,28 @@ impl Service {
     ) -> Result<Created, Error> {
         // Whoever has a key for it comes back for it.
         let lasting = if wait && once.is_none() { Lasting::OnceReady } else { Lasting::Always };
-        let Some(once) = once else { return self.create(who, request, wait, lasting, None).await };
+        if !request.packages.is_empty() && !wait {
+            let message = "packages go with waiting for the session: leave wait=false out";
+            return Err(Error::SpecRejected(vec![FieldError::new("/packages", message)]));
+        }
+        if once.is_none() && request.packages.is_empty() {
+            return self.create(who, request, wait, lasting, None).await;
+        }
         let (service, who, request) = (Arc::clone(self), who.clone(), request.clone());
         let created = carry_on("create", async move {
-            let created = service.create(&who, &request, wait, lasting, Some(&once)).await;
-            service.settle_key(once, &created).await.and(created)
+            let created = service.create(&who, &request, wait, lasting, once.as_ref()).await;
+            let created = match created {
+                // One that was there before has had its packages.
+                Ok(Created::New(session)) if !request.packages.is_empty() => {
+                    let installed = service.install_first(&who, &session, &request.packages).await;
+                    installed.map(|()| Created::New(session))
+                }
+                created => created,
+            };
+            match once {
+                Some(once) => service.settle_key(once, &created).await.and(created),
+                None => created,
+            }
         });
         created.await.unwrap_or(Err(Error::GuestUnreachable))
     }

@@ -9,9 +9,11 @@ use std::time::{Duration, Instant};
 use cellblock_wire::GENERATION;
 use cellblock_wire::link::Init;
 use cellblock_wire::marker::LinkSecret;
+use cellblock_wire::packages::{PACKAGES_BYTES_VARIABLE, PACKAGES_VARIABLE};
 
 use super::actor::{self, Verdict};
 use super::{Settings, StartFailure, StartFault};
+use crate::domain::packages::PackagePolicy;
 use crate::engine::{ByteStream, CellName, CellSpec, Engine, EngineError};
 use crate::kernel::link::{Events, Link, LinkError};
 
@@ -95,6 +97,17 @@ impl Adoption {
         let events = link.events(0).await.map_err(|e| e.to_string())?;
         Ok(Booted { link, events, kernels })
     }
+}
+
+/// Tells code which packages may be installed. It is for messages only: what is given is decided where the index is asked.
+pub(super) fn with_packages(
+    mut env: BTreeMap<String, String>,
+    policy: &PackagePolicy,
+    bytes: u64,
+) -> BTreeMap<String, String> {
+    env.insert(PACKAGES_VARIABLE.to_owned(), policy.to_string());
+    env.insert(PACKAGES_BYTES_VARIABLE.to_owned(), bytes.to_string());
+    env
 }
 
 /// What a guest is told first.

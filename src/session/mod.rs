@@ -78,6 +78,10 @@ pub struct Settings {
     pub contexts: usize,
     /// Contents of results of more bytes are kept beside the execution.
     pub inline: usize,
+    /// Bytes that an installation of packages may add.
+    pub package_bytes: u64,
+    /// Time for one that is asked for by request.
+    pub package_timeout: Duration,
 }
 
 /// What can be seen of a session. Changes are published as a whole, with a number that rises.

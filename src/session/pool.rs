@@ -143,6 +143,7 @@ impl Shelf {
         let engine = own.template == spec.template
             && own.runtime == spec.runtime
             && own.resources == spec.resources
+            && own.network.packages == spec.network.packages
             && own.network.initial.is_open() == spec.network.initial.is_open();
         let kernel = own.kernelspec == spec.kernelspec
             && own.transport == spec.transport

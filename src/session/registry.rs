@@ -182,6 +182,12 @@ impl Registry {
         self.capacity.change(limits.ceilings);
     }
 
+    /// Bounds and times of sessions, as they are now.
+    #[must_use]
+    pub fn settings(&self) -> Settings {
+        self.tuning().settings
+    }
+
     fn tuning(&self) -> Tuning {
         *self.tuning.read().unwrap_or_else(PoisonError::into_inner)
     }
@@ -342,8 +348,13 @@ impl Registry {
     }
 
     fn gate(&self, record: &SessionRecord) -> Arc<Gate> {
-        let upstreams = Arc::clone(&record.spec.network.upstreams);
-        Gate::new(self.egress.clone(), record.id, Arc::clone(&record.tenant), record.network.clone(), upstreams)
+        Gate::new(
+            self.egress.clone(),
+            record.id,
+            Arc::clone(&record.tenant),
+            record.network.clone(),
+            &record.spec.network,
+        )
     }
 
     fn keeping(&self, tenant: &Arc<str>, id: SessionId) -> Keeping {

@@ -7,6 +7,7 @@ use std::path::{Component, Path, PathBuf};
 
 use bytes::Bytes;
 use cellblock_wire::link::FileEntry;
+use cellblock_wire::packages::PACKAGES_NAME;
 use rustix::fs::{
     AtFlags, Dir, DirEntry, FileType, Mode, OFlags, ResolveFlags, Stat, fstat, mkdirat, open, openat, openat2,
     renameat, statat, statvfs, unlinkat,
@@ -215,6 +216,8 @@ impl Look {
         let kind = stat.as_ref().map_or(entry.file_type(), |stat| FileType::from_raw_mode(stat.st_mode));
         match (kind, stat) {
             (FileType::Directory, _) if name == "." || name == ".." => {}
+            // What is installed is no file of the code's own.
+            (FileType::Directory, _) if name == PACKAGES_NAME && path.as_os_str().is_empty() => {}
             (FileType::Directory, _) if self.folders.len() < MAX_FOLDERS => self.folders.push(path.join(name)),
             (FileType::Directory, _) => self.complete = false,
             (FileType::RegularFile, Some(stat)) if !is_upload(name) => {

@@ -27,6 +27,7 @@ pub mod kernel;
 pub mod link;
 pub mod message;
 pub mod names;
+pub mod packages;
 pub mod reap;
 pub mod report;
 pub mod trial;

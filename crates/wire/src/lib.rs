@@ -7,6 +7,7 @@ pub mod egress;
 pub mod frame;
 pub mod link;
 pub mod marker;
+pub mod packages;
 pub mod trial;
 pub mod tunnel;
 

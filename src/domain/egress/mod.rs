@@ -10,6 +10,7 @@ use std::net::IpAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use super::packages::PackagePolicy;
 use super::spec::FieldError;
 
 pub mod address;
@@ -24,6 +25,8 @@ const USUAL_PORTS: [u16; 2] = [80, 443];
 pub const MAX_RULES: usize = 64;
 /// Names below this one are upstreams that an operator has named.
 const UPSTREAM: &str = ".upstream";
+/// The upstream that is the index of packages; none of an operator's has this name.
+pub const PACKAGES: &str = "packages";
 
 /// Words that stand for rules.
 const PRESETS: [(&str, &[&str]); 4] = [
@@ -271,6 +274,8 @@ pub struct NetworkOffer {
     pub may_allow: Arc<[Rule]>,
     /// Servers that are asked with a secret of the operator's.
     pub upstreams: Arc<[Upstream]>,
+    /// Packages that may be installed, which come from an index that the server asks.
+    pub packages: PackagePolicy,
 }
 
 /// What a caller asks for.
@@ -283,6 +288,12 @@ pub struct NetworkRequest {
 }
 
 impl NetworkOffer {
+    /// Whether a session that may reach this needs the proxy on its loopback: it has a way out, or an index of packages.
+    #[must_use]
+    pub fn needs_proxy(&self, now: &Network) -> bool {
+        now.is_open() || self.packages.is_open()
+    }
+
     /// Whether a session may have a way out at all.
     fn has_way_out(&self) -> bool {
         self.initial.is_open() || !self.usual.is_empty() || !self.may_allow.is_empty() || !self.upstreams.is_empty()

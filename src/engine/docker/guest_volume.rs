@@ -2,7 +2,7 @@
 //!
 //! Only here is the engine's archive API used, and never on a container in which anything has run.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::io::Read;
 
 use bollard::Docker;
@@ -27,7 +27,7 @@ const OLD_SECONDS: i64 = 600;
 /// A file of the volume.
 #[derive(Clone, PartialEq, Eq)]
 pub struct GuestFile {
-    /// Its name in the volume's folder.
+    /// Its name in the volume's folder, behind that of one folder in it where it is in one.
     pub name: String,
     /// Its permissions: 0o555 for a program, 0o444 for anything else.
     pub mode: u32,
@@ -202,23 +202,35 @@ fn content_hash(files: &[GuestFile]) -> String {
 
 fn archive(files: &[GuestFile]) -> std::io::Result<Vec<u8>> {
     let mut builder = tar::Builder::new(Vec::new());
-    for file in files {
+    let mut put = |kind, mode, name: &str, bytes: &[u8]| {
         let mut header = tar::Header::new_ustar();
-        header.set_entry_type(tar::EntryType::Regular);
-        header.set_size(file.bytes.len() as u64);
-        header.set_mode(file.mode);
+        header.set_entry_type(kind);
+        header.set_size(bytes.len() as u64);
+        header.set_mode(mode);
         header.set_uid(0);
         header.set_gid(0);
         header.set_mtime(0);
-        builder.append_data(&mut header, &file.name, file.bytes.as_slice())?;
+        builder.append_data(&mut header, name, bytes)
+    };
+    for folder in folders(files) {
+        put(tar::EntryType::Directory, 0o755, &format!("{folder}/"), &[])?;
+    }
+    for file in files {
+        put(tar::EntryType::Regular, file.mode, &file.name, &file.bytes)?;
     }
     builder.into_inner()
+}
+
+/// The folders that files are in.
+fn folders(files: &[GuestFile]) -> BTreeSet<&str> {
+    files.iter().filter_map(|file| file.name.split_once('/')).map(|(folder, _)| folder).collect()
 }
 
 /// Whether an archive of the volume's folder holds exactly these files.
 fn holds(archive: &[u8], files: &[GuestFile], root: (u64, u64)) -> bool {
     let folder = GUEST_DIR.trim_start_matches('/');
     let mut wanted: BTreeMap<String, &GuestFile> = files.iter().map(|f| (format!("{folder}/{}", f.name), f)).collect();
+    let known: BTreeSet<String> = folders(files).into_iter().map(|inner| format!("{folder}/{inner}")).collect();
     let mut reader = tar::Archive::new(archive);
     let Ok(entries) = reader.entries() else { return false };
     for entry in entries {
@@ -228,7 +240,8 @@ fn holds(archive: &[u8], files: &[GuestFile], root: (u64, u64)) -> bool {
         let owned_by_root = header.uid().ok() == Some(root.0) && header.gid().ok() == Some(root.1);
         let mode = header.mode().unwrap_or(0o7777) & 0o7777;
         if entry.header().entry_type().is_dir() {
-            if path.trim_end_matches('/') != folder || !owned_by_root || mode & 0o7022 != 0 {
+            let path = path.trim_end_matches('/');
+            if (path != folder && !known.contains(path)) || !owned_by_root || mode & 0o7022 != 0 {
                 return false;
             }
             continue;

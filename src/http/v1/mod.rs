@@ -16,6 +16,7 @@ pub mod executions;
 pub mod keys;
 pub mod metrics;
 pub mod notebooks;
+pub mod packages;
 pub mod pools;
 pub mod runs;
 pub mod sessions;
@@ -59,6 +60,7 @@ pub fn routes() -> OpenApiRouter<App> {
         .routes(routes!(commands::signal_command))
         .routes(routes!(commands::resize_command))
         .routes(routes!(terminal::open_terminal))
+        .routes(routes!(packages::install_packages, packages::list_packages))
         .routes(routes!(notebooks::get_notebook, notebooks::delete_notebook))
         .routes(routes!(templates::list_templates))
         .routes(routes!(pools::list_pools))

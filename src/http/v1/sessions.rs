@@ -54,6 +54,9 @@ pub struct CreateSession {
     /// What it may reach.
     #[serde(deserialize_with = "object")]
     pub(super) network: NetworkRequest,
+    /// Packages that are installed before it is ready, after all setup code, as `POST …/packages` does; their failure is the failure of the create. Not into
+    /// a session that is there already.
+    pub(super) packages: Vec<String>,
 }
 
 /// What happens to a session that was idle for its time.
@@ -191,6 +194,7 @@ impl From<CreateSession> for SessionRequest {
             paused_seconds: body.timeouts.paused_seconds,
             on_idle: body.on_idle.map(OnIdle::from),
             network: body.network.into(),
+            packages: body.packages,
         }
     }
 }

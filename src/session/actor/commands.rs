@@ -144,7 +144,7 @@ impl Actor {
         }
         self.env = env;
         let network = self.spec.network.initial.clone();
-        self.gate.claim(Arc::clone(&tenant), network.clone(), Arc::clone(&self.spec.network.upstreams));
+        self.gate.claim(Arc::clone(&tenant), network.clone(), &self.spec.network);
         let (labels, idle) = (self.spec.labels.clone(), self.spec.timeouts.idle);
         self.attributes = Arc::new(Attributes { labels, idle, network });
         if !changed.is_empty() {

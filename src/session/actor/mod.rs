@@ -520,7 +520,9 @@ impl Actor {
 
     /// What its guest is told.
     fn init(&self) -> Init {
-        boot::init(self.settings, self.env.clone(), self.attributes.network.is_open())
+        let needs_proxy = self.spec.network.needs_proxy(&self.attributes.network);
+        let env = boot::with_packages(self.env.clone(), &self.spec.network.packages, self.settings.package_bytes);
+        boot::init(self.settings, env, needs_proxy)
     }
 
     fn boot_guest(&mut self, stream: ByteStream) {

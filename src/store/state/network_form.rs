@@ -6,6 +6,7 @@ use std::sync::Arc;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use crate::domain::egress::{Network, NetworkMode, NetworkOffer, Rule, Upstream};
+use crate::domain::packages::{PackagePolicy, Requirement};
 
 #[derive(Serialize, Deserialize)]
 #[serde(remote = "NetworkMode", rename_all = "snake_case")]
@@ -28,6 +29,40 @@ struct OfferForm {
     usual: Vec<String>,
     may_allow: Vec<String>,
     upstreams: Vec<UpstreamForm>,
+    #[serde(default)]
+    packages: PackagesForm,
+}
+
+/// Which packages may be installed.
+#[derive(Serialize, Deserialize, Default)]
+#[serde(rename_all = "snake_case")]
+enum PackagesForm {
+    #[default]
+    None,
+    Any,
+    Listed(Vec<String>),
+}
+
+impl From<&PackagePolicy> for PackagesForm {
+    fn from(policy: &PackagePolicy) -> Self {
+        match policy {
+            PackagePolicy::None => Self::None,
+            PackagePolicy::Any => Self::Any,
+            PackagePolicy::Listed(listed) => Self::Listed(listed.iter().map(ToString::to_string).collect()),
+        }
+    }
+}
+
+impl From<PackagesForm> for PackagePolicy {
+    fn from(form: PackagesForm) -> Self {
+        match form {
+            PackagesForm::None => Self::None,
+            PackagesForm::Any => Self::Any,
+            PackagesForm::Listed(texts) => {
+                Self::Listed(texts.iter().filter_map(|text| Requirement::parse(text).ok()).collect())
+            }
+        }
+    }
 }
 
 #[derive(Serialize, Deserialize)]
@@ -88,6 +123,7 @@ pub(super) fn serialize<S: Serializer>(offer: &NetworkOffer, to: S) -> Result<S:
         usual: texts(&offer.usual),
         may_allow: texts(&offer.may_allow),
         upstreams: offer.upstreams.iter().map(UpstreamForm::from).collect(),
+        packages: PackagesForm::from(&offer.packages),
     };
     form.serialize(to)
 }
@@ -100,6 +136,7 @@ pub(super) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<NetworkO
             usual: rules(&form.usual),
             may_allow: rules(&form.may_allow),
             upstreams: form.upstreams.into_iter().map(Upstream::from).collect(),
+            packages: form.packages.into(),
         },
     })
 }

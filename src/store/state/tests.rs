@@ -8,6 +8,7 @@ use crate::domain::output::{
     BlobRef, Change, Comm, CommKind, Effects, ErrorInfo, ExecutionEvent, FileChange, MimeBundle, MimePart, Process,
     Report, RestartCause, ResultKind, RichOutput, Status, Stop, StopStep, TextStream, Truncated,
 };
+use crate::domain::packages::{PackagePolicy, Requirement};
 use crate::domain::spec::{KernelTransport, OnGuestLost, OnIdle, OnKernelDeath, OutputLimits, Resources, Timeouts};
 
 fn network(rule: &str) -> Network {
@@ -48,6 +49,7 @@ fn record(n: u128) -> SessionRecord {
             initial: network("*.example.org:443"),
             usual: network("pypi").allow,
             may_allow: network("93.184.216.34").allow,
+            packages: PackagePolicy::Listed(Arc::from([Requirement::parse("numpy[x]>=2,<3").unwrap()])),
             upstreams: Arc::from([Upstream {
                 name: "llm".to_owned(),
                 host: "api.example.org".to_owned(),
