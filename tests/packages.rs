@@ -31,7 +31,7 @@ packages.size = "12MiB"
 image = "cellblock/python:latest"
 [template_defaults.default]
 memory = "256MiB"
-disk = "24MiB"
+disk = "48MiB"
 tmp = "16MiB"
 [templates.any]
 packages = "any"
@@ -63,7 +63,7 @@ fn zip(files: &[(String, Vec<u8>)]) -> Vec<u8> {
             [&crc(content).to_le_bytes()[..], &size, &size, &(name.len() as u16).to_le_bytes(), &[0, 0]].concat(),
         );
         let at = (archive.len() as u32).to_le_bytes();
-        directory.extend([&b"PK\x01\x02\x14\0"[..], &about, &[0; 12], &at, name.as_bytes()].concat());
+        directory.extend([&b"PK\x01\x02\x14\0"[..], &about, &[0; 10], &at, name.as_bytes()].concat());
         archive.extend([&b"PK\x03\x04"[..], &about, name.as_bytes(), content].concat());
     }
     let (count, at) = ((files.len() as u16).to_le_bytes(), (archive.len() as u32).to_le_bytes());
@@ -112,8 +112,9 @@ fn wheels() -> Files {
         wheel("traitlets", "4.0", &[], 0),
         // Two copies of it are more than the small disk has: the download, and what is unpacked.
         wheel("big", "1.0", &[], 4 * MIB),
-        // No file is too large, but both copies are.
-        wheel("bigger", "1.0", &[], 7 * MIB),
+        // No file is too large, but both are together.
+        wheel("bigger", "1.0", &["more"], 7 * MIB),
+        wheel("more", "1.0", &[], 7 * MIB),
         wheel("biggest", "1.0", &[], 13 * MIB),
         wheel("slow", "1.0", &[], 0),
     ]))
@@ -236,7 +237,8 @@ async fn the_kernel_goes_on_whatever_is_installed() {
     assert!(detail.contains("traitlets==4.0"), "{detail}");
     // By force, into the very folder.
     let forced = "!pip install --no-deps --target /workspace/.packages/lib/python3.11/site-packages traitlets==4.0";
-    assert!(text(&cell.run(forced).await["stdout"]).contains("Successfully installed traitlets-4.0"));
+    let ran = cell.run(forced).await;
+    assert!(text(&ran["stdout"]).contains("Successfully installed traitlets-4.0"), "{ran}");
     let reply = server.post(&cell.path("/restart"), &json!({})).await;
     assert!((200..300).contains(&reply.status), "{}", reply.text);
     cell.wait("ready").await;
@@ -290,7 +292,7 @@ def get(path):
         with urllib.request.urlopen("http://packages.upstream" + path) as r: return r.status, r.read().decode()
     except urllib.error.HTTPError as e: return e.code, e.read().decode()
 page = json.loads(get("/simple/tiny-cell/")[1]); url = page["files"][0]["url"].split("packages.upstream")[1]
-print(json.dumps([[f["filename"] for f in page["files"]], get("/simple/unlisted/")[0], get("/simple/../simple/unlisted/")[0], get("/files/x/files.example.org:443/a.whl")[0],
+print(json.dumps([[f["filename"] for f in page["files"]], get("/simple/unlisted/")[0], get("/simple/../simple/unlisted/")[0], get("/files/x/files.example.org/443/a.whl")[0],
     get(url.replace("tiny_cell-1.0", "unlisted-1.0"))[0], get("/")[0], get(url + ".metadata")[0], len(get("/why")[1]) > 20, get("/why")[1]]))"#;
     let told = cell.json(asked).await;
     let files = json!(["tiny_cell-1.0-py3-none-any.whl", "tiny_cell-1.1-py3-none-any.whl"]);

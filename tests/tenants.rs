@@ -71,6 +71,8 @@ fn routes() -> Vec<(&'static str, &'static str, About, Value)> {
         ("POST", "/v1/executions/{id}/input", Change, json!({"text": "x"})),
         ("POST", "/v1/sessions/{id}/commands", Change, json!({"argv": ["true"]})),
         ("GET", "/v1/sessions/{id}/commands", Look, none.clone()),
+        ("POST", "/v1/sessions/{id}/packages", Change, json!({"packages": ["x"]})),
+        ("GET", "/v1/sessions/{id}/packages", Look, none.clone()),
         ("GET", "/v1/sessions/{id}/commands/{command}", Look, none.clone()),
         ("POST", "/v1/sessions/{id}/commands/{command}/stdin", Change, json!({"data": "x"})),
         ("POST", "/v1/sessions/{id}/commands/{command}/signal", Change, json!({"signal": "SIGCONT"})),

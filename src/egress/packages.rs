@@ -72,7 +72,7 @@ impl Shared {
         Some(mac)
     }
 
-    /// The path that stands for a file at `host:port/path`.
+    /// The path that stands for a file at `host/port/path`.
     fn seal(&self, place: &str) -> Option<String> {
         let seal = self.mac(place)?.finalize().into_bytes();
         let seal: String = seal.iter().map(|b| format!("{b:02x}")).collect();
@@ -279,6 +279,7 @@ impl Asked {
     async fn file(&self, path: &str) -> Result<Response<Body>, NotGiven> {
         let unknown = || NotGiven(StatusCode::FORBIDDEN, "no page of the index has named this file".to_owned());
         let packages = &self.egress.0.packages;
+        let path = &plain(path).ok_or_else(unknown)?;
         // What describes a wheel is beside it (PEP 658).
         let bare = path.strip_suffix(".metadata").unwrap_or(path);
         let place = packages.unseal(bare).ok_or_else(unknown)?;
@@ -286,10 +287,10 @@ impl Asked {
         if !self.policy.admits_version(&wheel.0, &wheel.1) {
             return Err(unknown());
         }
-        let (host, rest) = place.split_once(':').ok_or_else(unknown)?;
+        let (host, rest) = place.split_once('/').ok_or_else(unknown)?;
         let (port, file) = rest.split_once('/').ok_or_else(unknown)?;
         let port = port.parse().map_err(|_| unknown())?;
-        let file = format!("/{file}{}", &path[bare.len()..]);
+        let file = format!("/{file}{}", &path[bare.len()..]).replace('+', "%2B");
         let fetching = async {
             let mut server = self.connect(host, port).await?;
             let request = self.request(host, port, &file, "*/*")?;
@@ -364,12 +365,19 @@ impl Asked {
     }
 }
 
-/// Where a file is, as `host:port/path`; nothing where files may not be.
+/// Where a file is, as `host/port/path`; nothing where files may not be.
 fn place_of(index: &Index, url: &Url, filename: &str) -> Option<String> {
     let (host, port) = (url.host_str()?, url.port_or_known_default()?);
     let is_plain = url.scheme() == "https" && url.query().is_none() && url.username().is_empty();
-    let is_it = url.path().rsplit('/').next() == Some(filename);
-    (is_plain && is_it && index.has_files_at(host, port)).then(|| format!("{host}:{port}{}", url.path()))
+    let path = plain(url.path())?;
+    let is_it = path.rsplit('/').next() == Some(filename);
+    (is_plain && is_it && index.has_files_at(host, port)).then(|| format!("{host}/{port}{path}"))
+}
+
+/// A path without escapes; nothing if it needs them. Installers escape a plus sign as they like.
+fn plain(path: &str) -> Option<String> {
+    let path = path.replace("%2B", "+").replace("%2b", "+");
+    (!path.contains('%')).then_some(path)
 }
 
 fn written(kind: &'static str, text: String) -> Response<Body> {
@@ -391,8 +399,8 @@ mod tests {
     #[test]
     fn a_file_is_given_under_its_seal_only() {
         let (one, other) = (Shared::new(), Shared::new());
-        let path = one.seal("files.example.org:443/a/b-1.0-py3-none-any.whl").unwrap();
-        assert_eq!(one.unseal(&path), Some("files.example.org:443/a/b-1.0-py3-none-any.whl"));
+        let path = one.seal("files.example.org/443/a/b-1.0-py3-none-any.whl").unwrap();
+        assert_eq!(one.unseal(&path), Some("files.example.org/443/a/b-1.0-py3-none-any.whl"));
         assert_eq!(other.unseal(&path), None);
         assert_eq!(one.unseal(&path.replace("/b-1.0", "/c-1.0")), None);
         for wrong in ["/files/", "/files//x", "/files/zz/x", "/simple/x/", "", "/files/é/x"] {
@@ -407,11 +415,11 @@ mod tests {
         let place = |url: &str| place_of(&index, &Url::parse(url).unwrap(), "a-1.whl");
         assert_eq!(
             place("https://files.example.org/x/a-1.whl#sha256=0").as_deref(),
-            Some("files.example.org:443/x/a-1.whl")
+            Some("files.example.org/443/x/a-1.whl")
         );
         assert_eq!(
             place("https://index.example.org:8443/../a-1.whl").as_deref(),
-            Some("index.example.org:8443/a-1.whl")
+            Some("index.example.org/8443/a-1.whl")
         );
         for url in [
             "http://files.example.org/a-1.whl",
@@ -419,6 +427,7 @@ mod tests {
             "https://files.example.org:8443/a-1.whl",
             "https://index.example.org/a-1.whl",
             "https://files.example.org/b-1.whl",
+            "https://files.example.org/x%20y/a-1.whl",
             "https://files.example.org/a-1.whl?x=1",
             "https://u@files.example.org/a-1.whl",
         ] {

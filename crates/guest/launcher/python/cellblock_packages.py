@@ -186,7 +186,7 @@ def install_into(new, arguments):
     # Downloads are not to fill the small folder for temporary files.
     os.environ["TMPDIR"] = tempfile.tempdir = f"{new}/tmp"
     ours = ["--prefix", f"{new}/prefix", "--no-warn-script-location", "--only-binary", ":all:", "--constraint", constraints]
-    with Watch(new) as watch:
+    with Watch(f"{new}/prefix") as watch:
         try:
             status = own_pip()(["install", *ours, *arguments])
         except KeyboardInterrupt:
@@ -267,6 +267,9 @@ def program(arguments):
     print(json.dumps({"added": added}), flush=True)
     return status
 
+
+# What newer ones are started by.
+cli = main
 
 if __name__ == "__main__":
     sys.exit(program(sys.argv[1:]))
