@@ -218,7 +218,8 @@ async fn packages_are_installed_by_request_in_a_create_and_in_a_cell() {
     }
     assert_eq!(cell.value("!python -c 'import tiny_cell; print(tiny_cell.version)'").await, "2.0");
     assert!(cell.value("!pip list").await.contains("needy"));
-    assert!(cell.value("!pip uninstall -y needy").await.contains("Removed needy 1.0"));
+    let told = cell.value("!pip uninstall -y needy").await;
+    assert!(told.contains("Removed needy 1.0"), "{told}");
     assert_eq!(own(&cell).await, ["tiny-cell 2.0", "unlisted 1.0"]);
 
     // Nothing else has become reachable by it.

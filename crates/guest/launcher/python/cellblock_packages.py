@@ -225,8 +225,10 @@ def uninstall(arguments):
     if not names or any(name not in known for name in names):
         return None
     for name in names:
+        # It is read from what is about to go.
+        version = known[name].version
         remove(known[name])
-        print(f"Removed {name} {known[name].version}")
+        print(f"Removed {name} {version}")
     return 0
 
 
