@@ -376,6 +376,28 @@ fn rules_between_keys() {
             "number 1 is to hold 2 to 1",
         ),
         ("templates.data.pool.other = [{cpu = 0.5, most = 1}]", "templates.data.pool.other", "most"),
+        ("templates.data.network = 'none'", "templates.data.network", "is a section, not a value"),
+        ("templates.data.network.mode = 'bridge'", "templates.data.network.mode", "is not known"),
+        ("templates.data.network.allow = ['pipy']", "templates.data.network.allow", "a name without a dot"),
+        ("templates.data.network.may_allow = ['10.0.0.1']", "templates.data.network.may_allow", "not public (private)"),
+        (
+            "templates.data.network.upstreams = [{name = 'a', url = 'http://a.org', header = 'X', secret_file = '/x'}]",
+            "templates.data.network.upstreams",
+            "number 1, url: \"http://a.org\": the secret is sent over TLS only",
+        ),
+        (
+            "templates.data.network.upstreams = [{name = 'a', url = 'https://a.org', header = 'Host', secret_file = 'x'}]",
+            "templates.data.network.upstreams",
+            "number 1, secret_file: name a file by its absolute path",
+        ),
+        (
+            "templates.data.network.upstreams = [{name = 'a', url = 'https://a.org', header = 'Host', secret_file = '/x'}]",
+            "templates.data.network.upstreams",
+            "number 1, header: allowed is",
+        ),
+        ("egress.proxy = 'http://me:pw@proxy:1'", "egress.proxy", "without a user"),
+        ("egress.session_connections = 65", "egress.session_connections", "not within 1 to 64"),
+        ("egress.connect_timeout = '1m'", "egress.connect_timeout", "100ms to 30s"),
         (
             "tenants.acme.class = 'none'",
             "tenants.acme.class",

@@ -413,6 +413,7 @@ impl Actor {
             tokio::task::coop::consume_budget().await;
             self.settle_turn();
         }
+        self.gate.close();
         if leaves {
             self.leave();
         } else {
