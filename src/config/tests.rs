@@ -376,6 +376,32 @@ fn rules_between_keys() {
             "number 1 is to hold 2 to 1",
         ),
         ("templates.data.pool.other = [{cpu = 0.5, most = 1}]", "templates.data.pool.other", "most"),
+        (
+            "tenants.acme.class = 'none'",
+            "tenants.acme.class",
+            "none of the classes that have a key of their own: default",
+        ),
+        ("tenants.acme.sesions = 1", "tenants.acme.sesions", "did you mean tenants.acme.sessions?"),
+        ("classes.trial.class = 'default'", "classes.trial.class", "no such key"),
+        ("classes.trial.cpu = 0.01", "classes.trial.cpu", "not within 0.05"),
+        ("classes.default.requests_per_second = -1.0", "classes.default.requests_per_second", "not within 0.001"),
+        ("tenants.acme.memory = 5", "tenants.acme.memory", "has no unit"),
+        ("tenants.'a b'.sessions = 1", "tenants.a b", "1 to 64 letters"),
+        ("tenants.acme = 5", "tenants.acme", "is a section"),
+        ("server = 1", "server", "is a section, not a value"),
+        ("server.listen.host = 'x'", "server.listen", "is a value, not a section"),
+        ("templates.data.memory = '1GiB'", "templates.data.memory", "did you mean templates.data.default.memory?"),
+        ("listen = 'x'", "listen", "did you mean server.listen?"),
+        ("zzzzzzzz = 1", "zzzzzzzz", "no such key"),
+    ] {
+        let found = mistakes(text, &[]);
+        assert!(found.iter().any(|(k, m)| k == key && m.contains(words)), "{text}: {found:#?}");
+    }
+}
+
+#[test]
+fn rules_of_the_way_out() {
+    for (text, key, words) in [
         ("templates.data.network = 'none'", "templates.data.network", "is a section, not a value"),
         ("templates.data.network.mode = 'bridge'", "templates.data.network.mode", "is not known"),
         ("templates.data.network.allow = ['pipy']", "templates.data.network.allow", "a name without a dot"),
@@ -398,27 +424,14 @@ fn rules_between_keys() {
         ("egress.proxy = 'http://me:pw@proxy:1'", "egress.proxy", "without a user"),
         ("egress.session_connections = 65", "egress.session_connections", "not within 1 to 64"),
         ("egress.connect_timeout = '1m'", "egress.connect_timeout", "100ms to 30s"),
-        (
-            "tenants.acme.class = 'none'",
-            "tenants.acme.class",
-            "none of the classes that have a key of their own: default",
-        ),
-        ("tenants.acme.sesions = 1", "tenants.acme.sesions", "did you mean tenants.acme.sessions?"),
-        ("classes.trial.class = 'default'", "classes.trial.class", "no such key"),
-        ("classes.trial.cpu = 0.01", "classes.trial.cpu", "not within 0.05"),
-        ("classes.default.requests_per_second = -1.0", "classes.default.requests_per_second", "not within 0.001"),
-        ("tenants.acme.memory = 5", "tenants.acme.memory", "has no unit"),
-        ("tenants.'a b'.sessions = 1", "tenants.a b", "1 to 64 letters"),
-        ("tenants.acme = 5", "tenants.acme", "is a section"),
-        ("server = 1", "server", "is a section, not a value"),
-        ("server.listen.host = 'x'", "server.listen", "is a value, not a section"),
-        ("templates.data.memory = '1GiB'", "templates.data.memory", "did you mean templates.data.default.memory?"),
-        ("listen = 'x'", "listen", "did you mean server.listen?"),
-        ("zzzzzzzz = 1", "zzzzzzzz", "no such key"),
     ] {
         let found = mistakes(text, &[]);
         assert!(found.iter().any(|(k, m)| k == key && m.contains(words)), "{text}: {found:#?}");
     }
+    let good = "[templates.python.network]\nmode = 'allowlist'\nallow = ['pypi']\nmay_allow = ['*.example.org']\nupstreams = [{name = 'llm', url = 'https://api.example.org/v1', header = 'X-Key', secret_file = '/run/key'}]";
+    let network = &loaded(good, &[]).config.templates["python"].network;
+    assert!(network.initial.is_open() && network.initial.allow.len() == 2 && network.may_allow.len() == 1);
+    assert_eq!((network.upstreams[0].host.as_str(), network.upstreams[0].path.as_str()), ("api.example.org", "/v1"));
 }
 
 #[test]
