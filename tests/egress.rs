@@ -460,7 +460,7 @@ async fn code_uses_a_credential_that_it_never_sees() {
         ("connect('llm.upstream:443')".to_owned(), "403"),
         ("connect('none.upstream:80')".to_owned(), "403"),
         ("connect('api.example.org:443')".to_owned(), "403"),
-        ("get('http://in.upstream/')".to_owned(), "403"),
+        ("get('http://in.upstream/')".to_owned(), "403 cellblock: in.upstream is not at a public address (private)"),
     ] {
         let line = cell.value(&call).await;
         assert!(line.contains(expected), "{call}: {line}");
@@ -475,6 +475,7 @@ async fn code_uses_a_credential_that_it_never_sees() {
         assert_eq!(shown, [SECRET], "{asked}");
         assert_eq!(headers["host"], "api.example.org");
     }
+    assert_eq!(server.get(&cell.path("/egress")).await.json["upstreams"], json!(["llm", "in"]));
     // Nowhere in the cell, not even in what the server has said back.
     let search = r#"
 import glob, os

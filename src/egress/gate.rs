@@ -25,6 +25,8 @@ use crate::task;
 
 /// Decisions that can be looked at.
 const KEPT: usize = 200;
+/// Those of a session that has ended: it can be asked about for a while, and there may be many.
+const KEPT_AFTER: usize = 20;
 /// Announcements of one session that are worked on at once, those that are about to be refused included. A guest that announces more gets no answer.
 const UNDER_WAY: usize = 2 * MAX_WAITING;
 /// Audit events of one session: so many at once …
@@ -58,6 +60,8 @@ pub struct Decision {
 /// What can be seen of a session's way out.
 #[derive(Debug, Clone)]
 pub struct GateView {
+    /// Upstreams that an operator has named for it.
+    pub upstreams: Vec<String>,
     /// Connections that are open.
     pub open: usize,
     /// Bytes that were sent out of the cell.
@@ -225,11 +229,22 @@ impl Gate {
         self.change(network);
     }
 
+    /// The session has ended, or goes on with the next process: nothing is reached from now on.
+    pub fn close(&self) {
+        self.change(Network::default());
+        let mut inner = self.inner();
+        let surplus = inner.decisions.len().saturating_sub(KEPT_AFTER);
+        inner.decisions.drain(..surplus);
+        inner.decisions.shrink_to_fit();
+        inner.first += surplus as u64;
+    }
+
     /// What can be seen of it.
     #[must_use]
     pub fn view(&self) -> GateView {
         let inner = self.inner();
         GateView {
+            upstreams: inner.upstreams.iter().map(|upstream| upstream.name.clone()).collect(),
             open: inner.open.len(),
             sent: self.sent.load(Ordering::Relaxed),
             received: self.received.load(Ordering::Relaxed),

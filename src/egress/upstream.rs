@@ -60,12 +60,22 @@ struct Asked {
 impl Egress {
     /// Connects to an upstream. What comes back for the cell takes HTTP/1.1 requests in the clear.
     pub(super) async fn reach_upstream(&self, upstream: &Upstream) -> Result<Reached, NotReached> {
-        let told = || Refusal::Unreachable(Host::Name(format!("{}.upstream", upstream.name)), 80);
+        // Code knows it by this name, and by no other.
+        let alias = || Host::Name(format!("{}.upstream", upstream.name));
+        let told = || Refusal::Unreachable(alias(), 80);
         let (header, value) = secret_of(upstream).await.map_err(|error| {
             tracing::error!(upstream = upstream.name, file = %upstream.secret_file.display(), %error, "an upstream's secret can't be used");
             told()
         })?;
-        let Reached { stream, address } = self.reach(&Host::Name(upstream.host.clone()), upstream.port).await?;
+        let reached = self.reach(&Host::Name(upstream.host.clone()), upstream.port).await;
+        let Reached { stream, address } = reached.map_err(|not| NotReached {
+            refusal: match not.refusal {
+                Refusal::NotPublic(_, what) => Refusal::NotPublic(alias(), what),
+                Refusal::Denied(_) => Refusal::Denied(alias()),
+                _ => told(),
+            },
+            ..not
+        })?;
         let server = tokio::time::timeout(self.0.settings.connect_timeout, self.speak(upstream, stream)).await;
         let server = server.map_err(io::Error::other).flatten().map_err(|error| {
             tracing::warn!(upstream = upstream.name, %error, "an upstream can't be asked");

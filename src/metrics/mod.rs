@@ -252,16 +252,17 @@ impl Requests {
 #[derive(Debug)]
 struct Egress {
     decided: IntCounterVec,
-    bytes: IntCounterVec,
+    sent: IntCounter,
+    received: IntCounter,
 }
 
 impl Egress {
     fn new(of: &Maker) -> Self {
         let decided = "Connections that code has asked for, by what was decided.";
-        let bytes = "Bytes that cells have exchanged with the outside, by direction.";
         Self {
             decided: of.counters("egress_connections_total", decided, &["outcome"], &["ok"]),
-            bytes: of.counters("egress_bytes_total", bytes, &["direction"], &["sent", "received"]),
+            sent: of.counter("egress_sent_bytes_total", "Bytes that code has sent to the outside."),
+            received: of.counter("egress_received_bytes_total", "Bytes that code was sent from outside."),
         }
     }
 }
@@ -378,12 +379,12 @@ impl Metrics {
 
     /// Cells have sent so many bytes out.
     pub fn egress_sent(&self, bytes: usize) {
-        self.0.egress.bytes.with_label_values(&["sent"]).inc_by(bytes as u64);
+        self.0.egress.sent.inc_by(bytes as u64);
     }
 
     /// Cells were sent so many bytes from outside.
     pub fn egress_received(&self, bytes: usize) {
-        self.0.egress.bytes.with_label_values(&["received"]).inc_by(bytes as u64);
+        self.0.egress.received.inc_by(bytes as u64);
     }
 
     /// So many spans of traces were dropped.

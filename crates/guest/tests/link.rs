@@ -46,6 +46,10 @@ async fn requests_that_need_no_kernel() {
         (Method::GET, "/events?after=x", 400, "invalid"),
         (Method::GET, "/files/../etc/passwd", 400, "invalid"),
         (Method::GET, "/files/none", 404, "not-found"),
+        (Method::POST, "/egress/1", 404, "not-found"),
+        (Method::POST, "/egress/x", 400, "invalid"),
+        (Method::DELETE, "/egress/1", 400, "invalid"),
+        (Method::GET, "/egress/1", 404, "not-found"),
     ] {
         let (got, refusal) = cell.refused(method, path, Bytes::new()).await;
         assert_eq!((got.as_u16(), refusal.code.as_str()), (status, code), "{path}");

@@ -16,6 +16,8 @@ use crate::session::Decision;
 pub struct EgressView {
     /// What may be reached now.
     network: NetworkView,
+    /// Servers that code asks as `http://NAME.upstream/`, in plain HTTP, while the mode is `allowlist`; a secret that it does not see is added to what it asks.
+    upstreams: Vec<String>,
     /// Connections that are open.
     open: usize,
     /// Connections that were made since the server began.
@@ -89,6 +91,7 @@ pub async fn get_session_egress(
     let (network, seen) = app.service.session_egress(&who, id)?;
     Ok(Answer(EgressView {
         network: NetworkView::from(&network),
+        upstreams: seen.upstreams,
         open: seen.open,
         made: seen.made,
         refused: seen.refused,

@@ -290,10 +290,7 @@ impl Actor {
         let (id, spec) = (record.id, record.spec);
         let attributes = Arc::new(Attributes { labels: record.labels, idle: record.idle, network: record.network });
         let snapshot = watch::Sender::new(first_snapshot(&spec, &attributes));
-        let transport = match spec.transport {
-            KernelTransport::Ipc => Transport::Ipc,
-            KernelTransport::Tcp => Transport::Tcp,
-        };
+        let transport = transport(spec.transport);
         // Before the context's own deadline, so that a kernel's last words are heard.
         let connect_timeout = settings.start_timeout.mul_f64(0.8);
         let starting = Starting { transport, connect_timeout, state };
@@ -418,6 +415,7 @@ impl Actor {
             tokio::task::coop::consume_budget().await;
             self.settle_turn();
         }
+        self.gate.close();
         if leaves {
             self.leave();
         } else {
@@ -1008,6 +1006,13 @@ pub(super) async fn look_at(engine: &dyn Engine, name: &CellName, otherwise: Ver
             Verdict::Thawed => Verdict::Well,
             otherwise => otherwise,
         },
+    }
+}
+
+fn transport(transport: KernelTransport) -> Transport {
+    match transport {
+        KernelTransport::Ipc => Transport::Ipc,
+        KernelTransport::Tcp => Transport::Tcp,
     }
 }
 

@@ -15,6 +15,23 @@ fn network(rule: &str) -> Network {
     Network { mode: NetworkMode::Allowlist, allow: Rule::parse(rule).unwrap().into() }
 }
 
+fn offer() -> NetworkOffer {
+    NetworkOffer {
+        initial: network("*.example.org:443"),
+        usual: network("pypi").allow,
+        may_allow: network("93.184.216.34").allow,
+        upstreams: Arc::from([Upstream {
+            name: "llm".to_owned(),
+            host: "api.example.org".to_owned(),
+            port: 443,
+            path: "/v1".to_owned(),
+            header: "Authorization".to_owned(),
+            secret_file: "/run/secrets/llm".into(),
+        }]),
+        packages: PackagePolicy::Listed(Arc::from([Requirement::parse("numpy[x]>=2,<3").unwrap()])),
+    }
+}
+
 fn record(n: u128) -> SessionRecord {
     let id = |n| uuid::Uuid::from_u128(n);
     let moment = |second| Timestamp::from_second(second).unwrap();
@@ -45,20 +62,7 @@ fn record(n: u128) -> SessionRecord {
         max_lifetime: Duration::from_secs(5),
         max_idle: Duration::from_secs(6),
         output: OutputLimits { text_bytes: 1, result_bytes: 2, total_bytes: 3, messages: 4, messages_per_second: 5 },
-        network: NetworkOffer {
-            initial: network("*.example.org:443"),
-            usual: network("pypi").allow,
-            may_allow: network("93.184.216.34").allow,
-            packages: PackagePolicy::Listed(Arc::from([Requirement::parse("numpy[x]>=2,<3").unwrap()])),
-            upstreams: Arc::from([Upstream {
-                name: "llm".to_owned(),
-                host: "api.example.org".to_owned(),
-                port: 443,
-                path: "/v1".to_owned(),
-                header: "Authorization".to_owned(),
-                secret_file: "/run/secrets/llm".into(),
-            }]),
-        },
+        network: offer(),
         setup: Arc::from(["a = 1\n".to_owned(), "é\u{0}".to_owned()]),
         on_kernel_death: OnKernelDeath::End,
         on_guest_lost: OnGuestLost::Replace,
