@@ -484,7 +484,7 @@ async fn a_terminal_is_one(server: Arc<Server>) {
     }
     // Who reads nothing does not hold the terminal up, and is cut off.
     let mut flood = open(&server, &format!("{path}?command=cat+/dev/urandom"), None).await.unwrap();
-    tokio::time::sleep(Duration::from_secs(3)).await;
+    tokio::time::sleep(Duration::from_secs(5)).await;
     cell.works().await;
     let mut bytes = 0;
     let code = loop {
