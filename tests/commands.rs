@@ -349,8 +349,8 @@ async fn a_sweep_says_that_it_was_one(server: Arc<Server>) {
     let body = json!({"template": "shell", "resources": {"pids": 64}});
     let cell = server.create(body).await;
     let path = begin(&cell, json!({"argv": ["sleep", "1000"]})).await;
-    let bomb =
-        "import os, time\nwhile True:\n    try:\n        os.fork()\n    except OSError:\n        time.sleep(0.001)";
+    let bomb = "import os, signal, time\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\nwhile True:\n    try:\n        os.fork()\n    \
+                except OSError:\n        time.sleep(0.001)";
     let ran = cell.execute(json!({"code": bomb, "timeout_seconds": 2})).await;
     assert_eq!(ran["status"], "timeout", "{ran}");
     let swept = ended(&server, &path).await;
