@@ -364,11 +364,11 @@ async fn a_sweep_says_that_it_was_one(server: Arc<Server>) {
 async fn a_pause_is_no_time_of_a_commands(server: Arc<Server>) {
     let cell = cell(&server).await;
     let count = "for i in 1 2 3 4 5 6 7 8 9 10; do echo $i; sleep 0.3; done";
-    let path = begin(&cell, json!({"command": count, "timeout_seconds": 8})).await;
+    let path = begin(&cell, json!({"command": count, "timeout_seconds": 10})).await;
     // Nobody follows it, so the session may be paused.
     let paused = server.post(&cell.path("/pause"), &Value::Null).await;
     assert_eq!(paused.status, 200, "{}", paused.text);
-    tokio::time::sleep(Duration::from_secs(10)).await;
+    tokio::time::sleep(Duration::from_secs(12)).await;
     let ran = ended(&server, &path).await;
     assert_eq!((&ran["ended_by"], text(&ran["stdout"]).lines().count()), (&json!("exit"), 10), "{ran}");
     cell.delete().await;
