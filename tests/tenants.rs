@@ -168,8 +168,9 @@ impl Things {
         assert_eq!(made.status, 201, "{}", made.text);
         let cell = Cell { server: Arc::clone(server), id: text(&made.json["id"]), view: made.json };
         let context = server.send(as_owner(Method::POST, &cell.path("/contexts")).json(&json!({}))).await;
-        let sleeps = json!({"argv": ["sleep", "1000"], "background": true, "stdin": true});
-        let command = server.send(as_owner(Method::POST, &cell.path("/commands")).json(&sleeps)).await;
+        // One that has ended, so that its events do.
+        let command =
+            server.send(as_owner(Method::POST, &cell.path("/commands")).json(&json!({"argv": ["true"]}))).await;
         let run = json!({"code": "'x' * 5000"});
         let execution = server.send(as_owner(Method::POST, &cell.path("/executions")).json(&run)).await.json;
         let blob = text(&execution["results"][0]["data"]["text/plain"]["$ref"]);
@@ -320,7 +321,7 @@ async fn untouched(server: &Server, things: &Things, owner: &str) {
         reply.json
     };
     let session = look(&things.cell.path("")).await;
-    assert_eq!((&session["state"], &session["labels"]), (&json!("ready"), &json!({"of": "one"})));
+    assert_eq!((&session["state"], &session["labels"]), (&json!("ready"), &json!({"of": "one"})), "{session}");
     let contexts = look(&things.cell.path("/contexts")).await;
     assert_eq!(contexts["contexts"].as_array().map(Vec::len), Some(2), "{contexts}");
     assert_eq!(look(&format!("/v1/executions/{}", things.execution)).await["status"], "ok");
