@@ -68,9 +68,10 @@ impl Requirement {
             Some(inner) => inner.split_once(']').ok_or_else(|| wrong("a bracket is not closed"))?,
             None => ("", rest),
         };
-        let has_extras = rest.starts_with('[');
-        let extras: Option<BTreeSet<String>> =
-            has_extras.then(|| extras.split(',').map(normal).collect()).unwrap_or_else(|| Some(BTreeSet::new()));
+        let extras: Option<BTreeSet<String>> = match rest.starts_with('[') {
+            true => extras.split(',').map(normal).collect(),
+            false => Some(BTreeSet::new()),
+        };
         let extras =
             extras.filter(|extras| extras.len() <= MAX_EXTRAS).ok_or_else(|| wrong("its extras are no names"))?;
         let is_plain = |c: char| c.is_ascii_alphanumeric() || "._-+!*<>=~,".contains(c);

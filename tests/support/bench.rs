@@ -78,6 +78,8 @@ impl Bench {
             queue_timeout: Duration::from_secs(60),
             contexts: 2,
             inline: usize::MAX,
+            package_bytes: 1,
+            package_timeout: Duration::from_secs(1),
         };
         let mut template = template();
         change(&mut settings, &mut template);
