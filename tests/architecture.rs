@@ -37,7 +37,7 @@ const LAYERS: [(&str, &[&str]); 20] = [
 ];
 
 /// Crates that only some modules may name. Paths are prefixes of a file's module path.
-const CRATES: [(&str, &[&str]); 15] = [
+const CRATES: [(&str, &[&str]); 17] = [
     ("bollard", &["engine/docker", "engine/lockdown"]),
     ("tar", &["engine/docker"]),
     ("docker_credential", &["engine/docker"]),
@@ -45,14 +45,16 @@ const CRATES: [(&str, &[&str]); 15] = [
     ("axum", &["http"]),
     ("utoipa", &["http"]),
     ("opentelemetry", &["traces"]),
+    ("pep440_rs", &["domain/packages"]),
+    ("url", &["egress/packages"]),
     ("opentelemetry_sdk", &["traces"]),
     ("opentelemetry_proto", &["traces"]),
     ("prost", &["traces"]),
     ("reqwest", &["cli", "traces"]),
     ("clap", &["cli", "main"]),
     ("toml", &["config"]),
-    ("tokio_rustls", &["http/tls"]),
-    ("hyper", &["kernel", "service", "run", "task", "engine/docker", "http/listen"]),
+    ("tokio_rustls", &["http/tls", "egress/trust"]),
+    ("hyper", &["kernel", "egress", "service", "run", "task", "engine/docker", "http/listen"]),
 ];
 
 /// What the domain does without: it is to be tested by calling it.
