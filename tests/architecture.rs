@@ -37,7 +37,7 @@ const LAYERS: [(&str, &[&str]); 20] = [
 ];
 
 /// Crates that only some modules may name. Paths are prefixes of a file's module path.
-const CRATES: [(&str, &[&str]); 17] = [
+const CRATES: [(&str, &[&str]); 16] = [
     ("bollard", &["engine/docker", "engine/lockdown"]),
     ("tar", &["engine/docker"]),
     ("docker_credential", &["engine/docker"]),
@@ -46,7 +46,6 @@ const CRATES: [(&str, &[&str]); 17] = [
     ("utoipa", &["http"]),
     ("opentelemetry", &["traces"]),
     ("pep440_rs", &["domain/packages"]),
-    ("url", &["egress/packages"]),
     ("opentelemetry_sdk", &["traces"]),
     ("opentelemetry_proto", &["traces"]),
     ("prost", &["traces"]),
