@@ -38,6 +38,7 @@ use crate::task;
 use crate::traces::{self, Traces};
 use crate::tuning::{self, Reloader, ceilings, limits, pool_plans, settings};
 
+pub mod data;
 pub mod front;
 
 /// Containers are gone within this time at an orderly end, or are left to the next start.
@@ -177,6 +178,12 @@ pub enum StartError {
         /// Whose the name is, and how it is freed.
         source: EngineError,
     },
+    /// Data that templates name is not on the engine.
+    #[error("{}", missing.iter().map(|(template, name)| format!("the template \"{template}\" names the data \"{name}\", which the engine has not: `cellblock data import DIR {name}` puts it there")).collect::<Vec<_>>().join("\n"))]
+    NoData {
+        /// Template and name.
+        missing: Vec<(String, String)>,
+    },
     /// The address can't be listened on.
     #[error("can't listen on {address}: {source}\n  {place} says where to")]
     Listen {
@@ -273,6 +280,9 @@ impl Plane {
         let image = first_image(engine.as_ref(), config).await;
         if let Some(installation) = installation {
             claim(engine.as_ref(), config, installation).await?;
+        }
+        if owns_instance {
+            data::require(engine.as_ref(), config).await?;
         }
         if let Some(image) = image {
             engine.prepare(&image).await.map_err(|e| engine_error(config, e))?;
@@ -576,6 +586,7 @@ fn policy(config: &Config) -> Policy {
         image: template.image.clone(),
         runtime: template.runtime.clone(),
         most: template.max_resources,
+        data: template.data.clone(),
     };
     let ceilings = ceilings(config);
     Policy {

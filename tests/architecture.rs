@@ -34,7 +34,7 @@ const LAYERS: [(&str, &[&str]); 18] = [
 /// Crates that only some modules may name. Paths are prefixes of a file's module path.
 const CRATES: [(&str, &[&str]); 15] = [
     ("bollard", &["engine/docker", "engine/lockdown"]),
-    ("tar", &["engine/docker"]),
+    ("tar", &["engine/docker", "engine/pack"]),
     ("docker_credential", &["engine/docker"]),
     ("prometheus", &["metrics"]),
     ("axum", &["http"]),

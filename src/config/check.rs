@@ -3,8 +3,9 @@
 use std::time::Duration;
 
 use super::merge::Merge;
-use super::sections::{Bounds, Document, Server, TemplateSection};
+use super::sections::{Bounds, Data, Document, Server, TemplateSection};
 use super::source::{Key, Mistake, Source, dotted, key_of};
+use crate::domain::data;
 use crate::domain::spec::{self, KERNEL_FLOOR, MIB, PoolSize};
 
 /// A container lives at least so long without hearing of a server, which it does when it is asked whether it lives.
@@ -422,6 +423,10 @@ impl Checker<'_> {
             "every template names an image, such as \"cellblock/python:latest\"".to_owned()
         });
         self.env(name, template);
+        let mounts: Vec<_> = template.data.iter().map(Data::mount).collect();
+        self.require(data::check_mounts(&mounts).is_ok(), &[&key("data")], || {
+            data::check_mounts(&mounts).err().unwrap_or_default()
+        });
         self.floors(name, "default", &template.default);
         self.floors(name, "maximum", &template.maximum);
         self.ceilings(name, template);

@@ -15,6 +15,7 @@ use super::units::{
     texts,
 };
 use crate::domain::access::{KeyHash, Scope};
+use crate::domain::data::DataMount;
 use crate::domain::lock;
 use crate::domain::quota::{Quota, Rate, Share};
 use crate::domain::spec::{
@@ -421,6 +422,7 @@ pub(super) struct TemplateSection {
     pub kernelspec: String,
     pub transport: Transport,
     pub network: Network,
+    pub data: Vec<Data>,
     pub env: BTreeMap<String, String>,
     pub setup: String,
     pub on_kernel_death: OnKernelDeath,
@@ -483,6 +485,20 @@ pub(super) enum OnKernelDeath {
 pub(super) enum OnGuestLost {
     End,
     Replace,
+}
+
+/// Data in the containers of a template.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Data {
+    pub name: String,
+    pub path: String,
+}
+
+impl Data {
+    pub(super) fn mount(&self) -> DataMount {
+        DataMount { name: self.name.clone(), path: self.path.clone() }
+    }
 }
 
 /// Sessions that are made before anybody asks.
@@ -633,6 +649,7 @@ impl TemplateSection {
                 OnIdle::Delete => spec::OnIdle::Delete,
                 OnIdle::Pause => spec::OnIdle::Pause,
             },
+            data: self.data.iter().map(Data::mount).collect(),
             network: match self.network {
                 Network::None => NetworkMode::None,
             },

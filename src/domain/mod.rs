@@ -3,6 +3,7 @@
 //! Pure values. No tokio, no serde, no clock, no I/O: everything here can be tested by calling it.
 
 pub mod access;
+pub mod data;
 pub mod execution;
 pub mod ids;
 pub mod lifecycle;

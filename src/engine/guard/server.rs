@@ -240,6 +240,7 @@ impl Guard {
             Call::Claim { installation } => tell(stream, self.claim(&installation)).await,
             Call::Release { installation } => tell(stream, self.release(&installation)).await,
             Call::Sweep => tell(stream, self.engine.sweep()).await,
+            Call::ListData => tell(stream, self.engine.list_data()).await,
             Call::List => tell(stream, self.list()).await,
         }
     }

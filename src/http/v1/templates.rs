@@ -32,6 +32,17 @@ pub struct TemplateView {
     defaults: LimitsView,
     /// The ceilings.
     maximum: LimitsView,
+    /// Data that every session of it finds in its container, read-only.
+    data: Vec<DataView>,
+}
+
+/// Data in the containers of a template.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct DataView {
+    /// Its name.
+    name: String,
+    /// The folder that it is in.
+    path: String,
 }
 
 /// A template's image.
@@ -85,6 +96,7 @@ impl TemplateView {
             },
             defaults: LimitsView::of(&template.default_resources, &template.default_timeouts),
             maximum: LimitsView::of(&template.max_resources, &template.max_timeouts),
+            data: template.data.into_iter().map(|mount| DataView { name: mount.name, path: mount.path }).collect(),
             name: template.name,
             description: template.description,
         }

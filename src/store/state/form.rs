@@ -11,6 +11,7 @@ use serde_json::value::RawValue;
 
 use super::execution_form::{CauseItem, Maybe, parsed};
 use super::{ContextRecord, Lasting, SessionRecord, Stage};
+use crate::domain::data::DataMount;
 use crate::domain::lifecycle::EndReason;
 use crate::domain::output::{JsonText, RestartCause};
 use crate::domain::spec::{
@@ -254,6 +255,8 @@ struct Spec {
     output: OutputLimits,
     #[serde(with = "NetworkForm")]
     network: NetworkMode,
+    #[serde(serialize_with = "write_data", deserialize_with = "read_data", default)]
+    data: Vec<DataMount>,
     #[serde(serialize_with = "write_texts", deserialize_with = "read_texts")]
     setup: Arc<[String]>,
     #[serde(with = "KernelDeathForm")]
@@ -270,6 +273,15 @@ fn write_texts<S: Serializer>(texts: &Arc<[String]>, to: S) -> Result<S::Ok, S::
 
 fn read_texts<'de, D: Deserializer<'de>>(from: D) -> Result<Arc<[String]>, D::Error> {
     Vec::<String>::deserialize(from).map(Arc::from)
+}
+
+fn write_data<S: Serializer>(mounts: &[DataMount], to: S) -> Result<S::Ok, S::Error> {
+    to.collect_seq(mounts.iter().map(|mount| (&mount.name, &mount.path)))
+}
+
+fn read_data<'de, D: Deserializer<'de>>(from: D) -> Result<Vec<DataMount>, D::Error> {
+    let pairs = Vec::<(String, String)>::deserialize(from)?;
+    Ok(pairs.into_iter().map(|(name, path)| DataMount { name, path }).collect())
 }
 
 #[derive(Serialize, Deserialize)]
