@@ -47,7 +47,7 @@ const CRATES: [(&str, &[&str]); 15] = [
     ("clap", &["cli", "main"]),
     ("toml", &["config"]),
     ("tokio_rustls", &["http/tls"]),
-    ("hyper", &["kernel", "service", "run", "task", "engine/docker", "http/listen"]),
+    ("hyper", &["kernel", "service", "run", "task", "engine/docker", "http/listen", "http/forward"]),
 ];
 
 /// What the domain does without: it is to be tested by calling it.

@@ -160,6 +160,7 @@ fn template() -> Template {
             messages_per_second: 100,
         },
         network: NetworkMode::None,
+        ports: cellblock::domain::ports::Ports::default(),
         data: Vec::new(),
         setup: String::new(),
         on_kernel_death: OnKernelDeath::Restart,

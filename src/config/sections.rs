@@ -17,6 +17,7 @@ use super::units::{
 use crate::domain::access::{KeyHash, Scope};
 use crate::domain::data::DataMount;
 use crate::domain::lock;
+use crate::domain::ports::Ports;
 use crate::domain::quota::{Quota, Rate, Share};
 use crate::domain::spec::{
     self, KernelTransport, MIB, NetworkMode, OutputLimits, PoolPlan, PoolSize, Resources, SessionRequest, Template,
@@ -95,6 +96,11 @@ pub struct Server {
     pub admin_listen: Option<SocketAddr>,
     /// Whether the admin listener, which asks for no key, may be reached from other machines.
     pub admin_allow_remote: bool,
+    /// Domain whose hosts `<port>-<session>` are ports of sessions, if there is one.
+    pub ports_domain: String,
+    /// What a session serves on a port answers, or goes on taking a body, within this time.
+    #[serde(deserialize_with = "duration")]
+    pub ports_timeout: Duration,
     /// Largest body of a request, in bytes.
     #[serde(deserialize_with = "size")]
     pub max_body: u64,
@@ -423,6 +429,7 @@ pub(super) struct TemplateSection {
     pub transport: Transport,
     pub network: Network,
     pub data: Vec<Data>,
+    pub ports: Vec<String>,
     pub env: BTreeMap<String, String>,
     pub setup: String,
     pub on_kernel_death: OnKernelDeath,
@@ -650,6 +657,8 @@ impl TemplateSection {
                 OnIdle::Pause => spec::OnIdle::Pause,
             },
             data: self.data.iter().map(Data::mount).collect(),
+            // What is none was refused before.
+            ports: Ports::parse(&self.ports).unwrap_or_default(),
             network: match self.network {
                 Network::None => NetworkMode::None,
             },

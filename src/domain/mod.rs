@@ -9,5 +9,6 @@ pub mod ids;
 pub mod lifecycle;
 pub mod lock;
 pub mod output;
+pub mod ports;
 pub mod quota;
 pub mod spec;

@@ -39,6 +39,7 @@ pub mod issuing;
 pub mod keys;
 pub mod log;
 pub mod offer;
+pub mod ports;
 pub mod quotas;
 pub mod trail;
 
@@ -159,6 +160,22 @@ pub enum Error {
     /// The guest did not answer.
     #[error("the session's container did not answer")]
     GuestUnreachable,
+    /// The session's template does not allow the port.
+    #[error("port {port} can't be reached in sessions of the template \"{template}\"; allowed: {allowed}")]
+    PortNotAllowed {
+        /// The port.
+        port: u16,
+        /// The template.
+        template: String,
+        /// What it allows.
+        allowed: String,
+    },
+    /// Nothing listens on the port.
+    #[error("nothing in the session listens on port {0} of 127.0.0.1 or ::1")]
+    PortClosed(u16),
+    /// What listens on the port takes no connection.
+    #[error("what listens on port {0} in the session takes no more connections")]
+    PortStuck(u16),
 }
 
 impl From<Refused> for Error {

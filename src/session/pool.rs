@@ -144,7 +144,8 @@ impl Shelf {
             && own.runtime == spec.runtime
             && own.resources == spec.resources
             && own.network == spec.network
-            && own.data == spec.data;
+            && own.data == spec.data
+            && own.ports == spec.ports;
         let kernel = own.kernelspec == spec.kernelspec
             && own.transport == spec.transport
             && own.output == spec.output

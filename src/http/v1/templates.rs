@@ -34,6 +34,8 @@ pub struct TemplateView {
     maximum: LimitsView,
     /// Data that every session of it finds in its container, read-only.
     data: Vec<DataView>,
+    /// Ports in its containers that can be reached, such as "3000" and "8000-8010".
+    ports: Vec<String>,
 }
 
 /// Data in the containers of a template.
@@ -97,6 +99,7 @@ impl TemplateView {
             defaults: LimitsView::of(&template.default_resources, &template.default_timeouts),
             maximum: LimitsView::of(&template.max_resources, &template.max_timeouts),
             data: template.data.into_iter().map(|mount| DataView { name: mount.name, path: mount.path }).collect(),
+            ports: template.ports.texts(),
             name: template.name,
             description: template.description,
         }

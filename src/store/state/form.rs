@@ -14,6 +14,7 @@ use super::{ContextRecord, Lasting, SessionRecord, Stage};
 use crate::domain::data::DataMount;
 use crate::domain::lifecycle::EndReason;
 use crate::domain::output::{JsonText, RestartCause};
+use crate::domain::ports::Ports;
 use crate::domain::spec::{
     KernelTransport, NetworkMode, OnGuestLost, OnIdle, OnKernelDeath, OutputLimits, Resources, SessionSpec, Timeouts,
 };
@@ -255,6 +256,8 @@ struct Spec {
     output: OutputLimits,
     #[serde(with = "NetworkForm")]
     network: NetworkMode,
+    #[serde(with = "PortsForm", default)]
+    ports: Ports,
     #[serde(serialize_with = "write_data", deserialize_with = "read_data", default)]
     data: Vec<DataMount>,
     #[serde(serialize_with = "write_texts", deserialize_with = "read_texts")]
@@ -273,6 +276,19 @@ fn write_texts<S: Serializer>(texts: &Arc<[String]>, to: S) -> Result<S::Ok, S::
 
 fn read_texts<'de, D: Deserializer<'de>>(from: D) -> Result<Arc<[String]>, D::Error> {
     Vec::<String>::deserialize(from).map(Arc::from)
+}
+
+/// Ports as templates name them.
+struct PortsForm;
+
+impl PortsForm {
+    fn serialize<S: Serializer>(ports: &Ports, to: S) -> Result<S::Ok, S::Error> {
+        ports.texts().serialize(to)
+    }
+
+    fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Ports, D::Error> {
+        Ports::parse(&Vec::<String>::deserialize(from)?).map_err(de::Error::custom)
+    }
 }
 
 fn write_data<S: Serializer>(mounts: &[DataMount], to: S) -> Result<S::Ok, S::Error> {
