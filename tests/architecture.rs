@@ -35,7 +35,7 @@ const LAYERS: [(&str, &[&str]); 19] = [
 /// Crates that only some modules may name. Paths are prefixes of a file's module path.
 const CRATES: [(&str, &[&str]); 15] = [
     ("bollard", &["engine/docker", "engine/lockdown"]),
-    ("tar", &["engine/docker"]),
+    ("tar", &["engine/docker", "engine/pack"]),
     ("docker_credential", &["engine/docker"]),
     ("prometheus", &["metrics"]),
     ("axum", &["http"]),
@@ -48,7 +48,7 @@ const CRATES: [(&str, &[&str]); 15] = [
     ("clap", &["cli", "main"]),
     ("toml", &["config"]),
     ("tokio_rustls", &["http/tls"]),
-    ("hyper", &["kernel", "service", "run", "task", "engine/docker", "http/listen"]),
+    ("hyper", &["kernel", "service", "run", "task", "engine/docker", "http/listen", "http/forward"]),
 ];
 
 /// What the domain does without: it is to be tested by calling it.

@@ -51,9 +51,10 @@ impl Drop for Guarded {
 
 fn policy(bench: &Bench) -> Policy {
     let most = Resources { memory_bytes: 512 * MIB, ..engine_suite::resources() };
-    let permitted = |image: &str| Permitted { image: image.to_owned(), runtime: String::new(), most };
+    let permitted = |image: &str| Permitted { image: image.to_owned(), runtime: String::new(), most, data: vec![] };
     // The second one is what the suite looks for in vain.
-    policy_of(&bench.instance, vec![permitted(IMAGE), permitted("cellblock-no-such-image:none")])
+    let with_data = Permitted { data: vec![engine_suite::data()], ..permitted(IMAGE) };
+    policy_of(&bench.instance, vec![permitted(IMAGE), permitted("cellblock-no-such-image:none"), with_data])
 }
 
 fn policy_of(instance: &str, templates: Vec<Permitted>) -> Policy {
@@ -100,7 +101,7 @@ fn subject<'a>(
     guarded: &'a Guarded,
     kill: &'a (dyn Fn(CellName) -> futures_util::future::BoxFuture<'static, ()> + Sync),
 ) -> Subject<'a> {
-    Subject { engine: &guarded.engine, instance: &bench.instance, image: IMAGE, kill }
+    Subject { engine: &guarded.engine, operator: &bench.engine, instance: &bench.instance, image: IMAGE, kill }
 }
 
 async fn spec(bench: &Bench, guarded: &Guarded) -> CellSpec {
@@ -415,6 +416,9 @@ async fn what_is_no_request_is_refused_and_costs_only_its_connection() {
             ("another version", frame(&sound.replace("\"version\":1", "\"version\":2"))),
             ("another instance", frame(&sound.replace(&bench.instance, "another"))),
             ("a negative amount", with("\"pids\":64", "\"pids\":-1")),
+            ("data of no template", with("\"pids\":", "\"data\":[{\"name\":\"x\",\"path\":\"/usr\"}],\"pids\":")),
+            ("an import", frame(&call(json!({"import-data": {"name": "suite"}})))),
+            ("a removal of data", frame(&call(json!({"remove-data": {"name": "suite"}})))),
             ("an id that is none", frame(&call(json!({"claim": {"installation": "../x"}})))),
         ] {
             let answer = say_whole(&guarded.socket, &bytes).await;

@@ -72,6 +72,7 @@ fn routes() -> Vec<(&'static str, &'static str, About, Value)> {
         ("POST", "/v1/sessions/{id}/restart", Change, none.clone()),
         ("GET", "/v1/sessions/{id}/metrics", Look, none.clone()),
         ("GET", "/v1/sessions/{id}/notebook", Look, none.clone()),
+        ("GET", "/v1/sessions/{id}/ports/{port}/{path}", Change, none.clone()),
         ("DELETE", "/v1/sessions/{id}/contexts/{context}", Change, none.clone()),
         ("DELETE", "/v1/sessions/{id}/notebook", Change, none.clone()),
         ("DELETE", "/v1/sessions/{id}", Change, none.clone()),
@@ -176,6 +177,7 @@ impl Things {
             _ => "{id}",
         };
         let path = route.replace("{id}", id).replace("{context}", &self.context).replace("{number}", &self.blob);
+        let path = path.replace("{port}", "8000").replace("{path}", "x");
         assert!(!path.contains('{'), "{route} names something that this test has not got");
         path
     }
@@ -216,7 +218,7 @@ async fn every_route_of_the_document_answers_each_kind_of_key_as_it_should() {
     let over = keys::generate().unwrap();
     let hash = keys::hash(&over).unwrap();
     let server = Server::start(&format!(
-        "[auth]\nfailures = 1000\n[executions]\ninline = \"1KiB\"\n[[keys]]\nname = \"over\"\ntenant = \"one\"\nscopes = [\"sessions\", \"admin\"]\n\
+        "[templates.python]\nports = [\"8000\"]\n[auth]\nfailures = 1000\n[executions]\ninline = \"1KiB\"\n[[keys]]\nname = \"over\"\ntenant = \"one\"\nscopes = [\"sessions\", \"admin\"]\n\
          hash = \"{hash}\"\nexpires_at = \"2020-01-01T00:00:00Z\"\n"
     ))
     .await;

@@ -3,8 +3,10 @@
 use std::time::Duration;
 
 use super::merge::Merge;
-use super::sections::{Bounds, Document, Server, TemplateSection};
+use super::sections::{Bounds, Data, Document, Server, TemplateSection};
 use super::source::{Key, Mistake, Source, dotted, key_of};
+use crate::domain::data;
+use crate::domain::ports::Ports;
 use crate::domain::spec::{self, KERNEL_FLOOR, MIB, PoolSize};
 
 /// A container lives at least so long without hearing of a server, which it does when it is asked whether it lives.
@@ -97,6 +99,12 @@ impl Checker<'_> {
             "allowed are 4KiB to 64MiB".to_owned()
         });
         self.positive(server.request_timeout, "server.request_timeout");
+        self.positive(server.ports_timeout, "server.ports_timeout");
+        let domain = server.ports_domain.as_str();
+        let is_domain = domain.len() <= 180 && domain.split('.').all(|label| is_label(label, 63));
+        self.require(domain.is_empty() || is_domain, &["server.ports_domain"], || {
+            format!("{domain:?} is not a domain in lower case without a port, such as \"ports.example.com\"")
+        });
         self.connections(document);
         self.callers(document);
     }
@@ -424,6 +432,13 @@ impl Checker<'_> {
             "every template names an image, such as \"cellblock/python:latest\"".to_owned()
         });
         self.env(name, template);
+        let mounts: Vec<_> = template.data.iter().map(Data::mount).collect();
+        self.require(data::check_mounts(&mounts).is_ok(), &[&key("data")], || {
+            data::check_mounts(&mounts).err().unwrap_or_default()
+        });
+        self.require(Ports::parse(&template.ports).is_ok(), &[&key("ports")], || {
+            Ports::parse(&template.ports).err().unwrap_or_default()
+        });
         self.floors(name, "default", &template.default);
         self.floors(name, "maximum", &template.maximum);
         self.ceilings(name, template);

@@ -15,7 +15,9 @@ use super::units::{
     texts,
 };
 use crate::domain::access::{KeyHash, Scope};
+use crate::domain::data::DataMount;
 use crate::domain::lock;
+use crate::domain::ports::Ports;
 use crate::domain::quota::{Quota, Rate, Share};
 use crate::domain::spec::{
     self, KernelTransport, MIB, NetworkMode, OutputLimits, PoolPlan, PoolSize, Resources, SessionRequest, Template,
@@ -95,6 +97,11 @@ pub struct Server {
     pub admin_listen: Option<SocketAddr>,
     /// Whether the admin listener, which asks for no key, may be reached from other machines.
     pub admin_allow_remote: bool,
+    /// Domain whose hosts `<port>-<session>` are ports of sessions, if there is one.
+    pub ports_domain: String,
+    /// What a session serves on a port answers, or goes on taking a body, within this time.
+    #[serde(deserialize_with = "duration")]
+    pub ports_timeout: Duration,
     /// Largest body of a request, in bytes.
     #[serde(deserialize_with = "size")]
     pub max_body: u64,
@@ -430,6 +437,8 @@ pub(super) struct TemplateSection {
     pub kernelspec: String,
     pub transport: Transport,
     pub network: Network,
+    pub data: Vec<Data>,
+    pub ports: Vec<String>,
     pub env: BTreeMap<String, String>,
     pub setup: String,
     pub on_kernel_death: OnKernelDeath,
@@ -492,6 +501,20 @@ pub(super) enum OnKernelDeath {
 pub(super) enum OnGuestLost {
     End,
     Replace,
+}
+
+/// Data in the containers of a template.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Data {
+    pub name: String,
+    pub path: String,
+}
+
+impl Data {
+    pub(super) fn mount(&self) -> DataMount {
+        DataMount { name: self.name.clone(), path: self.path.clone() }
+    }
 }
 
 /// Sessions that are made before anybody asks.
@@ -642,6 +665,9 @@ impl TemplateSection {
                 OnIdle::Delete => spec::OnIdle::Delete,
                 OnIdle::Pause => spec::OnIdle::Pause,
             },
+            data: self.data.iter().map(Data::mount).collect(),
+            // What is none was refused before.
+            ports: Ports::parse(&self.ports).unwrap_or_default(),
             network: match self.network {
                 Network::None => NetworkMode::None,
             },

@@ -7,7 +7,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
+use super::data::DataMount;
 use super::lock::Lock;
+use super::ports::Ports;
 
 /// Bytes in a MiB.
 pub const MIB: u64 = 1024 * 1024;
@@ -170,6 +172,10 @@ pub struct Template {
     pub output: OutputLimits,
     /// What sessions may reach.
     pub network: NetworkMode,
+    /// Ports in their containers that callers may reach.
+    pub ports: Ports,
+    /// Data that they find in their containers.
+    pub data: Vec<DataMount>,
     /// Code that prepares every kernel before it is ready; none when empty.
     pub setup: String,
     /// What happens when a kernel dies by itself.
@@ -250,6 +256,10 @@ pub struct SessionSpec {
     pub output: OutputLimits,
     /// What it may reach.
     pub network: NetworkMode,
+    /// Ports in its container that callers may reach.
+    pub ports: Ports,
+    /// Data that it finds in its container.
+    pub data: Vec<DataMount>,
     /// Codes that prepare every kernel, in order.
     pub setup: Arc<[String]>,
     /// What happens when a kernel dies by itself.
@@ -309,6 +319,8 @@ pub fn resolve(template: &Template, request: &SessionRequest) -> Result<SessionS
         max_idle: template.max_timeouts.idle,
         output: template.output,
         network: template.network,
+        ports: template.ports.clone(),
+        data: template.data.clone(),
         setup: [&template.setup].into_iter().chain(&request.setup).filter(|s| !s.trim().is_empty()).cloned().collect(),
         on_kernel_death: template.on_kernel_death,
         on_guest_lost: template.on_guest_lost,

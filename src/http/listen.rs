@@ -22,6 +22,7 @@ use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use super::by_host;
 use super::door::host_of;
 use super::problem::{self, Problem};
 use super::remote::Proxies;
@@ -65,6 +66,8 @@ pub struct Connections {
     pub head_bytes: usize,
     /// Some of what is sent is taken within this time.
     pub write_time: Duration,
+    /// The domain whose hosts are ports of sessions.
+    pub ports_domain: Option<Arc<str>>,
     /// Only trusted proxies, and whoever is on this machine, may speak without TLS.
     pub plain_from_proxies_only: bool,
     /// The certificate, where TLS is spoken.
@@ -163,8 +166,12 @@ impl Host {
         match place {
             Ok(place) => {
                 let service = TowerToHyperService::new(self.router.clone());
+                let domain = self.connections.ports_domain.clone();
                 let answer = move |mut request: Request<Incoming>| {
                     request.extensions_mut().insert(ConnectInfo(peer));
+                    if let Some(domain) = &domain {
+                        by_host::bring_in(&mut request, domain);
+                    }
                     service.call(request)
                 };
                 self.shake_hands(stream, answer).await;
@@ -296,6 +303,7 @@ mod tests {
             head_time: Duration::from_secs(1),
             head_bytes: 8192,
             write_time: Duration::from_secs(1),
+            ports_domain: None,
             plain_from_proxies_only: true,
             tls: None,
         };

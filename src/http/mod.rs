@@ -25,9 +25,12 @@ use crate::session;
 use crate::traces::{Trace, Traces};
 
 pub mod admin;
+mod by_host;
+mod crossing;
 pub mod docs;
 pub mod door;
 pub mod extract;
+mod forward;
 mod lapse;
 mod line;
 pub mod listen;
@@ -71,6 +74,17 @@ pub struct App {
     pub proxies: Proxies,
     /// Pages of other sites that may use it.
     pub origins: Origins,
+    /// How ports of sessions are asked.
+    pub ports: Ports,
+}
+
+/// How ports of sessions are asked.
+#[derive(Debug, Clone, Copy)]
+pub struct Ports {
+    /// An answer begins, or more of the request is taken, within this time.
+    pub within: Duration,
+    /// Whether this server itself speaks TLS.
+    pub is_tls: bool,
 }
 
 /// What a request may cost before it is understood.

@@ -106,6 +106,10 @@ codes! {
     INTERNAL "internal" INTERNAL_SERVER_ERROR "The server failed" true;
     GUEST_UNREACHABLE "guest-unreachable" BAD_GATEWAY "The session's container did not answer" true;
     KERNEL_FAILED "kernel-failed" BAD_GATEWAY "The kernel did not start" false;
+    PORT_NOT_ALLOWED "port-not-allowed" FORBIDDEN "The template does not allow this port" false;
+    PORT_CLOSED "port-closed" BAD_GATEWAY "Nothing listens on this port" true;
+    PORT_FAILED "port-failed" BAD_GATEWAY "What listens on this port does not answer as HTTP" false;
+    PORT_SILENT "port-silent" GATEWAY_TIMEOUT "What listens on this port does not answer" true;
     AT_CAPACITY "at-capacity" SERVICE_UNAVAILABLE "The server holds as many sessions as it may" true;
     ENGINE_UNAVAILABLE "engine-unavailable" SERVICE_UNAVAILABLE "The container engine is unavailable" true;
     ENGINE_REFUSED "engine-refused" BAD_GATEWAY "The container engine refused" false;
@@ -226,6 +230,9 @@ impl From<Error> for Problem {
             }
             Error::ImageRejected { .. } => Self::new(IMAGE_REJECTED, detail),
             Error::EngineUnavailable => Self::new(ENGINE_UNAVAILABLE, format!("{detail}; is Docker running?")),
+            Error::PortNotAllowed { .. } => Self::new(PORT_NOT_ALLOWED, detail),
+            Error::PortClosed(_) => Self::new(PORT_CLOSED, detail),
+            Error::PortStuck(_) => Self::new(PORT_SILENT, detail),
             Error::GuestUnreachable => Self::new(GUEST_UNREACHABLE, detail),
         }
     }

@@ -4,4 +4,5 @@
 //! allocation; what can't be understood is dropped and counted.
 
 pub mod link;
+pub mod ports;
 pub mod protocol;

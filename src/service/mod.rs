@@ -40,6 +40,7 @@ pub mod keys;
 mod languages;
 pub mod log;
 pub mod offer;
+pub mod ports;
 pub mod quotas;
 mod refusals;
 pub mod trail;
@@ -164,6 +165,22 @@ pub enum Error {
     /// The guest did not answer.
     #[error("the session's container did not answer")]
     GuestUnreachable,
+    /// The session's template does not allow the port.
+    #[error("port {port} can't be reached in sessions of the template \"{template}\"; allowed: {allowed}")]
+    PortNotAllowed {
+        /// The port.
+        port: u16,
+        /// The template.
+        template: String,
+        /// What it allows.
+        allowed: String,
+    },
+    /// Nothing listens on the port.
+    #[error("nothing in the session listens on port {0} of 127.0.0.1 or ::1")]
+    PortClosed(u16),
+    /// What listens on the port takes no connection.
+    #[error("what listens on port {0} in the session takes no more connections")]
+    PortStuck(u16),
 }
 
 impl From<Refused> for Error {

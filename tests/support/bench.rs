@@ -173,6 +173,8 @@ pub fn template() -> Template {
             messages_per_second: 100,
         },
         network: NetworkMode::None,
+        ports: cellblock::domain::ports::Ports::default(),
+        data: Vec::new(),
         setup: String::new(),
         on_kernel_death: OnKernelDeath::Restart,
         on_guest_lost: OnGuestLost::End,

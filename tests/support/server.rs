@@ -105,7 +105,8 @@ impl Server {
         Self::try_serve(config, folder).await.unwrap_or_else(|error| panic!("the server did not start: {error}"))
     }
 
-    async fn try_serve(config: Config, folder: Arc<tempfile::TempDir>) -> Result<Arc<Self>, String> {
+    /// Starts one of a configuration that was read before; an error is why it did not start.
+    pub async fn try_serve(config: Config, folder: Arc<tempfile::TempDir>) -> Result<Arc<Self>, String> {
         let (address_in, address) = oneshot::channel();
         let (ended_in, ended) = oneshot::channel();
         let stop = CancellationToken::new();

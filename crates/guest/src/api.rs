@@ -9,6 +9,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use cellblock_wire::frame::{Decoder, Frame, MAX_FRAME};
 use cellblock_wire::link::{Ack, Hello, Init, Outbound, Refusal, Signal, StartKernel, Stats};
+use cellblock_wire::ports::{PORT_CLOSED, PORT_STUCK};
 use cellblock_wire::tunnel::Outgoing;
 use http_body_util::{BodyExt, Limited};
 use hyper::body::{Body, Frame as BodyFrame, Incoming, SizeHint};
@@ -20,6 +21,7 @@ use crate::cgroup::Cgroup;
 use crate::events::{Ring, Subscription};
 use crate::files::{Download, FileError, RelativePath, Upload, list_files, used_bytes};
 use crate::kernel::{Kernels, Places};
+use crate::ports;
 use crate::report::take_report;
 
 const MAX_JSON: usize = 1024 * 1024;
@@ -77,6 +79,18 @@ impl Refused {
     #[must_use]
     pub fn spawn_failed(error: &std::io::Error) -> Self {
         Self::new(StatusCode::INTERNAL_SERVER_ERROR, "spawn-failed", format!("the kernel can't be started: {error}"))
+    }
+
+    /// Nothing listens on a port.
+    #[must_use]
+    pub fn port_closed(port: u16) -> Self {
+        Self::new(StatusCode::BAD_GATEWAY, PORT_CLOSED, format!("nothing listens on port {port}"))
+    }
+
+    /// What listens on a port does not take connections.
+    #[must_use]
+    pub fn port_stuck(port: u16) -> Self {
+        Self::new(StatusCode::GATEWAY_TIMEOUT, PORT_STUCK, format!("what listens on port {port} takes no connection"))
     }
 
     fn too_large() -> Self {
@@ -186,6 +200,7 @@ impl Guest {
             (&Method::GET, "events", "") => self.events(query),
             (&Method::POST, "ack", "") => self.acknowledge(read_json(body).await?),
             (method, "kernels", rest) => self.route_kernels(method, rest, body).await,
+            (&Method::POST, "ports", port) => Ok(Response::new(Answer::Tunnel(ports::open(port, body).await?))),
             (method, "files", rest) => self.route_files(method, rest, body).await,
             _ => Err(Refused::not_found("request")),
         }

@@ -23,6 +23,7 @@ pub mod kernel;
 pub mod link;
 pub mod message;
 pub mod names;
+pub mod ports;
 pub mod reap;
 pub mod report;
 pub mod trial;

@@ -5,6 +5,7 @@
 pub mod frame;
 pub mod link;
 pub mod marker;
+pub mod ports;
 pub mod trial;
 pub mod tunnel;
 

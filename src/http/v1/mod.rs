@@ -15,6 +15,7 @@ pub mod keys;
 pub mod metrics;
 pub mod notebooks;
 pub mod pools;
+pub mod ports;
 pub mod runs;
 pub mod sessions;
 pub mod stream;
@@ -49,6 +50,7 @@ pub fn routes() -> OpenApiRouter<App> {
         .routes(routes!(contexts::check_code))
         .routes(routes!(contexts::send_comm))
         .routes(routes!(notebooks::get_notebook, notebooks::delete_notebook))
+        .merge(ports::routes())
         .routes(routes!(templates::list_templates))
         .routes(routes!(pools::list_pools))
         .routes(routes!(keys::create_key, keys::list_keys))

@@ -28,7 +28,7 @@ use super::{
     Attributes, COMMAND_QUEUE, Command, ContextView, Refused, Session, Settings, Snapshot, StartFailure, StartFault,
     instant,
 };
-use crate::domain::ids::ContextId;
+use crate::domain::ids::{ContextId, SessionId};
 use crate::domain::lifecycle::{self, Effect, EndReason, Event, Phase};
 use crate::domain::output::{JsonText, RestartCause, Status, StopStep};
 use crate::domain::spec::{KernelTransport, OnGuestLost, SessionSpec};
@@ -291,13 +291,7 @@ impl Actor {
         let connect_timeout = settings.start_timeout.mul_f64(0.8);
         let starting = Starting { transport, connect_timeout, state };
         let mut actor = Self {
-            cell: CellSpec {
-                name: CellName::new(&instance, id, record.cells),
-                session: id,
-                image: spec.image.clone(),
-                runtime: spec.runtime.clone(),
-                resources: spec.resources,
-            },
+            cell: cell(CellName::new(&instance, id, record.cells), id, &spec),
             instance,
             cells: record.cells,
             keeping,
@@ -1011,6 +1005,12 @@ fn wall(at: Instant) -> Timestamp {
     let distance = SignedDuration::try_from(at.saturating_duration_since(now)).unwrap_or_default()
         - SignedDuration::try_from(now.saturating_duration_since(at)).unwrap_or_default();
     Timestamp::now().saturating_add(distance).unwrap_or(Timestamp::MAX)
+}
+
+/// What the engine is to know of a session's cell.
+fn cell(name: CellName, session: SessionId, spec: &SessionSpec) -> CellSpec {
+    let (image, runtime, data) = (spec.image.clone(), spec.runtime.clone(), spec.data.clone());
+    CellSpec { name, session, image, runtime, resources: spec.resources, data }
 }
 
 fn first_snapshot(spec: &SessionSpec, attributes: &Arc<Attributes>) -> Snapshot {

@@ -2,11 +2,13 @@ use std::collections::BTreeMap;
 
 use super::*;
 use crate::domain::access::{KeyHash, Scope};
+use crate::domain::data::DataMount;
 use crate::domain::execution::{ExecutionRequest, OnTimeout, Stdin};
 use crate::domain::output::{
     BlobRef, Change, Comm, CommKind, Effects, ErrorInfo, ExecutionEvent, FileChange, MimeBundle, MimePart, Process,
     Report, RestartCause, ResultKind, RichOutput, Status, Stop, StopStep, TextStream, Truncated,
 };
+use crate::domain::ports::Ports;
 use crate::domain::spec::{
     KernelTransport, NetworkMode, OnGuestLost, OnIdle, OnKernelDeath, OutputLimits, Resources, Timeouts,
 };
@@ -42,6 +44,8 @@ fn record(n: u128) -> SessionRecord {
         max_idle: Duration::from_secs(6),
         output: OutputLimits { text_bytes: 1, result_bytes: 2, total_bytes: 3, messages: 4, messages_per_second: 5 },
         network: NetworkMode::None,
+        ports: Ports::parse(&["3000", "8000-8010"]).unwrap(),
+        data: vec![DataMount { name: "maps".to_owned(), path: "/mnt/maps".to_owned() }],
         setup: Arc::from(["a = 1\n".to_owned(), "é\u{0}".to_owned()]),
         on_kernel_death: OnKernelDeath::End,
         on_guest_lost: OnGuestLost::Replace,
