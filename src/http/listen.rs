@@ -34,6 +34,14 @@ use crate::task::{self, Executor};
 const MAX_HEADERS: usize = 100;
 /// Requests at a time on one connection of HTTP/2.
 const MAX_STREAMS: u32 = 200;
+/// Windows of HTTP/2, in bytes: what a caller may send before it is taken, on one stream and on all of a connection. Files come at their size in each round trip;
+/// what is not taken is kept, so a connection's is no larger.
+const STREAM_WINDOW: u32 = 4 * 1024 * 1024;
+const CONNECTION_WINDOW: u32 = 4 * 1024 * 1024;
+/// Bytes of one frame: fewer turns for files.
+const MAX_FRAME: u32 = 256 * 1024;
+/// Bytes of an answer that wait to be sent on one stream.
+const MAX_UNSENT: usize = 1024 * 1024;
 /// Streams that a caller has given up before they were looked at; more end the connection. So many after which it is taken for an attack.
 const MAX_RESETS: usize = 20;
 /// Streams that were ended here for what came on them; more end the connection.
@@ -130,6 +138,10 @@ fn builder(connections: &Connections) -> Builder<Executor> {
         .http2()
         .timer(TokioTimer::new())
         .max_concurrent_streams(MAX_STREAMS)
+        .initial_stream_window_size(STREAM_WINDOW)
+        .initial_connection_window_size(CONNECTION_WINDOW)
+        .max_frame_size(MAX_FRAME)
+        .max_send_buf_size(MAX_UNSENT)
         .max_pending_accept_reset_streams(MAX_RESETS)
         .max_local_error_reset_streams(MAX_STREAM_ERRORS)
         .max_header_list_size(u32::try_from(connections.head_bytes).unwrap_or(u32::MAX))

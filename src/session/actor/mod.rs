@@ -265,6 +265,14 @@ pub(super) fn ended(record: SessionRecord, reason: EndReason) -> Session {
     }
 }
 
+/// How the guest reaches a session's kernels.
+fn transport(spec: &SessionSpec) -> Transport {
+    match spec.transport {
+        KernelTransport::Ipc => Transport::Ipc,
+        KernelTransport::Tcp => Transport::Tcp,
+    }
+}
+
 impl Actor {
     fn new(birth: Birth, commands: mpsc::Receiver<Command>, wishes: mpsc::Receiver<Wish>) -> Self {
         let Birth {
@@ -286,10 +294,7 @@ impl Actor {
         let (id, spec) = (record.id, record.spec);
         let attributes = Arc::new(Attributes { labels: record.labels, idle: record.idle });
         let snapshot = watch::Sender::new(first_snapshot(&spec, &attributes));
-        let transport = match spec.transport {
-            KernelTransport::Ipc => Transport::Ipc,
-            KernelTransport::Tcp => Transport::Tcp,
-        };
+        let transport = transport(&spec);
         // Before the context's own deadline, so that a kernel's last words are heard.
         let connect_timeout = settings.start_timeout.mul_f64(0.8);
         let starting = Starting { transport, connect_timeout, state };
