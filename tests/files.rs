@@ -262,6 +262,8 @@ os.listdir('.')",
         assert!(began.elapsed() < Duration::from_secs(5), "{path}");
     }
     assert_eq!(get(&cell, "in").await, b"inside");
+    let head = server.send(server.request(Method::HEAD, &at(&cell, "in"))).await;
+    assert_eq!((head.header("content-length"), head.header("x-file-kind")), ("6", "file"));
     assert_eq!(get(&cell, "hard").await, b"inside");
     for query in ["path=..", "path=/etc", "path=up", "path=etc", "path=/proc/1/root", "path=root/etc"] {
         for path in ["/files", "/archive", "/files:watch"] {
