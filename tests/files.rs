@@ -538,17 +538,17 @@ async fn an_upload_goes_on_and_known_content_is_not_read(server: Arc<Server>) {
         (reply.status, reply.header("upload-offset").parse::<usize>().unwrap_or_default())
     };
     drop(stream);
-    let mut offset = 0;
-    for _ in 0..100 {
-        match status().await {
-            (204, found) if found > 1_000_000 => offset = found,
-            _ => tokio::time::sleep(Duration::from_millis(50)).await,
-        }
-        if offset > 0 {
+    // It is there again once it is known to have broken off, with what has reached the container.
+    let mut found = (0, 0);
+    for _ in 0..200 {
+        found = status().await;
+        if found.0 == 204 {
             break;
         }
+        tokio::time::sleep(Duration::from_millis(50)).await;
     }
-    assert!((1_000_001..=1_500_000).contains(&offset), "{offset}");
+    let offset = found.1;
+    assert!(found.0 == 204 && (1_000_000..=1_500_000).contains(&offset), "{found:?}");
     assert_eq!(listed(&cell).await, Vec::<String>::new(), "it is not to be seen");
     let wrong = part(offset, content.len(), "?1", &format!("&sha256={}", "0".repeat(64))).await;
     wrong.problem(422, "digest-mismatch");
