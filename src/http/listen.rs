@@ -42,6 +42,12 @@ const MAX_HEADERS: usize = 100;
 const MAX_STREAMS: u32 = 200;
 /// Bytes that wait on one stream of it for room. With the number of streams it bounds what a connection holds.
 const MAX_SEND_BUFFER: usize = 64 * 1024;
+/// Windows of HTTP/2, in bytes: what a caller may send before it is taken, on one stream and on all of a connection. Files come at their size in each round trip;
+/// what is not taken is kept, so a connection's is no larger.
+const STREAM_WINDOW: u32 = 4 * 1024 * 1024;
+const CONNECTION_WINDOW: u32 = 4 * 1024 * 1024;
+/// Bytes of one frame: fewer turns for files.
+const MAX_FRAME: u32 = 256 * 1024;
 /// Streams that a caller has given up before they were looked at; more end the connection. So many after which it is taken for an attack.
 const MAX_RESETS: usize = 20;
 /// Streams that were ended here for what came on them; more end the connection.
@@ -140,6 +146,9 @@ fn builder(connections: &Connections) -> Builder<Streams> {
         .http2()
         .timer(TokioTimer::new())
         .max_concurrent_streams(MAX_STREAMS)
+        .initial_stream_window_size(STREAM_WINDOW)
+        .initial_connection_window_size(CONNECTION_WINDOW)
+        .max_frame_size(MAX_FRAME)
         .max_send_buf_size(MAX_SEND_BUFFER)
         .max_pending_accept_reset_streams(MAX_RESETS)
         .max_local_error_reset_streams(MAX_STREAM_ERRORS)

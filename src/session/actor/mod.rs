@@ -31,7 +31,7 @@ use super::{
 use crate::domain::ids::{ContextId, SessionId};
 use crate::domain::lifecycle::{self, Effect, EndReason, Event, Phase};
 use crate::domain::output::{JsonText, RestartCause, Status, StopStep};
-use crate::domain::spec::{KernelTransport, OnGuestLost, SessionSpec};
+use crate::domain::spec::{KernelTransport, NewFile, OnGuestLost, SessionSpec};
 use crate::engine::{ByteStream, CellName, CellSpec, CellState, Engine, EngineError};
 use crate::kernel::link::LinkError;
 use crate::store::NotebookKernel;
@@ -113,6 +113,8 @@ pub(super) struct Birth {
     pub(super) heard: u64,
     /// It is made before anybody has asked for it.
     pub(super) is_unclaimed: bool,
+    /// Files that its first cell begins with.
+    pub(super) files: Arc<[NewFile]>,
 }
 
 /// What somebody wants of a session's task, before anything else.
@@ -157,6 +159,8 @@ struct Actor {
     secret: LinkSecret,
     /// Nobody has asked for it yet.
     is_unclaimed: bool,
+    /// Files that its first cell begins with; another one has none.
+    files: Arc<[NewFile]>,
     phase: Phase,
     keeping: Keeping,
     contexts: BTreeMap<ContextId, Context>,
@@ -263,6 +267,14 @@ pub(super) fn ended(record: SessionRecord, reason: EndReason) -> Session {
     }
 }
 
+/// How the guest reaches a session's kernels.
+fn transport(spec: &SessionSpec) -> Transport {
+    match spec.transport {
+        KernelTransport::Ipc => Transport::Ipc,
+        KernelTransport::Tcp => Transport::Tcp,
+    }
+}
+
 impl Actor {
     fn new(birth: Birth, commands: mpsc::Receiver<Command>, wishes: mpsc::Receiver<Wish>) -> Self {
         let Birth {
@@ -277,16 +289,14 @@ impl Actor {
             executions,
             heard,
             is_unclaimed,
+            files,
         } = birth;
         let now = Instant::now();
         let leaving = Leaving::new(state.clone(), &record, heard);
         let (id, spec) = (record.id, record.spec);
         let attributes = Arc::new(Attributes { labels: record.labels, idle: record.idle });
         let snapshot = watch::Sender::new(first_snapshot(&spec, &attributes));
-        let transport = match spec.transport {
-            KernelTransport::Ipc => Transport::Ipc,
-            KernelTransport::Tcp => Transport::Tcp,
-        };
+        let transport = transport(&spec);
         // Before the context's own deadline, so that a kernel's last words are heard.
         let connect_timeout = settings.start_timeout.mul_f64(0.8);
         let starting = Starting { transport, connect_timeout, state };
@@ -299,6 +309,7 @@ impl Actor {
             engine,
             secret: record.secret,
             is_unclaimed,
+            files,
             phase: Phase::Provisioning,
             contexts: BTreeMap::new(),
             default_context: record.default_context,
@@ -510,8 +521,8 @@ impl Actor {
             self.cell.clone(),
             stream,
             self.secret,
-            self.settings,
-            self.env.clone(),
+            boot::init(self.settings, self.env.clone()),
+            std::mem::take(&mut self.files),
         );
         self.start(booting.map(Done::Booted));
     }
