@@ -72,6 +72,15 @@ fn routes() -> Vec<(&'static str, &'static str, About, Value)> {
         ("GET", "/v1/executions/{id}/blobs/{number}", Look, none.clone()),
         ("POST", "/v1/executions/{id}/cancel", Change, none.clone()),
         ("POST", "/v1/executions/{id}/input", Change, json!({"text": "x"})),
+        ("POST", "/v1/sessions/{id}/commands", Change, json!({"argv": ["true"]})),
+        ("GET", "/v1/sessions/{id}/commands", Look, none.clone()),
+        ("GET", "/v1/sessions/{id}/commands/{command}", Look, none.clone()),
+        ("POST", "/v1/sessions/{id}/commands/{command}/stdin", Change, json!({"data": "x"})),
+        ("POST", "/v1/sessions/{id}/commands/{command}/signal", Change, json!({"signal": "SIGCONT"})),
+        ("POST", "/v1/sessions/{id}/commands/{command}/resize", Change, json!({"cols": 80, "rows": 24})),
+        ("DELETE", "/v1/sessions/{id}/commands/{command}", Change, none.clone()),
+        ("GET", "/v1/sessions/{id}/commands/{command}/events", Look, none.clone()),
+        ("GET", "/v1/sessions/{id}/terminal", Change, none.clone()),
         ("POST", "/v1/sessions/{id}/restart", Change, none.clone()),
         ("GET", "/v1/sessions/{id}/metrics", Look, none.clone()),
         ("GET", "/v1/sessions/{id}/notebook", Look, none.clone()),
@@ -159,6 +168,7 @@ struct Things {
     cell: Cell,
     context: String,
     execution: String,
+    command: String,
     blob: String,
     spare_key: String,
 }
@@ -171,6 +181,9 @@ impl Things {
         assert_eq!(made.status, 201, "{}", made.text);
         let cell = Cell { server: Arc::clone(server), id: text(&made.json["id"]), view: made.json };
         let context = server.send(as_owner(Method::POST, &cell.path("/contexts")).json(&json!({}))).await;
+        // One that has ended, so that its events do.
+        let command =
+            server.send(as_owner(Method::POST, &cell.path("/commands")).json(&json!({"argv": ["true"]}))).await;
         let run = json!({"code": "'x' * 5000"});
         let file = server.send(as_owner(Method::PUT, &cell.path(&format!("/files/{FILE}"))).body("x")).await;
         assert_eq!(file.status, 201, "{}", file.text);
@@ -180,6 +193,7 @@ impl Things {
             context: text(&context.json["id"]),
             blob: blob.rsplit('/').next().expect("a number").to_owned(),
             execution: text(&execution["id"]),
+            command: text(&command.json["id"]),
             spare_key: text(&new_key(server, json!({"name": "spare", "scopes": ["read"]})).await["id"]),
             cell,
         }
@@ -194,13 +208,13 @@ impl Things {
             _ => "{id}",
         };
         let path = route.replace("{id}", id).replace("{context}", &self.context).replace("{number}", &self.blob);
-        let path = path.replace("{port}", "8000").replace("{path}", FILE);
+        let path = path.replace("{port}", "8000").replace("{path}", FILE).replace("{command}", &self.command);
         assert!(!path.contains('{'), "{route} names something that this test has not got");
         path
     }
 
     fn is_told_of_in(&self, text: &str) -> bool {
-        [&self.cell.id, &self.context, &self.execution].iter().any(|id| text.contains(id.as_str()))
+        [&self.cell.id, &self.context, &self.execution, &self.command].iter().any(|id| text.contains(id.as_str()))
     }
 }
 
@@ -303,21 +317,25 @@ async fn every_route_of_the_document_answers_each_kind_of_key_as_it_should() {
     }
     assert_eq!(asked, callers.len() * routes().len() - 1);
 
-    // A name is a tenant's own, and one of another template's session is not given away.
-    let named = json!({"template": "data", "name": "mine", "if_exists": "reuse"});
-    let body = json!({"template": "python", "name": "mine"});
-    let again = server.send(server.bare(Method::POST, "/v1/sessions").bearer_auth(&owner).json(&body)).await;
-    assert_eq!(again.status, 201, "{}", again.text);
     let limited = callers[5].1.as_deref().expect("a key");
-    let limited = server.bare(Method::POST, "/v1/sessions").bearer_auth(limited);
-    let refused = server.send(limited.json(&named)).await;
-    refused.problem(409, "name-in-use");
-    assert!(!refused.text.contains(&text(&again.json["id"])), "{}", refused.text);
+    a_name_of_another_templates_session_is_not_given_away(&server, &owner, limited).await;
 
     let operator = callers[7].1.as_deref().expect("a key");
     let drained = server.send(server.bare(Method::POST, "/v1/admin/drain").bearer_auth(operator)).await;
     assert_eq!(drained.status, 202, "{}", drained.text);
     server.finish().await.unwrap_or_else(|left| panic!("{left}"));
+}
+
+/// A name is a tenant's own, and who has it is not told to a key that may not see that session.
+async fn a_name_of_another_templates_session_is_not_given_away(server: &Server, owner: &str, limited: &str) {
+    let named = json!({"template": "data", "name": "mine", "if_exists": "reuse"});
+    let body = json!({"template": "python", "name": "mine"});
+    let again = server.send(server.bare(Method::POST, "/v1/sessions").bearer_auth(owner).json(&body)).await;
+    assert_eq!(again.status, 201, "{}", again.text);
+    let limited = server.bare(Method::POST, "/v1/sessions").bearer_auth(limited);
+    let refused = server.send(limited.json(&named)).await;
+    refused.problem(409, "name-in-use");
+    assert!(!refused.text.contains(&text(&again.json["id"])), "{}", refused.text);
 }
 
 /// What the first tenant has is as it was made.
@@ -328,7 +346,7 @@ async fn untouched(server: &Server, things: &Things, owner: &str) {
         reply.json
     };
     let session = look(&things.cell.path("")).await;
-    assert_eq!((&session["state"], &session["labels"]), (&json!("ready"), &json!({"of": "one"})));
+    assert_eq!((&session["state"], &session["labels"]), (&json!("ready"), &json!({"of": "one"})), "{session}");
     let contexts = look(&things.cell.path("/contexts")).await;
     assert_eq!(contexts["contexts"].as_array().map(Vec::len), Some(2), "{contexts}");
     assert_eq!(look(&format!("/v1/executions/{}", things.execution)).await["status"], "ok");

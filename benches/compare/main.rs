@@ -65,6 +65,9 @@ async fn bench() -> Result<()> {
     if is_chosen("executions") {
         measure::executions(&engine, &server, &mut figures).await?;
     }
+    if is_chosen("commands") {
+        measure::commands(&server, &mut figures).await?;
+    }
     if is_chosen("boots") {
         measure::boots(&engine, &server, &mut figures).await?;
     }

@@ -159,6 +159,23 @@ impl Server {
         if read == bytes { Ok(()) } else { Err(format!("of {bytes} bytes {read} came").into()) }
     }
 
+    /// Runs a program to its end.
+    pub async fn command(&self, session: &str, argv: &[&str]) -> Result<()> {
+        let request = self.http.post(format!("{}/v1/sessions/{session}/commands", self.url));
+        let command = self.send(request.json(&json!({"argv": argv}))).await?;
+        match command["exit_code"].as_i64() {
+            Some(0) => Ok(()),
+            _ => Err(format!("{argv:?} came to this: {command}").into()),
+        }
+    }
+
+    /// Runs code that prints JSON.
+    pub async fn printed(&self, session: &str, code: &str) -> Result<Value> {
+        let request = self.http.post(format!("{}/v1/sessions/{session}/executions", self.url));
+        let execution = self.send(request.json(&json!({"code": code}))).await?;
+        Ok(serde_json::from_str(execution["stdout"].as_str().unwrap_or_default())?)
+    }
+
     /// Ends a session; answered once its container is gone.
     pub async fn delete(&self, session: &str) -> Result<()> {
         self.send(self.http.delete(format!("{}/v1/sessions/{session}", self.url))).await?;

@@ -104,6 +104,7 @@ codes! {
     QUOTA_EXCEEDED "quota-exceeded" TOO_MANY_REQUESTS "The tenant has as much as it may" true;
     RATE_LIMITED "rate-limited" TOO_MANY_REQUESTS "Too many requests" true;
     QUEUE_FULL "queue-full" TOO_MANY_REQUESTS "Too many executions are waiting" true;
+    SPAWN_FAILED "spawn-failed" CONFLICT "The command can't be started" true;
     IS_A_DIRECTORY "is-a-directory" CONFLICT "It is a folder" false;
     NOT_A_DIRECTORY "not-a-directory" CONFLICT "It is no folder" false;
     EXISTS "exists" CONFLICT "Something is there already" false;
@@ -210,6 +211,10 @@ impl From<Error> for Problem {
             }
             Error::QueueFull | Error::VisitsFull => {
                 Self::new(QUEUE_FULL, format!("{detail}; try again when some have ended"))
+            }
+            Error::CommandsFull(_) => Self::new(QUEUE_FULL, format!("{detail}; try again when some have ended")),
+            Error::SpawnFailed(_) => {
+                Self::new(SPAWN_FAILED, format!("{detail}; end some of its commands, or of what its code has started"))
             }
             Error::StateConflict(_) | Error::KernelBusy(_) => Self::new(STATE_CONFLICT, detail),
             Error::NotOnce(NotOnce::InFlight) => Self::new(IDEMPOTENCY_IN_FLIGHT, detail),

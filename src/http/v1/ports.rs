@@ -50,7 +50,7 @@ pub async fn ask_port(State(app): State<App>, Caller(who): Caller, request: Requ
         return Err(Problem::new(problem::METHOD_NOT_ALLOWED, "CONNECT and TRACE are not passed on"));
     }
     // A browser sends a page's cookies and no key, but says which page it was: not even with a key may another site's open one.
-    if request.headers().contains_key(header::UPGRADE) && !app.origins.may_change(&request) {
+    if request.headers().contains_key(header::UPGRADE) && !app.origins.may_change(request.headers(), request.uri()) {
         let detail = "pages of this origin may not open connections here; server.cors_origins lists those that may";
         return Err(Problem::new(problem::FORBIDDEN, detail));
     }
