@@ -83,6 +83,7 @@ fn routes() -> Vec<(&'static str, &'static str, About, Value)> {
         ("GET", "/v1/sessions/{id}/terminal", Change, none.clone()),
         ("POST", "/v1/sessions/{id}/restart", Change, none.clone()),
         ("GET", "/v1/sessions/{id}/metrics", Look, none.clone()),
+        ("GET", "/v1/sessions/{id}/egress", Look, none.clone()),
         ("GET", "/v1/sessions/{id}/notebook", Look, none.clone()),
         ("GET", "/v1/sessions/{id}/ports/{port}/{path}", Change, none.clone()),
         ("POST", "/v1/sessions/{id}/files:mkdir", Change, json!({"path": "folder"})),

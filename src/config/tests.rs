@@ -407,6 +407,41 @@ fn rules_between_keys() {
 }
 
 #[test]
+fn rules_of_the_way_out() {
+    for (text, key, words) in [
+        ("templates.data.network = 'none'", "templates.data.network", "is a section, not a value"),
+        ("templates.data.network.mode = 'bridge'", "templates.data.network.mode", "is not known"),
+        ("templates.data.network.allow = ['pipy']", "templates.data.network.allow", "a name without a dot"),
+        ("templates.data.network.may_allow = ['10.0.0.1']", "templates.data.network.may_allow", "not public (private)"),
+        (
+            "templates.data.network.upstreams = [{name = 'a', url = 'http://a.org', header = 'X', secret_file = '/x'}]",
+            "templates.data.network.upstreams",
+            "number 1, url: \"http://a.org\": the secret is sent over TLS only",
+        ),
+        (
+            "templates.data.network.upstreams = [{name = 'a', url = 'https://a.org', header = 'Host', secret_file = 'x'}]",
+            "templates.data.network.upstreams",
+            "number 1, secret_file: name a file by its absolute path",
+        ),
+        (
+            "templates.data.network.upstreams = [{name = 'a', url = 'https://a.org', header = 'Host', secret_file = '/x'}]",
+            "templates.data.network.upstreams",
+            "number 1, header: allowed is",
+        ),
+        ("egress.proxy = 'http://me:pw@proxy:1'", "egress.proxy", "without a user"),
+        ("egress.session_connections = 65", "egress.session_connections", "not within 1 to 64"),
+        ("egress.connect_timeout = '1m'", "egress.connect_timeout", "100ms to 30s"),
+    ] {
+        let found = mistakes(text, &[]);
+        assert!(found.iter().any(|(k, m)| k == key && m.contains(words)), "{text}: {found:#?}");
+    }
+    let good = "[templates.python.network]\nmode = 'allowlist'\nallow = ['pypi']\nmay_allow = ['*.example.org']\nupstreams = [{name = 'llm', url = 'https://api.example.org/v1', header = 'X-Key', secret_file = '/run/key'}]";
+    let network = &loaded(good, &[]).config.templates["python"].network;
+    assert!(network.initial.is_open() && network.initial.allow.len() == 2 && network.may_allow.len() == 1);
+    assert_eq!((network.upstreams[0].host.as_str(), network.upstreams[0].path.as_str()), ("api.example.org", "/v1"));
+}
+
+#[test]
 fn keys_are_sections_and_their_mistakes_are_told_with_their_names() {
     let hash = format!("sha256:{}", "0a".repeat(32));
     let key = |name: &str, rest: &str| format!("[[keys]]\nname = '{name}'\ntenant = 't'\nscopes = ['read']\n{rest}\n");

@@ -4,6 +4,7 @@
 
 pub mod access;
 pub mod data;
+pub mod egress;
 pub mod execution;
 pub mod ids;
 pub mod lifecycle;

@@ -4,6 +4,7 @@
 //! allocation; what can't be understood is dropped and counted.
 
 pub mod commands;
+pub mod egress;
 pub mod files;
 pub mod link;
 pub mod ports;

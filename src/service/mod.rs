@@ -12,6 +12,7 @@ use serde_json::json;
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 
+use crate::domain::egress::{Network, NetworkRequest};
 use crate::domain::ids::{ContextId, ExecutionId, SessionId};
 use crate::domain::lifecycle::{EndReason, Phase};
 use crate::domain::output::{Comm, JsonText};
@@ -26,7 +27,7 @@ use crate::session::execution::{Execution, ExecutionRequest, OnTimeout, Stdin};
 use crate::session::once::{Begun, MAX_KEYS, Made, NotOnce, Once, Reservation};
 use crate::session::pool::PoolView;
 use crate::session::registry::{Asked, CreateRefused, Created, Registry};
-use crate::session::{ContextView, Patch, Refused, Session, StartFailure, StartFault, fresh};
+use crate::session::{ContextView, GateView, Patch, Refused, Session, StartFailure, StartFault, fresh};
 pub use crate::store::BlobBody;
 use crate::store::state::Lasting;
 use crate::store::{Archive, Blob};
@@ -697,6 +698,15 @@ impl Service {
         Ok(session)
     }
 
+    /// What can be seen of a session's way out.
+    ///
+    /// # Errors
+    /// See [`Error`].
+    pub fn session_egress(&self, who: &Principal, id: SessionId) -> Result<(Network, GateView), Error> {
+        let session = self.session(who, id)?;
+        Ok((session.snapshot().attributes.network.clone(), session.egress()))
+    }
+
     /// Counts as activity of a session.
     ///
     /// # Errors
@@ -1188,6 +1198,8 @@ pub struct SessionPatch {
     pub idle_seconds: Option<f64>,
     /// Replaces its labels.
     pub labels: Option<BTreeMap<String, String>>,
+    /// What it is to reach.
+    pub network: NetworkRequest,
 }
 
 impl SessionPatch {
@@ -1202,7 +1214,10 @@ impl SessionPatch {
             })
         };
         let age = jiff::Timestamp::now().duration_since(session.created_at).unsigned_abs();
+        let now = session.snapshot().attributes.network.clone();
+        let network = session.spec.network.choose(&now, &self.network);
         let patch = Patch {
+            network: network.as_ref().ok().filter(|network| **network != now).cloned(),
             expires_in: seconds(
                 "/expires_in_seconds",
                 self.expires_in_seconds,
@@ -1211,6 +1226,7 @@ impl SessionPatch {
             idle: seconds("/idle_seconds", self.idle_seconds, session.spec.max_idle),
             labels: self.labels.clone(),
         };
+        errors.extend(network.err().unwrap_or_default());
         if errors.is_empty() { Ok(patch) } else { Err(Error::SpecRejected(errors)) }
     }
 }

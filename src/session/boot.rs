@@ -101,8 +101,8 @@ impl Adoption {
 }
 
 /// What a guest is told first.
-pub(super) fn init(settings: Settings, env: BTreeMap<String, String>) -> Init {
-    Init { generation: GENERATION, orphan_timeout_seconds: settings.orphan_timeout.as_secs(), env }
+pub(super) fn init(settings: Settings, env: BTreeMap<String, String>, egress: bool) -> Init {
+    Init { generation: GENERATION, orphan_timeout_seconds: settings.orphan_timeout.as_secs(), env, egress }
 }
 
 fn link_failure(cell: &CellSpec, error: &LinkError) -> StartFailure {

@@ -699,6 +699,8 @@ impl Context {
         }
         match event {
             // It is being ended already; what it has said before still counts.
+            // It is about no kernel.
+            Event::Egress { .. } => {}
             Event::KernelConnected | Event::KernelFailed { .. } | Event::KernelExited { .. }
                 if matches!(self.state, State::Replacing(_)) => {}
             Event::Message { channel, msg_type, parent_id } => {

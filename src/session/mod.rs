@@ -10,10 +10,13 @@ use jiff::Timestamp;
 use tokio::sync::{mpsc, oneshot, watch};
 use uuid::Uuid;
 
+use crate::domain::egress::Network;
 use crate::domain::ids::{ContextId, ExecutionId, SessionId};
 use crate::domain::lifecycle::{EndReason, Phase};
 use crate::domain::output::JsonText;
 use crate::domain::spec::SessionSpec;
+use crate::egress::Gate;
+pub use crate::egress::{Decision, GateView, Refusal};
 use crate::kernel::link::Link;
 use crate::store::state::Lasting;
 use crate::task;
@@ -112,6 +115,8 @@ pub struct Attributes {
     pub labels: BTreeMap<String, String>,
     /// It ends after this long without work, or is paused.
     pub idle: Duration,
+    /// What it may reach.
+    pub network: Network,
 }
 
 /// Why a session never became ready.
@@ -153,6 +158,8 @@ pub struct Patch {
     pub idle: Option<Duration>,
     /// Replaces its labels.
     pub labels: Option<BTreeMap<String, String>>,
+    /// What it may reach from now on.
+    pub network: Option<Network>,
 }
 
 /// A context, as it is now.
@@ -348,6 +355,7 @@ pub struct Session {
     pub is_warm: bool,
     /// Held while a context is looked for by its language, and made.
     pub(crate) by_language: Arc<tokio::sync::Mutex<()>>,
+    gate: Arc<Gate>,
     commands: mpsc::Sender<Command>,
     wishes: mpsc::Sender<Wish>,
     snapshot: watch::Receiver<Snapshot>,
@@ -370,6 +378,12 @@ impl Session {
     #[must_use]
     pub fn phase(&self) -> Phase {
         self.snapshot.borrow().phase
+    }
+
+    /// What can be seen of its way out.
+    #[must_use]
+    pub fn egress(&self) -> GateView {
+        self.gate.view()
     }
 
     /// Whether it will not come to anything any more.

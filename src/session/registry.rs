@@ -22,6 +22,7 @@ use crate::domain::lifecycle::{EndReason, Phase};
 use crate::domain::output::Status;
 use crate::domain::quota::{Exceeded, Held, Share};
 use crate::domain::spec::{FieldError, NewFile, Resources, SessionSpec};
+use crate::egress::{Egress, Gate};
 use crate::engine::{CellName, Engine};
 use crate::metrics::{Levels, Metrics, PoolLevel};
 use crate::store::Archive;
@@ -108,6 +109,7 @@ pub struct Registry {
     pool: Pool,
     requests: Requests,
     metrics: Metrics,
+    egress: Egress,
     inner: Mutex<Inner>,
 }
 
@@ -168,7 +170,14 @@ impl Registry {
         let (growth, capacity) = (Growth::default(), Capacity::new(limits.ceilings));
         let (requests, inner) = (Requests::new(state.clone()), Mutex::default());
         let (tuning, metrics) = (RwLock::new(Tuning { settings, limits }), Metrics::new());
-        Self { engine, archive, state, instance, tuning, growth, capacity, pool, requests, metrics, inner }
+        let egress = Egress::none();
+        Self { engine, archive, state, instance, tuning, growth, capacity, pool, requests, metrics, egress, inner }
+    }
+
+    /// The same, whose sessions have a way out. Before the first session.
+    #[must_use]
+    pub fn reaching(self, egress: Egress) -> Self {
+        Self { egress, ..self }
     }
 
     /// The same, which counts where others count too. Before the first session.
@@ -332,6 +341,7 @@ impl Registry {
 
     fn birth(&self, record: SessionRecord, is_new: bool, place: Place) -> Birth {
         Birth {
+            gate: self.gate(&record),
             keeping: self.keeping(&record.tenant, record.id),
             record,
             is_new,
@@ -345,6 +355,11 @@ impl Registry {
             is_unclaimed: false,
             files: Arc::default(),
         }
+    }
+
+    fn gate(&self, record: &SessionRecord) -> Arc<Gate> {
+        let upstreams = Arc::clone(&record.spec.network.upstreams);
+        Gate::new(self.egress.clone(), record.id, Arc::clone(&record.tenant), record.network.clone(), upstreams)
     }
 
     fn keeping(&self, tenant: &Arc<str>, id: SessionId) -> Keeping {
@@ -375,7 +390,8 @@ impl Registry {
                     }
                     let since = Instant::now().checked_sub(age).unwrap_or_else(Instant::now);
                     self.inner().over_since.insert(id, since);
-                    actor::ended(record, reason)
+                    let gate = self.gate(&record);
+                    actor::ended(record, reason, gate)
                 }
                 _ => {
                     let place = self.capacity.place_of_a_session(Need::from(&record.spec.resources));
@@ -673,6 +689,7 @@ fn first_record(tenant: &Arc<str>, mut spec: SessionSpec, lasting: Lasting) -> S
         last_active: now,
         idle: spec.timeouts.idle,
         labels: spec.labels.clone(),
+        network: spec.network.initial.clone(),
         env,
         cells: 1,
         loss: None,

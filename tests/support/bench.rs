@@ -5,9 +5,10 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
+use cellblock::domain::egress::NetworkOffer;
 use cellblock::domain::ids::InstallationId;
 use cellblock::domain::spec::{
-    MIB, NetworkMode, OnGuestLost, OnIdle, OnKernelDeath, OutputLimits, Resources, SessionRequest, Template, Timeouts,
+    MIB, OnGuestLost, OnIdle, OnKernelDeath, OutputLimits, Resources, SessionRequest, Template, Timeouts,
 };
 use cellblock::engine::{CellName, Engine, Pull};
 use cellblock::service::keys::{KeyRing, Principal, Scope};
@@ -172,7 +173,7 @@ pub fn template() -> Template {
             messages: 100,
             messages_per_second: 100,
         },
-        network: NetworkMode::None,
+        network: NetworkOffer::default(),
         ports: cellblock::domain::ports::Ports::default(),
         data: Vec::new(),
         setup: String::new(),

@@ -22,6 +22,7 @@ use tokio::sync::{mpsc, watch};
 
 use crate::cgroup::Cgroup;
 use crate::command::Commands;
+use crate::egress::Egress;
 use crate::events::{Ring, Subscription};
 use crate::files::resume::Resumable;
 use crate::files::{Download, FileError, used_bytes};
@@ -216,6 +217,8 @@ pub struct Guest {
     pub commands: Commands,
     /// The events.
     pub ring: Ring,
+    /// The way out.
+    pub egress: Egress,
     /// The container's figures.
     pub cgroup: Cgroup,
     /// Where things are.
@@ -260,6 +263,7 @@ impl Guest {
             (&Method::POST, "ports", port) => Ok(Response::new(Answer::Tunnel(ports::open(port, body).await?))),
             (method, "files", rest) => self.route_files(method, rest, query, body).await,
             (method, "commands", rest) => self.route_commands(method, rest, query, body).await,
+            (method, "egress", id) => self.route_egress(method, id, body).await,
             _ => Err(Refused::not_found("request")),
         }
     }
@@ -319,10 +323,26 @@ impl Guest {
         }
     }
 
+    async fn route_egress(&self, method: &Method, id: &str, body: Incoming) -> Answered {
+        let id = id.parse().map_err(|_| Refused::invalid("a connection's id is a number"))?;
+        match *method {
+            Method::POST => Ok(Response::new(Answer::Tunnel(self.egress.open(id, body)?))),
+            Method::DELETE => {
+                self.egress.refuse(id, read_json(body).await?)?;
+                Ok(json(&serde_json::json!({})))
+            }
+            _ => Err(Refused::not_found("request")),
+        }
+    }
+
     fn init(&self, init: Init) -> Answered {
         self.orphan_timeout.send_replace(Duration::from_secs(init.orphan_timeout_seconds).max(MIN_ORPHAN_TIMEOUT));
-        self.commands.set_env(init.env.clone());
-        self.kernels.set_env(init.env);
+        let env = match init.egress {
+            true => self.egress.offer(init.env),
+            false => init.env,
+        };
+        self.commands.set_env(env.clone());
+        self.kernels.set_env(env);
         let version = env!("CARGO_PKG_VERSION").to_owned();
         Ok(json(&Hello { generation: cellblock_wire::GENERATION, version, last_seq: self.ring.last_seq() }))
     }

@@ -11,6 +11,7 @@ pub mod admin;
 pub mod audit;
 pub mod commands;
 pub mod contexts;
+pub mod egress;
 pub mod executions;
 pub mod files;
 pub mod keys;
@@ -33,6 +34,7 @@ pub fn routes() -> OpenApiRouter<App> {
         .routes(routes!(sessions::get_session, sessions::patch_session, sessions::delete_session))
         .routes(routes!(sessions::wait_session))
         .routes(routes!(metrics::get_session_metrics))
+        .routes(routes!(egress::get_session_egress))
         .routes(routes!(sessions::keepalive_session))
         .routes(routes!(sessions::pause_session))
         .routes(routes!(sessions::resume_session))

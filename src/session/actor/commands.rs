@@ -4,8 +4,6 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Instant;
 
-use cellblock_wire::GENERATION;
-use cellblock_wire::link::Init;
 use jiff::Timestamp;
 use tokio::sync::oneshot;
 
@@ -144,13 +142,14 @@ impl Actor {
             self.step(Event::EndRequested(EndReason::Drained));
             return Err(Refused::NotReady);
         }
-        if !changed.is_empty() {
-            let orphan_timeout_seconds = self.settings.orphan_timeout.as_secs();
-            let init = Init { generation: GENERATION, orphan_timeout_seconds, env: env.clone() };
-            self.wiring.plan(vec![Action::SetUp(init)]);
-        }
         self.env = env;
-        self.attributes = Arc::new(Attributes { labels: self.spec.labels.clone(), idle: self.spec.timeouts.idle });
+        let network = self.spec.network.initial.clone();
+        self.gate.claim(Arc::clone(&tenant), network.clone(), Arc::clone(&self.spec.network.upstreams));
+        let (labels, idle) = (self.spec.labels.clone(), self.spec.timeouts.idle);
+        self.attributes = Arc::new(Attributes { labels, idle, network });
+        if !changed.is_empty() {
+            self.wiring.plan(vec![Action::SetUp(self.init())]);
+        }
         (self.created_at, self.starting_since, self.last_active) = (created_at, now, now);
         self.expires = now + self.spec.timeouts.lifetime;
         self.leaving.claim(tenant, lasting);
@@ -241,6 +240,15 @@ impl Actor {
         attributes.idle = patch.idle.unwrap_or(attributes.idle);
         if let Some(labels) = patch.labels {
             attributes.labels = labels;
+        }
+        if let Some(network) = patch.network {
+            let was_open = attributes.network.is_open();
+            attributes.network = network.clone();
+            self.gate.change(network);
+            if was_open != self.attributes.network.is_open() {
+                // Kernels that run keep their environment; the proxy is there for them all the same.
+                self.wiring.plan(vec![Action::SetUp(self.init())]);
+            }
         }
         Ok(())
     }

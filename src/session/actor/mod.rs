@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use cellblock_wire::frame::Frame;
-use cellblock_wire::link::{KernelDeleted, Numbered, Refusal, Transport};
+use cellblock_wire::link::{self, Init, KernelDeleted, Numbered, Refusal, Transport};
 use cellblock_wire::marker::LinkSecret;
 use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
@@ -32,6 +32,7 @@ use crate::domain::ids::{ContextId, SessionId};
 use crate::domain::lifecycle::{self, Effect, EndReason, Event, Phase};
 use crate::domain::output::{JsonText, RestartCause, Status, StopStep};
 use crate::domain::spec::{KernelTransport, NewFile, OnGuestLost, SessionSpec};
+use crate::egress::Gate;
 use crate::engine::{ByteStream, CellName, CellSpec, CellState, Engine, EngineError};
 use crate::kernel::link::LinkError;
 use crate::store::NotebookKernel;
@@ -106,6 +107,7 @@ pub(super) struct Birth {
     pub(super) engine: Arc<dyn Engine>,
     pub(super) keeping: Keeping,
     pub(super) state: Option<State>,
+    pub(super) gate: Arc<Gate>,
     pub(super) place: capacity::Place,
     /// What an earlier process has left running or waiting, in the order in which it was accepted.
     pub(super) executions: Vec<(Arc<Execution>, Option<RunningRecord>)>,
@@ -170,6 +172,8 @@ struct Actor {
     wiring: Wiring,
     /// What goes on beside the kernels.
     visits: Arc<Visits>,
+    /// The way out.
+    gate: Arc<Gate>,
     /// Kernels that the guest has ended, and whose last events have not come yet.
     gone: Vec<Gone>,
     work: FuturesUnordered<BoxFuture<'static, DoneIn>>,
@@ -225,6 +229,7 @@ pub(super) fn spawn(birth: Birth) -> Session {
         created_at: actor.created_at,
         is_warm: actor.leaving.is_warm,
         by_language: Arc::default(),
+        gate: Arc::clone(&actor.gate),
         commands: commands_in,
         wishes: wishes_in,
         snapshot: actor.snapshot.subscribe(),
@@ -241,8 +246,8 @@ pub(super) fn spawn(birth: Birth) -> Session {
 }
 
 /// A handle on a session that an earlier process has ended.
-pub(super) fn ended(record: SessionRecord, reason: EndReason) -> Session {
-    let attributes = Arc::new(Attributes { labels: record.labels, idle: record.idle });
+pub(super) fn ended(record: SessionRecord, reason: EndReason, gate: Arc<Gate>) -> Session {
+    let attributes = Arc::new(Attributes { labels: record.labels, idle: record.idle, network: record.network });
     let first = first_snapshot(&record.spec, &attributes);
     let snapshot = Snapshot {
         phase: Phase::Ended(reason),
@@ -261,6 +266,7 @@ pub(super) fn ended(record: SessionRecord, reason: EndReason) -> Session {
         created_at: record.created_at,
         is_warm: record.is_warm,
         by_language: Arc::default(),
+        gate,
         commands,
         wishes,
         snapshot: watch::Sender::new(snapshot).subscribe(),
@@ -285,6 +291,7 @@ impl Actor {
             engine,
             keeping,
             state,
+            gate,
             place,
             executions,
             heard,
@@ -294,7 +301,7 @@ impl Actor {
         let now = Instant::now();
         let leaving = Leaving::new(state.clone(), &record, heard);
         let (id, spec) = (record.id, record.spec);
-        let attributes = Arc::new(Attributes { labels: record.labels, idle: record.idle });
+        let attributes = Arc::new(Attributes { labels: record.labels, idle: record.idle, network: record.network });
         let snapshot = watch::Sender::new(first_snapshot(&spec, &attributes));
         let transport = transport(&spec);
         // Before the context's own deadline, so that a kernel's last words are heard.
@@ -316,6 +323,7 @@ impl Actor {
             creating: BTreeMap::new(),
             wiring: Wiring::new(starting, heard),
             visits: Arc::default(),
+            gate,
             gone: Vec::new(),
             work: FuturesUnordered::new(),
             retry_after: RETRY_FIRST,
@@ -415,6 +423,7 @@ impl Actor {
             tokio::task::coop::consume_budget().await;
             self.settle_turn();
         }
+        self.gate.close();
         if leaves {
             self.leave();
         } else {
@@ -515,13 +524,18 @@ impl Actor {
         });
     }
 
+    /// What its guest is told.
+    fn init(&self) -> Init {
+        boot::init(self.settings, self.env.clone(), self.attributes.network.is_open())
+    }
+
     fn boot_guest(&mut self, stream: ByteStream) {
         let booting = boot::boot(
             Arc::clone(&self.engine),
             self.cell.clone(),
             stream,
             self.secret,
-            boot::init(self.settings, self.env.clone()),
+            self.init(),
             std::mem::take(&mut self.files),
         );
         self.start(booting.map(Done::Booted));
@@ -744,7 +758,12 @@ impl Actor {
                     return;
                 }
                 let now = Instant::now();
-                if let Some(context) = self.contexts.values_mut().find(|c| c.owns(&head.kernel)) {
+                if let link::Event::Egress { id, host, port } = head.event {
+                    // It is of the link that it came over; over another one nobody waits for it.
+                    if let Some(link) = self.wiring.link().cloned() {
+                        self.gate.announced(link, id, host, port);
+                    }
+                } else if let Some(context) = self.contexts.values_mut().find(|c| c.owns(&head.kernel)) {
                     context.on_event(&head.kernel, head.event, &parts, now);
                 }
                 self.settle_gone(now);
