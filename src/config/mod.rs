@@ -27,8 +27,8 @@ pub use change::Change;
 pub use check::check_log_level;
 pub use environment::Environment;
 pub use sections::{
-    Audit, Auth, Drain, DrainContainers, EngineSection, Executions, ForwardedHeader, GuardSection, Guest, KeySection,
-    Limits, Log, LogFormat, PullPolicy, Server, Traces,
+    Audit, Auth, Drain, DrainContainers, EngineSection, Executions, ForwardedHeader, GuardSection, Guest, Jupyter,
+    KeySection, Limits, Log, LogFormat, PullPolicy, Server, Traces,
 };
 pub use source::{Mistake, Mistakes, Source};
 pub use units::{parse_duration, parse_size};
@@ -62,6 +62,8 @@ pub struct Config {
     pub quotas: QuotaTable,
     /// Executions.
     pub executions: Executions,
+    /// Jupyter Server's API.
+    pub jupyter: Jupyter,
     /// Who has asked for what.
     pub audit: Audit,
     /// Requests and executions as traces.
@@ -227,6 +229,7 @@ impl From<sections::Document> for Config {
                 tenants: document.tenants.into_iter().map(|(name, tenant)| (name, tenant.quota.quota())).collect(),
             },
             executions: document.executions,
+            jupyter: document.jupyter,
             audit: document.audit,
             traces: document.traces,
             log: document.log,

@@ -532,6 +532,14 @@ impl Service {
         })
     }
 
+    /// Waits until a session is ready.
+    ///
+    /// # Errors
+    /// Why it will not be; nothing of it is left then.
+    pub async fn started(&self, session: &Session) -> Result<(), Error> {
+        self.wait_until_started(session).await
+    }
+
     async fn wait_until_started(&self, session: &Session) -> Result<(), Error> {
         let started = |phase: Phase| !matches!(phase, Phase::Provisioning | Phase::Connecting | Phase::Replacing);
         let snapshot = session.wait_for(|s| started(s.phase)).await;
@@ -1060,6 +1068,18 @@ impl Service {
     #[must_use]
     pub fn pools(&self, who: &Principal) -> Vec<PoolView> {
         self.registry.pool().views().into_iter().filter(|pool| who.admits(&pool.template)).collect()
+    }
+
+    /// The templates that a key allows.
+    #[must_use]
+    pub fn offered(&self, who: &Principal) -> Vec<Template> {
+        self.offer.now().templates.values().filter(|template| who.admits(&template.name)).cloned().collect()
+    }
+
+    /// A template by its name.
+    #[must_use]
+    pub fn template(&self, name: &str) -> Option<Template> {
+        self.offer.now().templates.get(name).cloned()
     }
 
     /// What is counted.
