@@ -32,7 +32,7 @@ const LAYERS: [(&str, &[&str]); 18] = [
 ];
 
 /// Crates that only some modules may name. Paths are prefixes of a file's module path.
-const CRATES: [(&str, &[&str]); 15] = [
+const CRATES: [(&str, &[&str]); 16] = [
     ("bollard", &["engine/docker", "engine/lockdown"]),
     ("tar", &["engine/docker"]),
     ("docker_credential", &["engine/docker"]),
@@ -47,6 +47,7 @@ const CRATES: [(&str, &[&str]); 15] = [
     ("clap", &["cli", "main"]),
     ("toml", &["config"]),
     ("tokio_rustls", &["http/tls"]),
+    ("tungstenite", &["http/jupyter"]),
     ("hyper", &["kernel", "service", "run", "task", "engine/docker", "http/listen"]),
 ];
 

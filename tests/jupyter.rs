@@ -6,10 +6,14 @@ mod server;
 
 use std::sync::Arc;
 
+use futures_util::{SinkExt, StreamExt};
 use reqwest::{Method, RequestBuilder};
 use serde_json::{Value, json};
-use server::{Reply, Server, text};
+use server::{NEVER, Reply, Server, text};
+use tokio_tungstenite::tungstenite::{self, client::IntoClientRequest};
 
+/// The subprotocol whose parts stand beside each other.
+const V1: &str = "v1.kernel.websocket.jupyter.org";
 const SETTINGS: &str = "default_template = \"python\"\n";
 
 /// A request with the key where Jupyter's clients put it.
@@ -28,6 +32,13 @@ async fn post(server: &Server, path: &str, body: Value) -> Reply {
 
 async fn delete(server: &Server, path: &str) -> u16 {
     server.send(asks(server, Method::DELETE, path)).await.status
+}
+
+/// Starts a kernel and answers with its id.
+async fn kernel(server: &Server) -> String {
+    let made = post(server, "/api/kernels", Value::Null).await;
+    assert_eq!(made.status, 201, "{}", made.text);
+    text(&made.json["id"])
 }
 
 fn is_error(reply: &Reply, status: u16) {
@@ -203,4 +214,430 @@ async fn the_door_can_be_closed_and_tells_no_key() {
         get(&server, path).await.problem(404, "not-found");
     }
     server.finish().await.unwrap_or_else(|left| panic!("{left}"));
+}
+
+/// A client of a kernel's channels.
+struct Client {
+    socket: tokio_tungstenite::WebSocketStream<tokio_tungstenite::MaybeTlsStream<tokio::net::TcpStream>>,
+    is_v1: bool,
+    /// What its headers say of itself.
+    session: String,
+    sent: u32,
+}
+
+/// What came.
+#[derive(Debug, Clone)]
+struct Got {
+    channel: String,
+    msg_type: String,
+    msg_id: String,
+    /// Whole header of the parent.
+    parent: Value,
+    content: Value,
+    buffers: Vec<Vec<u8>>,
+}
+
+#[derive(Debug)]
+enum Frame {
+    Got(Box<Got>),
+    /// The connection has ended, with this code if there was one.
+    Closed(Option<u16>),
+}
+
+impl Client {
+    async fn open(server: &Server, kernel: &str, query: &str, is_v1: bool) -> Self {
+        Self::try_open(server, kernel, query, is_v1).await.unwrap_or_else(|status| panic!("{status}"))
+    }
+
+    /// Opens a connection; else the status of the answer.
+    async fn try_open(server: &Server, kernel: &str, query: &str, is_v1: bool) -> Result<Self, u16> {
+        let url = format!("{}/api/kernels/{kernel}/channels{query}", server.url.replace("http", "ws"));
+        let mut request = url.into_client_request().expect("a request");
+        let headers = request.headers_mut();
+        headers.insert("authorization", format!("token {}", server.key).parse().expect("a header"));
+        if is_v1 {
+            headers.insert("sec-websocket-protocol", V1.parse().expect("a header"));
+        }
+        match tokio_tungstenite::connect_async(request).await {
+            Ok((socket, response)) => {
+                assert_eq!(response.headers().get("sec-websocket-protocol").is_some(), is_v1);
+                Ok(Self { socket, is_v1, session: uuid::Uuid::new_v4().to_string(), sent: 0 })
+            }
+            Err(tungstenite::Error::Http(response)) => Err(response.status().as_u16()),
+            Err(error) => panic!("{error}"),
+        }
+    }
+
+    /// Sends a message; answers with its header.
+    async fn send(&mut self, channel: &str, msg_type: &str, content: Value, buffers: &[&[u8]]) -> Value {
+        self.sent += 1;
+        let header = json!({
+            "msg_id": format!("{}-{}", self.session, self.sent), "msg_type": msg_type, "session": self.session,
+            "username": "me", "date": "2026-01-01T00:00:00.000000Z", "version": "5.3",
+        });
+        let frame = if self.is_v1 {
+            let parts = [json!({}), json!({}), content].map(|part| part.to_string().into_bytes());
+            let parts = [channel.as_bytes().to_vec(), header.to_string().into_bytes()].into_iter().chain(parts);
+            tungstenite::Message::Binary(v1_frame(&parts.chain(buffers.iter().map(|b| b.to_vec())).collect::<Vec<_>>()))
+        } else {
+            let object =
+                json!({"channel": channel, "header": header, "parent_header": {}, "metadata": {}, "content": content});
+            match buffers {
+                [] => tungstenite::Message::Text(object.to_string().into()),
+                _ => {
+                    let parts: Vec<_> = std::iter::once(object.to_string().into_bytes())
+                        .chain(buffers.iter().map(|b| b.to_vec()))
+                        .collect();
+                    tungstenite::Message::Binary(default_frame(&parts))
+                }
+            }
+        };
+        self.socket.send(frame).await.expect("an open connection");
+        header
+    }
+
+    async fn execute(&mut self, code: &str) -> Value {
+        let content = json!({"code": code, "silent": false, "store_history": true, "user_expressions": {}, "allow_stdin": true, "stop_on_error": true});
+        self.send("shell", "execute_request", content, &[]).await
+    }
+
+    async fn next(&mut self) -> Frame {
+        loop {
+            let frame = tokio::time::timeout(NEVER, self.socket.next()).await.expect("a message in time");
+            match frame {
+                Some(Ok(tungstenite::Message::Text(text))) => {
+                    return Frame::Got(Box::new(read_object(text.as_bytes(), Vec::new())));
+                }
+                Some(Ok(tungstenite::Message::Binary(bytes))) => {
+                    return Frame::Got(Box::new(if self.is_v1 { read_v1(&bytes) } else { read_default(&bytes) }));
+                }
+                Some(Ok(tungstenite::Message::Close(frame))) => {
+                    return Frame::Closed(frame.map(|frame| frame.code.into()));
+                }
+                Some(Ok(_)) => {}
+                None | Some(Err(_)) => return Frame::Closed(None),
+            }
+        }
+    }
+
+    async fn got(&mut self) -> Got {
+        match self.next().await {
+            Frame::Got(got) => *got,
+            Frame::Closed(code) => panic!("closed with {code:?}"),
+        }
+    }
+
+    /// All that belongs to a message, up to the reply and the idle status. Others' messages are left out.
+    async fn all_of(&mut self, header: &Value) -> Vec<Got> {
+        let (mut all, mut left) = (Vec::new(), 2);
+        let is_answered = text(&header["msg_type"]).ends_with("_request");
+        if !is_answered {
+            left = 1;
+        }
+        while left > 0 {
+            let got = self.got().await;
+            if got.parent != *header {
+                continue;
+            }
+            left -= usize::from(got.msg_type.ends_with("_reply"));
+            left -= usize::from(got.msg_type == "status" && got.content["execution_state"] == "idle");
+            all.push(got);
+        }
+        all
+    }
+
+    /// Runs code to its end.
+    async fn run(&mut self, code: &str) -> Vec<Got> {
+        let header = self.execute(code).await;
+        self.all_of(&header).await
+    }
+
+    /// Waits for the end of the connection and answers with its code.
+    async fn closed(&mut self) -> Option<u16> {
+        loop {
+            if let Frame::Closed(code) = self.next().await {
+                return code;
+            }
+        }
+    }
+}
+
+fn v1_frame(parts: &[Vec<u8>]) -> bytes::Bytes {
+    let mut frame = (parts.len() as u64 + 1).to_le_bytes().to_vec();
+    let mut at = 8 * (parts.len() as u64 + 2);
+    frame.extend(at.to_le_bytes());
+    for part in parts {
+        at += part.len() as u64;
+        frame.extend(at.to_le_bytes());
+    }
+    parts.iter().for_each(|part| frame.extend(part));
+    frame.into()
+}
+
+fn default_frame(parts: &[Vec<u8>]) -> bytes::Bytes {
+    let mut frame = (parts.len() as u32).to_be_bytes().to_vec();
+    let mut at = 4 * (parts.len() as u32 + 1);
+    for part in parts {
+        frame.extend(at.to_be_bytes());
+        at += part.len() as u32;
+    }
+    parts.iter().for_each(|part| frame.extend(part));
+    frame.into()
+}
+
+fn read_object(object: &[u8], buffers: Vec<Vec<u8>>) -> Got {
+    let object: Value = serde_json::from_slice(object).expect("JSON");
+    assert_eq!((&object["msg_id"], &object["msg_type"]), (&object["header"]["msg_id"], &object["header"]["msg_type"]));
+    Got {
+        channel: text(&object["channel"]),
+        msg_type: text(&object["msg_type"]),
+        msg_id: text(&object["msg_id"]),
+        parent: object["parent_header"].clone(),
+        content: object["content"].clone(),
+        buffers,
+    }
+}
+
+fn read_default(frame: &[u8]) -> Got {
+    let number = |at: usize| u32::from_be_bytes(frame[4 * at..4 * at + 4].try_into().unwrap()) as usize;
+    let mut offsets: Vec<_> = (1..=number(0)).map(number).collect();
+    offsets.push(frame.len());
+    let mut parts = offsets.windows(2).map(|pair| frame[pair[0]..pair[1]].to_vec());
+    let object = parts.next().expect("a part");
+    read_object(&object, parts.collect())
+}
+
+fn read_v1(frame: &[u8]) -> Got {
+    let number = |at: usize| u64::from_le_bytes(frame[8 * at..8 * at + 8].try_into().unwrap()) as usize;
+    let offsets: Vec<_> = (1..=number(0)).map(number).collect();
+    assert_eq!(offsets.last(), Some(&frame.len()));
+    let parts: Vec<_> = offsets.windows(2).map(|pair| &frame[pair[0]..pair[1]]).collect();
+    let [channel, header, parent, _metadata, content, buffers @ ..] = &parts[..] else { panic!("{}", parts.len()) };
+    let [header, parent, content] =
+        [header, parent, content].map(|part| serde_json::from_slice::<Value>(part).expect("JSON"));
+    Got {
+        channel: String::from_utf8(channel.to_vec()).unwrap(),
+        msg_type: text(&header["msg_type"]),
+        msg_id: text(&header["msg_id"]),
+        parent,
+        content,
+        buffers: buffers.iter().map(|buffer| buffer.to_vec()).collect(),
+    }
+}
+
+fn types(all: &[Got]) -> Vec<&str> {
+    all.iter().map(|got| got.msg_type.as_str()).collect()
+}
+
+fn one<'a>(all: &'a [Got], msg_type: &str) -> &'a Got {
+    all.iter().find(|got| got.msg_type == msg_type).unwrap_or_else(|| panic!("no {msg_type} in {:?}", types(all)))
+}
+
+fn printed(all: &[Got], name: &str) -> String {
+    all.iter()
+        .filter(|got| got.msg_type == "stream" && got.content["name"] == name)
+        .map(|got| text(&got.content["text"]))
+        .collect()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn kernels_are_spoken_to_in_both_subprotocols() {
+    let server = Server::start(SETTINGS).await;
+    let cases = cases!(server; both_forms_run_code, errors_abort_what_follows, input_finds_its_asker, comms_carry_buffers, messages_find_their_askers, control_is_the_sessions);
+    server.run_and_finish(2, cases).await;
+}
+
+async fn both_forms_run_code(server: Arc<Server>) {
+    let kernel = kernel(&server).await;
+    for is_v1 in [false, true] {
+        let mut client = Client::open(&server, &kernel, "", is_v1).await;
+        let header = client.send("shell", "kernel_info_request", json!({}), &[]).await;
+        let info = client.all_of(&header).await;
+        assert_eq!(one(&info, "kernel_info_reply").content["status"], "ok");
+        assert_eq!(one(&info, "kernel_info_reply").channel, "shell");
+
+        let all = client.run("print('a')\nfrom IPython.display import display\ndisplay({'x/y': 1, 'text/plain': 'é'}, raw=True, display_id='d')\n6 * 7").await;
+        assert_eq!(
+            types(&all),
+            ["status", "execute_input", "stream", "display_data", "execute_result", "execute_reply", "status"]
+        );
+        assert_eq!(one(&all, "display_data").content["data"], json!({"x/y": 1, "text/plain": "é"}));
+        assert_eq!(one(&all, "display_data").content["transient"]["display_id"], "d");
+        assert_eq!(one(&all, "execute_result").content["data"]["text/plain"], "42");
+        let reply = one(&all, "execute_reply");
+        assert_eq!((&reply.content["status"], reply.channel.as_str()), (&json!("ok"), "shell"));
+        assert_eq!(reply.content["execution_count"], one(&all, "execute_input").content["execution_count"]);
+        let ids: std::collections::BTreeSet<_> = all.iter().map(|got| &got.msg_id).collect();
+        assert_eq!(ids.len(), all.len(), "each has an id of its own");
+
+        let complete = client.send("shell", "complete_request", json!({"code": "prin", "cursor_pos": 4}), &[]).await;
+        let complete = client.all_of(&complete).await;
+        assert!(one(&complete, "complete_reply").content["matches"].to_string().contains("print"));
+        let values = json!({"code": "", "silent": true, "user_expressions": {"x": "1 + 1"}});
+        let values = client.send("shell", "execute_request", values, &[]).await;
+        let values = client.all_of(&values).await;
+        assert_eq!(one(&values, "execute_reply").content["user_expressions"]["x"]["data"]["text/plain"], "2");
+    }
+    let model = get(&server, &format!("/api/kernels/{kernel}")).await.json;
+    assert_eq!(model["execution_state"], "idle", "{model}");
+    // Executions are executions like any other.
+    let session = cellblock::domain::ids::SessionId::from_uuid(kernel.parse().unwrap());
+    let notebook = server.get(&format!("/v1/sessions/{session}/notebook")).await.json;
+    assert_eq!(notebook["cells"].as_array().map(Vec::len), Some(2), "{notebook}");
+    let audit = server.get(&format!("/v1/audit?session={session}&action=create_execution")).await;
+    assert_eq!(audit.json["events"].as_array().map(Vec::len), Some(4), "{}", audit.text);
+    assert!(!audit.text.contains(&server.key), "a key is not told");
+}
+
+async fn errors_abort_what_follows(server: Arc<Server>) {
+    let kernel = kernel(&server).await;
+    let mut client = Client::open(&server, &kernel, "", false).await;
+    let failing = client.execute("import time; time.sleep(0.5); 1/0").await;
+    let follows = client.execute("print('never')").await;
+    let failed = client.all_of(&failing).await;
+    assert_eq!(one(&failed, "error").content["ename"], "ZeroDivisionError");
+    assert_eq!(one(&failed, "execute_reply").content["status"], "error");
+    let aborted = client.all_of(&follows).await;
+    assert_eq!(types(&aborted), ["status", "execute_reply", "status"]);
+    assert_eq!(one(&aborted, "execute_reply").content["status"], "aborted");
+    assert_eq!(printed(&client.run("print('again')").await, "stdout"), "again\n");
+}
+
+async fn input_finds_its_asker(server: Arc<Server>) {
+    let kernel = kernel(&server).await;
+    let mut asker = Client::open(&server, &kernel, "", false).await;
+    let mut other = Client::open(&server, &kernel, "", true).await;
+    let header = asker.execute("print('Hello', input('Name: '))").await;
+    loop {
+        let got = asker.got().await;
+        if got.msg_type == "input_request" {
+            assert_eq!(
+                (got.channel.as_str(), &got.content["prompt"], &got.parent),
+                ("stdin", &json!("Name: "), &header)
+            );
+            break;
+        }
+    }
+    other.send("stdin", "input_reply", json!({"value": "forged"}), &[]).await;
+    asker.send("stdin", "input_reply", json!({"value": "you"}), &[]).await;
+    let all = asker.all_of(&header).await;
+    assert_eq!(printed(&all, "stdout"), "Hello you\n");
+    let mut heard = Vec::new();
+    loop {
+        let got = other.got().await;
+        let is_end = got.content["execution_state"] == "idle";
+        heard.push(got);
+        if is_end {
+            break;
+        }
+    }
+    assert_eq!(printed(&heard, "stdout"), "Hello you\n", "all hear what is published");
+    assert!(heard.iter().all(|got| got.channel == "iopub" && got.parent == header));
+}
+
+async fn comms_carry_buffers(server: Arc<Server>) {
+    let kernel = kernel(&server).await;
+    for is_v1 in [false, true] {
+        let mut client = Client::open(&server, &kernel, "", is_v1).await;
+        client
+            .run(
+                "def opened(comm, msg):\n    @comm.on_msg\n    def _(msg):\n        comm.send({'sum': sum(bytes(msg['buffers'][0])), 'is': msg['content']['data']}, buffers=[b'\\x00\\x01\\xff', b''])\n        print('worked')\n\
+                 get_ipython().kernel.comm_manager.register_target('t', opened)",
+            )
+            .await;
+        let open =
+            client.send("shell", "comm_open", json!({"comm_id": "c", "target_name": "t", "data": {}}), &[]).await;
+        client.all_of(&open).await;
+        let message =
+            client.send("shell", "comm_msg", json!({"comm_id": "c", "data": {"a": [1]}}), &[b"\x01\x02\xff"]).await;
+        let answer = client.all_of(&message).await;
+        let comm = one(&answer, "comm_msg");
+        assert_eq!(comm.content["data"], json!({"sum": 258, "is": {"a": [1]}}));
+        assert_eq!(comm.buffers, [b"\x00\x01\xff".to_vec(), Vec::new()]);
+        assert_eq!(printed(&answer, "stdout"), "worked\n");
+        let info = client.send("shell", "comm_info_request", json!({}), &[]).await;
+        assert!(one(&client.all_of(&info).await, "comm_info_reply").content["comms"]["c"].is_object());
+        let close = client.send("shell", "comm_close", json!({"comm_id": "c", "data": {}}), &[]).await;
+        client.all_of(&close).await;
+    }
+}
+
+async fn messages_find_their_askers(server: Arc<Server>) {
+    let kernel = kernel(&server).await;
+    let (mut one_client, mut two) = (
+        Client::open(&server, &kernel, "", false).await,
+        Client::open(&server, &kernel, "?session_id=two", true).await,
+    );
+    // Who says that it is somebody else is answered itself.
+    two.session.clone_from(&one_client.session);
+    let header = two.execute("print('two')").await;
+    let all = two.all_of(&header).await;
+    assert_eq!(one(&all, "execute_reply").content["status"], "ok");
+    let header = one_client.execute("print('one')").await;
+    let mut heard = Vec::new();
+    while heard.last().is_none_or(|got: &Got| !(got.parent == header && got.msg_type == "execute_reply")) {
+        heard.push(one_client.got().await);
+    }
+    let replies = heard.iter().filter(|got| got.channel == "shell").count();
+    assert_eq!(replies, 1, "the other's reply is not for it: {:?}", types(&heard));
+    assert_eq!(printed(&heard, "stdout"), "two\none\n");
+    // What a thread says after its cell has ended is told under the cell's header.
+    let late = one_client.execute("import threading, time\nthreading.Thread(target=lambda: (time.sleep(1), print('late', flush=True))).start()").await;
+    one_client.all_of(&late).await;
+    let got = one_client.got().await;
+    assert_eq!((got.msg_type.as_str(), &got.parent), ("stream", &late));
+    // The native API's executions are heard too.
+    let session = cellblock::domain::ids::SessionId::from_uuid(kernel.parse().unwrap());
+    server.post(&format!("/v1/sessions/{session}/executions"), &json!({"code": "print('native')"})).await;
+    while printed(&[one_client.got().await], "stdout") != "native\n" {}
+}
+
+async fn control_is_the_sessions(server: Arc<Server>) {
+    let kernel = kernel(&server).await;
+    let mut client = Client::open(&server, &kernel, "", false).await;
+    client.run("x = 1").await;
+    let sleeping = client.execute("import time; time.sleep(60)").await;
+    while client.got().await.msg_type != "execute_input" {}
+    let interrupt = client.send("control", "interrupt_request", json!({}), &[]).await;
+    let mut all = Vec::new();
+    let is_end = |got: &Got| got.parent == sleeping && got.content["execution_state"] == "idle";
+    while !all.last().is_some_and(is_end) {
+        all.push(client.got().await);
+    }
+    assert!(all.iter().any(|got| got.parent == interrupt && got.msg_type == "interrupt_reply"));
+    assert_eq!(one(&all, "error").content["ename"], "KeyboardInterrupt");
+    let usage = client.send("control", "kernel_info_request", json!({}), &[]).await;
+    assert_eq!(one(&client.all_of(&usage).await, "kernel_info_reply").channel, "control");
+
+    assert_eq!(post(&server, &format!("/api/kernels/{kernel}/restart"), Value::Null).await.status, 200);
+    let gone = client.run("x").await;
+    assert_eq!(one(&gone, "error").content["ename"], "NameError");
+    let restart = client.send("control", "shutdown_request", json!({"restart": true}), &[]).await;
+    while client.got().await.parent != restart {}
+    // A kernel that dies is said to.
+    let died = client.execute("import os; os._exit(3)").await;
+    let died = client.all_of(&died).await;
+    assert_eq!(one(&died, "execute_reply").content["status"], "error");
+    assert!(printed(&died, "stderr").contains("exited with status 3"), "{died:?}");
+    let restarting = loop {
+        let got = client.got().await;
+        if got.msg_type == "status" && got.parent == json!({}) {
+            break got;
+        }
+    };
+    assert_eq!(restarting.content["execution_state"], "restarting");
+    assert_eq!(printed(&client.run("print(1)").await, "stdout"), "1\n");
+
+    let end = client.send("control", "shutdown_request", json!({"restart": false}), &[]).await;
+    let mut seen = Vec::new();
+    let code = loop {
+        match client.next().await {
+            Frame::Got(got) => seen.push(*got),
+            Frame::Closed(code) => break code,
+        }
+    };
+    assert_eq!(code, Some(1000));
+    assert!(seen.iter().any(|got| got.parent == end && got.msg_type == "shutdown_reply"), "{seen:?}");
+    assert_eq!(seen.last().map(|got| &got.content["execution_state"]), Some(&json!("dead")));
+    assert!(matches!(Client::try_open(&server, &kernel, "", false).await, Err(404)));
 }

@@ -37,6 +37,7 @@ pub fn app(config: &Config, plane: &Plane) -> App {
             of_session: config.jupyter.connections_per_session as usize,
             of_tenant: config.jupyter.connections_per_tenant as usize,
         }),
+        sockets: jupyter::Sockets::default(),
         started: Timestamp::now(),
     }
 }

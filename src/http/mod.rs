@@ -74,6 +74,8 @@ pub struct App {
     pub origins: Origins,
     /// Jupyter Server's API, where it is on.
     pub jupyter: Option<jupyter::Bounds>,
+    /// Connections of its clients.
+    pub sockets: jupyter::Sockets,
     /// When it began.
     pub started: Timestamp,
 }
@@ -128,8 +130,9 @@ fn layered(routes: Router<App>, app: App, operations: Operations) -> Router {
 
 /// Serves until it is told to stop; requests under way may end.
 pub async fn serve(listener: TcpListener, app: App, connections: Connections, stop: CancellationToken) {
-    let proxies = app.proxies.clone();
+    let (proxies, sockets) = (app.proxies.clone(), app.sockets.clone());
     listen::run(listener, router(app), proxies, connections, stop).await;
+    sockets.closed().await;
 }
 
 /// Whether the process answers.

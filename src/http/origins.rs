@@ -57,7 +57,7 @@ impl Origins {
     }
 
     /// Whether the page that a request comes from may change something. What comes from no page may: browsers always say which.
-    fn may_change(&self, request: &Request) -> bool {
+    pub(super) fn may_change(&self, request: &Request) -> bool {
         let mut given = request.headers().get_all(header::ORIGIN).iter();
         let Some(origin) = given.next() else { return true };
         given.next().is_none() && (self.0.contains(origin) || is_own(origin, request))

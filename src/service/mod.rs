@@ -13,6 +13,7 @@ use serde_json::json;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_util::sync::CancellationToken;
 
+use crate::domain::execution::AskedBy;
 use crate::domain::ids::{ContextId, ExecutionId, SessionId};
 use crate::domain::lifecycle::{EndReason, Phase};
 use crate::domain::output::{Comm, JsonText};
@@ -37,6 +38,7 @@ pub mod admin;
 pub mod audit;
 pub mod issuing;
 pub mod keys;
+pub mod listening;
 pub mod log;
 pub mod offer;
 pub mod quotas;
@@ -219,6 +221,10 @@ pub struct ExecuteRequest {
     pub user_expressions: BTreeMap<String, String>,
     /// What happens at its time limit first.
     pub on_timeout: OnTimeout,
+    /// When it fails, what waits behind it and came from a Jupyter client does not run.
+    pub stop_on_error: bool,
+    /// The message of a Jupyter client that asks for it.
+    pub asked_by: Option<AskedBy>,
     /// A message of a comm instead of code.
     pub comm: Option<Comm>,
 }
@@ -1190,6 +1196,8 @@ fn resolve_execution(spec: &SessionSpec, request: ExecuteRequest) -> Result<Exec
         stdin: request.stdin,
         user_expressions: request.user_expressions,
         on_timeout: request.on_timeout,
+        stop_on_error: request.stop_on_error,
+        asked_by: request.asked_by,
         comm: request.comm,
     })
 }

@@ -14,6 +14,7 @@ use crate::domain::ids::{ContextId, ExecutionId, SessionId};
 use crate::domain::lifecycle::{EndReason, Phase};
 use crate::domain::output::JsonText;
 use crate::domain::spec::SessionSpec;
+pub use crate::kernel::client::ClientHeader;
 use crate::kernel::link::Link;
 use crate::store::state::Lasting;
 use crate::task;
@@ -29,14 +30,17 @@ pub mod once;
 pub mod pool;
 pub mod reconcile;
 pub mod registry;
+mod retelling;
 mod running;
+pub mod tap;
 pub mod visits;
 mod wiring;
 
 use actor::Wish;
-pub use context::ContextState;
+pub use context::{Aside, ContextState};
 use execution::{Execution, ExecutionRequest};
 use keeping::Keeping;
+use tap::{Tap, TapBounds};
 use visits::{Visit, Weight};
 
 /// Commands that may wait for a session's task; more are refused.
@@ -75,6 +79,8 @@ pub struct Settings {
     pub contexts: usize,
     /// Contents of results of more bytes are kept beside the execution.
     pub inline: usize,
+    /// What is kept of a kernel's messages for clients that speak Jupyter.
+    pub tap: TapBounds,
 }
 
 /// What can be seen of a session. Changes are published as a whole, with a number that rises.
@@ -264,6 +270,10 @@ enum Command {
         answer: oneshot::Sender<JsonText>,
         reply: oneshot::Sender<Result<(), Refused>>,
     },
+    Pass {
+        aside: Box<Aside>,
+        reply: oneshot::Sender<Result<(), Refused>>,
+    },
     Patch {
         patch: Patch,
         reply: oneshot::Sender<Result<(), Refused>>,
@@ -315,6 +325,7 @@ impl Command {
             | Self::CreateContext { .. }
             | Self::DeleteContext { .. }
             | Self::Ask { .. }
+            | Self::Pass { .. }
             | Self::Claim { .. }
             | Self::Link { .. }
             | Self::Enter { .. }
@@ -345,6 +356,8 @@ pub struct Session {
     pub created_at: Timestamp,
     /// It was there before it was asked for.
     pub is_warm: bool,
+    /// Where its default context is heard by clients that speak Jupyter.
+    pub tap: Arc<Tap>,
     commands: mpsc::Sender<Command>,
     wishes: mpsc::Sender<Wish>,
     snapshot: watch::Receiver<Snapshot>,
@@ -509,6 +522,14 @@ impl Session {
         let (answer, answered) = oneshot::channel();
         self.ask(|reply| Command::Ask { context, msg_type, content, answer, reply }).await?;
         Ok(answered)
+    }
+
+    /// Passes a message of a client on to the kernel of the default context.
+    ///
+    /// # Errors
+    /// See [`Refused`].
+    pub async fn pass(&self, aside: Aside) -> Result<(), Refused> {
+        self.ask(|reply| Command::Pass { aside: Box::new(aside), reply }).await
     }
 
     /// Changes it.

@@ -47,7 +47,7 @@ impl Model {
             name: asked.unwrap_or(&session.spec.template).clone(),
             last_activity: time(snapshot.last_active),
             execution_state,
-            connections: 0,
+            connections: session.tap.listeners(),
         }
     }
 }
@@ -85,6 +85,11 @@ pub(super) fn find(asking: &Asking, id: &str) -> Result<Session, Refusal> {
     let found = service.session(&asking.who, id).map_err(|error| renamed(error, &uuid.to_string()))?;
     // Under its own id only if it has no other.
     if found.is_over() || id_of(&found) != uuid.to_string() { Err(missing()) } else { Ok(found) }
+}
+
+/// The refusal of a kernel that is not there.
+pub(super) fn gone(id: &str) -> Refusal {
+    kernel_missing(id)
 }
 
 pub(super) async fn list_kernels(asking: Asking) -> Result<Answer<Vec<Model>>, Refusal> {

@@ -16,11 +16,17 @@ use super::extract::Answer;
 use super::problem::{self, Problem};
 
 pub mod asking;
+mod channels;
+pub mod codec;
 mod kernels;
 mod kernelspecs;
+mod said;
 mod sessions;
+mod sockets;
+mod talk;
 
 use asking::{Asking, Refusal};
+pub use sockets::Sockets;
 
 /// Where the API is, beside `/`.
 const FOLDER: &str = "/jupyter";
@@ -72,7 +78,7 @@ fn places() -> [String; 4] {
 }
 
 fn api() -> Router<App> {
-    let routes: [(&str, MethodRouter<App>); 14] = [
+    let routes: [(&str, MethodRouter<App>); 15] = [
         ("/api", get(get_version)),
         ("/api/", get(get_version)),
         ("/api/status", get(get_status)),
@@ -83,6 +89,7 @@ fn api() -> Router<App> {
         ("/api/kernels", get(kernels::list_kernels).post(kernels::create_kernel)),
         ("/api/kernels/{kernel}", get(kernels::get_kernel).delete(kernels::delete_kernel)),
         ("/api/kernels/{kernel}/interrupt", post(kernels::interrupt_kernel)),
+        ("/api/kernels/{kernel}/channels", get(channels::open_channels)),
         ("/api/kernels/{kernel}/restart", post(kernels::restart_kernel)),
         ("/api/sessions", get(sessions::list_sessions).post(sessions::create_session)),
         (

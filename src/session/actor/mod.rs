@@ -22,6 +22,7 @@ use super::capacity;
 use super::context::{Context, Making, Notice, Pace};
 use super::execution::{End, Execution, Place};
 use super::keeping::Keeping;
+use super::tap::{Silence, Tap, TapBounds};
 use super::visits::Visits;
 use super::wiring::{Act, ActKind, Acted, Settled, Starting, Wiring};
 use super::{
@@ -113,6 +114,8 @@ pub(super) struct Birth {
     pub(super) heard: u64,
     /// It is made before anybody has asked for it.
     pub(super) is_unclaimed: bool,
+    /// Where its default context is heard.
+    pub(super) tap: Arc<Tap>,
 }
 
 /// What somebody wants of a session's task, before anything else.
@@ -175,6 +178,7 @@ struct Actor {
     linking: Linking,
     /// Its share of the machine, given back with the task: its cell has been seen to be gone by then, or is the next process's.
     place: capacity::Place,
+    tap: Arc<Tap>,
     created_at: Timestamp,
     /// Since when the present cell is being started.
     starting_since: Instant,
@@ -213,7 +217,9 @@ pub(super) fn spawn(birth: Birth) -> Session {
     // Before anybody hears of it, so that whoever waits for the database then waits for this.
     actor.save();
     actor.publish();
+    let tap = Arc::clone(&actor.tap);
     let session = Session {
+        tap: Arc::clone(&tap),
         id,
         tenant,
         spec: Arc::clone(&actor.spec),
@@ -231,6 +237,8 @@ pub(super) fn spawn(birth: Birth) -> Session {
             tracing::error!(session = %id, "the task of a session panicked");
             snapshot.send_modify(|snapshot| snapshot.phase = Phase::Ended(EndReason::Lost));
         }
+        // Whatever it has not said by now it does not say any more.
+        tap.fall_silent(Silence::Over);
     });
     session
 }
@@ -248,7 +256,10 @@ pub(super) fn ended(record: SessionRecord, reason: EndReason) -> Session {
     };
     // Nobody hears what is asked of it, which is answered with its end.
     let (commands, wishes) = (mpsc::channel(1).0, mpsc::channel(1).0);
+    let tap = Tap::new(TapBounds { bytes: 0, time: Duration::ZERO });
+    tap.fall_silent(Silence::Over);
     Session {
+        tap,
         id: record.id,
         tenant: record.tenant,
         spec: record.spec,
@@ -275,6 +286,7 @@ impl Actor {
             executions,
             heard,
             is_unclaimed,
+            tap,
         } = birth;
         let now = Instant::now();
         let leaving = Leaving::new(state.clone(), &record, heard);
@@ -316,6 +328,7 @@ impl Actor {
             freezing: Freezing::new(frozen_since(record.stage).unwrap_or(now)),
             linking: Linking::new(now),
             place,
+            tap,
             created_at: record.created_at,
             starting_since: now,
             last_active: instant(record.last_active),
@@ -364,6 +377,7 @@ impl Actor {
                 context: id,
                 language: String::new(),
                 keeping: self.keeping.clone(),
+                tap: (id == self.default_context).then(|| Arc::clone(&self.tap)),
             },
             pace: Pace {
                 boot: settings.start_timeout,
@@ -410,6 +424,7 @@ impl Actor {
         }
         if leaves {
             self.leave();
+            self.tap.fall_silent(Silence::Left);
         } else {
             self.keeping.end_notebook();
         }

@@ -117,7 +117,7 @@ impl World {
         self.context = Context::adopt(making(), record, self.now);
         for execution in self.executions.iter_mut().filter(|e| !e.status().is_final()) {
             let kept = running.as_ref().filter(|(id, _)| *id == execution.id).map(|(_, kept)| kept.clone());
-            *execution = Arc::new(Execution::restore(execution.left(), kept.as_ref(), Keeping::nothing()));
+            *execution = Arc::new(Execution::restore(execution.left(), kept.as_ref(), Keeping::nothing(), None));
             let until = (execution.status() == Status::Running).then(|| self.now + execution.request.timeout);
             self.context.take_over(Arc::clone(execution), kept, until, self.now);
         }
