@@ -641,3 +641,253 @@ async fn control_is_the_sessions(server: Arc<Server>) {
     assert_eq!(seen.last().map(|got| &got.content["execution_state"]), Some(&json!("dead")));
     assert!(matches!(Client::try_open(&server, &kernel, "", false).await, Err(404)));
 }
+
+/// Numbers that were printed one a message.
+fn numbers(all: &[Got]) -> Vec<u64> {
+    assert_eq!(printed(all, "stderr"), "");
+    // A line may come in two messages.
+    printed(all, "stdout").lines().map(|line| line.parse().unwrap_or_else(|_| panic!("{line:?}"))).collect()
+}
+
+/// Leaves out what has come before under the same id.
+fn once(all: Vec<Got>) -> Vec<Got> {
+    let mut seen = std::collections::HashSet::new();
+    all.into_iter().filter(|got| seen.insert(got.msg_id.clone())).collect()
+}
+
+/// Prints so many numbers, each in a message of its own.
+fn counting(to: u64, pause: f64) -> String {
+    format!("import time\nfor n in range({to}):\n    print(n, flush=True)\n    if n % 50 == 0: time.sleep({pause})")
+}
+
+/// Reads what comes until so many messages have come, or the end of what was asked.
+async fn read_some(client: &mut Client, header: &Value, most: usize, all: &mut Vec<Got>) -> bool {
+    let is_reply = |got: &Got| got.msg_type == "execute_reply";
+    let is_idle = |got: &Got| got.content["execution_state"] == "idle";
+    for _ in 0..most {
+        match client.next().await {
+            Frame::Got(got) if got.parent == *header => all.push(*got),
+            Frame::Got(_) => {}
+            Frame::Closed(_) => return false,
+        }
+        if all.iter().rev().take(50).any(is_idle) && all.iter().any(is_reply) {
+            return true;
+        }
+    }
+    false
+}
+
+const COUNTING: &str = "default_template = \"python\"\n[template_defaults.output]\nmessages = 20000\nmessages_per_second = 20000\n[template_defaults.default]\nexecution = \"300s\"\n";
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_is_cut_off_hears_the_rest_and_nothing_is_lost() {
+    const MANY: u64 = 10_000;
+    let server = Server::start(COUNTING).await;
+    let kernel = kernel(&server).await;
+    let query = "?session_id=mine";
+    let mut client = Client::open(&server, &kernel, query, false).await;
+    let header = client.execute(&counting(MANY, 0.01)).await;
+    let mut all = Vec::new();
+    // Cut without a word, again and again.
+    let mut cuts = 0;
+    while !read_some(&mut client, &header, 2500, &mut all).await {
+        cuts += 1;
+        drop(client);
+        client = Client::open(&server, &kernel, query, false).await;
+    }
+    assert!(cuts >= 3, "{cuts}");
+    let again = all.len();
+    let all = once(all);
+    assert_eq!(numbers(&all), (0..MANY).collect::<Vec<_>>());
+    assert!(
+        again - all.len() < 4 * 1200,
+        "only what follows the last answered ping comes again: {}",
+        again - all.len()
+    );
+    assert_eq!(all.iter().filter(|got| got.msg_type == "execute_reply").count(), 1);
+
+    // What nobody was there for is told to who comes back, and to nobody else.
+    let header = client.execute("import time; time.sleep(0.5); print('in between')").await;
+    drop(client);
+    let began = std::time::Instant::now();
+    while get(&server, &format!("/api/kernels/{kernel}")).await.json["execution_state"] != "idle" {
+        assert!(began.elapsed() < NEVER);
+        tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+    }
+    let mut other = Client::open(&server, &kernel, "?session_id=other", false).await;
+    let own = other.run("print('own')").await;
+    assert_eq!(printed(&own, "stdout"), "own\n");
+    let mut client = Client::open(&server, &kernel, query, false).await;
+    assert_eq!(printed(&client.all_of(&header).await, "stdout"), "in between\n");
+    // The same name again takes the first one's place.
+    let mut second = Client::open(&server, &kernel, query, false).await;
+    assert_eq!(client.closed().await, Some(1000));
+    assert_eq!(printed(&second.run("print(2)").await, "stdout"), "2\n");
+    server.finish().await.unwrap_or_else(|left| panic!("{left}"));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_server_that_is_killed_costs_a_client_nothing_that_comes_back() {
+    const MANY: u64 = 10_000;
+    let (server, pid) = Server::spawn(&format!("{COUNTING}[drain]\ncontainers = \"keep\"\n")).await;
+    let kernel = kernel(&server).await;
+    let query = "?session_id=mine";
+    let mut client = Client::open(&server, &kernel, query, true).await;
+    client.run("before = 1").await;
+    let header = client
+        .execute(&format!(
+            "print(repr(before - 1))\n{}\nbytes(3 * 1024 * 1024).hex()",
+            counting(MANY, 0.05).replace("range(", "range(1, ")
+        ))
+        .await;
+    let mut all = Vec::new();
+    assert!(!read_some(&mut client, &header, 3000, &mut all).await);
+    server.kill(pid).await;
+    // What was on its way counts as well.
+    read_some(&mut client, &header, usize::MAX, &mut all).await;
+    let heard = once(all.clone()).len();
+    assert!(heard < MANY as usize, "it ended too early for this test: {heard}");
+    let (server, _) = server.spawn_again().await;
+    let mut client = Client::open(&server, &kernel, query, true).await;
+    let is_over = read_some(&mut client, &header, usize::MAX, &mut all).await;
+    assert!(is_over);
+    let all = once(all);
+    assert_eq!(numbers(&all), (0..MANY).collect::<Vec<_>>());
+    assert_eq!(one(&all, "execute_reply").content["status"], "ok");
+    assert_eq!(text(&one(&all, "execute_result").content["data"]["text/plain"]).len(), 6 * 1024 * 1024 + 2);
+    assert_eq!(printed(&client.run("print(before)").await, "stdout"), "1\n");
+    assert_eq!(delete(&server, &format!("/api/kernels/{kernel}")).await, 204);
+    server.finish().await.unwrap_or_else(|left| panic!("{left}"));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_server_that_stops_says_that_clients_may_come_back() {
+    let server = Server::start(&format!("{SETTINGS}[drain]\ncontainers = \"keep\"\n")).await;
+    let kernel = kernel(&server).await;
+    let mut client = Client::open(&server, &kernel, "?session_id=mine", false).await;
+    client.run("x = 7").await;
+    let next = server.start_again_keeping();
+    let (next, code) = tokio::join!(next, client.closed());
+    assert_eq!(code, Some(1012));
+    let mut client = Client::open(&next, &kernel, "?session_id=mine", false).await;
+    assert_eq!(printed(&client.run("print(x)").await, "stdout"), "7\n");
+    assert_eq!(delete(&next, &format!("/api/kernels/{kernel}")).await, 204);
+    next.finish().await.unwrap_or_else(|left| panic!("{left}"));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn hostile_clients_cost_their_own_connections_only() {
+    let server = Server::start(
+        "default_template = \"python\"\n[jupyter]\nmax_message = \"1MiB\"\nconnections_per_session = 4\nconnections_per_tenant = 8\nbuffer_size = \"1MiB\"\n",
+    )
+    .await;
+    let cases = cases!(server; garbage_is_closed_with_the_right_code, connections_are_bounded, output_is_cut_in_pieces_and_said_to_be, who_never_reads_is_cut_off);
+    server.run_and_finish(1, cases).await;
+}
+
+async fn garbage_is_closed_with_the_right_code(server: Arc<Server>) {
+    let kernel = kernel(&server).await;
+    let binary = |bytes: Vec<u8>| tungstenite::Message::Binary(bytes.into());
+    let text = |text: &str| tungstenite::Message::Text(text.into());
+    for (is_v1, frame, code) in [
+        (false, text("{\"header\": "), 1007),
+        (false, text("[]"), 1007),
+        (false, binary(vec![0xff; 64]), 1009),
+        (false, binary(vec![0, 0, 0, 1]), 1007),
+        (true, text("{}"), 1003),
+        (true, binary(vec![2; 64]), 1009),
+        (true, binary(Vec::new()), 1007),
+    ] {
+        let mut client = Client::open(&server, &kernel, "", is_v1).await;
+        client.socket.send(frame.clone()).await.unwrap();
+        assert_eq!(client.closed().await, Some(code), "{frame:?}");
+    }
+    // Longer than may be: the connection ends, whatever the client sends on.
+    let mut client = Client::open(&server, &kernel, "", false).await;
+    let _ = client.socket.send(text(&"x".repeat(1 << 21))).await;
+    let code = client.closed().await;
+    assert_eq!(code, Some(1009));
+    let mut client = Client::open(&server, &kernel, "", false).await;
+    let _ = client.socket.send(binary(vec![0; 100_000_000])).await;
+    assert!(matches!(client.closed().await, Some(1009) | None));
+
+    // What is not understood, but is a message, is left out; and what asks for too much is answered.
+    let mut client = Client::open(&server, &kernel, "", false).await;
+    for ignored in ["{\"header\": {}}", "{\"header\": {\"msg_id\": \"a\", \"msg_type\": \"x\"}, \"channel\": \"hb\"}"] {
+        client.socket.send(text(ignored)).await.unwrap();
+    }
+    client.send("stdin", "input_reply", json!({"value": "nobody asked"}), &[]).await;
+    client.send("shell", "execute_request", json!({"code": 1}), &[]).await;
+    let refused = client.send("shell", "execute_request", json!({}), &[]).await;
+    let refused = client.all_of(&refused).await;
+    assert_eq!(one(&refused, "execute_reply").content["status"], "error");
+    let subshell = json!({"msg_id": "s", "msg_type": "execute_request", "subshell_id": "x"});
+    let message = json!({"header": subshell, "content": {"code": "1"}, "channel": "shell"});
+    client.socket.send(text(&message.to_string())).await.unwrap();
+    let refused = client.all_of(&subshell).await;
+    assert!(one(&refused, "error").content["evalue"].to_string().contains("subshell"));
+    // Header and code that look like JSON's end, or are none of Unicode.
+    let odd = client.run("print('\\ud800 \"}]'.encode('utf-8', 'surrogatepass'))\n'\\ud800'").await;
+    assert_eq!(one(&odd, "execute_reply").content["status"], "ok");
+    assert_eq!(printed(&client.run("print(1)").await, "stdout"), "1\n");
+    assert_eq!(delete(&server, &format!("/api/kernels/{kernel}")).await, 204);
+}
+
+async fn connections_are_bounded(server: Arc<Server>) {
+    let (kernel, other) = (kernel(&server).await, kernel(&server).await);
+    let mut open = Vec::new();
+    for _ in 0..4 {
+        open.push(Client::open(&server, &kernel, "", false).await);
+    }
+    assert!(matches!(Client::try_open(&server, &kernel, "", false).await, Err(429)), "of the kernel");
+    for _ in 0..4 {
+        open.push(Client::open(&server, &other, "", false).await);
+    }
+    assert!(matches!(Client::try_open(&server, &other, "", false).await, Err(429)), "of the tenant");
+    let model = get(&server, &format!("/api/kernels/{kernel}")).await.json;
+    assert_eq!(model["connections"], 4);
+    drop(open);
+    let began = std::time::Instant::now();
+    while get(&server, &format!("/api/kernels/{kernel}")).await.json["connections"] != 0 {
+        assert!(began.elapsed() < NEVER);
+        tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+    }
+    let mut client = Client::open(&server, &kernel, "", false).await;
+    assert_eq!(printed(&client.run("print(1)").await, "stdout"), "1\n");
+    for path in [format!("/api/kernels/{kernel}/channels"), "/api/kernels/x/channels".to_owned()] {
+        is_error(&get(&server, &path).await, if path.contains("/x/") { 404 } else { 400 });
+        assert_eq!(server.send(server.bare(Method::GET, &path)).await.status, 403);
+    }
+    for kernel in [kernel, other] {
+        assert_eq!(delete(&server, &format!("/api/kernels/{kernel}")).await, 204);
+    }
+}
+
+async fn output_is_cut_in_pieces_and_said_to_be(server: Arc<Server>) {
+    let kernel = kernel(&server).await;
+    let mut client = Client::open(&server, &kernel, "", false).await;
+    let all = client.run("print('x' * 50_000_000)").await;
+    let pieces: Vec<_> =
+        all.iter().filter(|got| got.content["name"] == "stdout").map(|got| text(&got.content["text"]).len()).collect();
+    assert!(pieces.iter().all(|piece| *piece <= 256 * 1024), "{pieces:?}");
+    assert!(pieces.iter().sum::<usize>() >= 512 * 1024, "{pieces:?}");
+    let said = printed(&all, "stderr");
+    assert!(said.contains("of 50000001 bytes of stdout were left out"), "{said}");
+    assert_eq!(delete(&server, &format!("/api/kernels/{kernel}")).await, 204);
+}
+
+async fn who_never_reads_is_cut_off(server: Arc<Server>) {
+    let kernel = kernel(&server).await;
+    let mut deaf = Client::open(&server, &kernel, "?session_id=deaf", false).await;
+    let mut client = Client::open(&server, &kernel, "", false).await;
+    for _ in 0..20 {
+        let all = client.run("for n in range(12): print('x' * 60_000, flush=True)").await;
+        assert_eq!(one(&all, "execute_reply").content["status"], "ok");
+    }
+    let began = std::time::Instant::now();
+    // What is on its way to the deaf one is not more than what its connection holds.
+    let code = deaf.closed().await;
+    assert_eq!(code, Some(1013), "after {:?}", began.elapsed());
+    assert_eq!(printed(&client.run("print(1)").await, "stdout"), "1\n");
+    assert_eq!(delete(&server, &format!("/api/kernels/{kernel}")).await, 204);
+}
