@@ -113,6 +113,8 @@ async fn kernels_are_sessions(server: Arc<Server>) {
         (&made.json["name"], &made.json["execution_state"], &made.json["connections"]),
         (&json!("python"), &json!("idle"), &json!(0))
     );
+    let audit = server.get("/v1/audit?action=create_session").await;
+    assert!(audit.text.contains("/t/…/api/kernels/") && !audit.text.contains(&server.key), "{}", audit.text);
     let one = format!("/api/kernels/{id}");
     assert_eq!(get(&server, &one).await.json["id"], json!(id));
     let all = get(&server, "/api/kernels").await.json;
@@ -756,7 +758,10 @@ async fn a_server_that_is_killed_costs_a_client_nothing_that_comes_back() {
     assert_eq!(one(&all, "execute_reply").content["status"], "ok");
     assert_eq!(text(&one(&all, "execute_result").content["data"]["text/plain"]).len(), 6 * 1024 * 1024 + 2);
     assert_eq!(printed(&client.run("print(before)").await, "stdout"), "1\n");
-    assert_eq!(delete(&server, &format!("/api/kernels/{kernel}")).await, 204);
+    let by_path = server.bare(Method::DELETE, &format!("/t/{}/api/kernels/{kernel}?token={}", server.key, server.key));
+    assert_eq!(server.send(by_path).await.status, 204);
+    let log = std::fs::read_to_string(server.data().with_file_name("log")).unwrap();
+    assert!(log.contains("/t/{key}/api/kernels/{kernel}") && !log.contains(&server.key), "no line has a key in it");
     server.finish().await.unwrap_or_else(|left| panic!("{left}"));
 }
 
@@ -890,4 +895,35 @@ async fn who_never_reads_is_cut_off(server: Arc<Server>) {
     assert_eq!(code, Some(1013), "after {:?}", began.elapsed());
     assert_eq!(printed(&client.run("print(1)").await, "stdout"), "1\n");
     assert_eq!(delete(&server, &format!("/api/kernels/{kernel}")).await, 204);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn clients_from_the_registry_work_as_they_come() {
+    let server = Server::start(SETTINGS).await;
+    let cases = cases!(server; nbclient_through_the_gateway, papermill_through_the_gateway, jupyter_kernel_client);
+    server.run_and_finish(2, cases).await;
+}
+
+async fn nbclient_through_the_gateway(server: Arc<Server>) {
+    client_works(&server, "nbclient").await;
+}
+
+async fn papermill_through_the_gateway(server: Arc<Server>) {
+    client_works(&server, "papermill").await;
+}
+
+async fn jupyter_kernel_client(server: Arc<Server>) {
+    client_works(&server, "jupyter_kernel_client").await;
+}
+
+/// Runs a client in the Python that `scripts/test-kernel` has made.
+async fn client_works(server: &Server, name: &str) {
+    let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR"));
+    let python = root.join("target/jupyter/bin/python");
+    assert!(python.exists(), "{} is not there; `make test-kernel` makes it", python.display());
+    let mut command = std::process::Command::new(python);
+    // Without the script's folder among the modules: its neighbours have names of packages.
+    command.arg("-P").arg(root.join("tests/support/jupyter_clients.py")).args([&server.url, &server.key, name]);
+    let ran = tokio::task::spawn_blocking(move || command.output()).await.unwrap().unwrap();
+    assert!(ran.status.success(), "{}", String::from_utf8_lossy(&ran.stderr));
 }

@@ -26,6 +26,7 @@ use cellblock::session::execution::{Execution, OnTimeout};
 use cellblock::session::pool::Pool;
 use cellblock::session::reconcile::{Reconciler, Report};
 use cellblock::session::registry::{AfterDrain, Created, Limits, Registry};
+use cellblock::session::tap::TapBounds;
 use cellblock::session::{Refused, Session, Settings, StartFault, fresh};
 use cellblock::store::state::State;
 use engine_fake::{FakeEngine, Faults, IMAGE};
@@ -68,6 +69,7 @@ impl Bench {
             queue_timeout: Duration::from_secs(60),
             contexts: 2,
             inline: usize::MAX,
+            tap: TapBounds { bytes: 0, time: Duration::ZERO },
         };
         let mut template = template();
         change(&mut settings, &mut template);

@@ -230,7 +230,7 @@ enum Command {
     Execute {
         id: ExecutionId,
         context: Option<ContextId>,
-        request: ExecutionRequest,
+        request: Box<ExecutionRequest>,
         reply: oneshot::Sender<Result<Arc<Execution>, Refused>>,
     },
     Cancel {
@@ -433,7 +433,7 @@ impl Session {
         context: Option<ContextId>,
         request: ExecutionRequest,
     ) -> Result<Arc<Execution>, Refused> {
-        self.ask(|reply| Command::Execute { id, context, request, reply }).await
+        self.ask(|reply| Command::Execute { id, context, request: Box::new(request), reply }).await
     }
 
     /// Takes an execution back.

@@ -29,6 +29,7 @@ pub(super) async fn open_channels(
         return Err(Problem::new(problem::FORBIDDEN, detail).into());
     }
     let session = kernels::find(&asking, &id)?;
+    asking.who.require_sessions()?;
     let upgrade = upgrade.map_err(|_| Refusal::malformed("Can \"Upgrade\" only to \"WebSocket\"."))?;
     let Some(bounds) = asking.app.jupyter else { return Err(kernels::gone(&id)) };
     let full = |what: &str, most| {

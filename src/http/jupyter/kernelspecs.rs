@@ -46,7 +46,7 @@ struct Words {
 /// The template that a kernelspec's name means.
 pub(super) fn template_of(service: &Service, name: &str) -> String {
     let default = service.default_template();
-    match service.template(&default).filter(|default| is_python(default)) {
+    match service.template(&default).filter(is_python) {
         Some(_) if name == PYTHON && service.template(PYTHON).is_none() => default,
         _ => name.to_owned(),
     }

@@ -27,7 +27,7 @@ impl Actor {
         }
         match command {
             Command::Execute { id, context, request, reply } => {
-                let answer = self.execute(id, context, request);
+                let answer = self.execute(id, context, *request);
                 self.answer(reply, answer);
             }
             Command::Cancel { execution } => {

@@ -36,7 +36,7 @@ use crate::domain::spec::{KernelTransport, OnGuestLost, SessionSpec};
 use crate::engine::{ByteStream, CellName, CellSpec, CellState, Engine, EngineError};
 use crate::kernel::link::LinkError;
 use crate::store::NotebookKernel;
-use crate::store::state::{Lasting, RunningRecord, SessionRecord, Stage, State};
+use crate::store::state::{ContextRecord, Lasting, RunningRecord, SessionRecord, Stage, State};
 use crate::task;
 
 mod commands;
@@ -345,18 +345,23 @@ impl Actor {
             env: record.env,
         };
         for context in record.contexts {
-            let making = actor.making(context.id, context.asked_kernelspec.clone(), context.cwd.clone());
-            let context = match record.stage {
-                Stage::Live if !is_new => Context::adopt(making, context, now),
-                Stage::Paused(_) if !is_new => Context::adopt_paused(making, context, now),
-                _ => Context::again(making, &context),
-            };
-            actor.contexts.insert(context.id, context);
+            actor.make_context(context, record.stage, is_new);
         }
         for (execution, kept) in executions {
             actor.go_on(execution, kept, now);
         }
         actor
+    }
+
+    fn make_context(&mut self, record: ContextRecord, stage: Stage, is_new: bool) {
+        let now = Instant::now();
+        let making = self.making(record.id, record.asked_kernelspec.clone(), record.cwd.clone());
+        let context = match stage {
+            Stage::Live if !is_new => Context::adopt(making, record, now),
+            Stage::Paused(_) if !is_new => Context::adopt_paused(making, record, now),
+            _ => Context::again(making, &record),
+        };
+        self.contexts.insert(context.id, context);
     }
 
     /// Goes on with an execution that an earlier process has left.
