@@ -75,7 +75,9 @@ impl Execution {
             tracing::debug!(execution = %self.id, msg_type, "a kernel's message is not told: it is no JSON that could be read");
             return;
         };
-        tap.tell(Message { channel, msg_type: msg_type.to_owned(), msg_id, parts, of: Some((self.id, seq)), only });
+        // What no record has is not told from one.
+        let of = (mark != Mark::Other).then_some((self.id, seq));
+        tap.tell(Message { channel, msg_type: msg_type.to_owned(), msg_id, parts, of, only });
     }
 
     /// Says that something was left out, which the newest event tells.

@@ -160,6 +160,10 @@ impl Writer<'_> {
                     Say::Close(code, reason) => return Ok((code, reason)),
                 },
                 _ = looks.tick() => {
+                    let Asking { app, key, .. } = &self.talk.asking;
+                    if app.door.principal(key).is_none() {
+                        return Ok((close_code::POLICY, "the key is not valid any more"));
+                    }
                     let silent = self.shared.began.elapsed().saturating_sub(Duration::from_millis(self.shared.ponged.load(Ordering::Relaxed)));
                     if silent >= GONE {
                         return Err(Lost);
