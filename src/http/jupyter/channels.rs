@@ -5,7 +5,7 @@ use axum::extract::ws::WebSocketUpgrade;
 use axum::extract::ws::rejection::WebSocketUpgradeRejection;
 use axum::response::Response;
 
-use super::asking::{Asking, Named, Refusal, redacted};
+use super::asking::{Asking, Named, Refusal, kernel_missing, redacted};
 use super::codec::{Form, V1};
 use super::kernels;
 use super::talk::{Talk, talk};
@@ -31,7 +31,7 @@ pub(super) async fn open_channels(
     let session = kernels::find(&asking, &id)?;
     asking.who.require_sessions()?;
     let upgrade = upgrade.map_err(|_| Refusal::malformed("Can \"Upgrade\" only to \"WebSocket\"."))?;
-    let Some(bounds) = asking.app.jupyter else { return Err(kernels::gone(&id)) };
+    let Some(bounds) = asking.app.jupyter else { return Err(kernel_missing(&id)) };
     let full = |what: &str, most| {
         Problem::new(problem::RATE_LIMITED, format!("{what} has {most} connections, as many as it may; close some"))
     };

@@ -87,11 +87,6 @@ pub(super) fn find(asking: &Asking, id: &str) -> Result<Session, Refusal> {
     if found.is_over() || id_of(&found) != uuid.to_string() { Err(missing()) } else { Ok(found) }
 }
 
-/// The refusal of a kernel that is not there.
-pub(super) fn gone(id: &str) -> Refusal {
-    kernel_missing(id)
-}
-
 pub(super) async fn list_kernels(asking: Asking) -> Result<Answer<Vec<Model>>, Refusal> {
     Ok(Answer(all(&asking)?.iter().map(Model::of).collect()))
 }
