@@ -37,7 +37,7 @@ const LAYERS: [(&str, &[&str]); 20] = [
 ];
 
 /// Crates that only some modules may name. Paths are prefixes of a file's module path.
-const CRATES: [(&str, &[&str]); 15] = [
+const CRATES: [(&str, &[&str]); 16] = [
     ("bollard", &["engine/docker", "engine/lockdown"]),
     ("tar", &["engine/docker", "engine/pack"]),
     ("docker_credential", &["engine/docker"]),
@@ -52,6 +52,7 @@ const CRATES: [(&str, &[&str]); 15] = [
     ("clap", &["cli", "main"]),
     ("toml", &["config"]),
     ("tokio_rustls", &["http/tls", "egress/trust"]),
+    ("tungstenite", &["http/jupyter"]),
     ("hyper", &["kernel", "egress", "service", "run", "task", "engine/docker", "http/listen", "http/forward"]),
 ];
 

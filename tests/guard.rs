@@ -263,7 +263,7 @@ fn as_json(cell: &CellSpec) -> Value {
 /// A guard before an engine without containers, which counts what it is asked.
 async fn before_a_fake(change: impl FnOnce(&mut Policy)) -> (Guarded, Arc<FakeEngine>) {
     let most = engine_suite::resources();
-    let listed = Permitted { image: engine_fake::IMAGE.to_owned(), runtime: String::new(), most };
+    let listed = Permitted { image: engine_fake::IMAGE.to_owned(), runtime: String::new(), most, data: vec![] };
     let mut policy = policy_of("fake", vec![listed]);
     change(&mut policy);
     let fake = Arc::new(FakeEngine::new("fake"));
@@ -274,7 +274,7 @@ async fn before_a_fake(change: impl FnOnce(&mut Policy)) -> (Guarded, Arc<FakeEn
 fn fake_cell() -> CellSpec {
     let session = SessionId::from_uuid(Uuid::now_v7());
     let (name, image) = (CellName::new("fake", session, 0), "sha256:fake".to_owned());
-    CellSpec { name, session, image, runtime: String::new(), resources: engine_suite::resources() }
+    CellSpec { name, session, image, runtime: String::new(), resources: engine_suite::resources(), data: vec![] }
 }
 
 fn unavailable<T>(outcome: Result<T, EngineError>, word: &str) {

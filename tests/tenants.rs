@@ -114,6 +114,76 @@ fn routes() -> Vec<(&'static str, &'static str, About, Value)> {
     ]
 }
 
+/// Every route of the Jupyter door, in an order in which the owner can ask for all of them. `{kernel}` and `{session}` are of one session of the first tenant's,
+/// `{another}` is another one.
+fn jupyter_routes() -> Vec<(&'static str, &'static str, About, Value)> {
+    use About::{Change, List, Look, Make, Offer};
+    let (none, unknown) = (Value::Null, json!({"name": "there-is-none"}));
+    let document = json!({"path": "x", "type": "notebook", "kernel": {"name": "there-is-none"}});
+    vec![
+        ("GET", "/api/me", Offer, none.clone()),
+        ("GET", "/api/terminals", Offer, none.clone()),
+        ("GET", "/api/kernelspecs", Offer, none.clone()),
+        ("GET", "/api/kernelspecs/{name}", Offer, none.clone()),
+        ("GET", "/kernelspecs/{name}/logo-svg.svg", Offer, none.clone()),
+        ("GET", "/api/status", List, none.clone()),
+        ("GET", "/api/kernels", List, none.clone()),
+        ("GET", "/api/sessions", List, none.clone()),
+        ("POST", "/api/kernels", Make, unknown),
+        ("POST", "/api/sessions", Make, document),
+        ("GET", "/api/kernels/{kernel}", Look, none.clone()),
+        ("GET", "/api/kernels/{kernel}/channels", Change, none.clone()),
+        ("POST", "/api/kernels/{kernel}/interrupt", Change, none.clone()),
+        ("POST", "/api/kernels/{kernel}/restart", Change, none.clone()),
+        ("GET", "/api/sessions/{session}", Look, none.clone()),
+        ("PATCH", "/api/sessions/{session}", Change, json!({"name": "renamed"})),
+        ("DELETE", "/api/sessions/{session}", Change, none.clone()),
+        ("DELETE", "/api/kernels/{another}", Change, none),
+    ]
+}
+
+/// Asks for all of the Jupyter door's routes with every kind of key. What the owner has made is gone afterwards.
+async fn jupyter_door(server: &Arc<Server>, callers: &[(Who, Option<String>)], owner: &str) {
+    let make = async |path: &str, body: Value| {
+        let made = server.send(server.bare(Method::POST, path).bearer_auth(owner).json(&body)).await;
+        assert_eq!(made.status, 201, "{}", made.text);
+        made.json
+    };
+    let document = make("/api/sessions", json!({"path": "p", "type": "notebook", "kernel": {"name": "python"}})).await;
+    let (session, kernel) = (text(&document["id"]), text(&document["kernel"]["id"]));
+    let another = text(&make("/api/kernels", json!({"name": "python"})).await["id"]);
+    for (who, key) in callers {
+        for (at, (method, route, about, body)) in jupyter_routes().into_iter().enumerate() {
+            // In all the places where it is, one after the other.
+            let base = ["", "/jupyter"][at % 2];
+            let path = route.replace("{kernel}", &kernel).replace("{session}", &session).replace("{another}", &another);
+            let path = path.replace("{name}", if *who == Who::Limited { "data" } else { "python" });
+            let method = Method::from_bytes(method.as_bytes()).unwrap();
+            let request = with(server.bare(method, &format!("{base}{path}")), key.as_deref());
+            let reply = server.send(if body.is_null() { request } else { request.json(&body) }).await;
+            let what = format!("{who:?}: {route}: {} {}", reply.status, reply.text);
+            let allowed: &[u16] = match (expected(*who, about), about) {
+                (Answer::Refused(401), _) => &[403],
+                // What is not there is said before what is not allowed.
+                (Answer::Refused(403), About::Change) => &[403, 404],
+                (Answer::Refused(422) | Answer::Granted, About::Make) => &[404, 501],
+                (Answer::Refused(403), _) => &[403],
+                (Answer::Refused(404), _) => &[404],
+                (Answer::Refused(_), _) => &[],
+                (Answer::Nothing, _) => &[200],
+                // A connection is asked for otherwise.
+                (Answer::Granted, _) if route.ends_with("/channels") => &[400],
+                (Answer::Granted, _) => &[200, 204],
+            };
+            assert!(allowed.contains(&reply.status), "{what}");
+            let may_hear = matches!(expected(*who, about), Answer::Granted | Answer::Refused(422));
+            let is_told = [&session, &kernel, &another].iter().any(|id| reply.text.contains(id.as_str()));
+            // Who names a thing may be told that there is none of that name.
+            assert!(may_hear || !is_told || reply.status == 404, "{what}");
+        }
+    }
+}
+
 /// Who asks. The first tenant has everything that paths name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Who {
@@ -280,6 +350,7 @@ async fn every_route_of_the_document_answers_each_kind_of_key_as_it_should() {
     assert_eq!(server.delete(&format!("/v1/keys/{}", revoked.1)).await.status, 204);
 
     each_route_has_its_row(&server).await;
+    jupyter_door(&server, &callers, &owner).await;
     let things = Things::new(&server, &owner).await;
     let mut asked = 0;
     for (who, key) in &callers {

@@ -272,6 +272,8 @@ impl Checker<'_> {
             ("limits.contexts", limits.contexts, 32),
             ("executions.retention_count", executions.retention_count, 10_000_000),
             ("audit.retention_count", document.audit.retention_count, 100_000_000),
+            ("jupyter.connections_per_session", document.jupyter.connections_per_session, 1000),
+            ("jupyter.connections_per_tenant", document.jupyter.connections_per_tenant, 100_000),
         ] {
             self.require((1..=most).contains(&value), &[key], || format!("{value} is not within 1 to {most}"));
         }
@@ -283,6 +285,13 @@ impl Checker<'_> {
         self.positive(executions.queue_timeout, "executions.queue_timeout");
         self.positive(executions.retention_time, "executions.retention_time");
         self.positive(document.audit.retention_time, "audit.retention_time");
+        self.positive(document.jupyter.buffer_time, "jupyter.buffer_time");
+        for (key, bytes) in [
+            ("jupyter.buffer_size", document.jupyter.buffer_size),
+            ("jupyter.max_message", document.jupyter.max_message),
+        ] {
+            self.require((64 * 1024..=64 * MIB).contains(&bytes), &[key], || "allowed are 64KiB to 64MiB".to_owned());
+        }
         self.positive(executions.blob_retention, "executions.blob_retention");
         self.positive(executions.notebook_retention, "executions.notebook_retention");
         self.require((1024..=64 * MIB).contains(&executions.inline), &["executions.inline"], || {

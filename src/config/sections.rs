@@ -43,6 +43,7 @@ pub(super) struct Document {
     pub tenants: BTreeMap<String, Tenant>,
     pub executions: Executions,
     pub egress: Egress,
+    pub jupyter: Jupyter,
     pub audit: Audit,
     pub metrics: MetricsSection,
     pub traces: Traces,
@@ -392,6 +393,27 @@ pub struct Egress {
     /// Certificates of authorities for upstreams, beside the system's.
     #[serde(deserialize_with = "optional_path")]
     pub ca_file: Option<PathBuf>,
+}
+
+/// Jupyter Server's API.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Jupyter {
+    /// Whether it is there.
+    pub enabled: bool,
+    /// What a client has missed is kept for it for this long.
+    #[serde(deserialize_with = "duration")]
+    pub buffer_time: Duration,
+    /// Bytes of a session's newest messages that are kept.
+    #[serde(deserialize_with = "size")]
+    pub buffer_size: u64,
+    /// Longest message of a client, in bytes.
+    #[serde(deserialize_with = "size")]
+    pub max_message: u64,
+    /// Connections to one session at the same time.
+    pub connections_per_session: u32,
+    /// Connections to all sessions of a tenant at the same time.
+    pub connections_per_tenant: u32,
 }
 
 /// Who has asked for what.

@@ -48,6 +48,20 @@ pub struct Problem {
     #[serde(skip)]
     #[schema(ignore)]
     pub limit: Option<Limit>,
+    /// How it is written.
+    #[serde(skip)]
+    #[schema(ignore)]
+    pub form: Form,
+}
+
+/// How a problem is written.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Form {
+    /// As RFC 9457 has it.
+    #[default]
+    Problem,
+    /// As Jupyter Server does: a message, and a reason or none.
+    Jupyter,
 }
 
 /// One field that is wrong.
@@ -80,6 +94,14 @@ pub struct Code {
     status: StatusCode,
     title: &'static str,
     retryable: bool,
+}
+
+impl Code {
+    /// The word for programs.
+    #[must_use]
+    pub const fn word(self) -> &'static str {
+        self.code
+    }
 }
 
 codes! {
@@ -150,6 +172,7 @@ impl Problem {
             end_reason: None,
             errors: Vec::new(),
             limit: None,
+            form: Form::Problem,
         }
     }
 
@@ -160,12 +183,28 @@ impl Problem {
         self
     }
 
+    fn in_jupyters_words(&self) -> Vec<u8> {
+        let (is_unknown, fields) = (self.code == UNAUTHENTICATED.code, self.errors.iter());
+        let fields: String = fields.map(|field| format!("; {}: {}", field.pointer, field.message)).collect();
+        let mut body = match is_unknown {
+            true => serde_json::json!({"message": "Forbidden", "reason": null}),
+            false => serde_json::json!({"message": format!("{}{fields}", self.detail), "reason": self.code}),
+        };
+        if self.status == StatusCode::NOT_IMPLEMENTED.as_u16() {
+            body["short_message"] = self.title.into();
+        }
+        body.to_string().into_bytes()
+    }
+
     /// The whole answer. The body is written here; `request_id` is filled in by then.
     pub(super) fn render(&self) -> Response {
         let status = StatusCode::from_u16(self.status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
-        // A structure of texts and numbers: writing it can't fail.
-        let body = serde_json::to_vec(self).unwrap_or_default();
-        let mut response = (status, [(header::CONTENT_TYPE, "application/problem+json")], body).into_response();
+        let (kind, body) = match self.form {
+            // A structure of texts and numbers: writing it can't fail.
+            Form::Problem => ("application/problem+json", serde_json::to_vec(self).unwrap_or_default()),
+            Form::Jupyter => ("application/json", self.in_jupyters_words()),
+        };
+        let mut response = (status, [(header::CONTENT_TYPE, kind)], body).into_response();
         if let Some(seconds) = self.retry_after_seconds {
             response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from(seconds));
         }

@@ -13,6 +13,7 @@ use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 
 use crate::domain::egress::{Network, NetworkRequest};
+use crate::domain::execution::AskedBy;
 use crate::domain::ids::{ContextId, ExecutionId, SessionId};
 use crate::domain::lifecycle::{EndReason, Phase};
 use crate::domain::output::{Comm, JsonText};
@@ -41,6 +42,7 @@ pub mod files;
 pub mod issuing;
 pub mod keys;
 mod languages;
+pub mod listening;
 pub mod log;
 pub mod offer;
 pub mod ports;
@@ -261,6 +263,10 @@ pub struct ExecuteRequest {
     pub user_expressions: BTreeMap<String, String>,
     /// What happens at its time limit first.
     pub on_timeout: OnTimeout,
+    /// When it fails, what waits behind it and came from a Jupyter client does not run.
+    pub stop_on_error: bool,
+    /// The message of a Jupyter client that asks for it.
+    pub asked_by: Option<AskedBy>,
     /// A message of a comm instead of code.
     pub comm: Option<Comm>,
 }
@@ -612,6 +618,14 @@ impl Service {
                 _ => Error::EngineUnavailable,
             }
         })
+    }
+
+    /// Waits until a session is ready.
+    ///
+    /// # Errors
+    /// Why it will not be; nothing of it is left then.
+    pub async fn started(&self, session: &Session) -> Result<(), Error> {
+        self.wait_until_started(session).await
     }
 
     async fn wait_until_started(&self, session: &Session) -> Result<(), Error> {
@@ -1151,6 +1165,18 @@ impl Service {
         self.registry.pool().views().into_iter().filter(|pool| who.admits(&pool.template)).collect()
     }
 
+    /// The templates that a key allows.
+    #[must_use]
+    pub fn offered(&self, who: &Principal) -> Vec<Template> {
+        self.offer.now().templates.values().filter(|template| who.admits(&template.name)).cloned().collect()
+    }
+
+    /// A template by its name.
+    #[must_use]
+    pub fn template(&self, name: &str) -> Option<Template> {
+        self.offer.now().templates.get(name).cloned()
+    }
+
     /// What is counted.
     #[must_use]
     pub fn metrics(&self) -> &Metrics {
@@ -1272,6 +1298,8 @@ fn resolve_execution(spec: &SessionSpec, request: ExecuteRequest) -> Result<Exec
         stdin: request.stdin,
         user_expressions: request.user_expressions,
         on_timeout: request.on_timeout,
+        stop_on_error: request.stop_on_error,
+        asked_by: request.asked_by,
         comm: request.comm,
     })
 }

@@ -16,6 +16,7 @@ use super::execution::Execution;
 use super::keeping::{Growth, Keeping};
 use super::once::{Requests, Reservation};
 use super::pool::{Pool, PoolView};
+use super::tap::Tap;
 use super::{Claim, Session, Settings, first_files, fresh};
 use crate::domain::ids::{ExecutionId, SessionId};
 use crate::domain::lifecycle::{EndReason, Phase};
@@ -354,6 +355,7 @@ impl Registry {
             heard: 0,
             is_unclaimed: false,
             files: Arc::default(),
+            tap: Tap::new(self.tuning().settings.tap),
         }
     }
 
@@ -381,7 +383,8 @@ impl Registry {
         for record in sessions {
             let id = record.id;
             contexts.extend(record.contexts.iter().map(|context| (id, context.id)));
-            let (kept, unfinished) = self.restore(&record, of_sessions.remove(&id).unwrap_or_default());
+            let tap = Tap::new(self.tuning().settings.tap);
+            let (kept, unfinished) = self.restore(&record, of_sessions.remove(&id).unwrap_or_default(), &tap);
             let session = match record.stage {
                 Stage::Ended(reason, at) => {
                     let age = Duration::try_from(now.duration_since(at)).unwrap_or_default();
@@ -398,7 +401,7 @@ impl Registry {
                     let heard = heard.get(&id).filter(|(cell, _)| *cell == record.cells).map_or(0, |(_, seq)| *seq);
                     let is_run = record.lasting == Lasting::Never;
                     let of_run = unfinished.first().map(|(execution, _)| Arc::clone(execution)).filter(|_| is_run);
-                    let birth = Birth { executions: unfinished, heard, ..self.birth(record, false, place) };
+                    let birth = Birth { executions: unfinished, heard, tap, ..self.birth(record, false, place) };
                     let session = actor::spawn(birth);
                     if let Some(execution) = of_run {
                         session.end_after(execution);
@@ -433,12 +436,20 @@ impl Registry {
     }
 
     /// The executions that a session has left, and those among them that have not ended.
-    fn restore(&self, record: &SessionRecord, left: Vec<ExecutionRecord>) -> (Vec<Arc<Execution>>, Unfinished) {
+    fn restore(
+        &self,
+        record: &SessionRecord,
+        left: Vec<ExecutionRecord>,
+        tap: &Arc<Tap>,
+    ) -> (Vec<Arc<Execution>>, Unfinished) {
         let keeping = self.keeping(&record.tenant, record.id);
         let (mut kept, mut unfinished) = (Vec::new(), Vec::new());
         for mut execution in left {
             let running = execution.running.take();
-            let execution = Arc::new(Execution::restore(execution, running.as_ref(), keeping.clone()));
+            let execution = {
+                let tap = (execution.birth.context == record.default_context).then(|| Arc::clone(tap));
+                Arc::new(Execution::restore(execution, running.as_ref(), keeping.clone(), tap))
+            };
             kept.push(Arc::clone(&execution));
             if !execution.status().is_final() {
                 unfinished.push((execution, running));
@@ -534,6 +545,16 @@ impl Registry {
         let execution = inner.executions.get(&id)?;
         let session = inner.sessions.get(&execution.place.session)?;
         (*session.tenant == *tenant).then(|| Arc::clone(execution))
+    }
+
+    /// The executions of a session that can still be asked about, in the order in which they were accepted.
+    #[must_use]
+    pub fn executions_of(&self, session: SessionId) -> Vec<Arc<Execution>> {
+        let inner = self.inner();
+        let is_meant = |execution: &&Arc<Execution>| execution.place.session == session;
+        let mut found: Vec<_> = inner.executions.values().filter(is_meant).cloned().collect();
+        found.sort_by_key(|execution| execution.id);
+        found
     }
 
     /// Forgets what has been kept long enough.

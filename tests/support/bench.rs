@@ -19,6 +19,7 @@ use cellblock::session::execution::Execution;
 use cellblock::session::pool::Pool;
 use cellblock::session::reconcile::Reconciler;
 use cellblock::session::registry::{Created, Limits, Registry};
+use cellblock::session::tap::TapBounds;
 use cellblock::session::{Session, Settings};
 use cellblock::store::Archive;
 use cellblock::store::state::State;
@@ -78,6 +79,7 @@ impl Bench {
             queue_timeout: Duration::from_secs(60),
             contexts: 2,
             inline: usize::MAX,
+            tap: TapBounds { bytes: 0, time: Duration::ZERO },
         };
         let mut template = template();
         change(&mut settings, &mut template);

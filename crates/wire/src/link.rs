@@ -206,6 +206,9 @@ pub struct Outbound {
     /// For an execution: what its outputs may cost.
     #[serde(default)]
     pub cap: Option<OutputCap>,
+    /// It has a cap, and is no execution: what it does is not measured.
+    #[serde(default)]
+    pub is_aside: bool,
 }
 
 /// What one execution may put out. Beyond it, the guest keeps head and tail of the text and counts the rest.

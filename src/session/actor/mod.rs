@@ -22,6 +22,7 @@ use super::capacity;
 use super::context::{Context, Making, Notice, Pace};
 use super::execution::{End, Execution, Place};
 use super::keeping::Keeping;
+use super::tap::{Silence, Tap, TapBounds};
 use super::visits::Visits;
 use super::wiring::{Act, ActKind, Acted, Settled, Starting, Wiring};
 use super::{
@@ -36,7 +37,7 @@ use crate::egress::Gate;
 use crate::engine::{ByteStream, CellName, CellSpec, CellState, Engine, EngineError};
 use crate::kernel::link::LinkError;
 use crate::store::NotebookKernel;
-use crate::store::state::{Lasting, RunningRecord, SessionRecord, Stage, State};
+use crate::store::state::{ContextRecord, Lasting, RunningRecord, SessionRecord, Stage, State};
 use crate::task;
 
 mod commands;
@@ -117,6 +118,8 @@ pub(super) struct Birth {
     pub(super) is_unclaimed: bool,
     /// Files that its first cell begins with.
     pub(super) files: Arc<[NewFile]>,
+    /// Where its default context is heard.
+    pub(super) tap: Arc<Tap>,
 }
 
 /// What somebody wants of a session's task, before anything else.
@@ -183,6 +186,7 @@ struct Actor {
     linking: Linking,
     /// Its share of the machine, given back with the task: its cell has been seen to be gone by then, or is the next process's.
     place: capacity::Place,
+    tap: Arc<Tap>,
     created_at: Timestamp,
     /// Since when the present cell is being started.
     starting_since: Instant,
@@ -221,7 +225,9 @@ pub(super) fn spawn(birth: Birth) -> Session {
     // Before anybody hears of it, so that whoever waits for the database then waits for this.
     actor.save();
     actor.publish();
+    let tap = Arc::clone(&actor.tap);
     let session = Session {
+        tap: Arc::clone(&tap),
         id,
         tenant,
         spec: Arc::clone(&actor.spec),
@@ -241,6 +247,8 @@ pub(super) fn spawn(birth: Birth) -> Session {
             tracing::error!(session = %id, "the task of a session panicked");
             snapshot.send_modify(|snapshot| snapshot.phase = Phase::Ended(EndReason::Lost));
         }
+        // Whatever it has not said by now it does not say any more.
+        tap.fall_silent(Silence::Over);
     });
     session
 }
@@ -258,7 +266,10 @@ pub(super) fn ended(record: SessionRecord, reason: EndReason, gate: Arc<Gate>) -
     };
     // Nobody hears what is asked of it, which is answered with its end.
     let (commands, wishes) = (mpsc::channel(1).0, mpsc::channel(1).0);
+    let tap = Tap::new(TapBounds { bytes: 0, time: Duration::ZERO });
+    tap.fall_silent(Silence::Over);
     Session {
+        tap,
         id: record.id,
         tenant: record.tenant,
         spec: record.spec,
@@ -297,6 +308,7 @@ impl Actor {
             heard,
             is_unclaimed,
             files,
+            tap,
         } = birth;
         let now = Instant::now();
         let leaving = Leaving::new(state.clone(), &record, heard);
@@ -331,6 +343,7 @@ impl Actor {
             freezing: Freezing::new(frozen_since(record.stage).unwrap_or(now)),
             linking: Linking::new(now),
             place,
+            tap,
             created_at: record.created_at,
             starting_since: now,
             last_active: instant(record.last_active),
@@ -347,18 +360,23 @@ impl Actor {
             env: record.env,
         };
         for context in record.contexts {
-            let making = actor.making(context.id, context.asked_kernelspec.clone(), context.cwd.clone());
-            let context = match record.stage {
-                Stage::Live if !is_new => Context::adopt(making, context, now),
-                Stage::Paused(_) if !is_new => Context::adopt_paused(making, context, now),
-                _ => Context::again(making, &context),
-            };
-            actor.contexts.insert(context.id, context);
+            actor.make_context(context, record.stage, is_new);
         }
         for (execution, kept) in executions {
             actor.go_on(execution, kept, now);
         }
         actor
+    }
+
+    fn make_context(&mut self, record: ContextRecord, stage: Stage, is_new: bool) {
+        let now = Instant::now();
+        let making = self.making(record.id, record.asked_kernelspec.clone(), record.cwd.clone());
+        let context = match stage {
+            Stage::Live if !is_new => Context::adopt(making, record, now),
+            Stage::Paused(_) if !is_new => Context::adopt_paused(making, record, now),
+            _ => Context::again(making, &record),
+        };
+        self.contexts.insert(context.id, context);
     }
 
     /// Goes on with an execution that an earlier process has left.
@@ -379,6 +397,7 @@ impl Actor {
                 context: id,
                 language: String::new(),
                 keeping: self.keeping.clone(),
+                tap: (id == self.default_context).then(|| Arc::clone(&self.tap)),
             },
             pace: Pace {
                 boot: settings.start_timeout,
@@ -426,6 +445,7 @@ impl Actor {
         self.gate.close();
         if leaves {
             self.leave();
+            self.tap.fall_silent(Silence::Left);
         } else {
             self.keeping.end_notebook();
         }

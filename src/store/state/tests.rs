@@ -4,7 +4,7 @@ use super::*;
 use crate::domain::access::{KeyHash, Scope};
 use crate::domain::data::DataMount;
 use crate::domain::egress::{Network, NetworkMode, NetworkOffer, Rule, Upstream};
-use crate::domain::execution::{ExecutionRequest, OnTimeout, Stdin};
+use crate::domain::execution::{AskedBy, Asker, ExecutionRequest, OnTimeout, Stdin};
 use crate::domain::output::{
     BlobRef, Change, Comm, CommKind, Effects, ErrorInfo, ExecutionEvent, FileChange, MimeBundle, MimePart, Process,
     Report, RestartCause, ResultKind, RichOutput, Status, Stop, StopStep, TextStream, Truncated,
@@ -179,6 +179,11 @@ fn birth(output: OutputLimits) -> Birth {
         stdin: Stdin::Lines(vec!["a".to_owned()]),
         user_expressions: BTreeMap::from([("x".to_owned(), "y".to_owned())]),
         on_timeout: OnTimeout::Restart,
+        stop_on_error: true,
+        asked_by: Some(AskedBy {
+            asker: Asker::Named("me".to_owned()),
+            header: JsonText("{\"msg_id\": \"1\"}".to_owned()),
+        }),
         ..ExecutionRequest::for_tests(output)
     };
     let created_at = Timestamp::from_second(5).unwrap();
