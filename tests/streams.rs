@@ -74,6 +74,9 @@ impl Front {
             proxies: Proxies::new(Vec::new(), "x-forwarded-for"),
             origins: Origins::new(&[""; 0]),
             ports: Ports { within: NEVER, is_tls: false },
+            jupyter: None,
+            sockets: http::jupyter::Sockets::default(),
+            started: jiff::Timestamp::now(),
         };
         let connections = Connections {
             most: 100,
