@@ -41,6 +41,7 @@ use crate::task;
 use crate::traces::{self, Traces};
 use crate::tuning::{self, Reloader, Shown, ceilings, limits, pool_plans, settings};
 
+pub mod data;
 pub mod front;
 
 /// Containers are gone within this time at an orderly end, or are left to the next start.
@@ -193,6 +194,12 @@ pub enum StartError {
         /// Whose the name is, and how it is freed.
         source: EngineError,
     },
+    /// Data that templates name is not on the engine.
+    #[error("{}", missing.iter().map(|(template, name)| format!("the template \"{template}\" names the data \"{name}\", which the engine has not: `cellblock data import DIR {name}` puts it there")).collect::<Vec<_>>().join("\n"))]
+    NoData {
+        /// Template and name.
+        missing: Vec<(String, String)>,
+    },
     /// The address can't be listened on.
     #[error("can't listen on {address}: {source}\n  {place} says where to")]
     Listen {
@@ -288,15 +295,15 @@ impl Plane {
         let (settings, limits) = (settings(config), limits(config));
         // One process works with a data folder; whoever shares an instance keeps nothing.
         let archive = if owns_instance { Some(archive(config)?) } else { None };
-        let (state, mut left) = if owns_instance {
-            open_state(config, archive.clone()).map(|(s, l)| (Some(s), l))?
-        } else {
-            (None, Left::default())
-        };
+        let kept = owns_instance.then(|| open_state(config, archive.clone())).transpose()?;
+        let (state, mut left) = kept.map_or_else(Default::default, |(state, left)| (Some(state), left));
         let installation = if owns_instance { Some(installation_id(config)?) } else { None };
         let image = first_image(engine.as_ref(), config).await;
         if let Some(installation) = installation {
             claim(engine.as_ref(), config, installation).await?;
+        }
+        if owns_instance {
+            data::require(engine.as_ref(), config).await?;
         }
         if let Some(image) = image {
             engine.prepare(&image).await.map_err(|e| engine_error(config, e))?;
@@ -603,6 +610,7 @@ fn policy(config: &Config) -> Policy {
         image: template.image.clone(),
         runtime: template.runtime.clone(),
         most: template.max_resources,
+        data: template.data.clone(),
     };
     let ceilings = ceilings(config);
     Policy {

@@ -13,6 +13,7 @@ use crate::session::Settings;
 use crate::session::capacity::Ceilings;
 use crate::session::pool::Plan;
 use crate::session::registry::{Limits, Registry};
+use crate::session::tap::TapBounds;
 
 /// Reads a configuration again from where it came from, and tells the parts.
 pub struct Reloader {
@@ -129,6 +130,10 @@ pub fn settings(config: &Config) -> Settings {
         inline: usize::try_from(config.executions.inline).unwrap_or(usize::MAX),
         package_bytes: config.packages.size,
         package_timeout: config.packages.timeout,
+        tap: TapBounds {
+            bytes: usize::try_from(config.jupyter.buffer_size).unwrap_or(usize::MAX),
+            time: config.jupyter.buffer_time,
+        },
     }
 }
 

@@ -37,9 +37,9 @@ const LAYERS: [(&str, &[&str]); 20] = [
 ];
 
 /// Crates that only some modules may name. Paths are prefixes of a file's module path.
-const CRATES: [(&str, &[&str]); 16] = [
+const CRATES: [(&str, &[&str]); 17] = [
     ("bollard", &["engine/docker", "engine/lockdown"]),
-    ("tar", &["engine/docker"]),
+    ("tar", &["engine/docker", "engine/pack"]),
     ("docker_credential", &["engine/docker"]),
     ("prometheus", &["metrics"]),
     ("axum", &["http"]),
@@ -53,7 +53,8 @@ const CRATES: [(&str, &[&str]); 16] = [
     ("clap", &["cli", "main"]),
     ("toml", &["config"]),
     ("tokio_rustls", &["http/tls", "egress/trust"]),
-    ("hyper", &["kernel", "egress", "service", "run", "task", "engine/docker", "http/listen"]),
+    ("tungstenite", &["http/jupyter"]),
+    ("hyper", &["kernel", "egress", "service", "run", "task", "engine/docker", "http/listen", "http/forward"]),
 ];
 
 /// What the domain does without: it is to be tested by calling it.

@@ -39,7 +39,8 @@ fn ms(elapsed: Duration) -> f64 {
     elapsed.as_secs_f64() * 1000.0
 }
 
-fn say(what: &str) {
+/// Says what is measured now.
+pub fn say(what: &str) {
     eprintln!("==> {what}");
 }
 
@@ -393,6 +394,7 @@ pub async fn stream(engine: &Engine, figures: &mut Figures) -> Result<()> {
     Ok(())
 }
 
-fn no_log() -> HostConfigLogConfig {
+/// No log: it would be what is measured.
+pub fn no_log() -> HostConfigLogConfig {
     HostConfigLogConfig { typ: Some("none".to_owned()), config: None }
 }

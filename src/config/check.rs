@@ -3,10 +3,12 @@
 use std::time::Duration;
 
 use super::merge::Merge;
-use super::sections::{Bounds, Document, PackageRule, Server, TemplateSection};
+use super::sections::{Bounds, Data, Document, PackageRule, Server, TemplateSection};
 use super::source::{Key, Mistake, Source, dotted, key_of};
+use crate::domain::data;
 use crate::domain::egress::{self, Rule};
 use crate::domain::packages::{self, Requirement};
+use crate::domain::ports::Ports;
 use crate::domain::spec::{self, KERNEL_FLOOR, MIB, PoolSize};
 
 /// A container lives at least so long without hearing of a server, which it does when it is asked whether it lives.
@@ -101,6 +103,12 @@ impl Checker<'_> {
             "allowed are 4KiB to 64MiB".to_owned()
         });
         self.positive(server.request_timeout, "server.request_timeout");
+        self.positive(server.ports_timeout, "server.ports_timeout");
+        let domain = server.ports_domain.as_str();
+        let is_domain = domain.len() <= 180 && domain.split('.').all(|label| is_label(label, 63));
+        self.require(domain.is_empty() || is_domain, &["server.ports_domain"], || {
+            format!("{domain:?} is not a domain in lower case without a port, such as \"ports.example.com\"")
+        });
         self.connections(document);
         self.callers(document);
     }
@@ -266,6 +274,8 @@ impl Checker<'_> {
             ("limits.contexts", limits.contexts, 32),
             ("executions.retention_count", executions.retention_count, 10_000_000),
             ("audit.retention_count", document.audit.retention_count, 100_000_000),
+            ("jupyter.connections_per_session", document.jupyter.connections_per_session, 1000),
+            ("jupyter.connections_per_tenant", document.jupyter.connections_per_tenant, 100_000),
         ] {
             self.require((1..=most).contains(&value), &[key], || format!("{value} is not within 1 to {most}"));
         }
@@ -277,6 +287,13 @@ impl Checker<'_> {
         self.positive(executions.queue_timeout, "executions.queue_timeout");
         self.positive(executions.retention_time, "executions.retention_time");
         self.positive(document.audit.retention_time, "audit.retention_time");
+        self.positive(document.jupyter.buffer_time, "jupyter.buffer_time");
+        for (key, bytes) in [
+            ("jupyter.buffer_size", document.jupyter.buffer_size),
+            ("jupyter.max_message", document.jupyter.max_message),
+        ] {
+            self.require((64 * 1024..=64 * MIB).contains(&bytes), &[key], || "allowed are 64KiB to 64MiB".to_owned());
+        }
         self.positive(executions.blob_retention, "executions.blob_retention");
         self.positive(executions.notebook_retention, "executions.notebook_retention");
         self.require((1024..=64 * MIB).contains(&executions.inline), &["executions.inline"], || {
@@ -514,6 +531,13 @@ impl Checker<'_> {
             "every template names an image, such as \"cellblock/python:latest\"".to_owned()
         });
         self.env(name, template);
+        let mounts: Vec<_> = template.data.iter().map(Data::mount).collect();
+        self.require(data::check_mounts(&mounts).is_ok(), &[&key("data")], || {
+            data::check_mounts(&mounts).err().unwrap_or_default()
+        });
+        self.require(Ports::parse(&template.ports).is_ok(), &[&key("ports")], || {
+            Ports::parse(&template.ports).err().unwrap_or_default()
+        });
         self.network(name, template);
         self.package_rule(name, template);
         self.floors(name, "default", &template.default);

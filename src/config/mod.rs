@@ -28,7 +28,7 @@ pub use check::{MOST_SESSIONS, check_log_level, proxy_of};
 pub use environment::Environment;
 pub use sections::{
     Audit, Auth, Drain, DrainContainers, Egress, EngineSection, Executions, ForwardedHeader, GuardSection, Guest,
-    KeySection, Limits, Log, LogFormat, MetricsSection, Packages, PullPolicy, Server, Traces,
+    Jupyter, KeySection, Limits, Log, LogFormat, MetricsSection, Packages, PullPolicy, Server, Traces,
 };
 pub use source::{Mistake, Mistakes, Source};
 pub use units::{parse_duration, parse_size};
@@ -66,6 +66,8 @@ pub struct Config {
     pub egress: Egress,
     /// Where packages come from.
     pub packages: Packages,
+    /// Jupyter Server's API.
+    pub jupyter: Jupyter,
     /// Who has asked for what.
     pub audit: Audit,
     /// What is counted.
@@ -235,6 +237,7 @@ impl From<sections::Document> for Config {
             executions: document.executions,
             egress: document.egress,
             packages: document.packages,
+            jupyter: document.jupyter,
             audit: document.audit,
             metrics: document.metrics,
             traces: document.traces,

@@ -15,9 +15,11 @@ use super::units::{
     texts,
 };
 use crate::domain::access::{KeyHash, Scope};
+use crate::domain::data::DataMount;
 use crate::domain::egress::{self, NetworkMode, NetworkOffer, Rule};
 use crate::domain::lock;
 use crate::domain::packages::{self, Index, PackagePolicy, Requirement};
+use crate::domain::ports::Ports;
 use crate::domain::quota::{Quota, Rate, Share};
 use crate::domain::spec::{
     self, KernelTransport, MIB, OutputLimits, PoolPlan, PoolSize, Resources, SessionRequest, Template, Timeouts,
@@ -43,6 +45,7 @@ pub(super) struct Document {
     pub executions: Executions,
     pub egress: Egress,
     pub packages: Packages,
+    pub jupyter: Jupyter,
     pub audit: Audit,
     pub metrics: MetricsSection,
     pub traces: Traces,
@@ -98,6 +101,11 @@ pub struct Server {
     pub admin_listen: Option<SocketAddr>,
     /// Whether the admin listener, which asks for no key, may be reached from other machines.
     pub admin_allow_remote: bool,
+    /// Domain whose hosts `<port>-<session>` are ports of sessions, if there is one.
+    pub ports_domain: String,
+    /// What a session serves on a port answers, or goes on taking a body, within this time.
+    #[serde(deserialize_with = "duration")]
+    pub ports_timeout: Duration,
     /// Largest body of a request, in bytes.
     #[serde(deserialize_with = "size")]
     pub max_body: u64,
@@ -447,6 +455,27 @@ impl PackageRule {
     }
 }
 
+/// Jupyter Server's API.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Jupyter {
+    /// Whether it is there.
+    pub enabled: bool,
+    /// What a client has missed is kept for it for this long.
+    #[serde(deserialize_with = "duration")]
+    pub buffer_time: Duration,
+    /// Bytes of a session's newest messages that are kept.
+    #[serde(deserialize_with = "size")]
+    pub buffer_size: u64,
+    /// Longest message of a client, in bytes.
+    #[serde(deserialize_with = "size")]
+    pub max_message: u64,
+    /// Connections to one session at the same time.
+    pub connections_per_session: u32,
+    /// Connections to all sessions of a tenant at the same time.
+    pub connections_per_tenant: u32,
+}
+
 /// Who has asked for what.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -524,6 +553,8 @@ pub(super) struct TemplateSection {
     pub transport: Transport,
     pub network: Network,
     pub packages: PackageRule,
+    pub data: Vec<Data>,
+    pub ports: Vec<String>,
     pub env: BTreeMap<String, String>,
     pub setup: String,
     pub on_kernel_death: OnKernelDeath,
@@ -628,6 +659,20 @@ pub(super) enum OnKernelDeath {
 pub(super) enum OnGuestLost {
     End,
     Replace,
+}
+
+/// Data in the containers of a template.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Data {
+    pub name: String,
+    pub path: String,
+}
+
+impl Data {
+    pub(super) fn mount(&self) -> DataMount {
+        DataMount { name: self.name.clone(), path: self.path.clone() }
+    }
 }
 
 /// Sessions that are made before anybody asks.
@@ -778,6 +823,9 @@ impl TemplateSection {
                 OnIdle::Delete => spec::OnIdle::Delete,
                 OnIdle::Pause => spec::OnIdle::Pause,
             },
+            data: self.data.iter().map(Data::mount).collect(),
+            // What is none was refused before.
+            ports: Ports::parse(&self.ports).unwrap_or_default(),
             network: self.network.offer(self.packages.policy()),
         }
     }

@@ -359,6 +359,13 @@ fn rules_between_keys() {
         ("server.header_timeout = '0s'", "server.header_timeout", "longer than zero"),
         ("engine.orphan_timeout = '10s'", "engine.orphan_timeout", "at least 15s"),
         ("templates.data.pool.min = 3", "templates.data.pool.min", "at most (pool.max)"),
+        ("templates.data.ports = ['80', '90-80']", "templates.data.ports", "90-80"),
+        ("server.ports_domain = 'Ports.example'", "server.ports_domain", "lower case"),
+        ("server.ports_domain = '.example'", "server.ports_domain", "lower case"),
+        ("server.ports_timeout = '0s'", "server.ports_timeout", "longer than zero"),
+        ("templates.data.data = [{name = 'a', path = '/usr/x'}]", "templates.data.data", "system's"),
+        ("templates.data.data = [{name = 'a b', path = '/mnt/x'}]", "templates.data.data", "not the name"),
+        ("templates.data.data = [{name = 'a', path = '/mnt/x', mode = 'rw'}]", "templates.data.data", "mode"),
         ("templates.data.pool.max = 101", "templates.data.pool.max", "limits.sessions"),
         (
             "templates.data.pool.other = [{memory = '64GiB', max = 1}]",

@@ -3,6 +3,7 @@
 //! Pure values. No tokio, no serde, no clock, no I/O: everything here can be tested by calling it.
 
 pub mod access;
+pub mod data;
 pub mod egress;
 pub mod execution;
 pub mod ids;
@@ -10,5 +11,6 @@ pub mod lifecycle;
 pub mod lock;
 pub mod output;
 pub mod packages;
+pub mod ports;
 pub mod quota;
 pub mod spec;

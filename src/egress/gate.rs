@@ -388,20 +388,10 @@ impl Gate {
         let event = AuditEvent {
             at,
             tenant: Some(tenant.to_owned()).filter(|tenant| !tenant.is_empty()),
-            key: None,
-            address: None,
-            request: String::new(),
-            action: "egress".to_owned(),
             target,
             session: Some(self.session.to_string()),
-            context: None,
-            execution: None,
-            code_bytes: None,
-            code_sha256: None,
-            code: None,
             status,
-            outcome: outcome.to_owned(),
-            count: None,
+            ..AuditEvent::now("egress", outcome)
         };
         if !state.put_audit(event) {
             tracing::error!("an audit event is lost: the database can't be written, and too many wait for it");

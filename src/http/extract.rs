@@ -91,7 +91,7 @@ fn idempotency_key(head: &Parts) -> Result<Option<String>, Problem> {
 }
 
 /// Reads a body within its bounds. One that declares too much is refused before it is read.
-async fn read(mut body: RawBody, bounds: Bounds) -> Result<Bytes, Problem> {
+pub(super) async fn read(mut body: RawBody, bounds: Bounds) -> Result<Bytes, Problem> {
     let too_large = || Problem::new(problem::PAYLOAD_TOO_LARGE, format!("a body may have {} bytes", bounds.body));
     if body.size_hint().lower() > bounds.body as u64 {
         discard(&mut body, bounds).await;

@@ -317,14 +317,6 @@ impl Service {
     }
 }
 
-impl Service {
-    /// Whether somebody who came in for something long would still be let in.
-    #[must_use]
-    pub fn still_admits(&self, who: &Principal) -> bool {
-        self.keys.still_admits(who, Timestamp::now())
-    }
-}
-
 impl CommandFollow {
     /// Starts what the server itself wants to know of a session, and follows it. It is nobody's command, and counts for nobody.
     pub(super) async fn of(session: &Session, request: &CommandRequest) -> Result<Self, Error> {

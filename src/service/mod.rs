@@ -7,12 +7,13 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use cellblock_wire::link::{FileEntry, Stats};
-use hyper::body::Incoming;
+use cellblock_wire::link::Stats;
 use serde_json::json;
+use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 
 use crate::domain::egress::{Network, NetworkRequest};
+use crate::domain::execution::AskedBy;
 use crate::domain::ids::{ContextId, ExecutionId, SessionId};
 use crate::domain::lifecycle::{EndReason, Phase};
 use crate::domain::output::{Comm, JsonText};
@@ -26,7 +27,7 @@ use crate::session::capacity::Full;
 use crate::session::execution::{Execution, ExecutionRequest, OnTimeout, Stdin};
 use crate::session::once::{Begun, MAX_KEYS, Made, NotOnce, Once, Reservation};
 use crate::session::pool::PoolView;
-use crate::session::registry::{CreateRefused, Created, Registry};
+use crate::session::registry::{Asked, CreateRefused, Created, Registry};
 use crate::session::{ContextView, GateView, Patch, Refused, Session, StartFailure, StartFault, fresh};
 pub use crate::store::BlobBody;
 use crate::store::state::Lasting;
@@ -37,18 +38,23 @@ use crate::traces::Traces;
 pub mod admin;
 pub mod audit;
 pub mod commands;
+pub mod files;
 pub mod issuing;
 pub mod keys;
 mod languages;
+pub mod listening;
 pub mod log;
 pub mod offer;
 pub mod packages;
+pub mod ports;
 pub mod quotas;
 mod refusals;
 pub mod trail;
+pub mod transfer;
 
 use admin::Admin;
 use audit::Audit;
+use files::FileFault;
 use keys::{KeyRing, Principal};
 use log::LogLevel;
 use offer::Offer;
@@ -176,6 +182,28 @@ pub enum Error {
     /// The guest did not answer.
     #[error("the session's container did not answer")]
     GuestUnreachable,
+    /// The session's template does not allow the port.
+    #[error("port {port} can't be reached in sessions of the template \"{template}\"; allowed: {allowed}")]
+    PortNotAllowed {
+        /// The port.
+        port: u16,
+        /// The template.
+        template: String,
+        /// What it allows.
+        allowed: String,
+    },
+    /// Nothing listens on the port.
+    #[error("nothing in the session listens on port {0} of 127.0.0.1 or ::1")]
+    PortClosed(u16),
+    /// What listens on the port takes no connection.
+    #[error("what listens on port {0} in the session takes no more connections")]
+    PortStuck(u16),
+    /// Something can't be done with a file.
+    #[error("{1}")]
+    File(FileFault, String),
+    /// As many files are on their way as may be, in all sessions.
+    #[error("as many files and archives are on their way as may be at once")]
+    TransfersBusy,
 }
 
 impl From<Refused> for Error {
@@ -239,6 +267,10 @@ pub struct ExecuteRequest {
     pub user_expressions: BTreeMap<String, String>,
     /// What happens at its time limit first.
     pub on_timeout: OnTimeout,
+    /// When it fails, what waits behind it and came from a Jupyter client does not run.
+    pub stop_on_error: bool,
+    /// The message of a Jupyter client that asks for it.
+    pub asked_by: Option<AskedBy>,
     /// A message of a comm instead of code.
     pub comm: Option<Comm>,
 }
@@ -343,6 +375,8 @@ pub struct Service {
     archive: Option<Archive>,
     /// KiB of notebooks on their way, by tenant.
     notebook_room: Arc<Places<Arc<str>>>,
+    /// Files and archives that may be on their way at once, in all sessions.
+    transfers: Arc<Semaphore>,
     /// When the engine was last asked whether it answers, and whether it did.
     engine_seen: tokio::sync::Mutex<Option<(Instant, bool)>>,
     /// What operators' commands work with, where there are any.
@@ -383,6 +417,7 @@ impl Service {
             pull,
             archive,
             notebook_room,
+            transfers: Arc::new(Semaphore::new(transfer::MOST)),
             engine_seen,
             admin: None,
             keys: Arc::default(),
@@ -435,10 +470,11 @@ impl Service {
             let message = "packages go with waiting for the session: leave wait=false out";
             return Err(Error::SpecRejected(vec![FieldError::new("/packages", message)]));
         }
-        if once.is_none() && request.packages.is_empty() {
+        if once.is_none() && request.files.is_empty() && request.packages.is_empty() {
             return self.create(who, request, wait, lasting, None).await;
         }
         let (service, who, request) = (Arc::clone(self), who.clone(), request.clone());
+        // To its end: between its files and its claim a session is nobody's.
         let created = carry_on("create", async move {
             let created = service.create(&who, &request, wait, lasting, once.as_ref()).await;
             let created = match created {
@@ -519,12 +555,18 @@ impl Service {
         let quota = self.quotas.of(&who.tenant);
         check_size(&quota, &spec)?;
         let tenant = (&who.tenant, &quota.share);
+        // Files are nowhere but in the request: the next process could not begin with them.
+        let lasting = match lasting {
+            Lasting::Always if !request.files.is_empty() => Lasting::OnceReady,
+            lasting => lasting,
+        };
         let refused = |refused| self.not_created(who, refused);
-        let created = match self.registry.find(tenant, &spec, request.reuse, lasting, once).await.map_err(refused)? {
+        let asked = Asked { reuse: request.reuse, lasting, once, files: &request.files };
+        let created = match self.registry.find(tenant, &spec, asked).await.map_err(refused)? {
             Some(created) => created,
             None => {
                 spec.image = self.resolve_image(&template).await?.id;
-                self.registry.create(tenant, spec, request.reuse, lasting, once).await.map_err(refused)?
+                self.registry.create(tenant, spec, asked).await.map_err(refused)?
             }
         };
         let (Created::New(session) | Created::Reused(session)) = &created;
@@ -592,6 +634,14 @@ impl Service {
                 _ => Error::EngineUnavailable,
             }
         })
+    }
+
+    /// Waits until a session is ready.
+    ///
+    /// # Errors
+    /// Why it will not be; nothing of it is left then.
+    pub async fn started(&self, session: &Session) -> Result<(), Error> {
+        self.wait_until_started(session).await
     }
 
     async fn wait_until_started(&self, session: &Session) -> Result<(), Error> {
@@ -1100,27 +1150,6 @@ impl Service {
         }
     }
 
-    /// The regular files in a session's working folder. Names come from the code inside: they are hostile text.
-    ///
-    /// # Errors
-    /// See [`Error`].
-    pub async fn list_files(&self, who: &Principal, id: SessionId) -> Result<Vec<FileEntry>, Error> {
-        let link = self.session(who, id)?.link().await?;
-        link.files().await.map_err(|error| unreachable_guest(id, &error))
-    }
-
-    /// The bytes of a file in a session's working folder, as they come.
-    ///
-    /// # Errors
-    /// See [`Error`].
-    pub async fn read_file(&self, who: &Principal, id: SessionId, path: &str) -> Result<Incoming, Error> {
-        let link = self.session(who, id)?.link().await?;
-        link.read_file(path).await.map_err(|error| match error {
-            LinkError::Refused { .. } => Error::NotFound("file"),
-            error => unreachable_guest(id, &error),
-        })
-    }
-
     /// What a session uses at this moment. A paused one is not resumed for it, and it is no activity.
     ///
     /// # Errors
@@ -1150,6 +1179,18 @@ impl Service {
     #[must_use]
     pub fn pools(&self, who: &Principal) -> Vec<PoolView> {
         self.registry.pool().views().into_iter().filter(|pool| who.admits(&pool.template)).collect()
+    }
+
+    /// The templates that a key allows.
+    #[must_use]
+    pub fn offered(&self, who: &Principal) -> Vec<Template> {
+        self.offer.now().templates.values().filter(|template| who.admits(&template.name)).cloned().collect()
+    }
+
+    /// A template by its name.
+    #[must_use]
+    pub fn template(&self, name: &str) -> Option<Template> {
+        self.offer.now().templates.get(name).cloned()
     }
 
     /// What is counted.
@@ -1273,6 +1314,8 @@ fn resolve_execution(spec: &SessionSpec, request: ExecuteRequest) -> Result<Exec
         stdin: request.stdin,
         user_expressions: request.user_expressions,
         on_timeout: request.on_timeout,
+        stop_on_error: request.stop_on_error,
+        asked_by: request.asked_by,
         comm: request.comm,
     })
 }

@@ -12,8 +12,9 @@ use cellblock_wire::marker::LinkSecret;
 use cellblock_wire::packages::{PACKAGES_BYTES_VARIABLE, PACKAGES_VARIABLE};
 
 use super::actor::{self, Verdict};
-use super::{Settings, StartFailure, StartFault};
+use super::{Settings, StartFailure, StartFault, first_files};
 use crate::domain::packages::PackagePolicy;
+use crate::domain::spec::NewFile;
 use crate::engine::{ByteStream, CellName, CellSpec, Engine, EngineError};
 use crate::kernel::link::{Events, Link, LinkError};
 
@@ -28,17 +29,19 @@ pub(super) struct Booted {
     pub(super) kernels: Vec<String>,
 }
 
-/// Opens the link, attests the cell, and subscribes to its events. No kernel runs before this has succeeded.
+/// Opens the link, attests the cell, puts its first files in place, and subscribes to its events. No kernel runs before this has succeeded.
 pub(super) async fn boot(
     engine: Arc<dyn Engine>,
     cell: CellSpec,
     stream: ByteStream,
     secret: LinkSecret,
     init: Init,
+    files: Arc<[NewFile]>,
 ) -> Result<Booted, StartFailure> {
     let (link, _hello) = Link::open(stream, secret, &init).await.map_err(|e| link_failure(&cell, &e))?;
     let report = link.report().await.map_err(|e| link_failure(&cell, &e))?;
     engine.attest(&cell, &report).await.map_err(|e| engine_failure(&cell, &e))?;
+    first_files::put(&link, &files).await?;
     let events = link.events(0).await.map_err(|e| link_failure(&cell, &e))?;
     Ok(Booted { link, events, kernels: Vec::new() })
 }
@@ -129,7 +132,9 @@ pub(super) fn engine_failure(cell: &CellSpec, error: &EngineError) -> StartFailu
     let (fault, detail) = match error {
         EngineError::Unavailable { .. } => (StartFault::EngineUnavailable, "the container engine can't be reached"),
         EngineError::TimedOut { .. } => (StartFault::EngineUnavailable, "the container engine did not answer in time"),
-        EngineError::Absent { .. } => (StartFault::EngineRefused, "the template's image is not there any more"),
+        EngineError::Absent { .. } => {
+            (StartFault::EngineRefused, "the template's image, or data that it names, is not there any more")
+        }
         EngineError::Unverified { .. } => {
             (StartFault::Unverified, "the container was not confined as specified, so nothing was run in it")
         }

@@ -17,6 +17,7 @@ use crate::domain::output::JsonText;
 use crate::domain::spec::SessionSpec;
 use crate::egress::Gate;
 pub use crate::egress::{Decision, GateView, Refusal};
+pub use crate::kernel::client::ClientHeader;
 use crate::kernel::link::Link;
 use crate::store::state::Lasting;
 use crate::task;
@@ -27,19 +28,23 @@ pub mod capacity;
 mod context;
 mod effects;
 pub mod execution;
+mod first_files;
 pub mod keeping;
 pub mod once;
 pub mod pool;
 pub mod reconcile;
 pub mod registry;
+mod retelling;
 mod running;
+pub mod tap;
 pub mod visits;
 mod wiring;
 
 use actor::Wish;
-pub use context::ContextState;
+pub use context::{Aside, ContextState};
 use execution::{Execution, ExecutionRequest};
 use keeping::Keeping;
+use tap::{Tap, TapBounds};
 use visits::{Visit, Weight};
 
 /// Commands that may wait for a session's task; more are refused.
@@ -82,6 +87,8 @@ pub struct Settings {
     pub package_bytes: u64,
     /// Time for one that is asked for by request.
     pub package_timeout: Duration,
+    /// What is kept of a kernel's messages for clients that speak Jupyter.
+    pub tap: TapBounds,
 }
 
 /// What can be seen of a session. Changes are published as a whole, with a number that rises.
@@ -144,7 +151,7 @@ pub enum StartFault {
     GuestUnreachable,
     /// The kernel died or stalled while it started.
     KernelFailed,
-    /// The setup code failed.
+    /// The setup code failed, or a file that it begins with could not be put in place.
     SetupFailed,
     /// What the next process would have to know of it can't be written.
     Unkept,
@@ -235,7 +242,7 @@ enum Command {
     Execute {
         id: ExecutionId,
         context: Option<ContextId>,
-        request: ExecutionRequest,
+        request: Box<ExecutionRequest>,
         reply: oneshot::Sender<Result<Arc<Execution>, Refused>>,
     },
     Cancel {
@@ -273,6 +280,10 @@ enum Command {
         msg_type: &'static str,
         content: serde_json::Value,
         answer: oneshot::Sender<JsonText>,
+        reply: oneshot::Sender<Result<(), Refused>>,
+    },
+    Pass {
+        aside: Box<Aside>,
         reply: oneshot::Sender<Result<(), Refused>>,
     },
     Patch {
@@ -326,6 +337,7 @@ impl Command {
             | Self::CreateContext { .. }
             | Self::DeleteContext { .. }
             | Self::Ask { .. }
+            | Self::Pass { .. }
             | Self::Claim { .. }
             | Self::Link { .. }
             | Self::Enter { .. }
@@ -359,6 +371,8 @@ pub struct Session {
     /// Held while a context is looked for by its language, and made.
     pub(crate) by_language: Arc<tokio::sync::Mutex<()>>,
     gate: Arc<Gate>,
+    /// Where its default context is heard by clients that speak Jupyter.
+    pub tap: Arc<Tap>,
     commands: mpsc::Sender<Command>,
     wishes: mpsc::Sender<Wish>,
     snapshot: watch::Receiver<Snapshot>,
@@ -440,7 +454,7 @@ impl Session {
         context: Option<ContextId>,
         request: ExecutionRequest,
     ) -> Result<Arc<Execution>, Refused> {
-        self.ask(|reply| Command::Execute { id, context, request, reply }).await
+        self.ask(|reply| Command::Execute { id, context, request: Box::new(request), reply }).await
     }
 
     /// Takes an execution back.
@@ -529,6 +543,14 @@ impl Session {
         let (answer, answered) = oneshot::channel();
         self.ask(|reply| Command::Ask { context, msg_type, content, answer, reply }).await?;
         Ok(answered)
+    }
+
+    /// Passes a message of a client on to the kernel of the default context.
+    ///
+    /// # Errors
+    /// See [`Refused`].
+    pub async fn pass(&self, aside: Aside) -> Result<(), Refused> {
+        self.ask(|reply| Command::Pass { aside: Box::new(aside), reply }).await
     }
 
     /// Changes it.

@@ -144,7 +144,9 @@ impl Shelf {
             && own.runtime == spec.runtime
             && own.resources == spec.resources
             && own.network.packages == spec.network.packages
-            && own.network.initial.is_open() == spec.network.initial.is_open();
+            && own.network.initial.is_open() == spec.network.initial.is_open()
+            && own.data == spec.data
+            && own.ports == spec.ports;
         let kernel = own.kernelspec == spec.kernelspec
             && own.transport == spec.transport
             && own.output == spec.output

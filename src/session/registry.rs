@@ -16,12 +16,13 @@ use super::execution::Execution;
 use super::keeping::{Growth, Keeping};
 use super::once::{Requests, Reservation};
 use super::pool::{Pool, PoolView};
-use super::{Claim, Session, Settings, fresh};
+use super::tap::Tap;
+use super::{Claim, Session, Settings, first_files, fresh};
 use crate::domain::ids::{ExecutionId, SessionId};
 use crate::domain::lifecycle::{EndReason, Phase};
 use crate::domain::output::Status;
 use crate::domain::quota::{Exceeded, Held, Share};
-use crate::domain::spec::{FieldError, Resources, SessionSpec};
+use crate::domain::spec::{FieldError, NewFile, Resources, SessionSpec};
 use crate::egress::{Egress, Gate};
 use crate::engine::{CellName, Engine};
 use crate::metrics::{Levels, Metrics, PoolLevel};
@@ -142,6 +143,19 @@ impl std::fmt::Debug for Registry {
     }
 }
 
+/// How a session is asked for, beside what it is to be.
+#[derive(Debug, Clone, Copy)]
+pub struct Asked<'a> {
+    /// The live one of that name will do.
+    pub reuse: bool,
+    /// Whether it outlives the process.
+    pub lasting: Lasting,
+    /// The request may come twice.
+    pub once: Option<&'a Reservation>,
+    /// Files that it begins with.
+    pub files: &'a Arc<[NewFile]>,
+}
+
 impl Registry {
     /// An empty one. Without an archive, long contents and notebooks are not kept; without a database, sessions end with the process.
     #[must_use]
@@ -201,10 +215,9 @@ impl Registry {
         &self,
         (tenant, share): (&Arc<str>, &Share),
         spec: SessionSpec,
-        reuse: bool,
-        lasting: Lasting,
-        once: Option<&Reservation>,
+        asked: Asked<'_>,
     ) -> Result<Created, CreateRefused> {
+        let Asked { reuse, lasting, once, files } = asked;
         let need = Need::from(&spec.resources);
         self.capacity.can_ever_hold(need).map_err(CreateRefused::TooLarge)?;
         let promise = {
@@ -230,7 +243,7 @@ impl Registry {
             will_be(once, found.id);
             return Ok(Created::Reused(found));
         }
-        let birth = self.birth(first_record(tenant, spec, lasting), true, place);
+        let birth = Birth { files: Arc::clone(files), ..self.birth(first_record(tenant, spec, lasting), true, place) };
         will_be(once, birth.record.id);
         inner.make_room_for_ended();
         let session = actor::spawn(birth);
@@ -263,10 +276,9 @@ impl Registry {
         &self,
         (tenant, share): (&Arc<str>, &Share),
         spec: &SessionSpec,
-        reuse: bool,
-        lasting: Lasting,
-        once: Option<&Reservation>,
+        asked: Asked<'_>,
     ) -> Result<Option<Created>, CreateRefused> {
+        let Asked { reuse, lasting, once, files } = asked;
         loop {
             let (session, spec, env, created_at) = {
                 // Held over both, so that whoever looks at the shelves first and then here misses none.
@@ -292,13 +304,17 @@ impl Registry {
             let keeping = self.keeping(tenant, session.id);
             let settings = self.tuning().settings;
             let claim = Claim { tenant: Arc::clone(tenant), spec, env, lasting, keeping, settings, created_at };
-            match session.claim(claim).await {
-                Ok(()) => return Ok(Some(Created::New(session))),
-                Err(refused) => {
-                    tracing::info!(session = %session.id, %refused, "a session of a pool could not be claimed");
-                    session.end(EndReason::Drained);
-                    self.inner().sessions.remove(&session.id);
-                }
+            let claimed = match begin_with(&session, files).await {
+                Ok(()) => session.claim(claim).await.map_err(|refused| refused.to_string()),
+                Err(why) => Err(why),
+            };
+            let Err(why) = claimed else { return Ok(Some(Created::New(session))) };
+            tracing::info!(session = %session.id, why, "a session of a pool could not be claimed");
+            session.end(EndReason::Drained);
+            self.inner().sessions.remove(&session.id);
+            if !files.is_empty() {
+                // What can't be put in place there can't be elsewhere, and a new one says why.
+                return Ok(None);
             }
         }
     }
@@ -344,6 +360,8 @@ impl Registry {
             executions: Vec::new(),
             heard: 0,
             is_unclaimed: false,
+            files: Arc::default(),
+            tap: Tap::new(self.tuning().settings.tap),
         }
     }
 
@@ -376,7 +394,8 @@ impl Registry {
         for record in sessions {
             let id = record.id;
             contexts.extend(record.contexts.iter().map(|context| (id, context.id)));
-            let (kept, unfinished) = self.restore(&record, of_sessions.remove(&id).unwrap_or_default());
+            let tap = Tap::new(self.tuning().settings.tap);
+            let (kept, unfinished) = self.restore(&record, of_sessions.remove(&id).unwrap_or_default(), &tap);
             let session = match record.stage {
                 Stage::Ended(reason, at) => {
                     let age = Duration::try_from(now.duration_since(at)).unwrap_or_default();
@@ -393,7 +412,7 @@ impl Registry {
                     let heard = heard.get(&id).filter(|(cell, _)| *cell == record.cells).map_or(0, |(_, seq)| *seq);
                     let is_run = record.lasting == Lasting::Never;
                     let of_run = unfinished.first().map(|(execution, _)| Arc::clone(execution)).filter(|_| is_run);
-                    let birth = Birth { executions: unfinished, heard, ..self.birth(record, false, place) };
+                    let birth = Birth { executions: unfinished, heard, tap, ..self.birth(record, false, place) };
                     let session = actor::spawn(birth);
                     if let Some(execution) = of_run {
                         session.end_after(execution);
@@ -428,12 +447,20 @@ impl Registry {
     }
 
     /// The executions that a session has left, and those among them that have not ended.
-    fn restore(&self, record: &SessionRecord, left: Vec<ExecutionRecord>) -> (Vec<Arc<Execution>>, Unfinished) {
+    fn restore(
+        &self,
+        record: &SessionRecord,
+        left: Vec<ExecutionRecord>,
+        tap: &Arc<Tap>,
+    ) -> (Vec<Arc<Execution>>, Unfinished) {
         let keeping = self.keeping(&record.tenant, record.id);
         let (mut kept, mut unfinished) = (Vec::new(), Vec::new());
         for mut execution in left {
             let running = execution.running.take();
-            let execution = Arc::new(Execution::restore(execution, running.as_ref(), keeping.clone()));
+            let execution = {
+                let tap = (execution.birth.context == record.default_context).then(|| Arc::clone(tap));
+                Arc::new(Execution::restore(execution, running.as_ref(), keeping.clone(), tap))
+            };
             kept.push(Arc::clone(&execution));
             if !execution.status().is_final() {
                 unfinished.push((execution, running));
@@ -529,6 +556,16 @@ impl Registry {
         let execution = inner.executions.get(&id)?;
         let session = inner.sessions.get(&execution.place.session)?;
         (*session.tenant == *tenant).then(|| Arc::clone(execution))
+    }
+
+    /// The executions of a session that can still be asked about, in the order in which they were accepted.
+    #[must_use]
+    pub fn executions_of(&self, session: SessionId) -> Vec<Arc<Execution>> {
+        let inner = self.inner();
+        let is_meant = |execution: &&Arc<Execution>| execution.place.session == session;
+        let mut found: Vec<_> = inner.executions.values().filter(is_meant).cloned().collect();
+        found.sort_by_key(|execution| execution.id);
+        found
     }
 
     /// Forgets what has been kept long enough.
@@ -657,6 +694,15 @@ fn will_be(once: Option<&Reservation>, id: SessionId) {
 }
 
 /// What there is of a session that nobody has begun to make.
+/// Puts files in place of a session that is about to be claimed. Whatever comes of it, nobody else gets that session.
+async fn begin_with(session: &Session, files: &[NewFile]) -> Result<(), String> {
+    if files.is_empty() {
+        return Ok(());
+    }
+    let link = session.link().await.map_err(|refused| refused.to_string())?;
+    first_files::put(&link, files).await.map_err(|failure| failure.detail)
+}
+
 fn first_record(tenant: &Arc<str>, mut spec: SessionSpec, lasting: Lasting) -> SessionRecord {
     let now = Timestamp::now();
     let default_context = fresh();

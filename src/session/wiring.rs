@@ -303,11 +303,11 @@ async fn perform(link: Link, action: Action, starting: Starting) -> Result<Acted
         Action::Delete { kernel } => link.delete_kernel(&kernel).await.map(Acted::Deleted),
         Action::Send { kernel, head, parts } => {
             // What runs code is known to the next process first, which could run it again otherwise, or not know of it.
-            if let (Some(state), Some(_)) = (&starting.state, head.cap)
+            if let (Some(state), Some(_)) = (&starting.state, head.cap.filter(|_| !head.is_aside))
                 && let Err(error) = state.settle().await
             {
                 tracing::error!(execution = head.msg_id, %error, "an execution could not be kept");
-                let refusal = Refusal { code: UNKEPT.to_owned(), message: error.to_string() };
+                let refusal = Refusal { code: UNKEPT.to_owned(), message: error.to_string(), number: None };
                 return Err(LinkError::Refused { attempt: "keep an execution".to_owned(), refusal });
             }
             link.send_message(&kernel, &head, &parts).await.map(|()| Acted::Sent)

@@ -19,6 +19,7 @@ use cellblock::session::execution::Execution;
 use cellblock::session::pool::Pool;
 use cellblock::session::reconcile::Reconciler;
 use cellblock::session::registry::{Created, Limits, Registry};
+use cellblock::session::tap::TapBounds;
 use cellblock::session::{Session, Settings};
 use cellblock::store::Archive;
 use cellblock::store::state::State;
@@ -80,6 +81,7 @@ impl Bench {
             inline: usize::MAX,
             package_bytes: 1,
             package_timeout: Duration::from_secs(1),
+            tap: TapBounds { bytes: 0, time: Duration::ZERO },
         };
         let mut template = template();
         change(&mut settings, &mut template);
@@ -176,6 +178,8 @@ pub fn template() -> Template {
             messages_per_second: 100,
         },
         network: NetworkOffer::default(),
+        ports: cellblock::domain::ports::Ports::default(),
+        data: Vec::new(),
         setup: String::new(),
         on_kernel_death: OnKernelDeath::Restart,
         on_guest_lost: OnGuestLost::End,

@@ -77,7 +77,7 @@ impl Server {
     pub async fn start_within(settings: &str, outside: Outside) -> Arc<Self> {
         let (folder, config) = configured(settings);
         let ground = Ground { folder: Arc::new(folder), outside };
-        Self::try_serve(config, ground).await.unwrap_or_else(|error| panic!("the server did not start: {error}"))
+        Self::serve_on(config, ground).await.unwrap_or_else(|error| panic!("the server did not start: {error}"))
     }
 
     /// Ends this one, then starts one with the same configuration, folder and key; `between` is called when neither runs. Only
@@ -118,14 +118,19 @@ impl Server {
         let mut config = self.config.clone();
         config.server.data_dir = folder.path().join("data");
         config.server.api_key_file = None;
-        Self::try_serve(config, Arc::new(folder).into()).await
+        Self::try_serve(config, Arc::new(folder)).await
     }
 
     async fn serve(config: Config, folder: Arc<tempfile::TempDir>) -> Arc<Self> {
-        Self::try_serve(config, folder.into()).await.unwrap_or_else(|error| panic!("the server did not start: {error}"))
+        Self::try_serve(config, folder).await.unwrap_or_else(|error| panic!("the server did not start: {error}"))
     }
 
-    async fn try_serve(config: Config, ground: Ground) -> Result<Arc<Self>, String> {
+    /// Starts one of a configuration that was read before; an error is why it did not start.
+    pub async fn try_serve(config: Config, folder: Arc<tempfile::TempDir>) -> Result<Arc<Self>, String> {
+        Self::serve_on(config, folder.into()).await
+    }
+
+    async fn serve_on(config: Config, ground: Ground) -> Result<Arc<Self>, String> {
         let Ground { folder, outside } = ground;
         let (address_in, address) = oneshot::channel();
         let (ended_in, ended) = oneshot::channel();

@@ -10,6 +10,7 @@ use bytes::Bytes;
 use cellblock_wire::commands::{MAX_STDIN, StartCommand};
 use cellblock_wire::frame::{Decoder, Frame, MAX_FRAME};
 use cellblock_wire::link::{Ack, Hello, Init, Outbound, Refusal, Signal, StartKernel, Stats};
+use cellblock_wire::ports::{PORT_CLOSED, PORT_STUCK};
 use cellblock_wire::tunnel::Outgoing;
 use futures_util::StreamExt;
 use futures_util::stream::BoxStream;
@@ -17,14 +18,16 @@ use http_body_util::{BodyExt, Limited};
 use hyper::body::{Body, Frame as BodyFrame, Incoming, SizeHint};
 use hyper::{Method, Request, Response, StatusCode};
 use serde::{Serialize, de::DeserializeOwned};
-use tokio::sync::watch;
+use tokio::sync::{mpsc, watch};
 
 use crate::cgroup::Cgroup;
 use crate::command::Commands;
 use crate::egress::Egress;
 use crate::events::{Ring, Subscription};
-use crate::files::{Download, FileError, RelativePath, Upload, list_files, used_bytes};
+use crate::files::resume::Resumable;
+use crate::files::{Download, FileError, used_bytes};
 use crate::kernel::{Kernels, Places};
+use crate::ports;
 use crate::report::take_report;
 
 const MAX_JSON: usize = 1024 * 1024;
@@ -37,11 +40,12 @@ pub struct Refused {
     status: StatusCode,
     code: &'static str,
     message: String,
+    number: Option<u64>,
 }
 
 impl Refused {
     fn new(status: StatusCode, code: &'static str, message: impl Into<String>) -> Self {
-        Self { status, code, message: message.into() }
+        Self { status, code, message: message.into(), number: None }
     }
 
     /// There is nothing of this kind under this name.
@@ -84,6 +88,18 @@ impl Refused {
         Self::new(StatusCode::INTERNAL_SERVER_ERROR, "spawn-failed", format!("the kernel can't be started: {error}"))
     }
 
+    /// Nothing listens on a port.
+    #[must_use]
+    pub fn port_closed(port: u16) -> Self {
+        Self::new(StatusCode::BAD_GATEWAY, PORT_CLOSED, format!("nothing listens on port {port}"))
+    }
+
+    /// What listens on a port does not take connections.
+    #[must_use]
+    pub fn port_stuck(port: u16) -> Self {
+        Self::new(StatusCode::GATEWAY_TIMEOUT, PORT_STUCK, format!("what listens on port {port} takes no connection"))
+    }
+
     /// There is no such folder.
     #[must_use]
     pub fn no_folder(path: &str) -> Self {
@@ -116,12 +132,24 @@ impl Refused {
 
 impl From<FileError> for Refused {
     fn from(error: FileError) -> Self {
-        let (status, code) = match error {
-            FileError::Absent => (StatusCode::NOT_FOUND, "not-found"),
-            FileError::Invalid(_) => (StatusCode::BAD_REQUEST, "invalid"),
-            FileError::Failed(..) => (StatusCode::INTERNAL_SERVER_ERROR, "failed"),
+        let (status, code, number) = match error {
+            FileError::Absent => (StatusCode::NOT_FOUND, "not-found", None),
+            FileError::Invalid(_) | FileError::BrokeOff => (StatusCode::BAD_REQUEST, "invalid", None),
+            FileError::IsFolder => (StatusCode::CONFLICT, "is-a-directory", None),
+            FileError::NotFolder => (StatusCode::CONFLICT, "not-a-directory", None),
+            FileError::Exists(_) => (StatusCode::CONFLICT, "exists", None),
+            FileError::Denied(_) => (StatusCode::FORBIDDEN, "permission-denied", None),
+            FileError::NoSpace(left) => (StatusCode::INSUFFICIENT_STORAGE, "no-space", left),
+            FileError::TooLarge => (StatusCode::PAYLOAD_TOO_LARGE, "too-large", None),
+            FileError::Precondition => (StatusCode::PRECONDITION_FAILED, "precondition", None),
+            FileError::Range { size } => (StatusCode::RANGE_NOT_SATISFIABLE, "range", Some(size)),
+            FileError::Offset { received } => (StatusCode::CONFLICT, "offset", Some(received)),
+            FileError::Digest => (StatusCode::BAD_REQUEST, "digest", None),
+            FileError::Archive(_) => (StatusCode::BAD_REQUEST, "archive", None),
+            FileError::Busy(_) => (StatusCode::SERVICE_UNAVAILABLE, "busy", None),
+            FileError::Failed(..) => (StatusCode::INTERNAL_SERVER_ERROR, "failed", None),
         };
-        Self::new(status, code, error.to_string())
+        Self { number, ..Self::new(status, code, error.to_string()) }
     }
 }
 
@@ -135,8 +163,10 @@ pub enum Answer {
     File(Download),
     /// What a byte stream sends.
     Tunnel(Outgoing),
+    /// What somebody else reads ahead.
+    Pieces(mpsc::Receiver<std::io::Result<Bytes>>),
     /// Pieces as they come.
-    Pieces(BoxStream<'static, Bytes>),
+    Stream(BoxStream<'static, Bytes>),
 }
 
 impl Body for Answer {
@@ -154,6 +184,9 @@ impl Body for Answer {
             }
             Self::Tunnel(outgoing) => Pin::new(outgoing).poll_frame(context),
             Self::Pieces(pieces) => {
+                pieces.poll_recv(context).map(|piece| piece.map(|piece| piece.map(BodyFrame::data)))
+            }
+            Self::Stream(pieces) => {
                 pieces.poll_next_unpin(context).map(|piece| piece.map(|piece| Ok(BodyFrame::data(piece))))
             }
             Self::File(file) => Poll::Ready(match file.read() {
@@ -190,11 +223,13 @@ pub struct Guest {
     pub cgroup: Cgroup,
     /// Where things are.
     pub places: Places,
+    /// Uploads that can go on.
+    pub uploads: Resumable,
     /// How long the guest lives without hearing anything.
     pub orphan_timeout: watch::Sender<Duration>,
 }
 
-type Answered = Result<Response<Answer>, Refused>;
+pub(crate) type Answered = Result<Response<Answer>, Refused>;
 
 impl Guest {
     /// Answers a request.
@@ -203,7 +238,7 @@ impl Guest {
     /// Never: refusals are answers.
     pub async fn serve(self: Arc<Self>, request: Request<Incoming>) -> Result<Response<Answer>, Infallible> {
         Ok(self.route(request).await.unwrap_or_else(|refused| {
-            let refusal = Refusal { code: refused.code.to_owned(), message: refused.message };
+            let refusal = Refusal { code: refused.code.to_owned(), message: refused.message, number: refused.number };
             let mut response = json(&refusal);
             *response.status_mut() = refused.status;
             response
@@ -225,9 +260,10 @@ impl Guest {
             (&Method::GET, "events", "") => self.events(query),
             (&Method::POST, "ack", "") => self.acknowledge(read_json(body).await?),
             (method, "kernels", rest) => self.route_kernels(method, rest, body).await,
-            (method, "files", rest) => self.route_files(method, rest, body).await,
-            (method, "egress", id) => self.route_egress(method, id, body).await,
+            (&Method::POST, "ports", port) => Ok(Response::new(Answer::Tunnel(ports::open(port, body).await?))),
+            (method, "files", rest) => self.route_files(method, rest, query, body).await,
             (method, "commands", rest) => self.route_commands(method, rest, query, body).await,
+            (method, "egress", id) => self.route_egress(method, id, body).await,
             _ => Err(Refused::not_found("request")),
         }
     }
@@ -257,30 +293,6 @@ impl Guest {
         }
     }
 
-    async fn route_files(&self, method: &Method, rest: &str, body: Incoming) -> Answered {
-        if (method, rest) == (&Method::GET, "") {
-            return Ok(json(&list_files(&self.places.workdir).await?));
-        }
-        let path = RelativePath::parse(&percent_decode(rest))?;
-        match *method {
-            Method::GET => Ok(Response::new(Answer::File(Download::open(&self.places.workdir, &path)?))),
-            Method::PUT => self.put_file(&path, body).await,
-            _ => Err(Refused::not_found("request")),
-        }
-    }
-
-    async fn route_egress(&self, method: &Method, id: &str, body: Incoming) -> Answered {
-        let id = id.parse().map_err(|_| Refused::invalid("a connection's id is a number"))?;
-        match *method {
-            Method::POST => Ok(Response::new(Answer::Tunnel(self.egress.open(id, body)?))),
-            Method::DELETE => {
-                self.egress.refuse(id, read_json(body).await?)?;
-                Ok(json(&serde_json::json!({})))
-            }
-            _ => Err(Refused::not_found("request")),
-        }
-    }
-
     async fn route_commands(&self, method: &Method, rest: &str, query: &str, body: Incoming) -> Answered {
         let commands = &self.commands;
         match (method, rest.split_once('/').unwrap_or((rest, ""))) {
@@ -294,7 +306,7 @@ impl Guest {
             (&Method::GET, (id, "events")) => {
                 let is_waiting = parameter(query, "follow") != Some("0");
                 let pieces = commands.follow(id, after(query)?, is_waiting)?;
-                Ok(Response::new(Answer::Pieces(pieces.boxed())))
+                Ok(Response::new(Answer::Stream(pieces.boxed())))
             }
             (&Method::POST, (id, "stdin")) => {
                 let bytes = Limited::new(body, MAX_STDIN).collect().await.map_err(|_| Refused::too_large())?.to_bytes();
@@ -307,6 +319,18 @@ impl Guest {
             }
             (&Method::POST, (id, "resize")) => commands.resize(id, read_json(body).await?).map(|()| nothing()),
             (&Method::DELETE, (id, "")) => Ok(json(&commands.end(id).await?)),
+            _ => Err(Refused::not_found("request")),
+        }
+    }
+
+    async fn route_egress(&self, method: &Method, id: &str, body: Incoming) -> Answered {
+        let id = id.parse().map_err(|_| Refused::invalid("a connection's id is a number"))?;
+        match *method {
+            Method::POST => Ok(Response::new(Answer::Tunnel(self.egress.open(id, body)?))),
+            Method::DELETE => {
+                self.egress.refuse(id, read_json(body).await?)?;
+                Ok(json(&serde_json::json!({})))
+            }
             _ => Err(Refused::not_found("request")),
         }
     }
@@ -334,20 +358,6 @@ impl Guest {
             false => Err(Refused::invalid("there was no event of this number")),
         }
     }
-
-    async fn put_file(&self, path: &RelativePath, mut body: Incoming) -> Answered {
-        let mut upload = Upload::create(&self.places.workdir, path)?;
-        while let Some(frame) = body.frame().await {
-            let frame = frame.map_err(|_| Refused::invalid("the body broke off"))?;
-            if let Ok(data) = frame.into_data() {
-                upload.write(&data)?;
-                tokio::task::yield_now().await;
-            }
-        }
-        let stamp = upload.finish()?;
-        self.kernels.uploaded(path, stamp);
-        Ok(nothing())
-    }
 }
 
 fn parameter<'a>(query: &'a str, name: &str) -> Option<&'a str> {
@@ -367,7 +377,7 @@ fn nothing() -> Response<Answer> {
     response
 }
 
-fn json(value: &impl Serialize) -> Response<Answer> {
+pub(crate) fn json(value: &impl Serialize) -> Response<Answer> {
     let bytes = serde_json::to_vec(value).unwrap_or_default();
     let mut response = Response::new(Answer::Bytes(Some(bytes.into())));
     let kind = hyper::header::HeaderValue::from_static("application/json");
@@ -375,7 +385,7 @@ fn json(value: &impl Serialize) -> Response<Answer> {
     response
 }
 
-async fn read_json<T: DeserializeOwned>(body: Incoming) -> Result<T, Refused> {
+pub(crate) async fn read_json<T: DeserializeOwned>(body: Incoming) -> Result<T, Refused> {
     let body = Limited::new(body, MAX_JSON).collect().await.map_err(|_| Refused::too_large())?;
     serde_json::from_slice(&body.to_bytes())
         .map_err(|error| Refused::invalid(&format!("the body is not understood: {error}")))
@@ -401,7 +411,7 @@ async fn read_frame<H: DeserializeOwned>(mut body: Incoming) -> Result<Frame<H>,
 }
 
 /// Decodes `%xx`; what is no such sequence stays.
-fn percent_decode(path: &str) -> Vec<u8> {
+pub(crate) fn percent_decode(path: &str) -> Vec<u8> {
     let path = path.as_bytes();
     let mut decoded = Vec::with_capacity(path.len());
     let mut at = 0;

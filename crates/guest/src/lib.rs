@@ -28,6 +28,7 @@ pub mod link;
 pub mod message;
 pub mod names;
 pub mod packages;
+pub mod ports;
 pub mod reap;
 pub mod report;
 pub mod trial;

@@ -9,6 +9,7 @@ use cellblock_guest::cgroup::Cgroup;
 use cellblock_guest::command::{Commands, tty};
 use cellblock_guest::egress::Egress;
 use cellblock_guest::events::Ring;
+use cellblock_guest::files::resume::Resumable;
 use cellblock_guest::kernel::{Kernels, Places};
 use cellblock_guest::link::Link;
 use cellblock_guest::reap::Reaper;
@@ -68,8 +69,8 @@ async fn serve() -> std::io::Result<()> {
         tokio::spawn(names::serve());
     }
     let (orphan_timeout, _) = watch::channel(ORPHAN_TIMEOUT);
-    let egress = Egress::new(ring.clone());
-    Link::open(Guest { kernels, commands, ring, egress, cgroup, places, orphan_timeout })?.serve().await;
+    let (uploads, egress) = (Resumable::default(), Egress::new(ring.clone()));
+    Link::open(Guest { kernels, commands, ring, egress, cgroup, places, uploads, orphan_timeout })?.serve().await;
     Ok(())
 }
 

@@ -4,10 +4,12 @@
 
 pub mod commands;
 pub mod egress;
+pub mod files;
 pub mod frame;
 pub mod link;
 pub mod marker;
 pub mod packages;
+pub mod ports;
 pub mod trial;
 pub mod tunnel;
 

@@ -13,16 +13,19 @@ pub mod commands;
 pub mod contexts;
 pub mod egress;
 pub mod executions;
+pub mod files;
 pub mod keys;
 pub mod metrics;
 pub mod notebooks;
 pub mod packages;
 pub mod pools;
+pub mod ports;
 pub mod runs;
 pub mod sessions;
 pub mod stream;
 pub mod templates;
 pub mod terminal;
+pub mod transfers;
 pub mod usage;
 
 /// All routes of the API, with the document they make.
@@ -62,6 +65,13 @@ pub fn routes() -> OpenApiRouter<App> {
         .routes(routes!(terminal::open_terminal))
         .routes(routes!(packages::install_packages, packages::list_packages))
         .routes(routes!(notebooks::get_notebook, notebooks::delete_notebook))
+        .merge(ports::routes())
+        .routes(routes!(files::list_files, transfers::upload_files))
+        .routes(routes!(files::read_file, files::head_file, files::write_file, files::delete_file))
+        .routes(routes!(files::make_folder))
+        .routes(routes!(files::move_file))
+        .routes(routes!(transfers::watch_files))
+        .routes(routes!(transfers::pack_files, transfers::unpack_files))
         .routes(routes!(templates::list_templates))
         .routes(routes!(pools::list_pools))
         .routes(routes!(keys::create_key, keys::list_keys))

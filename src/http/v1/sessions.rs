@@ -1,11 +1,14 @@
 //! Sessions over HTTP.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::time::Duration;
 
 use axum::extract::State;
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD as BASE64;
 use jiff::{Timestamp, Unit};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
@@ -13,7 +16,7 @@ use utoipa::ToSchema;
 use crate::domain::egress::{self, Network, NetworkMode};
 use crate::domain::ids::SessionId;
 use crate::domain::lifecycle::Phase;
-use crate::domain::spec::{FieldError, MIB, OnIdle, Resources, SessionRequest};
+use crate::domain::spec::{FieldError, MIB, NewFile, OnIdle, Resources, SessionRequest};
 use crate::http::App;
 use crate::http::extract::{Answer, Body, Caller, Id, Keyed, Params, object};
 use crate::http::problem::{self, Problem};
@@ -57,6 +60,28 @@ pub struct CreateSession {
     /// Packages that are installed before it is ready, after all setup code, as `POST …/packages` does; their failure is the failure of the create. Not into
     /// a session that is there already.
     pub(super) packages: Vec<String>,
+    /// Files that are there before any code runs, the setup code included: at most 100, with 16 MiB in all. A live session that is reused keeps its own.
+    pub(super) files: Vec<NewFileRequest>,
+}
+
+/// A file that a session begins with.
+#[derive(Debug, Default, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct NewFileRequest {
+    /// Its path, relative to the working folder, or absolute and below it or `/tmp`.
+    path: String,
+    /// Its bytes.
+    #[serde(deserialize_with = "base64_bytes", skip_serializing)]
+    #[schema(value_type = String)]
+    content_base64: Arc<[u8]>,
+}
+
+fn base64_bytes<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Arc<[u8]>, D::Error> {
+    let text = std::borrow::Cow::<str>::deserialize(deserializer)?;
+    BASE64
+        .decode(text.as_bytes())
+        .map(Arc::from)
+        .map_err(|error| serde::de::Error::custom(format!("no base64: {error}")))
 }
 
 /// What happens to a session that was idle for its time.
@@ -193,6 +218,11 @@ impl From<CreateSession> for SessionRequest {
             execution_seconds: body.timeouts.execution_seconds,
             paused_seconds: body.timeouts.paused_seconds,
             on_idle: body.on_idle.map(OnIdle::from),
+            files: body
+                .files
+                .into_iter()
+                .map(|file| NewFile { path: file.path, content: file.content_base64 })
+                .collect(),
             network: body.network.into(),
             packages: body.packages,
         }
@@ -622,7 +652,7 @@ fn check_state(text: &str) -> Result<&'static str, Problem> {
     found.ok_or_else(|| bad_parameter("state", &format!("allowed is one of {}", STATES.join(", "))))
 }
 
-fn bad_parameter(name: &str, message: &str) -> Problem {
+pub(super) fn bad_parameter(name: &str, message: &str) -> Problem {
     Problem::new(problem::INVALID_REQUEST, "a query parameter is not understood")
         .with_fields(vec![FieldError::new(format!("?{name}"), message)])
 }

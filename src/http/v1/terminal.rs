@@ -166,6 +166,7 @@ impl Viewer {
         let over = tokio::select! {
             over = self.show(&mut to, follow) => over,
             over = self.listen(&mut from) => over,
+            () = self.lapsed() => Some((close_code::POLICY, "the key is not valid any more".to_owned())),
         };
         let close = over.map(|(code, reason)| CloseFrame { code, reason: reason.into() });
         // One that does not take even that is gone.
@@ -183,8 +184,8 @@ impl Viewer {
             let heard = tokio::select! {
                 heard = follow.next() => heard,
                 _ = ping.tick() => {
-                    if let Some(over) = self.look_after() {
-                        return over;
+                    if self.is_gone() {
+                        return None;
                     }
                     send(to, Message::Ping(Bytes::new())).await?;
                     continue;
@@ -226,17 +227,18 @@ impl Viewer {
         text(&json!({"type": "command.started", "command_id": self.command.id.to_string(), "pid": pid}))
     }
 
-    /// Whether it is to go on: the caller lives, and may still come in.
-    #[expect(clippy::option_option, reason = "over, with or without a word")]
-    fn look_after(&self) -> Option<Option<Over>> {
+    /// Whether the caller has been silent for so long that it is gone.
+    fn is_gone(&self) -> bool {
         let heard = Duration::from_millis(self.heard.load(Ordering::Relaxed));
-        if self.began.elapsed().saturating_sub(heard) > SILENCE {
-            return Some(None);
+        self.began.elapsed().saturating_sub(heard) > SILENCE
+    }
+
+    /// Waits until the caller would not be let in again. Whoever is within this process needs no key.
+    async fn lapsed(&self) {
+        match self.who.key {
+            Some(key) => self.app.door.closed_to(key).await,
+            None => std::future::pending().await,
         }
-        if !self.app.service.still_admits(&self.who) {
-            return Some(Some((close_code::POLICY, "the key is not valid any more".to_owned())));
-        }
-        None
     }
 
     /// Takes what the caller types.

@@ -10,10 +10,13 @@ use tokio::sync::oneshot;
 use super::super::context::Action;
 use super::super::execution::{Execution, ExecutionRequest};
 use super::super::visits::{Visit, Weight};
-use super::super::{Attributes, Claim, Command, ContextView, Patch, Refused};
+use super::super::{Aside, Attributes, Claim, Command, ContextView, Patch, Refused};
 use super::{Actor, Context, Line, Restart, Verdict, instant};
 use crate::domain::ids::{ContextId, ExecutionId};
 use crate::domain::lifecycle::{EndReason, Event, Phase};
+
+/// Messages of clients that are no activity.
+const LOOKS: [&str; 4] = ["kernel_info_request", "comm_info_request", "usage_request", "debug_request"];
 
 impl Actor {
     pub(super) fn on_command(&mut self, command: Command) {
@@ -22,7 +25,7 @@ impl Actor {
         }
         match command {
             Command::Execute { id, context, request, reply } => {
-                let answer = self.execute(id, context, request);
+                let answer = self.execute(id, context, *request);
                 self.answer(reply, answer);
             }
             Command::Cancel { execution } => {
@@ -55,6 +58,10 @@ impl Actor {
                     context.ask(msg_type, &content, answer).map_err(|_| Refused::QueueFull)
                 });
                 self.answer(reply, asked);
+            }
+            Command::Pass { aside, reply } => {
+                let answer = self.pass(*aside);
+                self.answer(reply, answer);
             }
             Command::Patch { patch, reply } => {
                 let answer = self.patch(patch);
@@ -112,6 +119,18 @@ impl Actor {
         self.leaving.follow(&execution);
         self.last_active = now;
         Ok(execution)
+    }
+
+    fn pass(&mut self, aside: Aside) -> Result<(), Refused> {
+        let now = self.live()?;
+        // Clients look at a kernel again and again, which is no work.
+        let is_work = !LOOKS.contains(&aside.header.msg_type.as_str());
+        let context = self.contexts.get_mut(&self.default_context).ok_or(Refused::NoSuchContext)?;
+        context.pass(aside, now).map_err(|_| Refused::QueueFull)?;
+        if is_work {
+            self.last_active = now;
+        }
+        Ok(())
     }
 
     fn enter(&mut self, weight: Weight) -> Result<Visit, Refused> {

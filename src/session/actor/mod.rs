@@ -22,21 +22,22 @@ use super::capacity;
 use super::context::{Context, Making, Notice, Pace};
 use super::execution::{End, Execution, Place};
 use super::keeping::Keeping;
+use super::tap::{Silence, Tap, TapBounds};
 use super::visits::Visits;
 use super::wiring::{Act, ActKind, Acted, Settled, Starting, Wiring};
 use super::{
     Attributes, COMMAND_QUEUE, Command, ContextView, Refused, Session, Settings, Snapshot, StartFailure, StartFault,
     instant,
 };
-use crate::domain::ids::ContextId;
+use crate::domain::ids::{ContextId, SessionId};
 use crate::domain::lifecycle::{self, Effect, EndReason, Event, Phase};
 use crate::domain::output::{JsonText, RestartCause, Status, StopStep};
-use crate::domain::spec::{KernelTransport, OnGuestLost, SessionSpec};
+use crate::domain::spec::{KernelTransport, NewFile, OnGuestLost, SessionSpec};
 use crate::egress::Gate;
 use crate::engine::{ByteStream, CellName, CellSpec, CellState, Engine, EngineError};
 use crate::kernel::link::LinkError;
 use crate::store::NotebookKernel;
-use crate::store::state::{Lasting, RunningRecord, SessionRecord, Stage, State};
+use crate::store::state::{ContextRecord, Lasting, RunningRecord, SessionRecord, Stage, State};
 use crate::task;
 
 mod commands;
@@ -115,6 +116,10 @@ pub(super) struct Birth {
     pub(super) heard: u64,
     /// It is made before anybody has asked for it.
     pub(super) is_unclaimed: bool,
+    /// Files that its first cell begins with.
+    pub(super) files: Arc<[NewFile]>,
+    /// Where its default context is heard.
+    pub(super) tap: Arc<Tap>,
 }
 
 /// What somebody wants of a session's task, before anything else.
@@ -159,6 +164,8 @@ struct Actor {
     secret: LinkSecret,
     /// Nobody has asked for it yet.
     is_unclaimed: bool,
+    /// Files that its first cell begins with; another one has none.
+    files: Arc<[NewFile]>,
     phase: Phase,
     keeping: Keeping,
     contexts: BTreeMap<ContextId, Context>,
@@ -179,6 +186,7 @@ struct Actor {
     linking: Linking,
     /// Its share of the machine, given back with the task: its cell has been seen to be gone by then, or is the next process's.
     place: capacity::Place,
+    tap: Arc<Tap>,
     created_at: Timestamp,
     /// Since when the present cell is being started.
     starting_since: Instant,
@@ -217,7 +225,9 @@ pub(super) fn spawn(birth: Birth) -> Session {
     // Before anybody hears of it, so that whoever waits for the database then waits for this.
     actor.save();
     actor.publish();
+    let tap = Arc::clone(&actor.tap);
     let session = Session {
+        tap: Arc::clone(&tap),
         id,
         tenant,
         spec: Arc::clone(&actor.spec),
@@ -237,6 +247,8 @@ pub(super) fn spawn(birth: Birth) -> Session {
             tracing::error!(session = %id, "the task of a session panicked");
             snapshot.send_modify(|snapshot| snapshot.phase = Phase::Ended(EndReason::Lost));
         }
+        // Whatever it has not said by now it does not say any more.
+        tap.fall_silent(Silence::Over);
     });
     session
 }
@@ -254,7 +266,10 @@ pub(super) fn ended(record: SessionRecord, reason: EndReason, gate: Arc<Gate>) -
     };
     // Nobody hears what is asked of it, which is answered with its end.
     let (commands, wishes) = (mpsc::channel(1).0, mpsc::channel(1).0);
+    let tap = Tap::new(TapBounds { bytes: 0, time: Duration::ZERO });
+    tap.fall_silent(Silence::Over);
     Session {
+        tap,
         id: record.id,
         tenant: record.tenant,
         spec: record.spec,
@@ -266,6 +281,14 @@ pub(super) fn ended(record: SessionRecord, reason: EndReason, gate: Arc<Gate>) -
         commands,
         wishes,
         snapshot: watch::Sender::new(snapshot).subscribe(),
+    }
+}
+
+/// How the guest reaches a session's kernels.
+fn transport(spec: &SessionSpec) -> Transport {
+    match spec.transport {
+        KernelTransport::Ipc => Transport::Ipc,
+        KernelTransport::Tcp => Transport::Tcp,
     }
 }
 
@@ -284,24 +307,20 @@ impl Actor {
             executions,
             heard,
             is_unclaimed,
+            files,
+            tap,
         } = birth;
         let now = Instant::now();
         let leaving = Leaving::new(state.clone(), &record, heard);
         let (id, spec) = (record.id, record.spec);
         let attributes = Arc::new(Attributes { labels: record.labels, idle: record.idle, network: record.network });
         let snapshot = watch::Sender::new(first_snapshot(&spec, &attributes));
-        let transport = transport(spec.transport);
+        let transport = transport(&spec);
         // Before the context's own deadline, so that a kernel's last words are heard.
         let connect_timeout = settings.start_timeout.mul_f64(0.8);
         let starting = Starting { transport, connect_timeout, state };
         let mut actor = Self {
-            cell: CellSpec {
-                name: CellName::new(&instance, id, record.cells),
-                session: id,
-                image: spec.image.clone(),
-                runtime: spec.runtime.clone(),
-                resources: spec.resources,
-            },
+            cell: cell(CellName::new(&instance, id, record.cells), id, &spec),
             instance,
             cells: record.cells,
             keeping,
@@ -309,6 +328,7 @@ impl Actor {
             engine,
             secret: record.secret,
             is_unclaimed,
+            files,
             phase: Phase::Provisioning,
             contexts: BTreeMap::new(),
             default_context: record.default_context,
@@ -323,6 +343,7 @@ impl Actor {
             freezing: Freezing::new(frozen_since(record.stage).unwrap_or(now)),
             linking: Linking::new(now),
             place,
+            tap,
             created_at: record.created_at,
             starting_since: now,
             last_active: instant(record.last_active),
@@ -339,18 +360,23 @@ impl Actor {
             env: record.env,
         };
         for context in record.contexts {
-            let making = actor.making(context.id, context.asked_kernelspec.clone(), context.cwd.clone());
-            let context = match record.stage {
-                Stage::Live if !is_new => Context::adopt(making, context, now),
-                Stage::Paused(_) if !is_new => Context::adopt_paused(making, context, now),
-                _ => Context::again(making, &context),
-            };
-            actor.contexts.insert(context.id, context);
+            actor.make_context(context, record.stage, is_new);
         }
         for (execution, kept) in executions {
             actor.go_on(execution, kept, now);
         }
         actor
+    }
+
+    fn make_context(&mut self, record: ContextRecord, stage: Stage, is_new: bool) {
+        let now = Instant::now();
+        let making = self.making(record.id, record.asked_kernelspec.clone(), record.cwd.clone());
+        let context = match stage {
+            Stage::Live if !is_new => Context::adopt(making, record, now),
+            Stage::Paused(_) if !is_new => Context::adopt_paused(making, record, now),
+            _ => Context::again(making, &record),
+        };
+        self.contexts.insert(context.id, context);
     }
 
     /// Goes on with an execution that an earlier process has left.
@@ -371,6 +397,7 @@ impl Actor {
                 context: id,
                 language: String::new(),
                 keeping: self.keeping.clone(),
+                tap: (id == self.default_context).then(|| Arc::clone(&self.tap)),
             },
             pace: Pace {
                 boot: settings.start_timeout,
@@ -418,6 +445,7 @@ impl Actor {
         self.gate.close();
         if leaves {
             self.leave();
+            self.tap.fall_silent(Silence::Left);
         } else {
             self.keeping.end_notebook();
         }
@@ -524,7 +552,14 @@ impl Actor {
     }
 
     fn boot_guest(&mut self, stream: ByteStream) {
-        let booting = boot::boot(Arc::clone(&self.engine), self.cell.clone(), stream, self.secret, self.init());
+        let booting = boot::boot(
+            Arc::clone(&self.engine),
+            self.cell.clone(),
+            stream,
+            self.secret,
+            self.init(),
+            std::mem::take(&mut self.files),
+        );
         self.start(booting.map(Done::Booted));
     }
 
@@ -1009,13 +1044,6 @@ pub(super) async fn look_at(engine: &dyn Engine, name: &CellName, otherwise: Ver
     }
 }
 
-fn transport(transport: KernelTransport) -> Transport {
-    match transport {
-        KernelTransport::Ipc => Transport::Ipc,
-        KernelTransport::Tcp => Transport::Tcp,
-    }
-}
-
 fn frozen_since(stage: Stage) -> Option<Instant> {
     match stage {
         Stage::Paused(since) => Some(instant(since)),
@@ -1029,6 +1057,12 @@ fn wall(at: Instant) -> Timestamp {
     let distance = SignedDuration::try_from(at.saturating_duration_since(now)).unwrap_or_default()
         - SignedDuration::try_from(now.saturating_duration_since(at)).unwrap_or_default();
     Timestamp::now().saturating_add(distance).unwrap_or(Timestamp::MAX)
+}
+
+/// What the engine is to know of a session's cell.
+fn cell(name: CellName, session: SessionId, spec: &SessionSpec) -> CellSpec {
+    let (image, runtime, data) = (spec.image.clone(), spec.runtime.clone(), spec.data.clone());
+    CellSpec { name, session, image, runtime, resources: spec.resources, data }
 }
 
 fn first_snapshot(spec: &SessionSpec, attributes: &Arc<Attributes>) -> Snapshot {

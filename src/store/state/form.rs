@@ -12,9 +12,11 @@ use serde_json::value::RawValue;
 use super::execution_form::{CauseItem, Maybe, parsed};
 use super::network_form::{self, NetworkForm};
 use super::{ContextRecord, Lasting, SessionRecord, Stage};
+use crate::domain::data::DataMount;
 use crate::domain::egress::NetworkOffer;
 use crate::domain::lifecycle::EndReason;
 use crate::domain::output::{JsonText, RestartCause};
+use crate::domain::ports::Ports;
 use crate::domain::spec::{
     KernelTransport, OnGuestLost, OnIdle, OnKernelDeath, OutputLimits, Resources, SessionSpec, Timeouts,
 };
@@ -261,6 +263,10 @@ struct Spec {
     output: OutputLimits,
     #[serde(with = "network_form")]
     network: NetworkOffer,
+    #[serde(with = "PortsForm", default)]
+    ports: Ports,
+    #[serde(serialize_with = "write_data", deserialize_with = "read_data", default)]
+    data: Vec<DataMount>,
     #[serde(serialize_with = "write_texts", deserialize_with = "read_texts")]
     setup: Arc<[String]>,
     #[serde(with = "KernelDeathForm")]
@@ -277,6 +283,28 @@ fn write_texts<S: Serializer>(texts: &Arc<[String]>, to: S) -> Result<S::Ok, S::
 
 fn read_texts<'de, D: Deserializer<'de>>(from: D) -> Result<Arc<[String]>, D::Error> {
     Vec::<String>::deserialize(from).map(Arc::from)
+}
+
+/// Ports as templates name them.
+struct PortsForm;
+
+impl PortsForm {
+    fn serialize<S: Serializer>(ports: &Ports, to: S) -> Result<S::Ok, S::Error> {
+        ports.texts().serialize(to)
+    }
+
+    fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Ports, D::Error> {
+        Ports::parse(&Vec::<String>::deserialize(from)?).map_err(de::Error::custom)
+    }
+}
+
+fn write_data<S: Serializer>(mounts: &[DataMount], to: S) -> Result<S::Ok, S::Error> {
+    to.collect_seq(mounts.iter().map(|mount| (&mount.name, &mount.path)))
+}
+
+fn read_data<'de, D: Deserializer<'de>>(from: D) -> Result<Vec<DataMount>, D::Error> {
+    let pairs = Vec::<(String, String)>::deserialize(from)?;
+    Ok(pairs.into_iter().map(|(name, path)| DataMount { name, path }).collect())
 }
 
 #[derive(Serialize, Deserialize)]

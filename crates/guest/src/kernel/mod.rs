@@ -21,10 +21,10 @@ use tokio::time::Instant;
 
 use crate::api::Refused;
 use crate::cgroup::Cgroup;
+use crate::changes::Files;
 use crate::command::Commands;
 use crate::effects::{Account, Meters, Neighbour};
 use crate::events::Ring;
-use crate::files::{RelativePath, Stamp};
 use crate::reap::Reaper;
 use launch::Launch;
 use live::{Deletion, Life, Shared};
@@ -93,9 +93,9 @@ impl Kernels {
         self.meters.files.look().await;
     }
 
-    /// Takes note of an upload.
-    pub fn uploaded(&self, path: &RelativePath, stamp: Stamp) {
-        self.meters.files.uploaded(path, stamp);
+    /// What is known of the working folder's files: callers' changes of it are to be told, lest they count as the code's.
+    pub fn files(&self) -> &Files {
+        &self.meters.files
     }
 
     fn lock(&self) -> MutexGuard<'_, Table> {
@@ -217,7 +217,7 @@ impl Kernels {
             shared.relay().rush(Instant::now().into_std());
         }
         if port == Port::Shell {
-            shared.account.sent(&head.msg_id, head.cap.is_some());
+            shared.account.sent(&head.msg_id, head.cap.is_some() && !head.is_aside);
         }
         Ok(())
     }

@@ -238,6 +238,13 @@ impl Cell {
         serde_json::from_slice(&body).unwrap()
     }
 
+    /// A path of the link about files, with what is asked.
+    pub fn about(path: &str, asked: &impl serde::Serialize) -> String {
+        let json = serde_json::to_string(asked).unwrap();
+        let escaped: String = json.bytes().map(|byte| format!("%{byte:02X}")).collect();
+        format!("{path}?q={escaped}")
+    }
+
     pub async fn refused(&mut self, method: Method, path: &str, body: Bytes) -> (StatusCode, Refusal) {
         let (status, body) = self.request(method, path, body).await;
         (status, serde_json::from_slice(&body).unwrap())
@@ -509,7 +516,7 @@ pub async fn send(
     let header = json!({"msg_id": id, "msg_type": msg_type, "session": "s", "username": "u", "date": "2026-01-01T00:00:00Z", "version": "5.3"});
     let parts = [header.to_string(), "{}".into(), "{}".into(), content.to_string()].map(Bytes::from);
     let mut body = BytesMut::new();
-    encode(&Outbound { channel, msg_id: id.into(), cap }, &parts, &mut body).unwrap();
+    encode(&Outbound { channel, msg_id: id.into(), cap, is_aside: false }, &parts, &mut body).unwrap();
     cell.request(Method::POST, &format!("/kernels/{kernel}/messages"), body.freeze()).await
 }
 
