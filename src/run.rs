@@ -4,8 +4,8 @@
 use std::io;
 use std::path::{Component, Path, PathBuf};
 
+use cellblock_wire::files::{Kind, List, MAX_DEPTH, MAX_LISTED, Read};
 use http_body_util::BodyExt;
-use hyper::body::Incoming;
 use tokio::io::AsyncWriteExt;
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -16,6 +16,7 @@ use crate::domain::ids::SessionId;
 use crate::domain::spec::SessionRequest;
 use crate::http::v1::stream::event_line;
 use crate::service::keys::{Principal, Scope};
+use crate::service::transfer::Pieces;
 use crate::service::{Error, ExecuteRequest};
 use crate::session::execution::Execution;
 use crate::session::registry::Created;
@@ -133,16 +134,26 @@ async fn follow(execution: &Execution, mut show: impl FnMut(serde_json::Value) -
 /// overwritten, and no link is followed because the folders below are made here.
 async fn save_files(plane: &Plane, who: &Principal, session: SessionId, folder: &Path) -> Result<(), RunError> {
     let mut budget = MAX_FILES.1;
-    let files = plane.service.list_files(who, session).await?;
-    if files.len() > MAX_FILES.0 {
-        eprintln!("cellblock: of {} files the first {} are saved", files.len(), MAX_FILES.0);
+    let mut files = Vec::new();
+    let mut asked = List { depth: MAX_DEPTH, limit: MAX_LISTED, ..List::default() };
+    let is_more = loop {
+        let page = plane.service.list_files(who, session, &asked).await?;
+        asked.after = page.entries.last().map(|entry| entry.path.clone());
+        files.extend(page.entries.into_iter().filter(|entry| entry.kind == Kind::File));
+        if !page.truncated || asked.after.is_none() || files.len() > MAX_FILES.0 {
+            break page.truncated;
+        }
+    };
+    if files.len() > MAX_FILES.0 || is_more {
+        eprintln!("cellblock: of more files the first {} are saved", files.len().min(MAX_FILES.0));
     }
     for entry in files.iter().take(MAX_FILES.0) {
         let Some(path) = harmless(&entry.path) else {
             eprintln!("cellblock: a file with the name \"{}\" is not saved", cli::escape(&entry.path));
             continue;
         };
-        let body = plane.service.read_file(who, session, &entry.path).await?;
+        let asked = Read { path: entry.path.clone(), ..Read::default() };
+        let (_, body) = plane.service.read_file(who, session, &asked).await?;
         match save(&folder.join(&path), body, &mut budget).await {
             Ok(()) => {}
             Err(error) => eprintln!("cellblock: {} is not saved: {error}", cli::escape(&path.display().to_string())),
@@ -158,7 +169,7 @@ fn harmless(path: &str) -> Option<PathBuf> {
     (plain && !path.is_empty() && !path.chars().any(char::is_control)).then(|| relative.to_path_buf())
 }
 
-async fn save(path: &Path, mut body: Incoming, budget: &mut u64) -> io::Result<()> {
+async fn save(path: &Path, mut body: Pieces, budget: &mut u64) -> io::Result<()> {
     if let Some(parent) = path.parent() {
         tokio::fs::create_dir_all(parent).await?;
     }

@@ -215,6 +215,17 @@ pub struct SessionRequest {
     pub paused_seconds: Option<f64>,
     /// What happens when it is idle.
     pub on_idle: Option<OnIdle>,
+    /// Files that are there before anything runs in it.
+    pub files: Arc<[NewFile]>,
+}
+
+/// A file that a session begins with.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NewFile {
+    /// Its path: see [`is_file_path`].
+    pub path: String,
+    /// Its bytes.
+    pub content: Arc<[u8]>,
 }
 
 /// A specification that holds every rule.
@@ -268,6 +279,8 @@ pub const MAX_ENTRIES: usize = 64;
 pub const MAX_ENV_VALUE: usize = 32 * 1024;
 /// Most bytes of an environment, names and values together: the guest takes it in one small request.
 pub const MAX_ENV: usize = 256 * 1024;
+/// Most files that a session begins with, and most bytes of them together.
+pub const MAX_NEW_FILES: (usize, usize) = (100, 16 * 1024 * 1024);
 /// Memory that a kernel needs beside its files, in bytes.
 pub const KERNEL_FLOOR: u64 = 48 * MIB;
 
@@ -287,6 +300,7 @@ pub fn resolve(template: &Template, request: &SessionRequest) -> Result<SessionS
         errors.push(FieldError::new("/setup", format!("{} bytes; allowed are {MAX_SETUP}", setup.len())));
     }
     let resources = resolve_resources(template, request, &mut errors);
+    check_files(&request.files, resources.disk_bytes, &mut errors);
     let timeouts = resolve_timeouts(template, request, &mut errors);
     if !errors.is_empty() {
         return Err(errors);
@@ -409,6 +423,38 @@ pub fn is_name(text: &str) -> bool {
 fn check_name(name: Option<&str>, errors: &mut Vec<FieldError>) {
     if name.is_some_and(|n| !is_name(n)) {
         errors.push(FieldError::new("/name", "allowed are 1 to 64 letters, digits, \".\", \"_\" and \"-\""));
+    }
+}
+
+/// Whether a text is the path of a file in a session: names of at most 255 bytes between single slashes, none of them `.` or `..`. It is relative to the
+/// working folder, or absolute.
+#[must_use]
+pub fn is_file_path(path: &str) -> bool {
+    let names = path.strip_prefix('/').unwrap_or(path);
+    let is_name = |name: &str| !matches!(name, "" | "." | "..") && name.len() <= 255;
+    path.len() <= 4095 && !path.contains('\0') && names.split('/').all(is_name)
+}
+
+fn check_files(files: &[NewFile], disk: u64, errors: &mut Vec<FieldError>) {
+    let bytes: usize = files.iter().map(|file| file.content.len()).sum();
+    let most = MAX_NEW_FILES.1.min(usize::try_from(disk).unwrap_or(usize::MAX));
+    if files.len() > MAX_NEW_FILES.0 || bytes > most {
+        let is = format!("{} files with {bytes} bytes in all", files.len());
+        let allowed = format!("allowed are {} with {most}; send others once the session is ready", MAX_NEW_FILES.0);
+        errors.push(FieldError::new("/files", format!("{is}; {allowed}")));
+    }
+    let mut seen = BTreeSet::new();
+    for (number, file) in files.iter().enumerate() {
+        let pointer = format!("/files/{number}/path");
+        if !is_file_path(&file.path) {
+            let allowed = "allowed are names of at most 255 bytes between single slashes, none of them \".\" or \"..\"";
+            errors.push(FieldError::new(pointer, allowed));
+        } else if file.path.starts_with('/') && !["/workspace/", "/tmp/"].iter().any(|root| file.path.starts_with(root))
+        {
+            errors.push(FieldError::new(pointer, "an absolute path is below /workspace or /tmp"));
+        } else if !seen.insert(&file.path) {
+            errors.push(FieldError::new(pointer, "another file has the same path"));
+        }
     }
 }
 

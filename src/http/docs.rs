@@ -37,5 +37,13 @@ pub(super) fn routes(document: utoipa::openapi::OpenApi) -> Router<App> {
 /// The whole document.
 #[must_use]
 pub fn document() -> utoipa::openapi::OpenApi {
-    super::v1::routes().split_for_parts().1
+    parts().1
+}
+
+/// The API's routes and their document, which has no word for "the rest of the path".
+pub(super) fn parts() -> (Router<App>, utoipa::openapi::OpenApi) {
+    let (routes, mut document) = super::v1::routes().split_for_parts();
+    let paths = std::mem::take(&mut document.paths.paths);
+    document.paths.paths = paths.into_iter().map(|(path, item)| (path.replace("{*", "{"), item)).collect();
+    (routes, document)
 }

@@ -84,7 +84,7 @@ pub struct Bounds {
 
 /// All routes.
 pub fn router(app: App) -> Router {
-    let (v1, document) = v1::routes().split_for_parts();
+    let (v1, document) = docs::parts();
     let operations = Operations::of(&document);
     let routes = Router::new()
         .merge(v1)

@@ -11,6 +11,7 @@ use utoipa::ToSchema;
 
 use super::rate::{Limit, seconds};
 use crate::domain::spec::FieldError;
+use crate::service::files::FileFault;
 use crate::service::{self, Error};
 use crate::session::StartFault;
 use crate::session::once::NotOnce;
@@ -96,13 +97,24 @@ codes! {
     UNSUPPORTED_MEDIA_TYPE "unsupported-media-type" UNSUPPORTED_MEDIA_TYPE "The body is not JSON" false;
     SPEC_REJECTED "spec-rejected" UNPROCESSABLE_ENTITY "The request asks for what is not allowed" false;
     CONFIG_REJECTED "config-rejected" UNPROCESSABLE_ENTITY "The configuration has mistakes" false;
-    SETUP_FAILED "setup-failed" UNPROCESSABLE_ENTITY "The setup code failed" false;
+    SETUP_FAILED "setup-failed" UNPROCESSABLE_ENTITY "The session could not be set up" false;
     IMAGE_REJECTED "image-rejected" UNPROCESSABLE_ENTITY "The template's image can't be used" false;
     IDEMPOTENCY_IN_FLIGHT "idempotency-in-flight" CONFLICT "The first request with this key is not answered yet" true;
     IDEMPOTENCY_MISMATCH "idempotency-mismatch" UNPROCESSABLE_ENTITY "Another request had this key" false;
     QUOTA_EXCEEDED "quota-exceeded" TOO_MANY_REQUESTS "The tenant has as much as it may" true;
     RATE_LIMITED "rate-limited" TOO_MANY_REQUESTS "Too many requests" true;
     QUEUE_FULL "queue-full" TOO_MANY_REQUESTS "Too many executions are waiting" true;
+    IS_A_DIRECTORY "is-a-directory" CONFLICT "It is a folder" false;
+    NOT_A_DIRECTORY "not-a-directory" CONFLICT "It is no folder" false;
+    EXISTS "exists" CONFLICT "Something is there already" false;
+    OFFSET_MISMATCH "offset-mismatch" CONFLICT "The upload goes on elsewhere" false;
+    PERMISSION_DENIED "permission-denied" FORBIDDEN "It may not be reached" false;
+    PRECONDITION_FAILED "precondition-failed" PRECONDITION_FAILED "What is there is not what the request is about" false;
+    TOO_LARGE "too-large" PAYLOAD_TOO_LARGE "It is larger than a file may be" false;
+    RANGE_NOT_SATISFIABLE "range-not-satisfiable" RANGE_NOT_SATISFIABLE "The file has no such part" false;
+    DIGEST_MISMATCH "digest-mismatch" UNPROCESSABLE_ENTITY "The content is not what was announced" false;
+    ARCHIVE_REFUSED "archive-refused" UNPROCESSABLE_ENTITY "The archive is not taken" false;
+    NO_SPACE "no-space" INSUFFICIENT_STORAGE "The session's disk is full" false;
     INTERNAL "internal" INTERNAL_SERVER_ERROR "The server failed" true;
     GUEST_UNREACHABLE "guest-unreachable" BAD_GATEWAY "The session's container did not answer" true;
     KERNEL_FAILED "kernel-failed" BAD_GATEWAY "The kernel did not start" false;
@@ -227,7 +239,30 @@ impl From<Error> for Problem {
             Error::ImageRejected { .. } => Self::new(IMAGE_REJECTED, detail),
             Error::EngineUnavailable => Self::new(ENGINE_UNAVAILABLE, format!("{detail}; is Docker running?")),
             Error::GuestUnreachable => Self::new(GUEST_UNREACHABLE, detail),
+            Error::File(fault, _) => Self::new(file_code(fault), detail),
+            Error::TransfersBusy => Self::new(AT_CAPACITY, format!("{detail}; try again in a moment")),
         }
+    }
+}
+
+fn file_code(fault: FileFault) -> Code {
+    match fault {
+        FileFault::Absent => NOT_FOUND,
+        FileFault::Invalid | FileFault::BrokeOff => INVALID_REQUEST,
+        FileFault::IsFolder => IS_A_DIRECTORY,
+        FileFault::NotFolder => NOT_A_DIRECTORY,
+        FileFault::Exists => EXISTS,
+        FileFault::Denied => PERMISSION_DENIED,
+        FileFault::NoSpace => NO_SPACE,
+        FileFault::TooLarge => TOO_LARGE,
+        FileFault::Precondition => PRECONDITION_FAILED,
+        FileFault::Range(_) => RANGE_NOT_SATISFIABLE,
+        FileFault::Offset(_) => OFFSET_MISMATCH,
+        FileFault::Digest => DIGEST_MISMATCH,
+        FileFault::Archive => ARCHIVE_REFUSED,
+        FileFault::Busy => QUEUE_FULL,
+        FileFault::Stalled => REQUEST_TIMEOUT,
+        FileFault::Failed => GUEST_UNREACHABLE,
     }
 }
 

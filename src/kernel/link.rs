@@ -10,8 +10,9 @@ use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use cellblock_wire::frame::{self, Frame};
+pub use cellblock_wire::link::escape_path;
 use cellblock_wire::link::{
-    Ack, FileEntry, Hello, Init, KernelDeleted, KernelSpec, KernelStarted, Numbered, Outbound, Refusal, Report, Signal,
+    Ack, Hello, Init, KernelDeleted, KernelSpec, KernelStarted, Numbered, Outbound, Refusal, Report, Signal,
     StartKernel, Stats,
 };
 use cellblock_wire::marker::{LinkSecret, Marker, MarkerScanner, Scanned};
@@ -259,25 +260,6 @@ impl Link {
         self.call("tell its figures", Method::GET, "/stats", Bytes::new()).await
     }
 
-    /// The regular files below the working folder. Their names are hostile text.
-    ///
-    /// # Errors
-    /// See [`LinkError`].
-    pub async fn files(&self) -> Result<Vec<FileEntry>, LinkError> {
-        self.call("list files", Method::GET, "/files", Bytes::new()).await
-    }
-
-    /// A file's bytes, as they come.
-    ///
-    /// # Errors
-    /// See [`LinkError`].
-    pub async fn read_file(&self, path: &str) -> Result<Incoming, LinkError> {
-        let attempt = "read a file";
-        let path = format!("/files/{}", escape_path(path));
-        let response = within(attempt, self.send(attempt, Method::GET, &path, whole(Bytes::new()))).await?;
-        if response.status().is_success() { Ok(response.into_body()) } else { Err(refused(attempt, response).await) }
-    }
-
     /// Events after number `after`, replayed and then as they happen.
     ///
     /// # Errors
@@ -451,20 +433,6 @@ async fn refused(attempt: &str, response: Response<Incoming>) -> LinkError {
 fn json_body<T: Serialize>(body: &T) -> Bytes {
     // The bodies of the link are plain structures with text keys: writing them can't fail.
     Bytes::from(serde_json::to_vec(body).unwrap_or_default())
-}
-
-/// Makes text fit for a path of the link; slashes stay.
-#[must_use]
-pub fn escape_path(path: &str) -> String {
-    use std::fmt::Write as _;
-    path.bytes().fold(String::new(), |mut escaped, byte| {
-        if byte.is_ascii_alphanumeric() || b"-._~/".contains(&byte) {
-            escaped.push(char::from(byte));
-        } else {
-            let _ = write!(escaped, "%{byte:02X}");
-        }
-        escaped
-    })
 }
 
 /// Writes the marker and reads until its echo. Gives back the stream, with what already came after the echo.

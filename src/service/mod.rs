@@ -7,9 +7,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use cellblock_wire::link::{FileEntry, Stats};
-use hyper::body::Incoming;
+use cellblock_wire::link::Stats;
 use serde_json::json;
+use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 
 use crate::domain::ids::{ContextId, ExecutionId, SessionId};
@@ -25,7 +25,7 @@ use crate::session::capacity::Full;
 use crate::session::execution::{Execution, ExecutionRequest, OnTimeout, Stdin};
 use crate::session::once::{Begun, MAX_KEYS, Made, NotOnce, Once, Reservation};
 use crate::session::pool::PoolView;
-use crate::session::registry::{CreateRefused, Created, Registry};
+use crate::session::registry::{Asked, CreateRefused, Created, Registry};
 use crate::session::{ContextView, Patch, Refused, Session, StartFailure, StartFault, fresh};
 pub use crate::store::BlobBody;
 use crate::store::state::Lasting;
@@ -35,6 +35,7 @@ use crate::traces::Traces;
 
 pub mod admin;
 pub mod audit;
+pub mod files;
 pub mod issuing;
 pub mod keys;
 mod languages;
@@ -43,9 +44,11 @@ pub mod offer;
 pub mod quotas;
 mod refusals;
 pub mod trail;
+pub mod transfer;
 
 use admin::Admin;
 use audit::Audit;
+use files::FileFault;
 use keys::{KeyRing, Principal};
 use log::LogLevel;
 use offer::Offer;
@@ -164,6 +167,12 @@ pub enum Error {
     /// The guest did not answer.
     #[error("the session's container did not answer")]
     GuestUnreachable,
+    /// Something can't be done with a file.
+    #[error("{1}")]
+    File(FileFault, String),
+    /// As many files are on their way as may be, in all sessions.
+    #[error("as many files and archives are on their way as may be at once")]
+    TransfersBusy,
 }
 
 impl From<Refused> for Error {
@@ -331,6 +340,8 @@ pub struct Service {
     archive: Option<Archive>,
     /// KiB of notebooks on their way, by tenant.
     notebook_room: Arc<Places<Arc<str>>>,
+    /// Files and archives that may be on their way at once, in all sessions.
+    transfers: Arc<Semaphore>,
     /// When the engine was last asked whether it answers, and whether it did.
     engine_seen: tokio::sync::Mutex<Option<(Instant, bool)>>,
     /// What operators' commands work with, where there are any.
@@ -371,6 +382,7 @@ impl Service {
             pull,
             archive,
             notebook_room,
+            transfers: Arc::new(Semaphore::new(transfer::MOST)),
             engine_seen,
             admin: None,
             keys: Arc::default(),
@@ -419,11 +431,17 @@ impl Service {
     ) -> Result<Created, Error> {
         // Whoever has a key for it comes back for it.
         let lasting = if wait && once.is_none() { Lasting::OnceReady } else { Lasting::Always };
-        let Some(once) = once else { return self.create(who, request, wait, lasting, None).await };
+        if once.is_none() && request.files.is_empty() {
+            return self.create(who, request, wait, lasting, None).await;
+        }
         let (service, who, request) = (Arc::clone(self), who.clone(), request.clone());
+        // To its end: between its files and its claim a session is nobody's.
         let created = carry_on("create", async move {
-            let created = service.create(&who, &request, wait, lasting, Some(&once)).await;
-            service.settle_key(once, &created).await.and(created)
+            let created = service.create(&who, &request, wait, lasting, once.as_ref()).await;
+            match once {
+                Some(once) => service.settle_key(once, &created).await.and(created),
+                None => created,
+            }
         });
         created.await.unwrap_or(Err(Error::GuestUnreachable))
     }
@@ -490,12 +508,18 @@ impl Service {
         let quota = self.quotas.of(&who.tenant);
         check_size(&quota, &spec)?;
         let tenant = (&who.tenant, &quota.share);
+        // Files are nowhere but in the request: the next process could not begin with them.
+        let lasting = match lasting {
+            Lasting::Always if !request.files.is_empty() => Lasting::OnceReady,
+            lasting => lasting,
+        };
+        let asked = Asked { reuse: request.reuse, lasting, once, files: &request.files };
         let refused = |refused| self.not_created(who, refused);
-        let created = match self.registry.find(tenant, &spec, request.reuse, lasting, once).await.map_err(refused)? {
+        let created = match self.registry.find(tenant, &spec, asked).await.map_err(refused)? {
             Some(created) => created,
             None => {
                 spec.image = self.resolve_image(&template).await?.id;
-                self.registry.create(tenant, spec, request.reuse, lasting, once).await.map_err(refused)?
+                self.registry.create(tenant, spec, asked).await.map_err(refused)?
             }
         };
         let (Created::New(session) | Created::Reused(session)) = &created;
@@ -1060,27 +1084,6 @@ impl Service {
         {
             session.cancel_unheard(execution.id);
         }
-    }
-
-    /// The regular files in a session's working folder. Names come from the code inside: they are hostile text.
-    ///
-    /// # Errors
-    /// See [`Error`].
-    pub async fn list_files(&self, who: &Principal, id: SessionId) -> Result<Vec<FileEntry>, Error> {
-        let link = self.session(who, id)?.link().await?;
-        link.files().await.map_err(|error| unreachable_guest(id, &error))
-    }
-
-    /// The bytes of a file in a session's working folder, as they come.
-    ///
-    /// # Errors
-    /// See [`Error`].
-    pub async fn read_file(&self, who: &Principal, id: SessionId, path: &str) -> Result<Incoming, Error> {
-        let link = self.session(who, id)?.link().await?;
-        link.read_file(path).await.map_err(|error| match error {
-            LinkError::Refused { .. } => Error::NotFound("file"),
-            error => unreachable_guest(id, &error),
-        })
     }
 
     /// What a session uses at this moment. A paused one is not resumed for it, and it is no activity.

@@ -11,7 +11,8 @@ use cellblock_wire::link::Init;
 use cellblock_wire::marker::LinkSecret;
 
 use super::actor::{self, Verdict};
-use super::{Settings, StartFailure, StartFault};
+use super::{Settings, StartFailure, StartFault, first_files};
+use crate::domain::spec::NewFile;
 use crate::engine::{ByteStream, CellName, CellSpec, Engine, EngineError};
 use crate::kernel::link::{Events, Link, LinkError};
 
@@ -26,19 +27,19 @@ pub(super) struct Booted {
     pub(super) kernels: Vec<String>,
 }
 
-/// Opens the link, attests the cell, and subscribes to its events. No kernel runs before this has succeeded.
+/// Opens the link, attests the cell, puts its first files in place, and subscribes to its events. No kernel runs before this has succeeded.
 pub(super) async fn boot(
     engine: Arc<dyn Engine>,
     cell: CellSpec,
     stream: ByteStream,
     secret: LinkSecret,
-    settings: Settings,
-    env: BTreeMap<String, String>,
+    init: Init,
+    files: Arc<[NewFile]>,
 ) -> Result<Booted, StartFailure> {
-    let init = init(settings, env);
     let (link, _hello) = Link::open(stream, secret, &init).await.map_err(|e| link_failure(&cell, &e))?;
     let report = link.report().await.map_err(|e| link_failure(&cell, &e))?;
     engine.attest(&cell, &report).await.map_err(|e| engine_failure(&cell, &e))?;
+    first_files::put(&link, &files).await?;
     let events = link.events(0).await.map_err(|e| link_failure(&cell, &e))?;
     Ok(Booted { link, events, kernels: Vec::new() })
 }

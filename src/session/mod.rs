@@ -24,6 +24,7 @@ pub mod capacity;
 mod context;
 mod effects;
 pub mod execution;
+mod first_files;
 pub mod keeping;
 pub mod once;
 pub mod pool;
@@ -135,7 +136,7 @@ pub enum StartFault {
     GuestUnreachable,
     /// The kernel died or stalled while it started.
     KernelFailed,
-    /// The setup code failed.
+    /// The setup code failed, or a file that it begins with could not be put in place.
     SetupFailed,
     /// What the next process would have to know of it can't be written.
     Unkept,

@@ -16,12 +16,12 @@ use super::execution::Execution;
 use super::keeping::{Growth, Keeping};
 use super::once::{Requests, Reservation};
 use super::pool::{Pool, PoolView};
-use super::{Claim, Session, Settings, fresh};
+use super::{Claim, Session, Settings, first_files, fresh};
 use crate::domain::ids::{ExecutionId, SessionId};
 use crate::domain::lifecycle::{EndReason, Phase};
 use crate::domain::output::Status;
 use crate::domain::quota::{Exceeded, Held, Share};
-use crate::domain::spec::{FieldError, Resources, SessionSpec};
+use crate::domain::spec::{FieldError, NewFile, Resources, SessionSpec};
 use crate::engine::{CellName, Engine};
 use crate::metrics::{Levels, Metrics, PoolLevel};
 use crate::store::Archive;
@@ -140,6 +140,19 @@ impl std::fmt::Debug for Registry {
     }
 }
 
+/// How a session is asked for, beside what it is to be.
+#[derive(Debug, Clone, Copy)]
+pub struct Asked<'a> {
+    /// The live one of that name will do.
+    pub reuse: bool,
+    /// Whether it outlives the process.
+    pub lasting: Lasting,
+    /// The request may come twice.
+    pub once: Option<&'a Reservation>,
+    /// Files that it begins with.
+    pub files: &'a Arc<[NewFile]>,
+}
+
 impl Registry {
     /// An empty one. Without an archive, long contents and notebooks are not kept; without a database, sessions end with the process.
     #[must_use]
@@ -186,10 +199,9 @@ impl Registry {
         &self,
         (tenant, share): (&Arc<str>, &Share),
         spec: SessionSpec,
-        reuse: bool,
-        lasting: Lasting,
-        once: Option<&Reservation>,
+        asked: Asked<'_>,
     ) -> Result<Created, CreateRefused> {
+        let Asked { reuse, lasting, once, files } = asked;
         let need = Need::from(&spec.resources);
         self.capacity.can_ever_hold(need).map_err(CreateRefused::TooLarge)?;
         let promise = {
@@ -215,7 +227,7 @@ impl Registry {
             will_be(once, found.id);
             return Ok(Created::Reused(found));
         }
-        let birth = self.birth(first_record(tenant, spec, lasting), true, place);
+        let birth = Birth { files: Arc::clone(files), ..self.birth(first_record(tenant, spec, lasting), true, place) };
         will_be(once, birth.record.id);
         inner.make_room_for_ended();
         let session = actor::spawn(birth);
@@ -248,10 +260,9 @@ impl Registry {
         &self,
         (tenant, share): (&Arc<str>, &Share),
         spec: &SessionSpec,
-        reuse: bool,
-        lasting: Lasting,
-        once: Option<&Reservation>,
+        asked: Asked<'_>,
     ) -> Result<Option<Created>, CreateRefused> {
+        let Asked { reuse, lasting, once, files } = asked;
         loop {
             let (session, spec, env, created_at) = {
                 // Held over both, so that whoever looks at the shelves first and then here misses none.
@@ -277,13 +288,17 @@ impl Registry {
             let keeping = self.keeping(tenant, session.id);
             let settings = self.tuning().settings;
             let claim = Claim { tenant: Arc::clone(tenant), spec, env, lasting, keeping, settings, created_at };
-            match session.claim(claim).await {
-                Ok(()) => return Ok(Some(Created::New(session))),
-                Err(refused) => {
-                    tracing::info!(session = %session.id, %refused, "a session of a pool could not be claimed");
-                    session.end(EndReason::Drained);
-                    self.inner().sessions.remove(&session.id);
-                }
+            let claimed = match begin_with(&session, files).await {
+                Ok(()) => session.claim(claim).await.map_err(|refused| refused.to_string()),
+                Err(why) => Err(why),
+            };
+            let Err(why) = claimed else { return Ok(Some(Created::New(session))) };
+            tracing::info!(session = %session.id, why, "a session of a pool could not be claimed");
+            session.end(EndReason::Drained);
+            self.inner().sessions.remove(&session.id);
+            if !files.is_empty() {
+                // What can't be put in place there can't be elsewhere, and a new one says why.
+                return Ok(None);
             }
         }
     }
@@ -328,6 +343,7 @@ impl Registry {
             executions: Vec::new(),
             heard: 0,
             is_unclaimed: false,
+            files: Arc::default(),
         }
     }
 
@@ -628,6 +644,15 @@ fn will_be(once: Option<&Reservation>, id: SessionId) {
 }
 
 /// What there is of a session that nobody has begun to make.
+/// Puts files in place of a session that is about to be claimed. Whatever comes of it, nobody else gets that session.
+async fn begin_with(session: &Session, files: &[NewFile]) -> Result<(), String> {
+    if files.is_empty() {
+        return Ok(());
+    }
+    let link = session.link().await.map_err(|refused| refused.to_string())?;
+    first_files::put(&link, files).await.map_err(|failure| failure.detail)
+}
+
 fn first_record(tenant: &Arc<str>, mut spec: SessionSpec, lasting: Lasting) -> SessionRecord {
     let now = Timestamp::now();
     let default_context = fresh();

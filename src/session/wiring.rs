@@ -307,7 +307,7 @@ async fn perform(link: Link, action: Action, starting: Starting) -> Result<Acted
                 && let Err(error) = state.settle().await
             {
                 tracing::error!(execution = head.msg_id, %error, "an execution could not be kept");
-                let refusal = Refusal { code: UNKEPT.to_owned(), message: error.to_string() };
+                let refusal = Refusal { code: UNKEPT.to_owned(), message: error.to_string(), number: None };
                 return Err(LinkError::Refused { attempt: "keep an execution".to_owned(), refusal });
             }
             link.send_message(&kernel, &head, &parts).await.map(|()| Acted::Sent)

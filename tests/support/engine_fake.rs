@@ -660,7 +660,7 @@ fn empty() -> Answer {
 }
 
 fn refuse(code: &str) -> Answer {
-    let refusal = Refusal { code: code.to_owned(), message: "told to".to_owned() };
+    let refusal = Refusal { code: code.to_owned(), message: "told to".to_owned(), number: None };
     status(StatusCode::NOT_FOUND, Bytes::from(serde_json::to_vec(&refusal).unwrap()))
 }
 

@@ -14,11 +14,12 @@ use http_body_util::{BodyExt, Limited};
 use hyper::body::{Body, Frame as BodyFrame, Incoming, SizeHint};
 use hyper::{Method, Request, Response, StatusCode};
 use serde::{Serialize, de::DeserializeOwned};
-use tokio::sync::watch;
+use tokio::sync::{mpsc, watch};
 
 use crate::cgroup::Cgroup;
 use crate::events::{Ring, Subscription};
-use crate::files::{Download, FileError, RelativePath, Upload, list_files, used_bytes};
+use crate::files::resume::Resumable;
+use crate::files::{Download, FileError, used_bytes};
 use crate::kernel::{Kernels, Places};
 use crate::report::take_report;
 
@@ -32,11 +33,12 @@ pub struct Refused {
     status: StatusCode,
     code: &'static str,
     message: String,
+    number: Option<u64>,
 }
 
 impl Refused {
     fn new(status: StatusCode, code: &'static str, message: impl Into<String>) -> Self {
-        Self { status, code, message: message.into() }
+        Self { status, code, message: message.into(), number: None }
     }
 
     /// There is nothing of this kind under this name.
@@ -86,12 +88,24 @@ impl Refused {
 
 impl From<FileError> for Refused {
     fn from(error: FileError) -> Self {
-        let (status, code) = match error {
-            FileError::Absent => (StatusCode::NOT_FOUND, "not-found"),
-            FileError::Invalid(_) => (StatusCode::BAD_REQUEST, "invalid"),
-            FileError::Failed(..) => (StatusCode::INTERNAL_SERVER_ERROR, "failed"),
+        let (status, code, number) = match error {
+            FileError::Absent => (StatusCode::NOT_FOUND, "not-found", None),
+            FileError::Invalid(_) | FileError::BrokeOff => (StatusCode::BAD_REQUEST, "invalid", None),
+            FileError::IsFolder => (StatusCode::CONFLICT, "is-a-directory", None),
+            FileError::NotFolder => (StatusCode::CONFLICT, "not-a-directory", None),
+            FileError::Exists(_) => (StatusCode::CONFLICT, "exists", None),
+            FileError::Denied(_) => (StatusCode::FORBIDDEN, "permission-denied", None),
+            FileError::NoSpace(left) => (StatusCode::INSUFFICIENT_STORAGE, "no-space", left),
+            FileError::TooLarge => (StatusCode::PAYLOAD_TOO_LARGE, "too-large", None),
+            FileError::Precondition => (StatusCode::PRECONDITION_FAILED, "precondition", None),
+            FileError::Range { size } => (StatusCode::RANGE_NOT_SATISFIABLE, "range", Some(size)),
+            FileError::Offset { received } => (StatusCode::CONFLICT, "offset", Some(received)),
+            FileError::Digest => (StatusCode::BAD_REQUEST, "digest", None),
+            FileError::Archive(_) => (StatusCode::BAD_REQUEST, "archive", None),
+            FileError::Busy(_) => (StatusCode::SERVICE_UNAVAILABLE, "busy", None),
+            FileError::Failed(..) => (StatusCode::INTERNAL_SERVER_ERROR, "failed", None),
         };
-        Self::new(status, code, error.to_string())
+        Self { number, ..Self::new(status, code, error.to_string()) }
     }
 }
 
@@ -105,6 +119,8 @@ pub enum Answer {
     File(Download),
     /// What a byte stream sends.
     Tunnel(Outgoing),
+    /// What somebody else reads ahead.
+    Pieces(mpsc::Receiver<std::io::Result<Bytes>>),
 }
 
 impl Body for Answer {
@@ -121,6 +137,9 @@ impl Body for Answer {
                 events.poll_chunk(context).map(|chunk| chunk.map(|chunk| Ok(BodyFrame::data(chunk))))
             }
             Self::Tunnel(outgoing) => Pin::new(outgoing).poll_frame(context),
+            Self::Pieces(pieces) => {
+                pieces.poll_recv(context).map(|piece| piece.map(|piece| piece.map(BodyFrame::data)))
+            }
             Self::File(file) => Poll::Ready(match file.read() {
                 Ok(chunk) if chunk.is_empty() => None,
                 Ok(chunk) => Some(Ok(BodyFrame::data(chunk))),
@@ -151,11 +170,13 @@ pub struct Guest {
     pub cgroup: Cgroup,
     /// Where things are.
     pub places: Places,
+    /// Uploads that can go on.
+    pub uploads: Resumable,
     /// How long the guest lives without hearing anything.
     pub orphan_timeout: watch::Sender<Duration>,
 }
 
-type Answered = Result<Response<Answer>, Refused>;
+pub(crate) type Answered = Result<Response<Answer>, Refused>;
 
 impl Guest {
     /// Answers a request.
@@ -164,7 +185,7 @@ impl Guest {
     /// Never: refusals are answers.
     pub async fn serve(self: Arc<Self>, request: Request<Incoming>) -> Result<Response<Answer>, Infallible> {
         Ok(self.route(request).await.unwrap_or_else(|refused| {
-            let refusal = Refusal { code: refused.code.to_owned(), message: refused.message };
+            let refusal = Refusal { code: refused.code.to_owned(), message: refused.message, number: refused.number };
             let mut response = json(&refusal);
             *response.status_mut() = refused.status;
             response
@@ -186,7 +207,7 @@ impl Guest {
             (&Method::GET, "events", "") => self.events(query),
             (&Method::POST, "ack", "") => self.acknowledge(read_json(body).await?),
             (method, "kernels", rest) => self.route_kernels(method, rest, body).await,
-            (method, "files", rest) => self.route_files(method, rest, body).await,
+            (method, "files", rest) => self.route_files(method, rest, query, body).await,
             _ => Err(Refused::not_found("request")),
         }
     }
@@ -216,18 +237,6 @@ impl Guest {
         }
     }
 
-    async fn route_files(&self, method: &Method, rest: &str, body: Incoming) -> Answered {
-        if (method, rest) == (&Method::GET, "") {
-            return Ok(json(&list_files(&self.places.workdir).await?));
-        }
-        let path = RelativePath::parse(&percent_decode(rest))?;
-        match *method {
-            Method::GET => Ok(Response::new(Answer::File(Download::open(&self.places.workdir, &path)?))),
-            Method::PUT => self.put_file(&path, body).await,
-            _ => Err(Refused::not_found("request")),
-        }
-    }
-
     fn init(&self, init: Init) -> Answered {
         self.orphan_timeout.send_replace(Duration::from_secs(init.orphan_timeout_seconds).max(MIN_ORPHAN_TIMEOUT));
         self.kernels.set_env(init.env);
@@ -249,20 +258,6 @@ impl Guest {
             false => Err(Refused::invalid("there was no event of this number")),
         }
     }
-
-    async fn put_file(&self, path: &RelativePath, mut body: Incoming) -> Answered {
-        let mut upload = Upload::create(&self.places.workdir, path)?;
-        while let Some(frame) = body.frame().await {
-            let frame = frame.map_err(|_| Refused::invalid("the body broke off"))?;
-            if let Ok(data) = frame.into_data() {
-                upload.write(&data)?;
-                tokio::task::yield_now().await;
-            }
-        }
-        let stamp = upload.finish()?;
-        self.kernels.uploaded(path, stamp);
-        Ok(nothing())
-    }
 }
 
 fn nothing() -> Response<Answer> {
@@ -271,7 +266,7 @@ fn nothing() -> Response<Answer> {
     response
 }
 
-fn json(value: &impl Serialize) -> Response<Answer> {
+pub(crate) fn json(value: &impl Serialize) -> Response<Answer> {
     let bytes = serde_json::to_vec(value).unwrap_or_default();
     let mut response = Response::new(Answer::Bytes(Some(bytes.into())));
     let kind = hyper::header::HeaderValue::from_static("application/json");
@@ -279,7 +274,7 @@ fn json(value: &impl Serialize) -> Response<Answer> {
     response
 }
 
-async fn read_json<T: DeserializeOwned>(body: Incoming) -> Result<T, Refused> {
+pub(crate) async fn read_json<T: DeserializeOwned>(body: Incoming) -> Result<T, Refused> {
     let body = Limited::new(body, MAX_JSON).collect().await.map_err(|_| Refused::too_large())?;
     serde_json::from_slice(&body.to_bytes())
         .map_err(|error| Refused::invalid(&format!("the body is not understood: {error}")))
@@ -305,7 +300,7 @@ async fn read_frame<H: DeserializeOwned>(mut body: Incoming) -> Result<Frame<H>,
 }
 
 /// Decodes `%xx`; what is no such sequence stays.
-fn percent_decode(path: &str) -> Vec<u8> {
+pub(crate) fn percent_decode(path: &str) -> Vec<u8> {
     let path = path.as_bytes();
     let mut decoded = Vec::with_capacity(path.len());
     let mut at = 0;

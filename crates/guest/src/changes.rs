@@ -17,6 +17,8 @@ const MAX_CHANGES: usize = 200;
 const MAX_TOLD: usize = 96 * 1024;
 /// Bytes that are hashed for one execution.
 const MAX_HASHED: u64 = 32 * 1024 * 1024;
+/// Files that callers have taken away and that are remembered.
+const MAX_TAKEN: usize = 10_000;
 /// Entries that are compared in one go.
 const PAUSE: usize = 2048;
 
@@ -33,6 +35,8 @@ pub struct Snapshot {
     files: HashMap<String, Entry>,
     /// Not all of them are here.
     partial: bool,
+    /// Files that callers have taken away, which is nobody's change, with the number of that. Bounded: beyond, it is told as a change.
+    taken: HashMap<String, u64>,
 }
 
 /// What later looks are compared with.
@@ -93,13 +97,42 @@ impl Files {
         Since { files: self.lock().latest.clone(), time }
     }
 
-    /// Takes note of an upload, which is nobody's change.
-    pub fn uploaded(&self, path: &RelativePath, stamp: Stamp) {
-        let Some(path) = path.text() else { return };
+    /// Takes note of uploads, which are nobody's change.
+    pub fn uploaded(&self, files: impl IntoIterator<Item = (PathBuf, Stamp)>) {
         let mut known = self.lock();
         known.uploads += 1;
-        let entry = Entry { stamp, upload: known.uploads };
-        Arc::make_mut(&mut known.latest).files.insert(path.to_owned(), entry);
+        let upload = known.uploads;
+        let latest = Arc::make_mut(&mut known.latest);
+        for (path, stamp) in files {
+            let Ok(path) = path.into_os_string().into_string() else { continue };
+            latest.taken.remove(&path);
+            latest.files.insert(path, Entry { stamp, upload });
+        }
+    }
+
+    /// Takes note that a caller has taken away a file, or a folder with all that was in it, and perhaps put it elsewhere.
+    pub fn taken(&self, from: &Path, to: Option<&Path>) {
+        let mut known = self.lock();
+        known.uploads += 1;
+        let upload = known.uploads;
+        let latest = Arc::make_mut(&mut known.latest);
+        let paths: Vec<String> =
+            latest.files.keys().filter(|path| Path::new(path).starts_with(from)).cloned().collect();
+        for path in paths {
+            let Some(entry) = latest.files.remove(&path) else { continue };
+            let moved = to.and_then(|to| {
+                let below = Path::new(&path).strip_prefix(from).ok()?;
+                let whole = if below.as_os_str().is_empty() { to.to_owned() } else { to.join(below) };
+                whole.into_os_string().into_string().ok()
+            });
+            if let Some(moved) = moved {
+                latest.taken.remove(&moved);
+                latest.files.insert(moved, Entry { upload, ..entry });
+            }
+            if latest.taken.len() < MAX_TAKEN {
+                latest.taken.insert(path, upload);
+            }
+        }
     }
 
     /// Looks at the folder; what was found is what is known from now on.
@@ -128,7 +161,13 @@ impl Files {
             // The look may have come too early for them.
             let missed = known.latest.files.iter().filter(|(_, entry)| entry.upload > before);
             snapshot.files.extend(missed.map(|(path, entry)| (path.clone(), *entry)));
+            let gone = known.latest.taken.iter().filter(|(_, number)| **number > before);
+            for (path, _) in gone {
+                snapshot.files.remove(path);
+            }
         }
+        let gone = known.latest.taken.iter().filter(|(path, _)| !snapshot.files.contains_key(*path));
+        snapshot.taken = gone.map(|(path, number)| (path.clone(), *number)).collect();
         known.latest = Arc::new(snapshot);
         known.latest.clone()
     }
@@ -213,7 +252,7 @@ async fn compare(since: &Since, now: &Snapshot) -> Vec<Difference> {
             found.push(Difference { path: path.clone(), now: Some(entry.stamp), is_new: old.is_none() });
         }
     }
-    let gone = before.keys().filter(|path| !now.files.contains_key(*path));
+    let gone = before.keys().filter(|path| !now.files.contains_key(*path) && !now.taken.contains_key(*path));
     found.extend(gone.map(|path| Difference { path: path.clone(), now: None, is_new: false }));
     found
 }

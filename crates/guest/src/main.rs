@@ -7,6 +7,7 @@ use std::time::Duration;
 use cellblock_guest::api::Guest;
 use cellblock_guest::cgroup::Cgroup;
 use cellblock_guest::events::Ring;
+use cellblock_guest::files::resume::Resumable;
 use cellblock_guest::kernel::{Kernels, Places};
 use cellblock_guest::link::Link;
 use cellblock_guest::reap::Reaper;
@@ -62,7 +63,8 @@ async fn serve() -> std::io::Result<()> {
         tokio::spawn(names::serve());
     }
     let (orphan_timeout, _) = watch::channel(ORPHAN_TIMEOUT);
-    Link::open(Guest { kernels, ring, cgroup, places, orphan_timeout })?.serve().await;
+    let uploads = Resumable::default();
+    Link::open(Guest { kernels, ring, cgroup, places, uploads, orphan_timeout })?.serve().await;
     Ok(())
 }
 

@@ -11,9 +11,10 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
+use cellblock_wire::files::{Listing, Written};
 use cellblock_wire::link::{
-    Change, Channel, CutStream, Effects, Event, FileChange, FileEntry, Hello, KernelDeleted, KernelSpec, Numbered,
-    OutputCap, Process, Report, Stats, Transport,
+    Change, Channel, CutStream, Effects, Event, FileChange, Hello, KernelDeleted, KernelSpec, Numbered, OutputCap,
+    Process, Report, Stats, Transport,
 };
 use hyper::{Method, StatusCode};
 use serde_json::json;
@@ -44,8 +45,9 @@ async fn requests_that_need_no_kernel() {
         (Method::POST, "/kernels", 400, "invalid"),
         (Method::DELETE, "/kernels/none", 404, "not-found"),
         (Method::GET, "/events?after=x", 400, "invalid"),
-        (Method::GET, "/files/../etc/passwd", 400, "invalid"),
-        (Method::GET, "/files/none", 404, "not-found"),
+        (Method::GET, "/files", 400, "invalid"),
+        (Method::GET, "/files/stat?q=%7B%22path%22%3A%22..%2Fetc%2Fpasswd%22%7D", 400, "invalid"),
+        (Method::GET, "/files/content?q=%7B%22path%22%3A%22none%22%7D", 404, "not-found"),
     ] {
         let (got, refusal) = cell.refused(method, path, Bytes::new()).await;
         assert_eq!((got.as_u16(), refusal.code.as_str()), (status, code), "{path}");
@@ -59,13 +61,20 @@ async fn files_are_written_listed_and_read() {
     let mut cell = Cell::start();
     cell.attach().await;
     let bytes: Bytes = (0..3_000_000u32).map(|n| n as u8).collect();
-    assert_eq!(cell.request(Method::PUT, "/files/a%20b/data.bin", bytes.clone()).await.0, StatusCode::NO_CONTENT);
+    let write = |path: &str| Cell::about("/files/content", &json!({"path": path}));
+    let made = cell.request(Method::PUT, &write("a b/data.bin"), bytes.clone()).await;
+    let made: Written = serde_json::from_slice(&made.1).unwrap();
+    assert_eq!((made.is_new, made.received), (true, 3_000_000));
     // Ends like a marker begins: the link holds such bytes back for a moment only.
-    assert_eq!(cell.request(Method::PUT, "/files/end", Bytes::from_static(&[1, 0xce])).await.0, StatusCode::NO_CONTENT);
-    let listed: Vec<FileEntry> = cell.get("/files").await;
-    let listed: Vec<_> = listed.iter().map(|file| (file.path.as_str(), file.size_bytes)).collect();
-    assert_eq!(listed, [("a b/data.bin", 3_000_000), ("end", 2)]);
-    assert_eq!(cell.request(Method::GET, "/files/a%20b/data.bin", Bytes::new()).await.1, bytes);
+    assert_eq!(cell.request(Method::PUT, &write("end"), Bytes::from_static(&[1, 0xce])).await.0, StatusCode::OK);
+    let all = Cell::about("/files", &json!({"depth": 9, "limit": 100}));
+    let listed: Listing = cell.get(&all).await;
+    let listed: Vec<_> = listed.entries.iter().map(|file| (file.path.as_str(), file.size)).collect();
+    assert_eq!((listed.len(), listed[1], listed[2]), (3, ("a b/data.bin", 3_000_000), ("end", 2)));
+    let read = Cell::about("/files/content", &json!({"path": "a b/data.bin"}));
+    assert_eq!(cell.request(Method::GET, &read, Bytes::new()).await.1, bytes);
+    let part = Cell::about("/files/content", &json!({"path": "a b/data.bin", "range": {"last": 5}}));
+    assert_eq!(cell.request(Method::GET, &part, Bytes::new()).await.1, bytes[2_999_995..]);
     cell.end().await;
 }
 
@@ -341,7 +350,10 @@ async fn what_an_execution_has_done_is_told_before_its_reply() {
     let mut cell = Cell::start();
     cell.attach().await;
     cell.start_kernel("k1", FAKE, Transport::Ipc, &[]).await;
-    assert_eq!(cell.request(Method::PUT, "/files/mine", Bytes::from("x")).await.0, StatusCode::NO_CONTENT);
+    assert_eq!(
+        cell.request(Method::PUT, &Cell::about("/files/content", &json!({"path": "mine"})), Bytes::from("x")).await.0,
+        StatusCode::OK
+    );
     let effects = Cell::effects(&cell.run("k1", "m1", "write new 5", CAP).await, "m1");
     assert_eq!(effects.files.len(), 1, "the upload is not its change");
     let FileChange { path, change, size_bytes, sha256 } = &effects.files[0];

@@ -16,9 +16,7 @@
 //! | `GET /events?after={seq}` | | an endless stream of frames: [`Numbered`] and the message's parts |
 //! | `POST /ack` | [`Ack`] | 204 |
 //! | `GET /stats` | | [`Stats`] |
-//! | `GET /files` | | `[`[`FileEntry`]`]`, the regular files below the working folder |
-//! | `GET /files/{path}` | | the file's bytes |
-//! | `PUT /files/{path}` | the file's bytes | 204 |
+//! | `… /files…` | | see [`files`](crate::files) |
 //!
 //! A kernel's name is chosen by the control plane and never used again: a restart is a delete and a start under a new name, so
 //! no message of the old kernel can be taken for one of the new.
@@ -64,10 +62,14 @@ pub struct Hello {
 /// A refusal by the guest.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Refusal {
-    /// A word for programs: `not-found`, `exists`, `invalid`, `no-kernelspec`, `spawn-failed`, `too-large`, `busy`, `failed`.
+    /// A word for programs: `not-found`, `exists`, `invalid`, `no-kernelspec`, `spawn-failed`, `too-large`, `busy`, `failed`; of files also
+    /// `is-a-directory`, `not-a-directory`, `no-space`, `permission-denied`, `precondition`, `range`, `offset`, `digest`, `archive`.
     pub code: String,
     /// A sentence for people.
     pub message: String,
+    /// What goes with the code: bytes left (`no-space`), the file's size (`range`), bytes that are there (`offset`).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub number: Option<u64>,
 }
 
 /// What the guest sees of its own confinement, for the attestation before any user code runs.
@@ -427,11 +429,16 @@ pub struct Stats {
     pub disk_bytes: Option<u64>,
 }
 
-/// A regular file below the working folder.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-pub struct FileEntry {
-    /// Its path relative to the working folder.
-    pub path: String,
-    /// Its size.
-    pub size_bytes: u64,
+/// Makes text fit for a path or a query; slashes stay.
+#[must_use]
+pub fn escape_path(path: &str) -> String {
+    use std::fmt::Write as _;
+    path.bytes().fold(String::new(), |mut escaped, byte| {
+        if byte.is_ascii_alphanumeric() || b"-._~/".contains(&byte) {
+            escaped.push(char::from(byte));
+        } else {
+            let _ = write!(escaped, "%{byte:02X}");
+        }
+        escaped
+    })
 }

@@ -11,6 +11,7 @@ pub mod admin;
 pub mod audit;
 pub mod contexts;
 pub mod executions;
+pub mod files;
 pub mod keys;
 pub mod metrics;
 pub mod notebooks;
@@ -19,6 +20,7 @@ pub mod runs;
 pub mod sessions;
 pub mod stream;
 pub mod templates;
+pub mod transfers;
 pub mod usage;
 
 /// All routes of the API, with the document they make.
@@ -49,6 +51,12 @@ pub fn routes() -> OpenApiRouter<App> {
         .routes(routes!(contexts::check_code))
         .routes(routes!(contexts::send_comm))
         .routes(routes!(notebooks::get_notebook, notebooks::delete_notebook))
+        .routes(routes!(files::list_files, transfers::upload_files))
+        .routes(routes!(files::read_file, files::head_file, files::write_file, files::delete_file))
+        .routes(routes!(files::make_folder))
+        .routes(routes!(files::move_file))
+        .routes(routes!(transfers::watch_files))
+        .routes(routes!(transfers::pack_files, transfers::unpack_files))
         .routes(routes!(templates::list_templates))
         .routes(routes!(pools::list_pools))
         .routes(routes!(keys::create_key, keys::list_keys))

@@ -10,7 +10,7 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 use utoipa::ToSchema;
 
 use super::executions::{self, CreateExecution, ExecutionView, OnDisconnect, OnTimeoutName, StdinRequest, StdinSchema};
-use super::sessions::{CreateSession, First, NetworkRequest, ResourceRequest, TimeoutRequest, begin};
+use super::sessions::{CreateSession, First, NetworkRequest, NewFileRequest, ResourceRequest, TimeoutRequest, begin};
 use crate::domain::spec::SessionRequest;
 use crate::http::App;
 use crate::http::extract::{Caller, Keyed, object};
@@ -46,6 +46,9 @@ pub struct CreateRun {
     /// What it may reach.
     #[serde(default, deserialize_with = "object")]
     network: NetworkRequest,
+    /// Files that are there before any code runs: at most 100, with 16 MiB in all.
+    #[serde(default)]
+    files: Vec<NewFileRequest>,
     /// It is interrupted after this long; the template's limit when absent.
     #[serde(default)]
     timeout_seconds: Option<f64>,
@@ -84,6 +87,7 @@ impl CreateRun {
             resources: self.resources,
             timeouts: self.timeouts,
             network: self.network,
+            files: self.files,
             ..CreateSession::default()
         };
         let execution = CreateExecution {

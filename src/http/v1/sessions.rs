@@ -1,18 +1,21 @@
 //! Sessions over HTTP.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::time::Duration;
 
 use axum::extract::State;
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD as BASE64;
 use jiff::{Timestamp, Unit};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use crate::domain::ids::SessionId;
 use crate::domain::lifecycle::Phase;
-use crate::domain::spec::{FieldError, MIB, NetworkMode, OnIdle, Resources, SessionRequest};
+use crate::domain::spec::{FieldError, MIB, NetworkMode, NewFile, OnIdle, Resources, SessionRequest};
 use crate::http::App;
 use crate::http::extract::{Answer, Body, Caller, Id, Keyed, Params, object};
 use crate::http::problem::{self, Problem};
@@ -53,6 +56,28 @@ pub struct CreateSession {
     /// What it may reach.
     #[serde(deserialize_with = "object")]
     pub(super) network: NetworkRequest,
+    /// Files that are there before any code runs, the setup code included: at most 100, with 16 MiB in all. A live session that is reused keeps its own.
+    pub(super) files: Vec<NewFileRequest>,
+}
+
+/// A file that a session begins with.
+#[derive(Debug, Default, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct NewFileRequest {
+    /// Its path, relative to the working folder, or absolute and below it or `/tmp`.
+    path: String,
+    /// Its bytes.
+    #[serde(deserialize_with = "base64_bytes", skip_serializing)]
+    #[schema(value_type = String)]
+    content_base64: Arc<[u8]>,
+}
+
+fn base64_bytes<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Arc<[u8]>, D::Error> {
+    let text = std::borrow::Cow::<str>::deserialize(deserializer)?;
+    BASE64
+        .decode(text.as_bytes())
+        .map(Arc::from)
+        .map_err(|error| serde::de::Error::custom(format!("no base64: {error}")))
 }
 
 /// What happens to a session that was idle for its time.
@@ -157,6 +182,11 @@ impl From<CreateSession> for SessionRequest {
             execution_seconds: body.timeouts.execution_seconds,
             paused_seconds: body.timeouts.paused_seconds,
             on_idle: body.on_idle.map(OnIdle::from),
+            files: body
+                .files
+                .into_iter()
+                .map(|file| NewFile { path: file.path, content: file.content_base64 })
+                .collect(),
         }
     }
 }
@@ -582,7 +612,7 @@ fn check_state(text: &str) -> Result<&'static str, Problem> {
     found.ok_or_else(|| bad_parameter("state", &format!("allowed is one of {}", STATES.join(", "))))
 }
 
-fn bad_parameter(name: &str, message: &str) -> Problem {
+pub(super) fn bad_parameter(name: &str, message: &str) -> Problem {
     Problem::new(problem::INVALID_REQUEST, "a query parameter is not understood")
         .with_fields(vec![FieldError::new(format!("?{name}"), message)])
 }

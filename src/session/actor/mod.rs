@@ -31,7 +31,7 @@ use super::{
 use crate::domain::ids::ContextId;
 use crate::domain::lifecycle::{self, Effect, EndReason, Event, Phase};
 use crate::domain::output::{JsonText, RestartCause, Status, StopStep};
-use crate::domain::spec::{KernelTransport, OnGuestLost, SessionSpec};
+use crate::domain::spec::{KernelTransport, NewFile, OnGuestLost, SessionSpec};
 use crate::engine::{ByteStream, CellName, CellSpec, CellState, Engine, EngineError};
 use crate::kernel::link::LinkError;
 use crate::store::NotebookKernel;
@@ -113,6 +113,8 @@ pub(super) struct Birth {
     pub(super) heard: u64,
     /// It is made before anybody has asked for it.
     pub(super) is_unclaimed: bool,
+    /// Files that its first cell begins with.
+    pub(super) files: Arc<[NewFile]>,
 }
 
 /// What somebody wants of a session's task, before anything else.
@@ -157,6 +159,8 @@ struct Actor {
     secret: LinkSecret,
     /// Nobody has asked for it yet.
     is_unclaimed: bool,
+    /// Files that its first cell begins with; another one has none.
+    files: Arc<[NewFile]>,
     phase: Phase,
     keeping: Keeping,
     contexts: BTreeMap<ContextId, Context>,
@@ -277,6 +281,7 @@ impl Actor {
             executions,
             heard,
             is_unclaimed,
+            files,
         } = birth;
         let now = Instant::now();
         let leaving = Leaving::new(state.clone(), &record, heard);
@@ -305,6 +310,7 @@ impl Actor {
             engine,
             secret: record.secret,
             is_unclaimed,
+            files,
             phase: Phase::Provisioning,
             contexts: BTreeMap::new(),
             default_context: record.default_context,
@@ -516,8 +522,8 @@ impl Actor {
             self.cell.clone(),
             stream,
             self.secret,
-            self.settings,
-            self.env.clone(),
+            boot::init(self.settings, self.env.clone()),
+            std::mem::take(&mut self.files),
         );
         self.start(booting.map(Done::Booted));
     }

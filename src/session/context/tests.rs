@@ -208,7 +208,7 @@ impl World {
                 let Some((kernel, head)) = self.sent.last().cloned() else { return };
                 let code = if gone { "not-found" } else { "busy" }.to_owned();
                 let act = Act { kernel, kind: ActKind::Send(head.msg_id) };
-                self.context.on_refusal(&act, &Refusal { code, message: String::new() }, self.now);
+                self.context.on_refusal(&act, &Refusal { code, message: String::new(), number: None }, self.now);
             }
             Step::Wait(milliseconds) => {
                 self.now += Duration::from_millis(milliseconds);
@@ -347,7 +347,7 @@ fn code_that_could_not_be_committed_is_not_run_and_what_was_taken_over_is_sent_a
     world.step(Step::Execute { seconds: 1, restarts: false });
     let unkept = |world: &mut World| {
         let (kernel, head) = world.sent.last().cloned().unwrap();
-        let refusal = Refusal { code: UNKEPT.to_owned(), message: String::new() };
+        let refusal = Refusal { code: UNKEPT.to_owned(), message: String::new(), number: None };
         world.context.on_refusal(&Act { kernel, kind: ActKind::Send(head.msg_id) }, &refusal, world.now);
         world.take();
     };
@@ -400,7 +400,7 @@ fn what_runs_goes_on_with_the_next_process_and_what_waits_comes_after_it() {
     let (kernel, head) = world.sent.last().cloned().unwrap();
     assert_eq!(head.msg_id, ids[0]);
     let act = Act { kernel, kind: ActKind::Send(head.msg_id) };
-    let refusal = Refusal { code: "exists".to_owned(), message: String::new() };
+    let refusal = Refusal { code: "exists".to_owned(), message: String::new(), number: None };
     world.context.on_refusal(&act, &refusal, world.now);
     world.message(Channel::Iopub, "stream", &ids[0], r#"{"name":"stdout","text":" and after"}"#);
     world.message(Channel::Iopub, "status", &ids[0], r#"{"execution_state":"idle"}"#);

@@ -5,7 +5,8 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{PermissionsExt, symlink};
 
 use super::*;
-use crate::files::Upload;
+use crate::files::{Roots, Upload};
+use cellblock_wire::files::Conditions;
 
 struct Room {
     root: PathBuf,
@@ -27,10 +28,11 @@ impl Room {
     }
 
     fn upload(&self, path: &str, text: &str) {
-        let path = RelativePath::parse(path.as_bytes()).unwrap();
-        let mut upload = Upload::create(&self.root, &path).unwrap();
+        let none = Conditions::default();
+        let mut upload = Upload::create(&Roots::new(&self.root).place(path).unwrap(), &none).unwrap();
         upload.write(text.as_bytes()).unwrap();
-        self.files.uploaded(&path, upload.finish().unwrap());
+        let (stat, ..) = upload.finish(None, &none).unwrap();
+        self.files.uploaded([(PathBuf::from(path), Stamp::from(&stat))]);
     }
 
     /// The changes in short: a sign, the path, and whether there is a hash.
@@ -94,7 +96,7 @@ async fn uploads_are_nobodys_change_until_code_changes_them() {
     let since = room.files.since_now();
     room.upload("during", "x");
     room.upload("before", "y");
-    let half = Upload::create(&room.root, &RelativePath::parse(b"half").unwrap()).unwrap();
+    let half = Upload::create(&Roots::new(&room.root).place("half").unwrap(), &Conditions::default()).unwrap();
     room.write("own", "x");
     assert_eq!(room.short(&since).await.0, ["+own#"]);
     // Looks of others in between change nothing of it.
@@ -222,4 +224,28 @@ async fn cost_of_a_look() {
         }
         println!("{count} files: {:?}", began.elapsed() / rounds);
     }
+}
+
+#[tokio::test]
+async fn what_callers_take_away_or_move_is_nobodys_change() {
+    let room = Room::new("taken");
+    for path in ["a/one", "a/two", "gone", "stays"] {
+        room.write(path, path);
+    }
+    room.files.look().await;
+    let since = room.files.since_now();
+    fs::rename(room.root.join("a"), room.root.join("b")).unwrap();
+    room.files.taken(Path::new("a"), Some(Path::new("b")));
+    fs::remove_file(room.root.join("gone")).unwrap();
+    room.files.taken(Path::new("gone"), None);
+    fs::remove_file(room.root.join("stays")).unwrap();
+    assert_eq!(room.short(&since).await, (vec!["-stays".to_owned()], 0));
+    // Later it is the code's affair again.
+    room.write("gone", "again");
+    let since = room.files.since_now();
+    room.files.look().await;
+    fs::remove_file(room.root.join("gone")).unwrap();
+    fs::remove_file(room.root.join("b/one")).unwrap();
+    let told = room.short(&since).await.0;
+    assert!(told.contains(&"-b/one".to_owned()), "{told:?}");
 }

@@ -5,7 +5,7 @@ use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, Stdio};
 
 use super::*;
-use crate::files::{RelativePath, Stamp};
+use crate::files::Stamp;
 use crate::kernel::tree::MARK;
 
 /// A kernel that is a sleeping process, in a cell whose figures are files.
@@ -200,9 +200,8 @@ async fn beside_another_kernel_figures_are_approximate() {
 async fn open_executions_are_bounded_and_so_are_their_looks() {
     let cell = Cell::new("bounds");
     for number in 0..MAX_OPEN + 9 {
-        let path = RelativePath::parse(b"up").unwrap();
         let stamp = Stamp { size: number as u64, modified: 0, changed: 0, inode: 0 };
-        cell.account.meters.files.uploaded(&path, stamp);
+        cell.account.meters.files.uploaded([(std::path::PathBuf::from("up"), stamp)]);
         cell.account.sent(&number.to_string(), true);
     }
     let state = cell.account.lock();

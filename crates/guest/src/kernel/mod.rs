@@ -21,9 +21,9 @@ use tokio::time::Instant;
 
 use crate::api::Refused;
 use crate::cgroup::Cgroup;
+use crate::changes::Files;
 use crate::effects::{Account, Meters};
 use crate::events::Ring;
-use crate::files::{RelativePath, Stamp};
 use crate::reap::Reaper;
 use launch::Launch;
 use live::{Deletion, Life, Shared};
@@ -91,9 +91,9 @@ impl Kernels {
         self.meters.files.look().await;
     }
 
-    /// Takes note of an upload.
-    pub fn uploaded(&self, path: &RelativePath, stamp: Stamp) {
-        self.meters.files.uploaded(path, stamp);
+    /// What is known of the working folder's files: callers' changes of it are to be told, lest they count as the code's.
+    pub fn files(&self) -> &Files {
+        &self.meters.files
     }
 
     fn lock(&self) -> MutexGuard<'_, Table> {

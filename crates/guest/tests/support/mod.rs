@@ -238,6 +238,13 @@ impl Cell {
         serde_json::from_slice(&body).unwrap()
     }
 
+    /// A path of the link about files, with what is asked.
+    pub fn about(path: &str, asked: &impl serde::Serialize) -> String {
+        let json = serde_json::to_string(asked).unwrap();
+        let escaped: String = json.bytes().map(|byte| format!("%{byte:02X}")).collect();
+        format!("{path}?q={escaped}")
+    }
+
     pub async fn refused(&mut self, method: Method, path: &str, body: Bytes) -> (StatusCode, Refusal) {
         let (status, body) = self.request(method, path, body).await;
         (status, serde_json::from_slice(&body).unwrap())

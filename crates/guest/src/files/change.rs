@@ -1,0 +1,230 @@
+//! Folders are made, things are moved and removed. Contents are the business of other rooms.
+
+use std::ffi::{OsStr, OsString};
+use std::os::fd::OwnedFd;
+use std::os::unix::ffi::OsStrExt;
+
+use cellblock_wire::files::{Conditions, Made};
+use rustix::fs::{AtFlags, Dir, FileType, Mode, OFlags, chmodat, fstat, mkdirat, openat, renameat, statat, unlinkat};
+use rustix::io::Errno;
+
+use super::path::{FOLDER, Links, Place, make_folders};
+use super::write::{Upload, check, rename, standing};
+use super::{Download, FileError, failed, hidden_name, list};
+
+/// Entries that are removed in one go.
+const PAUSE: usize = 64;
+
+/// Makes a folder, and those that it is in. One that is there is no error.
+///
+/// # Errors
+/// When something else is there.
+pub fn make_folder(place: &Place) -> Result<Made, FileError> {
+    if place.is_root() {
+        return Ok(Made { stat: list::stat(place)?, is_new: false });
+    }
+    let (folder, name) = place.made_parent()?;
+    let is_new = match mkdirat(&folder, name, Mode::from_raw_mode(0o755)) {
+        Ok(()) => true,
+        Err(Errno::EXIST) => false,
+        Err(errno) => return Err(failed("made")(errno)),
+    };
+    match openat(&folder, name, FOLDER, Mode::empty()) {
+        Ok(made) => {
+            let stat = fstat(made).map_err(failed("made"))?;
+            Ok(Made { stat: list::entry(place.shown(&place.path).unwrap_or_default(), &stat), is_new })
+        }
+        Err(Errno::NOTDIR | Errno::LOOP) => Err(FileError::Exists("something that is no folder is there")),
+        Err(errno) => Err(failed("made")(errno)),
+    }
+}
+
+/// What is being removed: out of sight already.
+#[derive(Debug)]
+pub struct Removal {
+    folder: OwnedFd,
+    /// Hidden folders that are still to be emptied.
+    left: Vec<OsString>,
+}
+
+/// Takes something out of sight. A folder that is not empty goes only with all that is in it.
+///
+/// # Errors
+/// When it is not there, or may not go.
+pub fn remove(place: &Place, recursive: bool, conditions: &Conditions) -> Result<Removal, FileError> {
+    let (folder, name) = match place.parent() {
+        Err(FileError::Absent) => {
+            check(conditions, None)?;
+            return Err(FileError::Absent);
+        }
+        parent => parent?,
+    };
+    let standing = standing(&folder, name);
+    check(conditions, standing.as_ref())?;
+    let Some(stat) = standing else { return Err(FileError::Absent) };
+    let left = if FileType::from_raw_mode(stat.st_mode) != FileType::Directory {
+        unlinkat(&folder, name, AtFlags::empty()).map_err(failed("removed"))?;
+        Vec::new()
+    } else if recursive {
+        let hidden = OsString::from(hidden_name()?);
+        renameat(&folder, name, &folder, &hidden).map_err(failed("removed"))?;
+        vec![hidden]
+    } else {
+        match unlinkat(&folder, name, AtFlags::REMOVEDIR) {
+            Ok(()) => Vec::new(),
+            Err(Errno::NOTEMPTY | Errno::EXIST) => return Err(FileError::IsFolder),
+            Err(errno) => return Err(failed("removed")(errno)),
+        }
+    };
+    Ok(Removal { folder, left })
+}
+
+impl Removal {
+    /// One of a folder that nobody is told of.
+    pub(super) fn of_hidden(folder: OwnedFd, name: OsString) -> Self {
+        Self { folder, left: vec![name] }
+    }
+
+    /// Removes what is in folders. Those in them are moved up to where the first one is, so that no depth is too much.
+    ///
+    /// # Errors
+    /// When something can't be removed; it stays out of sight.
+    pub async fn finish(mut self) -> Result<(), FileError> {
+        let mut count = 0;
+        while let Some(name) = self.left.last().cloned() {
+            let inner = match openat(&self.folder, &name, FOLDER, Mode::empty()) {
+                // Its owner may take it from themselves, and so from us.
+                Err(Errno::ACCESS) => {
+                    chmodat(&self.folder, &name, Mode::RWXU, AtFlags::empty()).map_err(failed("removed"))?;
+                    openat(&self.folder, &name, FOLDER, Mode::empty())
+                }
+                opened => opened,
+            };
+            let inner = match inner {
+                Ok(inner) => inner,
+                Err(Errno::NOENT) => {
+                    self.left.pop();
+                    continue;
+                }
+                Err(errno) => return Err(failed("removed")(errno)),
+            };
+            let mut up = Vec::new();
+            let mut entries = Dir::read_from(&inner).map_err(failed("removed"))?;
+            while let Some(Ok(entry)) = entries.read() {
+                let name = OsStr::from_bytes(entry.file_name().to_bytes());
+                if name == "." || name == ".." {
+                    continue;
+                }
+                self.remove_entry(&inner, name, &mut up)?;
+                count += 1;
+                if count % PAUSE == 0 {
+                    tokio::task::yield_now().await;
+                }
+            }
+            match unlinkat(&self.folder, &name, AtFlags::REMOVEDIR) {
+                Ok(()) | Err(Errno::NOENT) => {
+                    self.left.pop();
+                }
+                // Code inside adds to it; it is looked at again after the others.
+                Err(Errno::NOTEMPTY | Errno::EXIST) if count < 10_000_000 => {}
+                Err(errno) => return Err(failed("removed")(errno)),
+            }
+            self.left.extend(up);
+        }
+        Ok(())
+    }
+
+    fn remove_entry(&self, inner: &OwnedFd, name: &OsStr, up: &mut Vec<OsString>) -> Result<(), FileError> {
+        let removed = match unlinkat(inner, name, AtFlags::empty()) {
+            Err(Errno::ISDIR | Errno::PERM) => unlinkat(inner, name, AtFlags::REMOVEDIR),
+            Err(Errno::ACCESS) => {
+                chmodat(inner, ".", Mode::RWXU, AtFlags::empty()).map_err(failed("removed"))?;
+                match unlinkat(inner, name, AtFlags::empty()) {
+                    Err(Errno::ISDIR | Errno::PERM) => unlinkat(inner, name, AtFlags::REMOVEDIR),
+                    other => other,
+                }
+            }
+            other => other,
+        };
+        match removed {
+            Ok(()) | Err(Errno::NOENT) => Ok(()),
+            Err(Errno::NOTEMPTY | Errno::EXIST) => {
+                let hidden = OsString::from(hidden_name()?);
+                let moved = match renameat(inner, name, &self.folder, &hidden) {
+                    // A folder that can't be written can't be moved, since its `..` changes.
+                    Err(Errno::ACCESS) => {
+                        chmodat(inner, name, Mode::RWXU, AtFlags::empty()).map_err(failed("removed"))?;
+                        renameat(inner, name, &self.folder, &hidden)
+                    }
+                    moved => moved,
+                };
+                moved.map_err(failed("removed"))?;
+                up.push(hidden);
+                Ok(())
+            }
+            Err(errno) => Err(failed("removed")(errno)),
+        }
+    }
+}
+
+/// Moves something; a file that stands there is replaced if it may be.
+///
+/// # Errors
+/// When there is nothing to be moved, or something is in the way.
+pub async fn move_to(from: &Place, to: &Place, overwrite: bool) -> Result<Made, FileError> {
+    let (old_folder, old) = from.parent()?;
+    let Some(stat) = standing(&old_folder, old) else { return Err(FileError::Absent) };
+    let is_folder = FileType::from_raw_mode(stat.st_mode) == FileType::Directory;
+    if !from.shares_root_with(to) {
+        return match FileType::from_raw_mode(stat.st_mode) {
+            FileType::RegularFile => copy_away(from, to, overwrite).await,
+            _ => Err(FileError::Invalid("only files can be moved between /workspace and /tmp")),
+        };
+    }
+    if is_folder && to.path.starts_with(&from.path) {
+        return Err(FileError::Invalid("a folder can't be moved into itself"));
+    }
+    let (root, parent) = (to.root()?, to.path.parent().filter(|parent| !parent.as_os_str().is_empty()));
+    let Some(new) = to.path.file_name() else {
+        return Err(FileError::Denied("this folder itself stays where and what it is"));
+    };
+    let new_folder = match parent {
+        Some(parent) => make_folders(&root, parent).map_err(failed("moved"))?,
+        None => root,
+    };
+    let is_new = standing(&new_folder, new).is_none();
+    if !is_new && !overwrite {
+        return Err(FileError::Exists("something is there already; \"overwrite\" replaces a file"));
+    }
+    rename((&old_folder, old), (&new_folder, new), overwrite).map_err(failed("moved"))?;
+    let stat = statat(&new_folder, new, AtFlags::SYMLINK_NOFOLLOW).map_err(failed("moved"))?;
+    Ok(Made { stat: list::entry(to.shown(&to.path).unwrap_or_default(), &stat), is_new })
+}
+
+/// Moves a file to another file system.
+async fn copy_away(from: &Place, to: &Place, overwrite: bool) -> Result<Made, FileError> {
+    let conditions = match overwrite {
+        true => Conditions::default(),
+        false => Conditions { if_none_match: Some(vec!["*".to_owned()]), ..Conditions::default() },
+    };
+    let in_the_way = |error| match error {
+        FileError::Precondition => FileError::Exists("something is there already; \"overwrite\" replaces a file"),
+        other => other,
+    };
+    let source = from.open(OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC, Links::Refuse)?;
+    let mode = fstat(&source).map_err(failed("moved"))?.st_mode;
+    let (mut download, _) = Download::asked(from, &cellblock_wire::files::Read::default())?;
+    let mut upload = Upload::create(to, &conditions).map_err(in_the_way)?;
+    loop {
+        let chunk = download.read().map_err(failed("moved"))?;
+        if chunk.is_empty() {
+            break;
+        }
+        upload.write(&chunk)?;
+        tokio::task::yield_now().await;
+    }
+    let (_, stat, is_new) = upload.finish(Some(mode), &conditions).map_err(in_the_way)?;
+    let (folder, name) = from.parent()?;
+    unlinkat(&folder, name, AtFlags::empty()).map_err(failed("moved"))?;
+    Ok(Made { stat, is_new })
+}
