@@ -72,6 +72,15 @@ fn routes() -> Vec<(&'static str, &'static str, About, Value)> {
         ("GET", "/v1/executions/{id}/blobs/{number}", Look, none.clone()),
         ("POST", "/v1/executions/{id}/cancel", Change, none.clone()),
         ("POST", "/v1/executions/{id}/input", Change, json!({"text": "x"})),
+        ("POST", "/v1/sessions/{id}/commands", Change, json!({"argv": ["true"]})),
+        ("GET", "/v1/sessions/{id}/commands", Look, none.clone()),
+        ("GET", "/v1/sessions/{id}/commands/{command}", Look, none.clone()),
+        ("POST", "/v1/sessions/{id}/commands/{command}/stdin", Change, json!({"data": "x"})),
+        ("POST", "/v1/sessions/{id}/commands/{command}/signal", Change, json!({"signal": "SIGCONT"})),
+        ("POST", "/v1/sessions/{id}/commands/{command}/resize", Change, json!({"cols": 80, "rows": 24})),
+        ("DELETE", "/v1/sessions/{id}/commands/{command}", Change, none.clone()),
+        ("GET", "/v1/sessions/{id}/commands/{command}/events", Look, none.clone()),
+        ("GET", "/v1/sessions/{id}/terminal", Change, none.clone()),
         ("POST", "/v1/sessions/{id}/restart", Change, none.clone()),
         ("GET", "/v1/sessions/{id}/metrics", Look, none.clone()),
         ("GET", "/v1/sessions/{id}/notebook", Look, none.clone()),
@@ -158,6 +167,7 @@ struct Things {
     cell: Cell,
     context: String,
     execution: String,
+    command: String,
     blob: String,
     spare_key: String,
 }
@@ -170,6 +180,8 @@ impl Things {
         assert_eq!(made.status, 201, "{}", made.text);
         let cell = Cell { server: Arc::clone(server), id: text(&made.json["id"]), view: made.json };
         let context = server.send(as_owner(Method::POST, &cell.path("/contexts")).json(&json!({}))).await;
+        let sleeps = json!({"argv": ["sleep", "1000"], "background": true, "stdin": true});
+        let command = server.send(as_owner(Method::POST, &cell.path("/commands")).json(&sleeps)).await;
         let run = json!({"code": "'x' * 5000"});
         let file = server.send(as_owner(Method::PUT, &cell.path(&format!("/files/{FILE}"))).body("x")).await;
         assert_eq!(file.status, 201, "{}", file.text);
@@ -179,6 +191,7 @@ impl Things {
             context: text(&context.json["id"]),
             blob: blob.rsplit('/').next().expect("a number").to_owned(),
             execution: text(&execution["id"]),
+            command: text(&command.json["id"]),
             spare_key: text(&new_key(server, json!({"name": "spare", "scopes": ["read"]})).await["id"]),
             cell,
         }
@@ -194,12 +207,13 @@ impl Things {
         };
         let path = route.replace("{id}", id).replace("{context}", &self.context).replace("{number}", &self.blob);
         let path = path.replace("{path}", FILE);
+        let path = path.replace("{command}", &self.command);
         assert!(!path.contains('{'), "{route} names something that this test has not got");
         path
     }
 
     fn is_told_of_in(&self, text: &str) -> bool {
-        [&self.cell.id, &self.context, &self.execution].iter().any(|id| text.contains(id.as_str()))
+        [&self.cell.id, &self.context, &self.execution, &self.command].iter().any(|id| text.contains(id.as_str()))
     }
 }
 

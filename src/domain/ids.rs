@@ -81,6 +81,11 @@ id!(
     "exe"
 );
 id!(
+    /// One command or terminal of a session.
+    CommandId,
+    "cmd"
+);
+id!(
     /// One request to the front door.
     RequestId,
     "req"

@@ -7,7 +7,11 @@ use axum::http::Method;
 use utoipa::openapi::OpenApi;
 
 /// Operations that change nothing, though they are no GET, or nothing but a deadline, and come again and again.
-const NO_EVENT: [&str; 4] = ["complete_code", "inspect_code", "check_code", "keepalive_session"];
+const NO_EVENT: [&str; 6] =
+    ["complete_code", "inspect_code", "check_code", "keepalive_session", "write_command", "resize_command"];
+
+/// Operations that are a GET, and yet for more than looking.
+const WITH_EVENT: [&str; 1] = ["open_terminal"];
 
 /// The operations of a document.
 #[derive(Debug, Default)]
@@ -23,9 +27,14 @@ impl Operations {
                 (Method::PATCH, &item.patch),
                 (Method::DELETE, &item.delete),
             ];
-            for (method, operation) in changes {
+            let looks = [(Method::GET, &item.get)];
+            for (method, operation) in changes.into_iter().chain(looks) {
                 let id = operation.as_ref().and_then(|operation| operation.operation_id.as_deref());
-                if let Some(id) = id.filter(|id| !NO_EVENT.contains(id)) {
+                let is_worth = |id: &&str| match method {
+                    Method::GET => WITH_EVENT.contains(id),
+                    _ => !NO_EVENT.contains(id),
+                };
+                if let Some(id) = id.filter(is_worth) {
                     operations.insert((method, path.clone()), Arc::from(id));
                 }
             }
@@ -52,6 +61,7 @@ mod tests {
         assert_eq!(action(Method::DELETE, "/v1/sessions/{id}").as_deref(), Some("delete_session"));
         assert_eq!(action(Method::POST, "/v1/sessions/{id}/executions").as_deref(), Some("create_execution"));
         assert_eq!(action(Method::POST, "/v1/admin/drain").as_deref(), Some("drain_server"));
+        assert_eq!(action(Method::GET, "/v1/sessions/{id}/terminal").as_deref(), Some("open_terminal"));
         assert_eq!(action(Method::GET, "/v1/sessions"), None);
         assert_eq!(action(Method::POST, "/v1/sessions/{id}/keepalive"), None);
         let known: Vec<_> = operations.0.values().map(|id| &**id).collect();

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use axum::extract::{Request, State};
-use axum::http::{HeaderName, HeaderValue, Method, Uri, header};
+use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, Uri, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use tower_http::cors::CorsLayer;
@@ -55,17 +55,23 @@ impl Origins {
     }
 
     /// Whether the page that a request comes from may change something. What comes from no page may: browsers always say which.
-    fn may_change(&self, request: &Request) -> bool {
-        let mut given = request.headers().get_all(header::ORIGIN).iter();
+    pub(super) fn may_change(&self, headers: &HeaderMap, uri: &Uri) -> bool {
+        let mut given = headers.get_all(header::ORIGIN).iter();
         let Some(origin) = given.next() else { return true };
-        given.next().is_none() && (self.0.contains(origin) || is_own(origin, request))
+        given.next().is_none() && (self.0.contains(origin) || is_own(origin, headers, uri))
     }
 }
 
+/// What pages are told that may not.
+pub(super) fn refusal() -> Problem {
+    let detail = "pages of this origin may not use this server; server.cors_origins lists those that may";
+    Problem::new(problem::FORBIDDEN, detail)
+}
+
 /// Whether an origin is the server's own, by the name that it was asked under.
-fn is_own(origin: &HeaderValue, request: &Request) -> bool {
-    let asked = request.headers().get(header::HOST).and_then(|host| host.to_str().ok());
-    let asked = asked.or_else(|| request.uri().authority().map(|authority| authority.as_str()));
+fn is_own(origin: &HeaderValue, headers: &HeaderMap, uri: &Uri) -> bool {
+    let asked = headers.get(header::HOST).and_then(|host| host.to_str().ok());
+    let asked = asked.or_else(|| uri.authority().map(|authority| authority.as_str()));
     let origin = origin.to_str().ok().and_then(|origin| origin.parse::<Uri>().ok());
     let origin = origin.as_ref().filter(|origin| origin.scheme().is_some()).and_then(Uri::authority);
     asked.zip(origin).is_some_and(|(asked, origin)| origin.as_str().eq_ignore_ascii_case(asked))
@@ -74,11 +80,11 @@ fn is_own(origin: &HeaderValue, request: &Request) -> bool {
 /// Refuses what a page of another site would change. Browsers send some of it without asking first.
 pub(super) async fn check(State(app): State<App>, request: Request, next: Next) -> Response {
     let reads = [Method::GET, Method::HEAD, Method::OPTIONS, Method::TRACE].contains(request.method());
-    if reads || app.origins.may_change(&request) {
+    // A GET that opens a connection for more than reading asks for itself.
+    if reads || app.origins.may_change(request.headers(), request.uri()) {
         return next.run(request).await;
     }
-    let detail = "pages of this origin may not use this server; server.cors_origins lists those that may";
-    Problem::new(problem::FORBIDDEN, detail).into_response()
+    refusal().into_response()
 }
 
 #[cfg(test)]
@@ -92,7 +98,8 @@ mod tests {
         for (name, value) in headers {
             request = request.header(*name, *value);
         }
-        origins.may_change(&request.body(Body::empty()).unwrap())
+        let request = request.body(Body::empty()).unwrap();
+        origins.may_change(request.headers(), request.uri())
     }
 
     #[test]

@@ -115,6 +115,7 @@ codes! {
     DIGEST_MISMATCH "digest-mismatch" UNPROCESSABLE_ENTITY "The content is not what was announced" false;
     ARCHIVE_REFUSED "archive-refused" UNPROCESSABLE_ENTITY "The archive is not taken" false;
     NO_SPACE "no-space" INSUFFICIENT_STORAGE "The session's disk is full" false;
+    SPAWN_FAILED "spawn-failed" CONFLICT "The command can't be started" true;
     INTERNAL "internal" INTERNAL_SERVER_ERROR "The server failed" true;
     GUEST_UNREACHABLE "guest-unreachable" BAD_GATEWAY "The session's container did not answer" true;
     KERNEL_FAILED "kernel-failed" BAD_GATEWAY "The kernel did not start" false;
@@ -206,6 +207,10 @@ impl From<Error> for Problem {
             }
             Error::QueueFull | Error::VisitsFull => {
                 Self::new(QUEUE_FULL, format!("{detail}; try again when some have ended"))
+            }
+            Error::CommandsFull(_) => Self::new(QUEUE_FULL, format!("{detail}; try again when some have ended")),
+            Error::SpawnFailed(_) => {
+                Self::new(SPAWN_FAILED, format!("{detail}; end some of its commands, or of what its code has started"))
             }
             Error::StateConflict(_) | Error::KernelBusy(_) => Self::new(STATE_CONFLICT, detail),
             Error::NotOnce(NotOnce::InFlight) => Self::new(IDEMPOTENCY_IN_FLIGHT, detail),

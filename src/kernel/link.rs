@@ -34,7 +34,7 @@ use crate::task;
 /// A guest answers its reset marker within this time.
 const RESET_TIMEOUT: Duration = Duration::from_secs(10);
 /// An ordinary request is answered within this time.
-const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
+pub(super) const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
 /// Largest JSON answer accepted, in bytes.
 const MAX_ANSWER: usize = 4 * 1024 * 1024;
 /// Output that a guest may send before its echo, in bytes: what dockerd and the pipes held.
@@ -274,7 +274,7 @@ impl Link {
         Ok(Events { body: response.into_body(), decoder: frame::Decoder::default() })
     }
 
-    async fn call<T: DeserializeOwned>(
+    pub(super) async fn call<T: DeserializeOwned>(
         &self,
         attempt: &str,
         method: Method,
@@ -293,7 +293,7 @@ impl Link {
         within(attempt, answer).await
     }
 
-    async fn order(&self, attempt: &str, method: Method, path: &str, body: Bytes) -> Result<(), LinkError> {
+    pub(super) async fn order(&self, attempt: &str, method: Method, path: &str, body: Bytes) -> Result<(), LinkError> {
         let answer = async {
             let response = self.send(attempt, method, path, whole(body)).await?;
             if response.status().is_success() { Ok(()) } else { Err(refused(attempt, response).await) }
@@ -430,7 +430,7 @@ async fn refused(attempt: &str, response: Response<Incoming>) -> LinkError {
     }
 }
 
-fn json_body<T: Serialize>(body: &T) -> Bytes {
+pub(super) fn json_body<T: Serialize>(body: &T) -> Bytes {
     // The bodies of the link are plain structures with text keys: writing them can't fail.
     Bytes::from(serde_json::to_vec(body).unwrap_or_default())
 }

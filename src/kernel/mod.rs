@@ -3,6 +3,7 @@
 //! Everything that arrives here was written by somebody hostile. Nothing in it chooses a path, a name or the size of an
 //! allocation; what can't be understood is dropped and counted.
 
+pub mod commands;
 pub mod files;
 pub mod link;
 pub mod protocol;

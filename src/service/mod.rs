@@ -35,6 +35,7 @@ use crate::traces::Traces;
 
 pub mod admin;
 pub mod audit;
+pub mod commands;
 pub mod files;
 pub mod issuing;
 pub mod keys;
@@ -107,6 +108,12 @@ pub enum Error {
     /// As many files, commands and connections of the session are under way as may be at once.
     #[error("as many files, commands and connections of this session are under way as may be at once")]
     VisitsFull,
+    /// As many commands run as may, or too much waits for one.
+    #[error("{0}")]
+    CommandsFull(String),
+    /// The session has no room for another process.
+    #[error("the command can't be started: {0}")]
+    SpawnFailed(String),
     /// The state of the thing does not allow it now.
     #[error("{0}")]
     StateConflict(String),

@@ -405,6 +405,8 @@ impl Registry {
             }
             Made::Execution(id) => inner.executions.contains_key(&id),
             Made::Context(session, context) => contexts.contains(&(session, context)),
+            // Whether it was started is known to the guest only, and it is not to be started twice.
+            Made::Command(session, _) => inner.sessions.get(&session).is_some_and(|session| !session.is_over()),
         });
     }
 

@@ -7,9 +7,12 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use bytes::Bytes;
+use cellblock_wire::commands::{MAX_STDIN, StartCommand};
 use cellblock_wire::frame::{Decoder, Frame, MAX_FRAME};
 use cellblock_wire::link::{Ack, Hello, Init, Outbound, Refusal, Signal, StartKernel, Stats};
 use cellblock_wire::tunnel::Outgoing;
+use futures_util::StreamExt;
+use futures_util::stream::BoxStream;
 use http_body_util::{BodyExt, Limited};
 use hyper::body::{Body, Frame as BodyFrame, Incoming, SizeHint};
 use hyper::{Method, Request, Response, StatusCode};
@@ -17,6 +20,7 @@ use serde::{Serialize, de::DeserializeOwned};
 use tokio::sync::{mpsc, watch};
 
 use crate::cgroup::Cgroup;
+use crate::command::Commands;
 use crate::events::{Ring, Subscription};
 use crate::files::resume::Resumable;
 use crate::files::{Download, FileError, used_bytes};
@@ -81,6 +85,31 @@ impl Refused {
         Self::new(StatusCode::INTERNAL_SERVER_ERROR, "spawn-failed", format!("the kernel can't be started: {error}"))
     }
 
+    /// There is no such folder.
+    #[must_use]
+    pub fn no_folder(path: &str) -> Self {
+        let path: String = path.chars().take(300).collect();
+        Self::new(StatusCode::BAD_REQUEST, "no-folder", format!("there is no folder `{path}`"))
+    }
+
+    /// There is no such program, or it is none.
+    #[must_use]
+    pub fn no_program(message: &str) -> Self {
+        Self::new(StatusCode::BAD_REQUEST, "no-program", message)
+    }
+
+    /// It is too late for this.
+    #[must_use]
+    pub fn closed(message: &str) -> Self {
+        Self::new(StatusCode::CONFLICT, "closed", message)
+    }
+
+    /// Another one.
+    #[must_use]
+    pub fn with(status: StatusCode, code: &'static str, message: impl Into<String>) -> Self {
+        Self::new(status, code, message)
+    }
+
     fn too_large() -> Self {
         Self::new(StatusCode::PAYLOAD_TOO_LARGE, "too-large", "the body is longer than the link allows")
     }
@@ -121,6 +150,8 @@ pub enum Answer {
     Tunnel(Outgoing),
     /// What somebody else reads ahead.
     Pieces(mpsc::Receiver<std::io::Result<Bytes>>),
+    /// Pieces as they come.
+    Follow(BoxStream<'static, Bytes>),
 }
 
 impl Body for Answer {
@@ -139,6 +170,9 @@ impl Body for Answer {
             Self::Tunnel(outgoing) => Pin::new(outgoing).poll_frame(context),
             Self::Pieces(pieces) => {
                 pieces.poll_recv(context).map(|piece| piece.map(|piece| piece.map(BodyFrame::data)))
+            }
+            Self::Follow(pieces) => {
+                pieces.poll_next_unpin(context).map(|piece| piece.map(|piece| Ok(BodyFrame::data(piece))))
             }
             Self::File(file) => Poll::Ready(match file.read() {
                 Ok(chunk) if chunk.is_empty() => None,
@@ -164,6 +198,8 @@ impl Body for Answer {
 pub struct Guest {
     /// The kernels.
     pub kernels: Kernels,
+    /// The commands.
+    pub commands: Commands,
     /// The events.
     pub ring: Ring,
     /// The container's figures.
@@ -208,6 +244,7 @@ impl Guest {
             (&Method::POST, "ack", "") => self.acknowledge(read_json(body).await?),
             (method, "kernels", rest) => self.route_kernels(method, rest, body).await,
             (method, "files", rest) => self.route_files(method, rest, query, body).await,
+            (method, "commands", rest) => self.route_commands(method, rest, query, body).await,
             _ => Err(Refused::not_found("request")),
         }
     }
@@ -237,19 +274,46 @@ impl Guest {
         }
     }
 
+    async fn route_commands(&self, method: &Method, rest: &str, query: &str, body: Incoming) -> Answered {
+        let commands = &self.commands;
+        match (method, rest.split_once('/').unwrap_or((rest, ""))) {
+            (&Method::POST, ("", "")) => {
+                let Frame { head, parts } = read_frame::<StartCommand>(body).await?;
+                let input = parts.into_iter().next().unwrap_or_default();
+                Ok(json(&commands.start(&head, input, &self.kernels)?))
+            }
+            (&Method::GET, ("", "")) => Ok(json(&commands.list())),
+            (&Method::GET, (id, "")) => Ok(json(&commands.get(id)?)),
+            (&Method::GET, (id, "events")) => {
+                let is_waiting = parameter(query, "follow") != Some("0");
+                let pieces = commands.follow(id, after(query)?, is_waiting)?;
+                Ok(Response::new(Answer::Follow(pieces.boxed())))
+            }
+            (&Method::POST, (id, "stdin")) => {
+                let bytes = Limited::new(body, MAX_STDIN).collect().await.map_err(|_| Refused::too_large())?.to_bytes();
+                let close = parameter(query, "close") == Some("1");
+                Ok(json(&commands.write(id, bytes, close).await?))
+            }
+            (&Method::POST, (id, "signal")) => {
+                let Signal { signal } = read_json(body).await?;
+                commands.signal(id, &signal).map(|()| nothing())
+            }
+            (&Method::POST, (id, "resize")) => commands.resize(id, read_json(body).await?).map(|()| nothing()),
+            (&Method::DELETE, (id, "")) => Ok(json(&commands.end(id).await?)),
+            _ => Err(Refused::not_found("request")),
+        }
+    }
+
     fn init(&self, init: Init) -> Answered {
         self.orphan_timeout.send_replace(Duration::from_secs(init.orphan_timeout_seconds).max(MIN_ORPHAN_TIMEOUT));
+        self.commands.set_env(init.env.clone());
         self.kernels.set_env(init.env);
         let version = env!("CARGO_PKG_VERSION").to_owned();
         Ok(json(&Hello { generation: cellblock_wire::GENERATION, version, last_seq: self.ring.last_seq() }))
     }
 
     fn events(&self, query: &str) -> Answered {
-        let after = match query.split('&').find_map(|pair| pair.strip_prefix("after=")) {
-            Some(after) => after.parse().map_err(|_| Refused::invalid("`after` is the number of an event"))?,
-            None => 0,
-        };
-        Ok(Response::new(Answer::Events(self.ring.subscribe(after))))
+        Ok(Response::new(Answer::Events(self.ring.subscribe(after(query)?))))
     }
 
     fn acknowledge(&self, ack: Ack) -> Answered {
@@ -257,6 +321,17 @@ impl Guest {
             true => Ok(nothing()),
             false => Err(Refused::invalid("there was no event of this number")),
         }
+    }
+}
+
+fn parameter<'a>(query: &'a str, name: &str) -> Option<&'a str> {
+    query.split('&').find_map(|pair| pair.strip_prefix(name)?.strip_prefix('='))
+}
+
+fn after(query: &str) -> Result<u64, Refused> {
+    match parameter(query, "after") {
+        Some(after) => after.parse().map_err(|_| Refused::invalid("`after` is the number of an event")),
+        None => Ok(0),
     }
 }
 

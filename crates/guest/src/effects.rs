@@ -43,6 +43,22 @@ pub struct Meters {
     living: AtomicUsize,
 }
 
+/// Something beside kernels whose processes their figures may have in them, as long as this lives.
+pub struct Neighbour(Arc<Meters>);
+
+impl Neighbour {
+    pub(crate) fn new(meters: &Arc<Meters>) -> Self {
+        meters.living.fetch_add(1, Ordering::Relaxed);
+        Self(Arc::clone(meters))
+    }
+}
+
+impl Drop for Neighbour {
+    fn drop(&mut self) {
+        self.0.living.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
 /// What the meters show at a time. Times are microseconds.
 #[derive(Debug, Clone, Copy, Default)]
 struct Reading {

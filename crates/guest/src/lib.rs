@@ -4,6 +4,7 @@
 //!
 //! ```text
 //! stdin/stdout ─ link ─ api ─┬─ files, report, cgroup
+//!                            ├─ command ─ launch, live, log, tty
 //!                            ├─ events ◀────────┐
 //!                            └─ kernel ─ launch, live ─ channels ─ zmtp ─ message ─ relay ─ cap
 //!                                               └─ effects ─ tree, changes ─ files
@@ -15,6 +16,7 @@ pub mod cap;
 pub mod capture;
 pub mod cgroup;
 pub mod changes;
+pub mod command;
 pub mod effects;
 pub mod events;
 pub mod files;

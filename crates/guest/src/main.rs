@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use cellblock_guest::api::Guest;
 use cellblock_guest::cgroup::Cgroup;
+use cellblock_guest::command::{Commands, tty};
 use cellblock_guest::events::Ring;
 use cellblock_guest::files::resume::Resumable;
 use cellblock_guest::kernel::{Kernels, Places};
@@ -23,6 +24,9 @@ use tokio::sync::watch;
 const ORPHAN_TIMEOUT: Duration = Duration::from_secs(600);
 
 fn main() -> ExitCode {
+    if std::env::args_os().nth(1).is_some_and(|mode| mode == tty::PROGRAM) {
+        return tty::become_program(&std::env::args_os().skip(2).collect::<Vec<_>>());
+    }
     // Before the guest closes itself, for afterwards this file belongs to root. User code runs much later.
     for lowest in ["-1000", "-500", "0"] {
         if std::fs::write("/proc/self/oom_score_adj", lowest).is_ok() {
@@ -55,7 +59,8 @@ async fn serve() -> std::io::Result<()> {
     }
     let places = places();
     let (ring, reaper, cgroup) = (Ring::default(), Reaper::default(), Cgroup::default());
-    let kernels = Kernels::new(places.clone(), ring.clone(), reaper.clone(), cgroup.clone());
+    let commands = Commands::new(places.workdir.clone(), reaper.clone(), cgroup.clone());
+    let kernels = Kernels::new(places.clone(), ring.clone(), reaper.clone(), cgroup.clone(), commands.clone());
     tokio::spawn(reaper.run());
     kernels.look_around().await;
     // Only a container's loopback is the guest's to speak on.
@@ -64,7 +69,7 @@ async fn serve() -> std::io::Result<()> {
     }
     let (orphan_timeout, _) = watch::channel(ORPHAN_TIMEOUT);
     let uploads = Resumable::default();
-    Link::open(Guest { kernels, ring, cgroup, places, uploads, orphan_timeout })?.serve().await;
+    Link::open(Guest { kernels, commands, ring, cgroup, places, uploads, orphan_timeout })?.serve().await;
     Ok(())
 }
 

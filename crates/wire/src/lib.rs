@@ -2,6 +2,7 @@
 //!
 //! Nothing here opens or waits for anything of its own, and nothing here trusts the other side: every decoder has a bound.
 
+pub mod commands;
 pub mod files;
 pub mod frame;
 pub mod link;

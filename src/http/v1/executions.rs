@@ -19,10 +19,10 @@ use crate::domain::output::{
     BlobRef, Change, Effects, ErrorInfo, FileChange, JsonText, MimeBundle, MimePart, Outcome, Process, RestartCause,
     ResultKind, RichOutput, Status, Stop, StopStep, TextTotals,
 };
-use crate::domain::spec::{FieldError, MIB};
+use crate::domain::spec::MIB;
 use crate::http::App;
 use crate::http::extract::{Answer, Body, Caller, Id, Ids, Keyed, Params};
-use crate::http::problem::{self, Problem};
+use crate::http::problem::Problem;
 use crate::service::keys::Principal;
 use crate::service::{BlobBody, Error, ExecuteRequest};
 use crate::session::execution::{Execution, OnTimeout, Stdin};
@@ -249,9 +249,9 @@ pub struct OutputView {
 #[derive(Debug, Serialize, ToSchema)]
 pub struct TextView {
     /// Bytes that the code wrote.
-    bytes: u64,
+    pub(super) bytes: u64,
     /// Whether a part was left out.
-    truncated: bool,
+    pub(super) truncated: bool,
 }
 
 /// A rich output, as in an `.ipynb` file.
@@ -506,7 +506,7 @@ pub async fn create_execution(
 pub(super) fn made_before(app: &App, who: &Principal, made: Made) -> Result<Arc<Execution>, Problem> {
     match made {
         Made::Execution(id) => Ok(app.service.execution(who, id)?),
-        Made::Session(_) | Made::Context(..) => Err(Error::NotFound("execution").into()),
+        Made::Session(_) | Made::Context(..) | Made::Command(..) => Err(Error::NotFound("execution").into()),
     }
 }
 
@@ -657,14 +657,7 @@ pub async fn list_execution_events(
 ) -> Result<Response, Problem> {
     params.only(&[])?;
     let execution = app.service.execution(&who, id)?;
-    let after = match headers.get("last-event-id").map(|v| v.to_str().unwrap_or_default().parse::<u64>()) {
-        None => 0,
-        Some(Ok(after)) => after,
-        Some(Err(_)) => {
-            let field = FieldError::new("Last-Event-ID", "allowed is the id of an event of this execution");
-            return Err(Problem::new(problem::INVALID_REQUEST, "a header is not understood").with_fields(vec![field]));
-        }
-    };
+    let after = stream::last_event(&headers)?;
     Ok(stream::respond(execution, after, Format::wanted(&headers).unwrap_or(Format::Sse), None))
 }
 

@@ -9,6 +9,7 @@ use super::docs::Head;
 
 pub mod admin;
 pub mod audit;
+pub mod commands;
 pub mod contexts;
 pub mod executions;
 pub mod files;
@@ -20,6 +21,7 @@ pub mod runs;
 pub mod sessions;
 pub mod stream;
 pub mod templates;
+pub mod terminal;
 pub mod transfers;
 pub mod usage;
 
@@ -50,6 +52,13 @@ pub fn routes() -> OpenApiRouter<App> {
         .routes(routes!(contexts::inspect_code))
         .routes(routes!(contexts::check_code))
         .routes(routes!(contexts::send_comm))
+        .routes(routes!(commands::create_command, commands::list_commands))
+        .routes(routes!(commands::get_command, commands::end_command))
+        .routes(routes!(commands::list_command_events))
+        .routes(routes!(commands::write_command))
+        .routes(routes!(commands::signal_command))
+        .routes(routes!(commands::resize_command))
+        .routes(routes!(terminal::open_terminal))
         .routes(routes!(notebooks::get_notebook, notebooks::delete_notebook))
         .routes(routes!(files::list_files, transfers::upload_files))
         .routes(routes!(files::read_file, files::head_file, files::write_file, files::delete_file))

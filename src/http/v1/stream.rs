@@ -1,4 +1,4 @@
-//! An execution's events on the wire: server-sent events, or one JSON object a line. Both carry the same objects.
+//! Events on the wire, an execution's and others': server-sent events, or one JSON object a line. Both carry the same objects.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::convert::Infallible;
@@ -19,6 +19,8 @@ use tokio::sync::watch;
 
 use super::executions::{ErrorView, ExecutionView, Listener, ResultView, bundle, raw, restart_cause};
 use crate::domain::output::{Comm, CommKind, ExecutionEvent, TextStream};
+use crate::domain::spec::FieldError;
+use crate::http::problem::{self, Problem};
 use crate::session::execution::{Execution, Logged};
 
 /// A silent stream says that it lives this often.
@@ -49,7 +51,14 @@ impl Format {
 
 /// Answers with an execution's events after number `after`, to the last one. `listener` lives as long as the answer.
 pub(super) fn respond(execution: Arc<Execution>, after: u64, format: Format, listener: Option<Listener>) -> Response {
-    let events = events(execution, after, listener);
+    write(events(execution, after, listener), format)
+}
+
+/// Answers with events: their numbers, their names, and what they say beside these.
+pub(super) fn write<B>(events: impl Stream<Item = (u64, &'static str, B)> + Send + 'static, format: Format) -> Response
+where
+    B: Serialize,
+{
     match format {
         Format::Sse => {
             let events = events.map(|(seq, name, body)| {
@@ -64,6 +73,18 @@ pub(super) fn respond(execution: Arc<Execution>, after: u64, format: Format, lis
                 Ok::<_, Infallible>(Bytes::from(line))
             });
             ([(header::CONTENT_TYPE, "application/x-ndjson")], RawBody::from_stream(lines)).into_response()
+        }
+    }
+}
+
+/// The last event that a caller has, who takes a stream up again.
+pub(super) fn last_event(headers: &HeaderMap) -> Result<u64, Problem> {
+    match headers.get("last-event-id").map(|v| v.to_str().unwrap_or_default().parse::<u64>()) {
+        None => Ok(0),
+        Some(Ok(after)) => Ok(after),
+        Some(Err(_)) => {
+            let field = FieldError::new("Last-Event-ID", "allowed is the id of an event of this stream");
+            Err(Problem::new(problem::INVALID_REQUEST, "a header is not understood").with_fields(vec![field]))
         }
     }
 }
@@ -142,12 +163,12 @@ enum Body {
 
 /// An event as one object.
 #[derive(Serialize)]
-struct Object {
+struct Object<B> {
     #[serde(rename = "type")]
     name: &'static str,
     seq: u64,
     #[serde(flatten)]
-    body: Body,
+    body: B,
 }
 
 /// Structures of texts, numbers and well-formed JSON: writing them can't fail.

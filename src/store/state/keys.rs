@@ -6,7 +6,7 @@ use jiff::Timestamp;
 use rusqlite::{Connection, Transaction, params};
 
 use super::{StateError, execution_form::parsed};
-use crate::domain::ids::{ContextId, ExecutionId, SessionId};
+use crate::domain::ids::{CommandId, ContextId, ExecutionId, SessionId};
 
 /// How their table is made.
 pub(super) const TABLE: &str = "CREATE TABLE keys (
@@ -29,6 +29,8 @@ pub enum Made {
     Execution(ExecutionId),
     /// A context of a session.
     Context(SessionId, ContextId),
+    /// A command of a session.
+    Command(SessionId, CommandId),
 }
 
 /// A caller's key for a request.
@@ -53,12 +55,17 @@ fn made_text(made: Made) -> String {
         Made::Session(id) => id.to_string(),
         Made::Execution(id) => id.to_string(),
         Made::Context(session, context) => format!("{session}/{context}"),
+        Made::Command(session, command) => format!("{session}/{command}"),
     }
 }
 
 fn read_made(text: &str) -> serde_json::Result<Made> {
     match text.split_once('/') {
-        Some((session, context)) => Ok(Made::Context(parsed(session)?, parsed(context)?)),
+        Some((session, part)) => {
+            let session = parsed(session)?;
+            let context = part.parse().map(|context| Made::Context(session, context));
+            context.or_else(|_| Ok(Made::Command(session, parsed(part)?)))
+        }
         None => text.parse().map(Made::Session).or_else(|_| parsed(text).map(Made::Execution)),
     }
 }

@@ -283,7 +283,12 @@ async fn what_could_not_be_committed_of_an_execution_goes_before_what_came_later
 async fn keys_are_kept_until_they_are_forgotten() {
     let folder = tempfile::tempdir().unwrap();
     let id = |n| uuid::Uuid::from_u128(n);
-    let mades = [Made::Session(id(1).into()), Made::Execution(id(2).into()), Made::Context(id(1).into(), id(3).into())];
+    let mades = [
+        Made::Session(id(1).into()),
+        Made::Execution(id(2).into()),
+        Made::Context(id(1).into(), id(3).into()),
+        Made::Command(id(1).into(), id(4).into()),
+    ];
     let key = |n: usize, is_answered| KeyRecord {
         tenant: Arc::from("one"),
         key: format!("k{n}"),

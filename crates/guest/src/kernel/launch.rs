@@ -159,7 +159,8 @@ impl Launch<'_> {
     }
 }
 
-fn is_env(name: &str) -> bool {
+/// Whether an environment can have a variable of this name.
+pub fn is_env(name: &str) -> bool {
     !name.is_empty() && !name.contains(['=', '\0'])
 }
 

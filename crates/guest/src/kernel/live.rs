@@ -176,7 +176,7 @@ impl Life {
         let _ = tokio::time::timeout(STDERR_AFTER_EXIT, at_end.wait_for(|ended| *ended)).await;
         let stderr_tail = tail.text();
         let event = match end {
-            End::Exited(Exit { status, signal }) => {
+            End::Exited(Exit { status, signal, .. }) => {
                 let (oom_kills, swept) = (self.kernels.cgroup.oom_kills(), self.shared.is_swept());
                 Event::KernelExited { status, signal, oom_kills, swept, stderr_tail }
             }
@@ -301,7 +301,7 @@ impl Life {
         let (name, kernels) = (&self.shared.name, &self.kernels);
         let is_hopeless = || !deleted.swept && (began.elapsed() > SEARCH || kernels.cgroup.is_full_of_processes());
         match choose_kill(is_init(), kernels.has_others(name), is_hopeless) {
-            Kill::Own => self.launched.tree.kill() || kill_strays(&kernels.living_pids()),
+            Kill::Own => self.launched.tree.kill() || kill_strays(&kernels.roots()),
             Kill::All => kill_all(),
             Kill::AllWithOthers => {
                 deleted.ended_kernels = kernels.sweep_others(name);

@@ -22,7 +22,8 @@ use tokio::time::Instant;
 use crate::api::Refused;
 use crate::cgroup::Cgroup;
 use crate::changes::Files;
-use crate::effects::{Account, Meters};
+use crate::command::Commands;
+use crate::effects::{Account, Meters, Neighbour};
 use crate::events::Ring;
 use crate::reap::Reaper;
 use launch::Launch;
@@ -70,6 +71,7 @@ pub struct Kernels {
     reaper: Reaper,
     cgroup: Cgroup,
     meters: Arc<Meters>,
+    commands: Commands,
 }
 
 impl Handle {
@@ -81,9 +83,9 @@ impl Handle {
 impl Kernels {
     /// No kernels yet.
     #[must_use]
-    pub fn new(places: Places, ring: Ring, reaper: Reaper, cgroup: Cgroup) -> Self {
+    pub fn new(places: Places, ring: Ring, reaper: Reaper, cgroup: Cgroup, commands: Commands) -> Self {
         let meters = Arc::new(Meters::new(&cgroup, &places.workdir));
-        Self { table: Arc::default(), places: Arc::new(places), ring, reaper, cgroup, meters }
+        Self { table: Arc::default(), places: Arc::new(places), ring, reaper, cgroup, meters, commands }
     }
 
     /// Looks at the working folder, so that what is there before the first kernel is nobody's change.
@@ -263,9 +265,14 @@ impl Kernels {
         self.lock().kernels.remove(name);
     }
 
-    /// Whether a kernel other than this one lives.
+    /// Whether a kernel other than this one lives, or a command or what it has left behind may.
     fn has_others(&self, name: &str) -> bool {
-        self.lock().kernels.iter().any(|(other, handle)| other != name && handle.is_alive())
+        self.commands.are_any() || self.lock().kernels.iter().any(|(other, handle)| other != name && handle.is_alive())
+    }
+
+    /// A command is measured with what kernels are measured with, as long as it lives.
+    pub(crate) fn gets_neighbour(&self) -> Neighbour {
+        Neighbour::new(&self.meters)
     }
 
     /// Processes of the kernels that live.
@@ -273,8 +280,14 @@ impl Kernels {
         self.lock().kernels.values().filter(|handle| handle.is_alive()).map(|handle| handle.pid).collect()
     }
 
-    /// All others are about to be ended with this one: marks them, and returns their names.
+    /// Processes of the kernels and of the commands that live.
+    pub(crate) fn roots(&self) -> Vec<i32> {
+        [self.living_pids(), self.commands.living_pids()].concat()
+    }
+
+    /// All others, and all commands, are about to be ended with this one: marks them, and returns the kernels' names.
     fn sweep_others(&self, name: &str) -> Vec<String> {
+        self.commands.sweep();
         let table = self.lock();
         let others = table.kernels.iter().filter(|(other, handle)| *other != name && handle.is_alive());
         let mut names: Vec<String> =

@@ -1,6 +1,6 @@
-//! A kernel's processes: which they are, what they hold, and their end. Starts none.
+//! A kernel's or a command's processes: which they are, what they hold, and their end. Starts none.
 //!
-//! They are those below the kernel's own, and those with its mark in their environment. Code can hide from both; what has to be gone
+//! They are those below its own, and those with its mark in their environment. Code can hide from both; what has to be gone
 //! for certain goes with everything else in the cell ([`kill_all`]).
 
 use std::ffi::OsStr;
@@ -11,6 +11,8 @@ use rustix::process::{Pid, Signal, kill_process, kill_process_group};
 
 /// Marks the environment of a kernel and of what it starts, with the kernel's folder.
 pub const MARK: &str = "CELLBLOCK_KERNEL";
+/// Marks the environment of a command and of what it starts, with the command's id.
+pub const COMMAND_MARK: &str = "CELLBLOCK_COMMAND";
 const MAX_ENVIRON: u64 = 1 << 20;
 /// Longest command line that is told, in bytes.
 const MAX_COMMAND: usize = 256;
@@ -27,10 +29,10 @@ pub struct Member {
     pub started: u64,
 }
 
-/// A kernel's process and all that is known to be of it.
+/// A kernel's or a command's process and all that is known to be of it.
 #[derive(Debug, Clone)]
 pub struct Tree {
-    /// The kernel's process id, and its group's.
+    /// Its process id, and its group's; 0 once that process is gone.
     pub pid: i32,
     mark: Vec<u8>,
 }
@@ -54,23 +56,28 @@ pub fn kill_all() -> bool {
     is_init() && kill_process_group(Pid::INIT, Signal::KILL).is_ok()
 }
 
-/// Kills what is of no kernel any more: it has left its kernel's tree and cleared its environment, so nobody can say whose it was.
-/// `kernels` are the processes of those that live. Says whether there was anything. Outside of a cell it does nothing.
-pub fn kill_strays(kernels: &[i32]) -> bool {
+/// Kills what is of no kernel and no command any more: it has left its tree and cleared its environment, so nobody can say whose it was.
+/// `roots` are the processes of those that live. Says whether there was anything. Outside of a cell it does nothing.
+pub fn kill_strays(roots: &[i32]) -> bool {
     if !is_init() {
         return false;
     }
-    let strays =
-        strays(look_around([MARK.as_bytes(), b"="].concat().as_slice(), |v, mark| v.starts_with(mark)), kernels);
+    let strays = strays(look_around(b"", |variable, _| is_any_mark(variable)), roots);
     for pid in strays.iter().filter_map(|member| Pid::from_raw(member.pid)) {
         let _ = kill_process(pid, Signal::KILL);
     }
     !strays.is_empty()
 }
 
-/// Those that are neither marked nor among `kernels`, and not below any that is.
-fn strays(seen: Vec<Seen>, kernels: &[i32]) -> Vec<Member> {
-    let found = with_descendants(&seen, |seen| seen.marked || kernels.contains(&seen.member.pid));
+/// Whether a variable is the mark of a kernel or a command, whichever.
+fn is_any_mark(variable: &[u8]) -> bool {
+    let rest = |mark: &str| variable.strip_prefix(mark.as_bytes());
+    [MARK, COMMAND_MARK].into_iter().filter_map(rest).any(|rest| rest.starts_with(b"="))
+}
+
+/// Those that are neither marked nor among `roots`, and not below any that is.
+fn strays(seen: Vec<Seen>, roots: &[i32]) -> Vec<Member> {
+    let found = with_descendants(&seen, |seen| seen.marked || roots.contains(&seen.member.pid));
     let own = std::process::id() as i32;
     seen.into_iter().map(|seen| seen.member).filter(|m| m.pid != own && !found.contains(&m.pid)).collect()
 }
@@ -114,13 +121,30 @@ impl Tree {
         Self { pid, mark: [MARK.as_bytes(), b"=", mark.as_bytes()].concat() }
     }
 
-    /// Kills the kernel's group and all living members, and says whether any were found. One that is gone before it is killed may
-    /// have left another.
+    /// The tree of the command with this process and this id.
+    #[must_use]
+    pub fn of_command(pid: i32, id: &str) -> Self {
+        Self { pid, mark: format!("{COMMAND_MARK}={id}").into_bytes() }
+    }
+
+    /// The same without its first process, which is gone: its number may be another's by now.
+    #[must_use]
+    pub fn orphaned(&self) -> Self {
+        Self { pid: 0, ..self.clone() }
+    }
+
+    /// Kills its group and all living members, and says whether any were found. One that is gone before it is killed may have left
+    /// another.
     pub fn kill(&self) -> bool {
+        self.signal(Signal::KILL)
+    }
+
+    /// The same with another signal.
+    pub fn signal(&self, signal: Signal) -> bool {
         let found = self.members();
-        let _ = signal_group(self.pid, Signal::KILL);
+        let _ = signal_group(self.pid, signal);
         for pid in found.iter().filter_map(|member| Pid::from_raw(member.pid)) {
-            let _ = kill_process(pid, Signal::KILL);
+            let _ = kill_process(pid, signal);
         }
         !found.is_empty()
     }
@@ -261,6 +285,8 @@ mod tests {
         ];
         let pids: Vec<i32> = strays(all, &[7]).into_iter().map(|member| member.pid).collect();
         assert_eq!(pids, [11, 12]);
+        assert!(is_any_mark(b"CELLBLOCK_KERNEL=/x") && is_any_mark(b"CELLBLOCK_COMMAND=cmd1"));
+        assert!(!is_any_mark(b"CELLBLOCK_COMMANDS=x") && !is_any_mark(b"X=CELLBLOCK_KERNEL="));
     }
 
     #[test]
