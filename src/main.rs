@@ -56,6 +56,10 @@ async fn perform() -> ExitCode {
             Ok(config) => run_once(args, cli.json, config).await,
             Err(code) => code,
         },
+        Command::Mcp(args) => match load(&args.config.inputs(&environment)) {
+            Ok(config) => serve_mcp(config).await,
+            Err(code) => code,
+        },
         Command::Backup(args) => match load(&args.inputs(&environment)) {
             Ok(config) => backup(&config, &args.to),
             Err(code) => code,
@@ -127,6 +131,15 @@ async fn run_once(args: &cli::RunArgs, json: bool, config: Config) -> u8 {
             cli::FAILED
         }
     }
+}
+
+/// Does not come back: a read of standard input that nobody ends would hold the program.
+async fn serve_mcp(config: Config) -> u8 {
+    let code = run::serve_mcp(config).await.unwrap_or_else(|error| {
+        eprintln!("cellblock: {error}");
+        cli::FAILED
+    });
+    std::process::exit(i32::from(code))
 }
 
 fn backup(config: &Config, to: &Path) -> u8 {

@@ -33,7 +33,7 @@ const LAYERS: [(&str, &[&str]); 19] = [
 ];
 
 /// Crates that only some modules may name. Paths are prefixes of a file's module path.
-const CRATES: [(&str, &[&str]); 15] = [
+const CRATES: [(&str, &[&str]); 16] = [
     ("bollard", &["engine/docker", "engine/lockdown"]),
     ("tar", &["engine/docker"]),
     ("docker_credential", &["engine/docker"]),
@@ -48,6 +48,7 @@ const CRATES: [(&str, &[&str]); 15] = [
     ("clap", &["cli", "main"]),
     ("toml", &["config"]),
     ("tokio_rustls", &["http/tls"]),
+    ("rmcp", &["http/mcp"]),
     ("hyper", &["kernel", "service", "run", "task", "engine/docker", "http/listen"]),
 ];
 

@@ -9,7 +9,7 @@ use crate::http::listen::Connections;
 use crate::http::origins::Origins;
 use crate::http::remote::Proxies;
 use crate::http::tls::Tls;
-use crate::http::{App, Bounds};
+use crate::http::{App, Bounds, mcp};
 
 /// What handlers work with.
 #[must_use]
@@ -30,6 +30,7 @@ pub fn app(config: &Config, plane: &Plane) -> App {
         },
         proxies: Proxies::new(server.trusted_proxies.clone(), header),
         origins: Origins::new(&server.cors_origins),
+        mcp: config.doors.mcp.then(|| mcp::Mcp::new(config.doors.mcp_hosts.clone())),
     }
 }
 

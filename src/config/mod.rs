@@ -27,8 +27,8 @@ pub use change::Change;
 pub use check::{MOST_SESSIONS, check_log_level};
 pub use environment::Environment;
 pub use sections::{
-    Audit, Auth, Drain, DrainContainers, EngineSection, Executions, ForwardedHeader, GuardSection, Guest, KeySection,
-    Limits, Log, LogFormat, MetricsSection, PullPolicy, Server, Traces,
+    Audit, Auth, Doors, Drain, DrainContainers, EngineSection, Executions, ForwardedHeader, GuardSection, Guest,
+    KeySection, Limits, Log, LogFormat, MetricsSection, PullPolicy, Server, Traces,
 };
 pub use source::{Mistake, Mistakes, Source};
 pub use units::{parse_duration, parse_size};
@@ -62,6 +62,8 @@ pub struct Config {
     pub quotas: QuotaTable,
     /// Executions.
     pub executions: Executions,
+    /// Which doors are open beside the native API's.
+    pub doors: Doors,
     /// Who has asked for what.
     pub audit: Audit,
     /// What is counted.
@@ -229,6 +231,7 @@ impl From<sections::Document> for Config {
                 tenants: document.tenants.into_iter().map(|(name, tenant)| (name, tenant.quota.quota())).collect(),
             },
             executions: document.executions,
+            doors: document.doors,
             audit: document.audit,
             metrics: document.metrics,
             traces: document.traces,

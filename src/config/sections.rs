@@ -40,6 +40,7 @@ pub(super) struct Document {
     pub classes: BTreeMap<String, Class>,
     pub tenants: BTreeMap<String, Tenant>,
     pub executions: Executions,
+    pub doors: Doors,
     pub audit: Audit,
     pub metrics: MetricsSection,
     pub traces: Traces,
@@ -368,6 +369,17 @@ pub struct Audit {
     pub retention_time: Duration,
     /// The oldest beyond so many go earlier.
     pub retention_count: u32,
+}
+
+/// Which doors are open beside the native API's.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Doors {
+    /// That of the Model Context Protocol.
+    pub mcp: bool,
+    /// Names that it may be asked under; none: any.
+    #[serde(deserialize_with = "texts")]
+    pub mcp_hosts: Vec<String>,
 }
 
 /// What is counted.

@@ -91,7 +91,7 @@ fn idempotency_key(head: &Parts) -> Result<Option<String>, Problem> {
 }
 
 /// Reads a body within its bounds. One that declares too much is refused before it is read.
-async fn read(mut body: RawBody, bounds: Bounds) -> Result<Bytes, Problem> {
+pub(super) async fn read(mut body: RawBody, bounds: Bounds) -> Result<Bytes, Problem> {
     let too_large = || Problem::new(problem::PAYLOAD_TOO_LARGE, format!("a body may have {} bytes", bounds.body));
     if body.size_hint().lower() > bounds.body as u64 {
         discard(&mut body, bounds).await;
@@ -131,7 +131,7 @@ fn check_content_type(request: &Request) -> Result<(), Problem> {
 }
 
 /// Reads a structure and collects its mistakes: each wrong field is noted, taken out, and the rest is tried again.
-fn from_value<T: DeserializeOwned>(mut value: Value) -> Result<T, Vec<FieldError>> {
+pub(super) fn from_value<T: DeserializeOwned>(mut value: Value) -> Result<T, Vec<FieldError>> {
     let mut mistakes = Vec::new();
     loop {
         match serde_path_to_error::deserialize::<_, Object<T>>(&value) {

@@ -31,6 +31,8 @@ pub mod extract;
 mod lapse;
 mod line;
 pub mod listen;
+pub mod local;
+pub mod mcp;
 mod operations;
 pub mod origins;
 pub mod problem;
@@ -71,6 +73,8 @@ pub struct App {
     pub proxies: Proxies,
     /// Pages of other sites that may use it.
     pub origins: Origins,
+    /// The door for clients of the Model Context Protocol, where it is open.
+    pub mcp: Option<mcp::Mcp>,
 }
 
 /// What a request may cost before it is understood.
@@ -86,8 +90,10 @@ pub struct Bounds {
 pub fn router(app: App) -> Router {
     let (v1, document) = docs::parts();
     let operations = Operations::of(&document);
+    let mcp = if app.mcp.is_some() { mcp::routes() } else { Router::new() };
     let routes = Router::new()
         .merge(v1)
+        .merge(mcp)
         .merge(docs::routes(document))
         .route("/livez", get(livez))
         .route("/readyz", get(readyz))

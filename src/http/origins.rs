@@ -28,19 +28,26 @@ impl Origins {
 
     /// Answers browsers that ask; none where there is no other origin.
     pub(super) fn layer(&self) -> Option<CorsLayer> {
-        const TAKEN: [HeaderName; 8] = [
+        const TAKEN: [HeaderName; 14] = [
             header::AUTHORIZATION,
             header::CONTENT_TYPE,
             HeaderName::from_static("x-api-key"),
             HeaderName::from_static("x-request-id"),
             HeaderName::from_static("idempotency-key"),
             HeaderName::from_static("last-event-id"),
+            HeaderName::from_static("mcp-protocol-version"),
+            HeaderName::from_static("mcp-session-id"),
+            HeaderName::from_static("mcp-method"),
+            HeaderName::from_static("mcp-name"),
+            HeaderName::from_static("mcp-param-session-id"),
+            HeaderName::from_static("x-cellblock-session"),
             HeaderName::from_static("traceparent"),
             HeaderName::from_static("tracestate"),
         ];
-        const SHOWN: [HeaderName; 5] = [
+        const SHOWN: [HeaderName; 6] = [
             header::LOCATION,
             header::RETRY_AFTER,
+            HeaderName::from_static("mcp-session-id"),
             HeaderName::from_static("x-request-id"),
             HeaderName::from_static("ratelimit"),
             HeaderName::from_static("ratelimit-policy"),

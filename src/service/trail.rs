@@ -57,6 +57,8 @@ pub struct Told {
     pub execution: Option<ExecutionId>,
     code: Option<Code>,
     has_changed: bool,
+    /// What it has turned out to ask for, where its path does not say.
+    action: Option<&'static str>,
     /// Its body is still on its way, so nothing was begun.
     is_arriving: bool,
 }
@@ -134,7 +136,8 @@ impl Trail {
         let Some(audit) = &self.audit else { return };
         let told = self.lock().clone();
         let is_key_refused = answered.as_ref().is_some_and(|answered| answered.is_key_refused);
-        let action = match (&self.origin.action, &told.tenant) {
+        let action = told.action.map(Arc::from).or_else(|| self.origin.action.clone());
+        let action = match (&action, &told.tenant) {
             _ if is_key_refused => REFUSE_KEY.to_owned(),
             (Some(action), Some(_)) => action.to_string(),
             // Nobody who is known has asked for anything that counts.
@@ -183,12 +186,13 @@ impl Drop for Trail {
 }
 
 /// The trail of the request that is worked on here, if there is one.
-pub(super) fn current() -> Option<Arc<Trail>> {
+#[must_use]
+pub fn current() -> Option<Arc<Trail>> {
     TRAIL.try_with(Arc::clone).ok()
 }
 
 /// Works within a trail, where there is one.
-pub(super) async fn follow<T>(trail: Option<Arc<Trail>>, work: impl Future<Output = T>) -> T {
+pub async fn follow<T>(trail: Option<Arc<Trail>>, work: impl Future<Output = T>) -> T {
     match trail {
         Some(trail) => trail.follow(work).await,
         None => work.await,
@@ -206,6 +210,11 @@ pub async fn arriving<T>(read: impl Future<Output = T>) -> T {
     let arrived = read.await;
     note(|told| told.is_arriving = false);
     arrived
+}
+
+/// Notes what a request asks for that comes by a door where paths don't say: it is worth an event then.
+pub fn note_action(action: &'static str) {
+    note(|told| told.action = Some(action));
 }
 
 /// Notes that a request has changed something, so that its event is told however it is answered.
