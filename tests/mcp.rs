@@ -471,6 +471,10 @@ async fn refused_at_the_door(client: &Client) {
     without.problem(401, "unauthenticated");
     let page = client.request(&message).header("origin", "https://evil.example");
     server.send(page).await.problem(403, "forbidden");
+    let rebound = client.request(&message).header("origin", "http://evil.example").header("host", "evil.example");
+    server.send(rebound).await.problem(403, "forbidden");
+    let own = client.request(&message).header("origin", &server.url);
+    assert_eq!(server.send(own).await.status, 200);
     assert_eq!(server.send(server.request(Method::GET, "/mcp")).await.status, 405);
     let raw = |body: String| {
         let request = server.request(Method::POST, "/mcp").header("content-type", "application/json");

@@ -61,6 +61,11 @@ impl Origins {
         (!self.0.is_empty()).then_some(layer)
     }
 
+    /// Whether an origin is one of the configuration's list.
+    pub(super) fn lists(&self, origin: &HeaderValue) -> bool {
+        self.0.contains(origin)
+    }
+
     /// Whether the page that a request comes from may change something. What comes from no page may: browsers always say which.
     pub(super) fn may_change(&self, headers: &HeaderMap, uri: &Uri) -> bool {
         let mut given = headers.get_all(header::ORIGIN).iter();

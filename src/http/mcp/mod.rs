@@ -5,11 +5,14 @@
 //! which the session that it works in is found again, also by the next server.
 
 use std::collections::HashMap;
+use std::net::IpAddr;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use axum::Router;
 use axum::body::{Body, Bytes};
 use axum::extract::{Request, State};
+use axum::http::request::Parts;
+use axum::http::uri::Authority;
 use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode, Uri, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::post;
@@ -23,7 +26,7 @@ use uuid::Uuid;
 
 use super::App;
 use super::extract::{Caller, read};
-use super::problem::Problem;
+use super::problem::{self, Problem};
 use crate::domain::ids::KeyId;
 use crate::service::keys::Principal;
 use crate::service::trail::{self, Trail};
@@ -103,9 +106,10 @@ struct PeekParams {
 
 async fn answer(State(app): State<App>, Caller(who): Caller, request: Request) -> Result<Response, Problem> {
     let Some(mcp) = app.mcp.clone() else {
-        return Err(Problem::new(super::problem::NOT_FOUND, "there is no such path"));
+        return Err(Problem::new(problem::NOT_FOUND, "there is no such path"));
     };
     let (mut head, body) = request.into_parts();
+    check_page(&app, &mcp, &head)?;
     let body = read(body, app.bounds).await?;
     let message = match serde_json::from_slice::<Value>(&body) {
         Ok(message @ Value::Object(_)) => message,
@@ -140,6 +144,27 @@ async fn answer(State(app): State<App>, Caller(who): Caller, request: Request) -
         }
     }
     Ok(response)
+}
+
+/// Refuses a page that has this server under a name of its own: a name that points here only since a while ago is one's own to a browser. Pages under addresses, and
+/// under names that the configuration lists, are what they say.
+fn check_page(app: &App, mcp: &Mcp, head: &Parts) -> Result<(), Problem> {
+    let Some(origin) = head.headers.get(header::ORIGIN) else { return Ok(()) };
+    let host = head.headers.get(header::HOST).and_then(|host| host.to_str().ok());
+    let host = host.or_else(|| head.uri.authority().map(Authority::as_str)).unwrap_or_default();
+    // Those that are listed, `rmcp` holds it to.
+    if !mcp.hosts.is_empty() || app.origins.lists(origin) || is_no_name(host) {
+        return Ok(());
+    }
+    let detail = "pages under this name may not use this server; doors.mcp_hosts lists the names of its own, server.cors_origins other pages";
+    Err(Problem::new(problem::FORBIDDEN, detail))
+}
+
+/// Whether a host, with its port or without, is an address, or this machine's own name: nobody can have it point elsewhere.
+fn is_no_name(host: &str) -> bool {
+    let Ok(authority) = host.parse::<Authority>() else { return false };
+    let host = authority.host().trim_matches(['[', ']']);
+    host.eq_ignore_ascii_case("localhost") || host.parse::<IpAddr>().is_ok()
 }
 
 /// Has the message read, and answered by [`server::Cells`].
@@ -258,6 +283,16 @@ mod tests {
         assert!(call.cancelled.is_cancelled());
         drop(call);
         assert!(calls.lock().is_empty());
+    }
+
+    #[test]
+    fn only_addresses_and_this_machine_are_no_names() {
+        for host in ["127.0.0.1:8080", "localhost", "LOCALHOST:1", "[::1]:8080", "192.0.2.1"] {
+            assert!(is_no_name(host), "{host}");
+        }
+        for host in ["evil.example", "127.0.0.1.evil.example:8080", "", "localhost.evil.example", "a b"] {
+            assert!(!is_no_name(host), "{host}");
+        }
     }
 
     #[test]

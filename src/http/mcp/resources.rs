@@ -5,7 +5,7 @@ use base64::engine::general_purpose::STANDARD as BASE64;
 use cellblock_wire::files::Read;
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, percent_decode_str, utf8_percent_encode};
 use rmcp::model::{ErrorData, ListResourcesResult, ReadResourceResult, Resource, ResourceContents, ResourceTemplate};
-use serde_json::Value;
+use serde_json::{Value, json};
 use tokio::io::AsyncReadExt;
 
 use super::call::describe;
@@ -80,7 +80,7 @@ pub(super) fn templates() -> Vec<ResourceTemplate> {
 /// # Errors
 /// The key may not look.
 pub(super) fn list(service: &Service, who: &Principal) -> Result<ListResourcesResult, ErrorData> {
-    let sessions = service.list_sessions(who, &Filter::default(), None).map_err(|error| refused(error.into()))?;
+    let sessions = service.list_sessions(who, &Filter::default(), None).map_err(|error| refused(error.into(), ""))?;
     let live = sessions.iter().rev().filter(|session| !session.is_over()).take(MAX_LISTED);
     let resource = |id: SessionId| {
         Resource::new(format!("session://{id}/log"), format!("log of {id}")).with_mime_type("text/plain")
@@ -93,7 +93,7 @@ pub(super) fn list(service: &Service, who: &Principal) -> Result<ListResourcesRe
 /// # Errors
 /// It names nothing of the caller's, or what is too long.
 pub(super) async fn read(service: &Service, who: &Principal, uri: &str) -> Result<ReadResourceResult, ErrorData> {
-    let nothing = || ErrorData::resource_not_found("there is nothing under that URI", None);
+    let nothing = || ErrorData::resource_not_found("there is nothing under that URI", Some(json!({ "uri": uri })));
     let contents = match Named::of(uri).ok_or_else(nothing)? {
         Named::File(session, path) => file(service, who, (session, path), uri).await,
         Named::Log(session) => log(service, who, session, uri).await,
@@ -103,7 +103,7 @@ pub(super) async fn read(service: &Service, who: &Principal, uri: &str) -> Resul
         }),
         Named::Blob(id, number) => blob(service, who, (id, number), uri).await,
     };
-    contents.map(|contents| ReadResourceResult::new(vec![contents])).map_err(refused)
+    contents.map(|contents| ReadResourceResult::new(vec![contents])).map_err(|problem| refused(problem, uri))
 }
 
 async fn file(
@@ -174,8 +174,8 @@ fn typed(contents: ResourceContents, mime: &str) -> ResourceContents {
 }
 
 /// What is refused, as the protocol says it.
-fn refused(problem: Problem) -> ErrorData {
-    let data = Some(serde_json::json!({"code": problem.code}));
+fn refused(problem: Problem, uri: &str) -> ErrorData {
+    let data = Some(json!({"code": problem.code, "uri": uri}));
     match problem.status {
         404 | 410 => ErrorData::resource_not_found(describe(&problem), data),
         500.. => ErrorData::internal_error(describe(&problem), data),
@@ -240,8 +240,6 @@ fn joined(text: &Value) -> String {
 
 #[cfg(test)]
 mod tests {
-    use serde_json::json;
-
     use super::*;
 
     #[test]
