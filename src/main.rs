@@ -229,5 +229,6 @@ fn start_log(log: &Log) -> Result<LogLevel, String> {
 
 fn filter(level: &str) -> Result<EnvFilter, String> {
     config::check_log_level(level)?;
-    EnvFilter::try_new(level).map_err(|e| format!("{level:?} is not understood: {e}"))
+    // That crate tells whole messages, with the code in them. What there is to tell of one stands in the line of its request.
+    EnvFilter::try_new(format!("{level},rmcp=off")).map_err(|e| format!("{level:?} is not understood: {e}"))
 }

@@ -527,6 +527,24 @@ async fn an_operator_says_whether_there_is_this_door_and_under_which_names() {
     closed.finish().await.unwrap();
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn no_line_of_the_log_has_code_or_a_key_in_it() {
+    let (server, _) = Server::spawn("[log]\nlevel = \"debug\"\n").await;
+    for era in [Era::Old, Era::New] {
+        let client = Client::greet(&server, era, &server.key).await;
+        let ran = client.call("run_code", json!({"code": "print('mark' + 'er')  # a secret"})).await;
+        assert!(said(&ran).starts_with("marker"), "{ran}");
+        client.ask("tools/call", json!({"name": "no_such_tool_marker", "arguments": {"code": "a secret"}})).await;
+    }
+    let log = std::fs::read_to_string(server.data().parent().unwrap().join("log")).unwrap();
+    assert!(log.contains("route=\"/mcp\""), "{log}");
+    for told in ["a secret", "marker", server.key.as_str()] {
+        let line = log.lines().find(|line| line.contains(told));
+        assert_eq!(line, None);
+    }
+    server.finish().await.unwrap_or_else(|left| panic!("{left}"));
+}
+
 /// What a program that is started by its client answers on its standard output.
 fn over_stdio(arguments: &[&str], messages: &[Value]) -> Vec<Value> {
     let mut program = Command::new(env!("CARGO_BIN_EXE_cellblock"));

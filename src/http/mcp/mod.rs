@@ -110,6 +110,9 @@ async fn answer(State(app): State<App>, Caller(who): Caller, request: Request) -
     };
     let (mut head, body) = request.into_parts();
     check_page(&app, &mcp, &head)?;
+    // It was admitted; nobody behind this needs its key.
+    head.headers.remove(header::AUTHORIZATION);
+    head.headers.remove("x-api-key");
     let body = read(body, app.bounds).await?;
     let message = match serde_json::from_slice::<Value>(&body) {
         Ok(message @ Value::Object(_)) => message,
