@@ -194,6 +194,8 @@ async fn a_client_of_each_era_works_in_sessions() {
         let event = event(action).unwrap_or_else(|| panic!("{action}: {}", audit.text));
         assert!(event["target"] == "/mcp" && event["tenant"].is_string(), "{event}");
     }
+    let refused = audit.json["events"].as_array().unwrap().iter().filter(|e| e["outcome"] == "session-ended").count();
+    assert_eq!(refused, 2, "one in each era: {}", audit.text);
     assert!(event("create_execution").is_some_and(|event| event["session_id"].is_string()), "{}", audit.text);
     server.finish().await.unwrap_or_else(|left| panic!("{left}"));
 }
@@ -498,7 +500,7 @@ async fn refused_at_the_door(client: &Client) {
         let heard = Heard::of(raw(body.to_owned())).await;
         assert!((400..500).contains(&heard.status), "{body}: {} {}", heard.status, heard.body);
     }
-    server.send(raw(format!("\"{}\"", "x".repeat(2 * 1024 * 1024)))).await.problem(413, "payload-too-large");
+    server.send(raw(format!("\"{}\"", "x".repeat(1024 * 1024)))).await.problem(413, "payload-too-large");
     let plain = server.request(Method::POST, "/mcp").header("accept", "application/json, text/event-stream");
     assert_eq!(server.send(plain.header("content-type", "text/plain").body(message.to_string())).await.status, 415);
     for uri in ["file:///etc/passwd", "session://../log", "execution://", "session://%00/log", "x"] {

@@ -59,6 +59,8 @@ pub struct Told {
     has_changed: bool,
     /// What it has turned out to ask for, where its path does not say.
     action: Option<&'static str>,
+    /// Why it was refused, where its status does not say, and whether that is its caller's doing.
+    refused: Option<(&'static str, bool)>,
     /// Its body is still on its way, so nothing was begun.
     is_arriving: bool,
 }
@@ -143,7 +145,8 @@ impl Trail {
             // Nobody who is known has asked for anything that counts.
             _ => return,
         };
-        let outcome = answered.as_ref().map_or("unanswered", |answered| answered.problem.unwrap_or("ok"));
+        let said = told.refused.map(|(code, _)| code);
+        let outcome = answered.as_ref().map_or("unanswered", |answered| answered.problem.or(said).unwrap_or("ok"));
         let status = answered.as_ref().map(|answered| answered.status);
         let target = answered.and_then(|answered| answered.made).unwrap_or_else(|| self.origin.path.clone());
         let (code_bytes, code_sha256, code) = match told.code {
@@ -151,7 +154,8 @@ impl Trail {
             None => (None, None, None),
         };
         // Whoever leaves before a request is whole has asked for nothing.
-        let is_refused = status.map_or(told.is_arriving, |status| (400..500).contains(&status)) && !told.has_changed;
+        let is_refused = status.map_or(told.is_arriving, |status| (400..500).contains(&status));
+        let is_refused = (is_refused || told.refused.is_some_and(|(_, by_caller)| by_caller)) && !told.has_changed;
         let event = AuditEvent {
             tenant: told.tenant.map(|tenant| tenant.to_string()),
             key: told.key.map(|id| id.to_string()),
@@ -215,6 +219,11 @@ pub async fn arriving<T>(read: impl Future<Output = T>) -> T {
 /// Notes what a request asks for that comes by a door where paths don't say: it is worth an event then.
 pub fn note_action(action: &'static str) {
     note(|told| told.action = Some(action));
+}
+
+/// Notes that a request was refused whose status does not say so: with which code, and the status that this has elsewhere.
+pub fn note_refusal(code: &'static str, status: u16) {
+    note(|told| told.refused = Some((code, (400..500).contains(&status))));
 }
 
 /// Notes that a request has changed something, so that its event is told however it is answered.

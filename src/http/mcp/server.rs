@@ -61,7 +61,10 @@ impl Cells {
             }
         };
         // A refusal is for the model, which may do better then.
-        Ok(told.unwrap_or_else(|problem| CallToolResult::error(vec![ContentBlock::text(describe(&problem))])))
+        Ok(told.unwrap_or_else(|problem| {
+            trail::note_refusal(problem.code, problem.status);
+            CallToolResult::error(vec![ContentBlock::text(describe(&problem))])
+        }))
     }
 }
 
