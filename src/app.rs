@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use ipnet::IpNet;
 use tokio::net::TcpListener;
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
@@ -14,6 +15,7 @@ use crate::config::{self, Config, DrainContainers, Inputs, KeySection, Loaded, P
 use crate::domain::ids::InstallationId;
 use crate::domain::quota::QuotaTable;
 use crate::domain::spec::Template;
+use crate::egress::{self, Egress, Outside, Trust};
 use crate::engine::docker::{Demand, DockerEngine, DockerSettings, GuestFile};
 use crate::engine::guard::{self, BindError, Guard, GuardEngine, Permitted, Policy};
 use crate::engine::metered::Metered;
@@ -38,6 +40,7 @@ use crate::task;
 use crate::traces::{self, Traces};
 use crate::tuning::{self, Reloader, Shown, ceilings, limits, pool_plans, settings};
 
+pub mod data;
 pub mod front;
 
 /// Containers are gone within this time at an orderly end, or are left to the next start.
@@ -149,6 +152,14 @@ pub enum StartError {
         /// Why.
         reason: String,
     },
+    /// The authorities of upstreams can't be had.
+    #[error("the authorities in {} can't be used: {reason}\n  `egress.ca_file` in the configuration names it", path.display())]
+    Authorities {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        reason: String,
+    },
     /// The data folder can't be had.
     #[error("the data folder can't be locked with {}: {reason}\n  end the other server, or give this one a folder and an engine.instance of its own", path.display())]
     Locked {
@@ -176,6 +187,12 @@ pub enum StartError {
         host: String,
         /// Whose the name is, and how it is freed.
         source: EngineError,
+    },
+    /// Data that templates name is not on the engine.
+    #[error("{}", missing.iter().map(|(template, name)| format!("the template \"{template}\" names the data \"{name}\", which the engine has not: `cellblock data import DIR {name}` puts it there")).collect::<Vec<_>>().join("\n"))]
+    NoData {
+        /// Template and name.
+        missing: Vec<(String, String)>,
     },
     /// The address can't be listened on.
     #[error("can't listen on {address}: {source}\n  {place} says where to")]
@@ -226,6 +243,8 @@ pub struct Process {
     pub read: Option<(Inputs, Loaded)>,
     /// Asks it to read its configuration again.
     pub reload: Arc<Notify>,
+    /// What sessions' connections to the outside meet; the world, unless a test puts something in its place.
+    pub outside: Outside,
 }
 
 /// A running control plane without a front door.
@@ -260,24 +279,25 @@ impl Plane {
         process: Process,
         tls: Option<Arc<Tls>>,
     ) -> Result<Self, StartError> {
-        let Process { log, read, .. } = process;
+        let Process { log, read, outside, .. } = process;
         let pull = pull(config);
         let metrics = if config.metrics.tenant_label { Metrics::by_tenant() } else { Metrics::new() };
         // Before anything is there that would have to be taken down.
+        let trust = trust(config)?;
         let traces = if owns_instance { traces(config, &metrics)? } else { None };
         let engine: Arc<dyn Engine> = Arc::new(Metered::new(connect(config).await?, metrics.clone()));
         let (settings, limits) = (settings(config), limits(config));
         // One process works with a data folder; whoever shares an instance keeps nothing.
         let archive = if owns_instance { Some(archive(config)?) } else { None };
-        let (state, mut left) = if owns_instance {
-            open_state(config, archive.clone()).map(|(s, l)| (Some(s), l))?
-        } else {
-            (None, Left::default())
-        };
+        let kept = owns_instance.then(|| open_state(config, archive.clone())).transpose()?;
+        let (state, mut left) = kept.map_or_else(Default::default, |(state, left)| (Some(state), left));
         let installation = if owns_instance { Some(installation_id(config)?) } else { None };
         let image = first_image(engine.as_ref(), config).await;
         if let Some(installation) = installation {
             claim(engine.as_ref(), config, installation).await?;
+        }
+        if owns_instance {
+            data::require(engine.as_ref(), config).await?;
         }
         if let Some(image) = image {
             engine.prepare(&image).await.map_err(|e| engine_error(config, e))?;
@@ -290,8 +310,9 @@ impl Plane {
         let offer = Offer::new(tuning::choice(config));
         let pool = Pool::new(if owns_instance { pool_plans(config) } else { Vec::new() });
         let audit = state.clone().map(|state| audit(config, state)).transpose()?;
+        let egress = Egress::new(egress_settings(config).await, trust, outside, metrics.clone(), state.clone());
         let registry = Registry::new(Arc::clone(&engine), archive.clone(), state, instance, settings, limits, pool);
-        let registry = Arc::new(registry.counting(metrics));
+        let registry = Arc::new(registry.counting(metrics).reaching(egress));
         let stop = CancellationToken::new();
         registry.take_over(left);
         let (running, told) = (Arc::clone(&quotas), stop.clone());
@@ -583,6 +604,7 @@ fn policy(config: &Config) -> Policy {
         image: template.image.clone(),
         runtime: template.runtime.clone(),
         most: template.max_resources,
+        data: template.data.clone(),
     };
     let ceilings = ceilings(config);
     Policy {
@@ -693,6 +715,37 @@ fn archive(config: &Config) -> Result<Archive, StartError> {
 fn open_state(config: &Config, archive: Option<Archive>) -> Result<(State, Left), StartError> {
     let folder = &config.server.data_dir;
     State::open(folder, archive).map_err(|source| StartError::State { path: state::path_in(folder), source })
+}
+
+/// Whom upstreams are trusted by.
+fn trust(config: &Config) -> Result<Trust, StartError> {
+    let file = config.egress.ca_file.as_deref();
+    let path = file.map(Path::to_path_buf).unwrap_or_default();
+    Trust::load(file).map_err(|reason| StartError::Authorities { path, reason })
+}
+
+/// What the way out of all sessions keeps to. The engine's own address is among what nobody reaches.
+async fn egress_settings(config: &Config) -> egress::Settings {
+    let section = &config.egress;
+    let limit = |bytes: u64| Some(bytes).filter(|bytes| *bytes > 0);
+    let engine = config.engine.host.split_once("://").filter(|(scheme, _)| !["unix", "guard"].contains(scheme));
+    let engine = match engine {
+        // Without a port, where that of its protocol is meant, any will do to look up the name.
+        Some((_, host)) if host.contains(':') => egress::addresses_of(host.trim_end_matches('/')).await,
+        Some((_, host)) => egress::addresses_of(&format!("{host}:2375")).await,
+        None => Vec::new(),
+    };
+    egress::Settings {
+        connections: section.connections as usize,
+        connections_per_session: section.session_connections as usize,
+        connections_per_minute: section.session_connections_per_minute,
+        sent_bytes: limit(section.session_sent),
+        received_bytes: limit(section.session_received),
+        connect_timeout: section.connect_timeout,
+        idle_timeout: section.idle_timeout,
+        deny: section.deny.iter().copied().chain(engine.into_iter().map(IpNet::from)).collect(),
+        proxy: config::proxy_of(&section.proxy).map(str::to_owned),
+    }
 }
 
 fn audit(config: &Config, state: State) -> Result<Arc<Audit>, StartError> {

@@ -8,6 +8,7 @@ pub mod cli;
 pub mod config;
 pub mod doctor;
 pub mod domain;
+pub mod egress;
 pub mod engine;
 pub mod http;
 pub mod json;

@@ -10,7 +10,9 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::Notify;
 use tracing_subscriber::EnvFilter;
 
-use cellblock::cli::{self, Cli, Command};
+use cellblock::app::StartError;
+use cellblock::app::data::{self as data_volumes, DataError};
+use cellblock::cli::{self, Cli, Command, DataCommand};
 use cellblock::config::{self, Config, Environment, Inputs, Loaded, Log, LogFormat};
 use cellblock::doctor::{self, verdict::Verdict};
 use cellblock::service::log::LogLevel;
@@ -35,7 +37,11 @@ async fn perform() -> ExitCode {
     let environment = Environment::capture();
     let cli = Cli::parse();
     if let Some(code) = cli::perform(&cli, &environment).await {
-        return code.into();
+        return match &cli.command {
+            Command::CheckConfig(args) if code == cli::OK => look_for_data(&args.inputs(&environment)).await,
+            _ => code,
+        }
+        .into();
     }
     let code = match &cli.command {
         Command::Serve(args) => {
@@ -56,6 +62,17 @@ async fn perform() -> ExitCode {
             Ok(config) => run_once(args, cli.json, config).await,
             Err(code) => code,
         },
+        Command::Data(command) => {
+            let args = match command {
+                DataCommand::Import(args) => &args.config,
+                DataCommand::List(args) => args,
+                DataCommand::Remove(args) => &args.config,
+            };
+            match load(&args.inputs(&environment)) {
+                Ok(config) => data(command, cli.json, &config).await,
+                Err(code) => code,
+            }
+        }
         Command::Mcp(args) => match load(&args.config.inputs(&environment)) {
             Ok(config) => serve_mcp(config).await,
             Err(code) => code,
@@ -144,6 +161,70 @@ async fn serve_mcp(config: Config) -> u8 {
 
 fn backup(config: &Config, to: &Path) -> u8 {
     exit_code(app::backup(config, to))
+}
+
+/// What is named by templates and missing on the engine is a mistake of a configuration too, where the engine can be asked.
+async fn look_for_data(inputs: &Inputs) -> u8 {
+    let Ok(config) = load(inputs) else { return BAD_CONFIG };
+    match data_volumes::check(&config).await {
+        Ok(()) => cli::OK,
+        Err(error @ StartError::NoData { .. }) => {
+            eprintln!("{error}");
+            BAD_CONFIG
+        }
+        Err(error) => {
+            eprintln!("cellblock: whether the data of templates is there was not looked for: {error}");
+            cli::OK
+        }
+    }
+}
+
+async fn data(command: &DataCommand, json: bool, config: &Config) -> u8 {
+    let done = match command {
+        DataCommand::Import(args) => import_data(&args.folder, &args.name, json, config).await,
+        DataCommand::List(_) => list_data(json, config).await,
+        DataCommand::Remove(args) => remove_data(&args.name, config).await,
+    };
+    match done {
+        Ok(text) => {
+            print!("{text}");
+            cli::OK
+        }
+        Err(error) => {
+            eprintln!("cellblock: {error}");
+            cli::FAILED
+        }
+    }
+}
+
+async fn import_data(folder: &Path, name: &str, json: bool, config: &Config) -> Result<String, DataError> {
+    let done = data_volumes::import(config, folder, name).await?;
+    let (files, bytes) = (done.packed.files, done.packed.bytes);
+    if json {
+        let told = serde_json::json!({ "files": files, "bytes": bytes, "volume": done.volume });
+        return Ok(format!("{told:#}\n"));
+    }
+    Ok(format!("{name}: {files} files, {}; version {}\n", cli::size(bytes), done.volume.version))
+}
+
+async fn list_data(json: bool, config: &Config) -> Result<String, DataError> {
+    let all = data_volumes::list(config).await?;
+    if json {
+        return Ok(format!("{:#}\n", serde_json::json!(all)));
+    }
+    let rows: Vec<_> = all.into_iter().map(|v| vec![v.name, cli::size(v.bytes), v.version, v.sha256]).collect();
+    Ok(cli::table(&["NAME", "SIZE", "VERSION", "SHA256"], &rows))
+}
+
+async fn remove_data(name: &str, config: &Config) -> Result<String, DataError> {
+    let templates = data_volumes::remove(config, name).await?;
+    if !templates.is_empty() {
+        eprintln!(
+            "cellblock: sessions of these templates do not start any more, as they name it: {}",
+            templates.join(", ")
+        );
+    }
+    Ok(format!("{name}\n"))
 }
 
 fn exit_code(outcome: Result<(), app::StartError>) -> u8 {

@@ -13,6 +13,7 @@ use crate::session::Settings;
 use crate::session::capacity::Ceilings;
 use crate::session::pool::Plan;
 use crate::session::registry::{Limits, Registry};
+use crate::session::tap::TapBounds;
 
 /// Reads a configuration again from where it came from, and tells the parts.
 pub struct Reloader {
@@ -127,6 +128,10 @@ pub fn settings(config: &Config) -> Settings {
         queue_timeout: config.executions.queue_timeout,
         contexts: config.limits.contexts as usize,
         inline: usize::try_from(config.executions.inline).unwrap_or(usize::MAX),
+        tap: TapBounds {
+            bytes: usize::try_from(config.jupyter.buffer_size).unwrap_or(usize::MAX),
+            time: config.jupyter.buffer_time,
+        },
     }
 }
 

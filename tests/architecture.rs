@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use syn::visit::Visit;
 
 /// Each top module and the others it may use. Lower layers only; what stands beside each other stays apart.
-const LAYERS: [(&str, &[&str]); 19] = [
+const LAYERS: [(&str, &[&str]); 20] = [
     ("domain", &[]),
     ("task", &[]),
     ("json", &[]),
@@ -17,7 +17,8 @@ const LAYERS: [(&str, &[&str]); 19] = [
     ("engine", &["domain", "task", "metrics"]),
     ("kernel", &["domain", "json", "task"]),
     ("store", &["domain", "json", "metrics"]),
-    ("session", &["domain", "task", "metrics", "traces", "engine", "kernel", "store"]),
+    ("egress", &["domain", "task", "metrics", "kernel", "store"]),
+    ("session", &["domain", "task", "metrics", "traces", "egress", "engine", "kernel", "store"]),
     ("service", &["domain", "task", "places", "metrics", "traces", "engine", "kernel", "session", "store"]),
     ("http", &["domain", "task", "places", "metrics", "traces", "session", "service"]),
     ("config", &["domain"]),
@@ -25,7 +26,10 @@ const LAYERS: [(&str, &[&str]); 19] = [
     ("tuning", &["domain", "config", "http", "service", "session"]),
     (
         "app",
-        &["domain", "task", "metrics", "traces", "config", "engine", "http", "service", "session", "store", "tuning"],
+        &[
+            "domain", "task", "metrics", "traces", "config", "egress", "engine", "http", "service", "session", "store",
+            "tuning",
+        ],
     ),
     ("run", &["domain", "cli", "config", "app", "http", "service", "session"]),
     ("doctor", &["domain", "cli", "config", "engine", "store", "app", "run"]),
@@ -33,9 +37,9 @@ const LAYERS: [(&str, &[&str]); 19] = [
 ];
 
 /// Crates that only some modules may name. Paths are prefixes of a file's module path.
-const CRATES: [(&str, &[&str]); 16] = [
+const CRATES: [(&str, &[&str]); 17] = [
     ("bollard", &["engine/docker", "engine/lockdown"]),
-    ("tar", &["engine/docker"]),
+    ("tar", &["engine/docker", "engine/pack"]),
     ("docker_credential", &["engine/docker"]),
     ("prometheus", &["metrics"]),
     ("axum", &["http"]),
@@ -47,9 +51,10 @@ const CRATES: [(&str, &[&str]); 16] = [
     ("reqwest", &["cli", "traces"]),
     ("clap", &["cli", "main"]),
     ("toml", &["config"]),
-    ("tokio_rustls", &["http/tls"]),
+    ("tokio_rustls", &["http/tls", "egress/trust"]),
     ("rmcp", &["http/mcp"]),
-    ("hyper", &["kernel", "service", "run", "task", "engine/docker", "http/listen"]),
+    ("tungstenite", &["http/jupyter"]),
+    ("hyper", &["kernel", "egress", "service", "run", "task", "engine/docker", "http/listen", "http/forward"]),
 ];
 
 /// What the domain does without: it is to be tested by calling it.

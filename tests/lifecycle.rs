@@ -43,7 +43,13 @@ async fn the_fake_keeps_the_contract_of_engines() {
         let engine = Arc::clone(&killed);
         Box::pin(async move { engine.kill(&name) })
     };
-    let subject = engine_suite::Subject { engine: engine.as_ref(), instance: INSTANCE, image: IMAGE, kill: &kill };
+    let subject = engine_suite::Subject {
+        engine: engine.as_ref(),
+        operator: engine.as_ref(),
+        instance: INSTANCE,
+        image: IMAGE,
+        kill: &kill,
+    };
     engine_suite::run(&subject).await;
 }
 
@@ -336,6 +342,7 @@ async fn the_reconciler_removes_what_nobody_knows_and_notices_what_is_missing() 
     let stranger = Bench::new();
     let subject = engine_suite::Subject {
         engine: bench.engine.as_ref(),
+        operator: bench.engine.as_ref(),
         instance: INSTANCE,
         image: IMAGE,
         kill: &|_| Box::pin(async {}),

@@ -21,7 +21,7 @@ use cellblock::http::door::{Door, Tries};
 use cellblock::http::listen::Connections;
 use cellblock::http::origins::Origins;
 use cellblock::http::remote::Proxies;
-use cellblock::http::{self, App, Bounds};
+use cellblock::http::{self, App, Bounds, Ports};
 use cellblock::service::Error;
 use cellblock::service::issuing::KeyRequest;
 use cellblock::service::keys::{Principal, Scope};
@@ -73,6 +73,10 @@ impl Front {
             bounds: Bounds { body: MIB, body_time: NEVER },
             proxies: Proxies::new(Vec::new(), "x-forwarded-for"),
             origins: Origins::new(&[""; 0]),
+            ports: Ports { within: NEVER, is_tls: false },
+            jupyter: None,
+            sockets: http::jupyter::Sockets::default(),
+            started: jiff::Timestamp::now(),
         };
         let connections = Connections {
             most: 100,
@@ -80,6 +84,7 @@ impl Front {
             head_time: NEVER,
             head_bytes: 16 * 1024,
             write_time: patience,
+            ports_domain: None,
             plain_from_proxies_only: false,
             tls: None,
         };

@@ -83,7 +83,9 @@ fn routes() -> Vec<(&'static str, &'static str, About, Value)> {
         ("GET", "/v1/sessions/{id}/terminal", Change, none.clone()),
         ("POST", "/v1/sessions/{id}/restart", Change, none.clone()),
         ("GET", "/v1/sessions/{id}/metrics", Look, none.clone()),
+        ("GET", "/v1/sessions/{id}/egress", Look, none.clone()),
         ("GET", "/v1/sessions/{id}/notebook", Look, none.clone()),
+        ("GET", "/v1/sessions/{id}/ports/{port}/{path}", Change, none.clone()),
         ("POST", "/v1/sessions/{id}/files:mkdir", Change, json!({"path": "folder"})),
         ("PUT", "/v1/sessions/{id}/files/{path}", Change, json!("content")),
         ("POST", "/v1/sessions/{id}/files:move", Change, json!({"from": FILE, "to": FILE})),
@@ -110,6 +112,76 @@ fn routes() -> Vec<(&'static str, &'static str, About, Value)> {
         ("POST", "/v1/admin/reload", Operate, none.clone()),
         ("POST", "/v1/admin/drain", Drain, none),
     ]
+}
+
+/// Every route of the Jupyter door, in an order in which the owner can ask for all of them. `{kernel}` and `{session}` are of one session of the first tenant's,
+/// `{another}` is another one.
+fn jupyter_routes() -> Vec<(&'static str, &'static str, About, Value)> {
+    use About::{Change, List, Look, Make, Offer};
+    let (none, unknown) = (Value::Null, json!({"name": "there-is-none"}));
+    let document = json!({"path": "x", "type": "notebook", "kernel": {"name": "there-is-none"}});
+    vec![
+        ("GET", "/api/me", Offer, none.clone()),
+        ("GET", "/api/terminals", Offer, none.clone()),
+        ("GET", "/api/kernelspecs", Offer, none.clone()),
+        ("GET", "/api/kernelspecs/{name}", Offer, none.clone()),
+        ("GET", "/kernelspecs/{name}/logo-svg.svg", Offer, none.clone()),
+        ("GET", "/api/status", List, none.clone()),
+        ("GET", "/api/kernels", List, none.clone()),
+        ("GET", "/api/sessions", List, none.clone()),
+        ("POST", "/api/kernels", Make, unknown),
+        ("POST", "/api/sessions", Make, document),
+        ("GET", "/api/kernels/{kernel}", Look, none.clone()),
+        ("GET", "/api/kernels/{kernel}/channels", Change, none.clone()),
+        ("POST", "/api/kernels/{kernel}/interrupt", Change, none.clone()),
+        ("POST", "/api/kernels/{kernel}/restart", Change, none.clone()),
+        ("GET", "/api/sessions/{session}", Look, none.clone()),
+        ("PATCH", "/api/sessions/{session}", Change, json!({"name": "renamed"})),
+        ("DELETE", "/api/sessions/{session}", Change, none.clone()),
+        ("DELETE", "/api/kernels/{another}", Change, none),
+    ]
+}
+
+/// Asks for all of the Jupyter door's routes with every kind of key. What the owner has made is gone afterwards.
+async fn jupyter_door(server: &Arc<Server>, callers: &[(Who, Option<String>)], owner: &str) {
+    let make = async |path: &str, body: Value| {
+        let made = server.send(server.bare(Method::POST, path).bearer_auth(owner).json(&body)).await;
+        assert_eq!(made.status, 201, "{}", made.text);
+        made.json
+    };
+    let document = make("/api/sessions", json!({"path": "p", "type": "notebook", "kernel": {"name": "python"}})).await;
+    let (session, kernel) = (text(&document["id"]), text(&document["kernel"]["id"]));
+    let another = text(&make("/api/kernels", json!({"name": "python"})).await["id"]);
+    for (who, key) in callers {
+        for (at, (method, route, about, body)) in jupyter_routes().into_iter().enumerate() {
+            // In all the places where it is, one after the other.
+            let base = ["", "/jupyter"][at % 2];
+            let path = route.replace("{kernel}", &kernel).replace("{session}", &session).replace("{another}", &another);
+            let path = path.replace("{name}", if *who == Who::Limited { "data" } else { "python" });
+            let method = Method::from_bytes(method.as_bytes()).unwrap();
+            let request = with(server.bare(method, &format!("{base}{path}")), key.as_deref());
+            let reply = server.send(if body.is_null() { request } else { request.json(&body) }).await;
+            let what = format!("{who:?}: {route}: {} {}", reply.status, reply.text);
+            let allowed: &[u16] = match (expected(*who, about), about) {
+                (Answer::Refused(401), _) => &[403],
+                // What is not there is said before what is not allowed.
+                (Answer::Refused(403), About::Change) => &[403, 404],
+                (Answer::Refused(422) | Answer::Granted, About::Make) => &[404, 501],
+                (Answer::Refused(403), _) => &[403],
+                (Answer::Refused(404), _) => &[404],
+                (Answer::Refused(_), _) => &[],
+                (Answer::Nothing, _) => &[200],
+                // A connection is asked for otherwise.
+                (Answer::Granted, _) if route.ends_with("/channels") => &[400],
+                (Answer::Granted, _) => &[200, 204],
+            };
+            assert!(allowed.contains(&reply.status), "{what}");
+            let may_hear = matches!(expected(*who, about), Answer::Granted | Answer::Refused(422));
+            let is_told = [&session, &kernel, &another].iter().any(|id| reply.text.contains(id.as_str()));
+            // Who names a thing may be told that there is none of that name.
+            assert!(may_hear || !is_told || reply.status == 404, "{what}");
+        }
+    }
 }
 
 /// Who asks. The first tenant has everything that paths name.
@@ -233,8 +305,9 @@ impl Things {
         assert_eq!(made.status, 201, "{}", made.text);
         let cell = Cell { server: Arc::clone(server), id: text(&made.json["id"]), view: made.json };
         let context = server.send(as_owner(Method::POST, &cell.path("/contexts")).json(&json!({}))).await;
-        let sleeps = json!({"argv": ["sleep", "1000"], "background": true, "stdin": true});
-        let command = server.send(as_owner(Method::POST, &cell.path("/commands")).json(&sleeps)).await;
+        // One that has ended, so that its events do.
+        let command =
+            server.send(as_owner(Method::POST, &cell.path("/commands")).json(&json!({"argv": ["true"]}))).await;
         let run = json!({"code": "'x' * 5000"});
         let file = server.send(as_owner(Method::PUT, &cell.path(&format!("/files/{FILE}"))).body("x")).await;
         assert_eq!(file.status, 201, "{}", file.text);
@@ -259,8 +332,7 @@ impl Things {
             _ => "{id}",
         };
         let path = route.replace("{id}", id).replace("{context}", &self.context).replace("{number}", &self.blob);
-        let path = path.replace("{path}", FILE);
-        let path = path.replace("{command}", &self.command);
+        let path = path.replace("{port}", "8000").replace("{path}", FILE).replace("{command}", &self.command);
         assert!(!path.contains('{'), "{route} names something that this test has not got");
         path
     }
@@ -301,7 +373,7 @@ async fn every_route_of_the_document_answers_each_kind_of_key_as_it_should() {
     let over = keys::generate().unwrap();
     let hash = keys::hash(&over).unwrap();
     let server = Server::start(&format!(
-        "[auth]\nfailures = 1000\n[executions]\ninline = \"1KiB\"\n[[keys]]\nname = \"over\"\ntenant = \"one\"\nscopes = [\"sessions\", \"admin\"]\n\
+        "[templates.python]\nports = [\"8000\"]\n[auth]\nfailures = 1000\n[executions]\ninline = \"1KiB\"\n[[keys]]\nname = \"over\"\ntenant = \"one\"\nscopes = [\"sessions\", \"admin\"]\n\
          hash = \"{hash}\"\nexpires_at = \"2020-01-01T00:00:00Z\"\n"
     ))
     .await;
@@ -331,6 +403,7 @@ async fn every_route_of_the_document_answers_each_kind_of_key_as_it_should() {
     assert_eq!(server.delete(&format!("/v1/keys/{}", revoked.1)).await.status, 204);
 
     each_route_has_its_row(&server).await;
+    jupyter_door(&server, &callers, &owner).await;
     let things = Things::new(&server, &owner).await;
     tools_answer_as_routes_do(&server, &things, &callers).await;
     let mut asked = 0;
@@ -370,21 +443,25 @@ async fn every_route_of_the_document_answers_each_kind_of_key_as_it_should() {
     }
     assert_eq!(asked, callers.len() * routes().len() - 1);
 
-    // A name is a tenant's own, and one of another template's session is not given away.
-    let named = json!({"template": "data", "name": "mine", "if_exists": "reuse"});
-    let body = json!({"template": "python", "name": "mine"});
-    let again = server.send(server.bare(Method::POST, "/v1/sessions").bearer_auth(&owner).json(&body)).await;
-    assert_eq!(again.status, 201, "{}", again.text);
     let limited = callers[5].1.as_deref().expect("a key");
-    let limited = server.bare(Method::POST, "/v1/sessions").bearer_auth(limited);
-    let refused = server.send(limited.json(&named)).await;
-    refused.problem(409, "name-in-use");
-    assert!(!refused.text.contains(&text(&again.json["id"])), "{}", refused.text);
+    a_name_of_another_templates_session_is_not_given_away(&server, &owner, limited).await;
 
     let operator = callers[7].1.as_deref().expect("a key");
     let drained = server.send(server.bare(Method::POST, "/v1/admin/drain").bearer_auth(operator)).await;
     assert_eq!(drained.status, 202, "{}", drained.text);
     server.finish().await.unwrap_or_else(|left| panic!("{left}"));
+}
+
+/// A name is a tenant's own, and who has it is not told to a key that may not see that session.
+async fn a_name_of_another_templates_session_is_not_given_away(server: &Server, owner: &str, limited: &str) {
+    let named = json!({"template": "data", "name": "mine", "if_exists": "reuse"});
+    let body = json!({"template": "python", "name": "mine"});
+    let again = server.send(server.bare(Method::POST, "/v1/sessions").bearer_auth(owner).json(&body)).await;
+    assert_eq!(again.status, 201, "{}", again.text);
+    let limited = server.bare(Method::POST, "/v1/sessions").bearer_auth(limited);
+    let refused = server.send(limited.json(&named)).await;
+    refused.problem(409, "name-in-use");
+    assert!(!refused.text.contains(&text(&again.json["id"])), "{}", refused.text);
 }
 
 /// What the first tenant has is as it was made.
@@ -395,7 +472,7 @@ async fn untouched(server: &Server, things: &Things, owner: &str) {
         reply.json
     };
     let session = look(&things.cell.path("")).await;
-    assert_eq!((&session["state"], &session["labels"]), (&json!("ready"), &json!({"of": "one"})));
+    assert_eq!((&session["state"], &session["labels"]), (&json!("ready"), &json!({"of": "one"})), "{session}");
     let contexts = look(&things.cell.path("/contexts")).await;
     assert_eq!(contexts["contexts"].as_array().map(Vec::len), Some(2), "{contexts}");
     assert_eq!(look(&format!("/v1/executions/{}", things.execution)).await["status"], "ok");

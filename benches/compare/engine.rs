@@ -160,6 +160,20 @@ impl Inside {
         Ok(self.input.flush().await?)
     }
 
+    /// Sends so many bytes, or, of none, an empty line.
+    pub async fn send(&mut self, bytes: usize) -> Result<()> {
+        let (piece, mut left) = (vec![b'x'; 256 << 10], bytes);
+        while left > 0 {
+            let part = left.min(piece.len());
+            self.input.write_all(&piece[..part]).await?;
+            left -= part;
+        }
+        if bytes == 0 {
+            self.input.write_all(b"\n").await?;
+        }
+        Ok(self.input.flush().await?)
+    }
+
     /// The next line.
     pub async fn line(&mut self) -> Result<String> {
         let answer = async {

@@ -62,6 +62,13 @@ impl Figures {
         }
     }
 
+    /// Holds the median of a row against the most that it is to be.
+    pub fn bound(&mut self, ratio: &'static str, row: &str, most: f64) {
+        if let Some(row) = self.rows.iter().find(|found| found.name == row) {
+            self.ratios.push(Ratio { name: ratio, value: row.quantile(0.5) / most, target: Some(1.0) });
+        }
+    }
+
     pub fn to_json(&self) -> Value {
         let row = |row: &Row| {
             json!({"name": row.name, "unit": row.unit, "n": row.count(), "median": row.quantile(0.5),

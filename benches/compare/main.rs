@@ -8,6 +8,7 @@
 
 mod engine;
 mod figures;
+mod files;
 mod measure;
 mod report;
 mod server;
@@ -64,11 +65,17 @@ async fn bench() -> Result<()> {
     if is_chosen("executions") {
         measure::executions(&engine, &server, &mut figures).await?;
     }
+    if is_chosen("commands") {
+        measure::commands(&server, &mut figures).await?;
+    }
     if is_chosen("boots") {
         measure::boots(&engine, &server, &mut figures).await?;
     }
     if is_chosen("crowd") {
         measure::crowd(&engine, &server, &mut figures).await?;
+    }
+    if is_chosen("files") {
+        files::files(&engine, &server, &mut figures).await?;
     }
     // What follows has servers of its own: a pool takes time from all else, and a crowd needs room.
     server.stop().await?;

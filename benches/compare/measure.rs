@@ -39,7 +39,8 @@ fn ms(elapsed: Duration) -> f64 {
     elapsed.as_secs_f64() * 1000.0
 }
 
-fn say(what: &str) {
+/// Says what is measured now.
+pub fn say(what: &str) {
     eprintln!("==> {what}");
 }
 
@@ -182,6 +183,44 @@ async fn round_trips(
         found.push(ms(asked.elapsed()));
     }
     Ok(found)
+}
+
+/// A program that does nothing, from its start to its known end: as a command over HTTP, and by a parent that does nothing else beside it.
+pub async fn commands(server: &Server, figures: &mut Figures) -> Result<()> {
+    say("commands");
+    let session = server.create().await?;
+    let spawn = format!(
+        "import json, os, time\ntook = []\nfor _ in range({BLOCK}):\n    began = time.perf_counter()\n    \
+         os.waitpid(os.posix_spawn('/bin/true', ['true'], os.environ), 0)\n    took.append((time.perf_counter() - began) * 1000)\n\
+         print(json.dumps(took))"
+    );
+    let (mut ours, mut theirs) = (Vec::new(), Vec::new());
+    for _ in 0..WARM_UP {
+        server.command(&session, &["/bin/true"]).await?;
+    }
+    for _ in 0..BLOCKS {
+        for place in shuffled([0, 1])? {
+            if place == 0 {
+                let took: Vec<f64> = serde_json::from_value(server.printed(&session, &spawn).await?)?;
+                theirs.extend(took);
+                continue;
+            }
+            for _ in 0..BLOCK {
+                let asked = Instant::now();
+                server.command(&session, &["/bin/true"]).await?;
+                ours.push(ms(asked.elapsed()));
+            }
+        }
+    }
+    server.delete(&session).await?;
+    let mut sorted = theirs.clone();
+    sorted.sort_by(f64::total_cmp);
+    let process = sorted[sorted.len() / 2];
+    figures.add("true: POST …/commands until its end", MS, ours.clone());
+    figures.add("true: posix_spawn and waitpid in the same cell", MS, theirs);
+    figures.add("true: what the command takes beyond the process", MS, ours.into_iter().map(|o| o - process).collect());
+    figures.bound("command beyond its process : 5 ms", "true: what the command takes beyond the process", 5.0);
+    Ok(())
 }
 
 /// A kernel from its exec to its first answer: the stock one, and by our launcher.
@@ -355,6 +394,7 @@ pub async fn stream(engine: &Engine, figures: &mut Figures) -> Result<()> {
     Ok(())
 }
 
-fn no_log() -> HostConfigLogConfig {
+/// No log: it would be what is measured.
+pub fn no_log() -> HostConfigLogConfig {
     HostConfigLogConfig { typ: Some("none".to_owned()), config: None }
 }

@@ -90,8 +90,16 @@ impl Server {
 
     /// Creates a session and waits until it is ready; its id.
     pub async fn create(&self) -> Result<String> {
-        let body = json!({"template": TEMPLATE});
-        let session = self.send(self.http.post(format!("{}/v1/sessions", self.url)).json(&body)).await?;
+        self.create_from(&json!({"template": TEMPLATE})).await
+    }
+
+    /// The same with so much memory and disk, in MiB.
+    pub async fn create_with(&self, memory: u64, disk: u64) -> Result<String> {
+        self.create_from(&json!({"template": TEMPLATE, "resources": {"memory_mb": memory, "disk_mb": disk}})).await
+    }
+
+    async fn create_from(&self, body: &Value) -> Result<String> {
+        let session = self.send(self.http.post(format!("{}/v1/sessions", self.url)).json(body)).await?;
         match (&session["id"], session["state"].as_str()) {
             (Value::String(id), Some("ready")) => Ok(id.clone()),
             _ => Err(format!("a session is not ready: {session}").into()),
@@ -128,6 +136,44 @@ impl Server {
             Some("2") => Ok(()),
             _ => Err(format!("1+1 came to this: {execution}").into()),
         }
+    }
+
+    /// Writes a file of so many bytes.
+    pub async fn put_file(&self, session: &str, bytes: usize) -> Result<()> {
+        const PIECE: usize = 256 << 10;
+        let piece = bytes::Bytes::from(vec![b'x'; PIECE]);
+        let pieces = (0..bytes / PIECE).map(move |_| Ok::<_, std::io::Error>(piece.clone()));
+        let body = reqwest::Body::wrap_stream(futures_util::stream::iter(pieces));
+        self.send(self.http.put(format!("{}/v1/sessions/{session}/files/file", self.url)).body(body)).await?;
+        Ok(())
+    }
+
+    /// Reads it.
+    pub async fn get_file(&self, session: &str, bytes: usize) -> Result<()> {
+        let request = self.http.get(format!("{}/v1/sessions/{session}/files/file", self.url));
+        let mut answer = request.header("authorization", &self.authorization).send().await?.error_for_status()?;
+        let mut read = 0;
+        while let Some(chunk) = answer.chunk().await? {
+            read += chunk.len();
+        }
+        if read == bytes { Ok(()) } else { Err(format!("of {bytes} bytes {read} came").into()) }
+    }
+
+    /// Runs a program to its end.
+    pub async fn command(&self, session: &str, argv: &[&str]) -> Result<()> {
+        let request = self.http.post(format!("{}/v1/sessions/{session}/commands", self.url));
+        let command = self.send(request.json(&json!({"argv": argv}))).await?;
+        match command["exit_code"].as_i64() {
+            Some(0) => Ok(()),
+            _ => Err(format!("{argv:?} came to this: {command}").into()),
+        }
+    }
+
+    /// Runs code that prints JSON.
+    pub async fn printed(&self, session: &str, code: &str) -> Result<Value> {
+        let request = self.http.post(format!("{}/v1/sessions/{session}/executions", self.url));
+        let execution = self.send(request.json(&json!({"code": code}))).await?;
+        Ok(serde_json::from_str(execution["stdout"].as_str().unwrap_or_default())?)
     }
 
     /// Ends a session; answered once its container is gone.

@@ -2,6 +2,8 @@
 
 use std::sync::Arc;
 
+use jiff::Timestamp;
+
 use super::{Plane, StartError};
 use crate::config::{Config, ForwardedHeader};
 use crate::http::door::{Door, Tries};
@@ -9,7 +11,7 @@ use crate::http::listen::Connections;
 use crate::http::origins::Origins;
 use crate::http::remote::Proxies;
 use crate::http::tls::Tls;
-use crate::http::{App, Bounds, mcp};
+use crate::http::{App, Bounds, Ports, jupyter, mcp};
 
 /// What handlers work with.
 #[must_use]
@@ -30,6 +32,14 @@ pub fn app(config: &Config, plane: &Plane) -> App {
         },
         proxies: Proxies::new(server.trusted_proxies.clone(), header),
         origins: Origins::new(&server.cors_origins),
+        ports: Ports { within: server.ports_timeout, is_tls: server.tls_cert_file.is_some() },
+        jupyter: config.jupyter.enabled.then(|| jupyter::Bounds {
+            message: usize::try_from(config.jupyter.max_message).unwrap_or(usize::MAX),
+            of_session: config.jupyter.connections_per_session as usize,
+            of_tenant: config.jupyter.connections_per_tenant as usize,
+        }),
+        sockets: jupyter::Sockets::default(),
+        started: Timestamp::now(),
         mcp: config.doors.mcp.then(|| mcp::Mcp::new(config.doors.mcp_hosts.clone())),
     }
 }
@@ -50,6 +60,7 @@ pub fn connections(config: &Config) -> Result<Connections, StartError> {
         head_time: server.header_timeout,
         head_bytes: usize::try_from(server.max_header).unwrap_or(usize::MAX),
         write_time: server.write_timeout,
+        ports_domain: Some(server.ports_domain.as_str()).filter(|domain| !domain.is_empty()).map(Arc::from),
         plain_from_proxies_only: tls.is_none() && !server.allow_plain_http && !server.listen.ip().is_loopback(),
         tls,
     })

@@ -15,6 +15,7 @@ Examples:
   cellblock exec chat-42 analysis.py --out plots  run a file in a live session, save its images
   cellblock run -c 'import sys; sys.version'      the same without a server
   cellblock ps --label run=42                     list sessions
+  cellblock data import ./maps maps               put data where templates can name it
   cellblock check-config --config cellblock.toml  find the mistakes in a configuration
 
 Exit codes of exec and run:
@@ -64,6 +65,9 @@ pub enum Command {
     CheckConfig(ConfigArgs),
     /// Try whether this host does what the configuration relies on; needs no server, and disturbs none.
     Doctor(DoctorArgs),
+    /// Put folders of data onto the engine, for templates to give to their sessions, read-only.
+    #[command(subcommand)]
+    Data(DataCommand),
     /// Copy the database of sessions, while a server works with it or not.
     Backup(BackupArgs),
     /// Print the OpenAPI document.
@@ -178,6 +182,42 @@ fn with_data_dir(inputs: Inputs, folder: Option<&str>) -> Inputs {
         Some(folder) => inputs.with("--data-dir", "server.data_dir", folder),
         None => inputs,
     }
+}
+
+/// What to do with data. It is done on the engine itself, where a guard's configuration is if there is one.
+#[derive(Debug, Clone, Subcommand)]
+pub enum DataCommand {
+    /// Copy a folder onto the engine. Sessions that start later find it; those that have an earlier content of the name keep that.
+    Import(DataImportArgs),
+    /// List the data on the engine.
+    List(ConfigArgs),
+    /// Take data away. Sessions that have it keep it.
+    Remove(DataRemoveArgs),
+}
+
+/// Copy a folder onto the engine.
+#[derive(Debug, Clone, Args)]
+pub struct DataImportArgs {
+    /// The folder. Links in it must not lead out of it, and there must be no devices, sockets or pipes.
+    #[arg(value_name = "DIR")]
+    pub folder: PathBuf,
+    /// What templates name it by: 1 to 40 of a-z, 0-9 and "-".
+    #[arg(value_name = "NAME")]
+    pub name: String,
+    /// Configuration.
+    #[command(flatten)]
+    pub config: ConfigArgs,
+}
+
+/// Take data away.
+#[derive(Debug, Clone, Args)]
+pub struct DataRemoveArgs {
+    /// Its name.
+    #[arg(value_name = "NAME")]
+    pub name: String,
+    /// Configuration.
+    #[command(flatten)]
+    pub config: ConfigArgs,
 }
 
 /// Try this host.

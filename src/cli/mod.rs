@@ -1,5 +1,5 @@
-//! The command line: what it accepts, and every command that needs no control plane of its own. `serve`, `guard`, `run`, `doctor` and
-//! `openapi` are only parsed here; the program's entry performs them.
+//! The command line: what it accepts, and every command that needs no control plane of its own. `serve`, `guard`, `run`, `data`, `doctor`
+//! and `openapi` are only parsed here; the program's entry performs them.
 
 mod args;
 mod client;
@@ -20,25 +20,26 @@ use clap::CommandFactory as _;
 use serde_json::json;
 
 pub use args::{
-    Cli, CodeSource, Command, ConfigArgs, DoctorArgs, ExecArgs, GuardArgs, InstallArgs, McpArgs, McpClient, McpCommand,
-    Place, PsArgs, RmArgs, RunArgs, ServeArgs, ServerArgs, SessionsArgs,
+    Cli, CodeSource, Command, ConfigArgs, DataCommand, DoctorArgs, ExecArgs, GuardArgs, InstallArgs, McpArgs,
+    McpClient, McpCommand, Place, PsArgs, RmArgs, RunArgs, ServeArgs, ServerArgs, SessionsArgs,
 };
 pub use client::Client;
 pub use images::{Blob, Images};
 pub use problem::{Failure, Problem, ProblemField};
 pub use render::{CANCELLED, CODE_ERROR, FAILED, KILLED, OK, Renderer, TIMED_OUT, exit_code};
-pub use text::escape;
+pub use text::{escape, size, table};
 pub use waiting::while_waiting;
 
 use crate::config::{self, Environment};
 
-/// Performs a command and gives its exit code; `None` for those that need the control plane: `serve`, `guard`, `run`, `backup`, `doctor`,
+/// Performs a command and gives its exit code; `None` for those that need the control plane: `serve`, `guard`, `run`, `data`, `backup`, `doctor`,
 /// `openapi`, and `mcp` where no server is named.
 pub async fn perform(cli: &Cli, environment: &Environment) -> Option<u8> {
     let done = match &cli.command {
         Command::Serve(_)
         | Command::Guard(_)
         | Command::Run(_)
+        | Command::Data(_)
         | Command::Backup(_)
         | Command::Doctor(_)
         | Command::Openapi => {

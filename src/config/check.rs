@@ -3,8 +3,11 @@
 use std::time::Duration;
 
 use super::merge::Merge;
-use super::sections::{Bounds, Document, Server, TemplateSection};
+use super::sections::{Bounds, Data, Document, Server, TemplateSection};
 use super::source::{Key, Mistake, Source, dotted, key_of};
+use crate::domain::data;
+use crate::domain::egress::{self, Rule};
+use crate::domain::ports::Ports;
 use crate::domain::spec::{self, KERNEL_FLOOR, MIB, PoolSize};
 
 /// A container lives at least so long without hearing of a server, which it does when it is asked whether it lives.
@@ -23,6 +26,7 @@ pub(super) fn check(document: &Document, merge: &Merge) -> Vec<Mistake> {
     checker.engine(document);
     checker.amounts(document);
     checker.quotas(document);
+    checker.egress(document);
     checker.traces(document);
     checker.log(document);
     checker.default_template(document);
@@ -97,6 +101,12 @@ impl Checker<'_> {
             "allowed are 4KiB to 64MiB".to_owned()
         });
         self.positive(server.request_timeout, "server.request_timeout");
+        self.positive(server.ports_timeout, "server.ports_timeout");
+        let domain = server.ports_domain.as_str();
+        let is_domain = domain.len() <= 180 && domain.split('.').all(|label| is_label(label, 63));
+        self.require(domain.is_empty() || is_domain, &["server.ports_domain"], || {
+            format!("{domain:?} is not a domain in lower case without a port, such as \"ports.example.com\"")
+        });
         self.connections(document);
         self.callers(document);
     }
@@ -262,6 +272,8 @@ impl Checker<'_> {
             ("limits.contexts", limits.contexts, 32),
             ("executions.retention_count", executions.retention_count, 10_000_000),
             ("audit.retention_count", document.audit.retention_count, 100_000_000),
+            ("jupyter.connections_per_session", document.jupyter.connections_per_session, 1000),
+            ("jupyter.connections_per_tenant", document.jupyter.connections_per_tenant, 100_000),
         ] {
             self.require((1..=most).contains(&value), &[key], || format!("{value} is not within 1 to {most}"));
         }
@@ -273,6 +285,13 @@ impl Checker<'_> {
         self.positive(executions.queue_timeout, "executions.queue_timeout");
         self.positive(executions.retention_time, "executions.retention_time");
         self.positive(document.audit.retention_time, "audit.retention_time");
+        self.positive(document.jupyter.buffer_time, "jupyter.buffer_time");
+        for (key, bytes) in [
+            ("jupyter.buffer_size", document.jupyter.buffer_size),
+            ("jupyter.max_message", document.jupyter.max_message),
+        ] {
+            self.require((64 * 1024..=64 * MIB).contains(&bytes), &[key], || "allowed are 64KiB to 64MiB".to_owned());
+        }
         self.positive(executions.blob_retention, "executions.blob_retention");
         self.positive(executions.notebook_retention, "executions.notebook_retention");
         self.require((1024..=64 * MIB).contains(&executions.inline), &["executions.inline"], || {
@@ -311,6 +330,66 @@ impl Checker<'_> {
             self.require(document.classes.contains_key(class), &[&format!("tenants.{name}.class")], || {
                 format!("{class:?} is none of the classes that have a key of their own: {known}")
             });
+        }
+    }
+
+    fn egress(&mut self, document: &Document) {
+        let egress = &document.egress;
+        for (key, value, most) in [
+            ("egress.connections", egress.connections, 100_000),
+            // More of them do not fit beside the rest on a session's link.
+            ("egress.session_connections", egress.session_connections, 64),
+            ("egress.session_connections_per_minute", egress.session_connections_per_minute, 100_000),
+        ] {
+            self.require((1..=most).contains(&value), &[key], || format!("{value} is not within 1 to {most}"));
+        }
+        let (shortest, longest) = (Duration::from_millis(100), Duration::from_secs(30));
+        self.require((shortest..=longest).contains(&egress.connect_timeout), &["egress.connect_timeout"], || {
+            "allowed are 100ms to 30s: code is told after 45s that nobody has decided".to_owned()
+        });
+        self.positive(egress.idle_timeout, "egress.idle_timeout");
+        let proxy = egress.proxy.as_str();
+        self.require(proxy.is_empty() || proxy_of(proxy).is_some(), &["egress.proxy"], || {
+            "name the proxy as \"http://proxy.example.org:3128\", with its port and without a user".to_owned()
+        });
+    }
+
+    fn network(&mut self, name: &str, template: &TemplateSection) {
+        let network = &template.network;
+        let key = |field: &str| format!("templates.{name}.network.{field}");
+        for (field, texts) in [("allow", &network.allow), ("may_allow", &network.may_allow)] {
+            let rules: Vec<_> = texts.iter().map(|text| Rule::parse(text)).collect();
+            for wrong in rules.iter().filter_map(|rule| rule.as_ref().err()) {
+                self.require(false, &[&key(field)], || wrong.clone());
+            }
+            let count = rules.iter().flatten().map(Vec::len).sum::<usize>();
+            self.require(count <= egress::MAX_RULES, &[&key(field)], || {
+                format!("{count} rules; allowed are {}", egress::MAX_RULES)
+            });
+        }
+        for (at, upstream) in network.upstreams.iter().enumerate() {
+            let is_header =
+                |text: &str| !text.is_empty() && text.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-');
+            let is_framing = ["host", "content-length", "transfer-encoding", "connection", "upgrade", "te", "trailer"]
+                .contains(&upstream.header.to_ascii_lowercase().as_str());
+            let mistakes = [
+                (!is_label(&upstream.name, 40)).then(|| {
+                    "name: allowed are 1 to 40 of a-z, 0-9 and \"-\", with a letter or digit at both ends".to_owned()
+                }),
+                network.upstreams[..at]
+                    .iter()
+                    .any(|other| other.name == upstream.name)
+                    .then(|| "name: another upstream has it".to_owned()),
+                egress::Upstream::parse_url(&upstream.url).err().map(|why| format!("url: {why}")),
+                (!is_header(&upstream.header) || is_framing).then(|| {
+                    "header: allowed is the name of a header that says who asks, such as \"Authorization\"".to_owned()
+                }),
+                (!upstream.secret_file.is_absolute())
+                    .then(|| "secret_file: name a file by its absolute path; it holds the header's value".to_owned()),
+            ];
+            for mistake in mistakes.into_iter().flatten() {
+                self.require(false, &[&key("upstreams")], || format!("number {}, {mistake}", at + 1));
+            }
         }
     }
 
@@ -424,6 +503,14 @@ impl Checker<'_> {
             "every template names an image, such as \"cellblock/python:latest\"".to_owned()
         });
         self.env(name, template);
+        let mounts: Vec<_> = template.data.iter().map(Data::mount).collect();
+        self.require(data::check_mounts(&mounts).is_ok(), &[&key("data")], || {
+            data::check_mounts(&mounts).err().unwrap_or_default()
+        });
+        self.require(Ports::parse(&template.ports).is_ok(), &[&key("ports")], || {
+            Ports::parse(&template.ports).err().unwrap_or_default()
+        });
+        self.network(name, template);
         self.floors(name, "default", &template.default);
         self.floors(name, "maximum", &template.maximum);
         self.ceilings(name, template);
@@ -549,6 +636,14 @@ fn mib(bytes: u64) -> String {
         0 => format!("{}MiB", bytes / MIB),
         _ => format!("{bytes}B"),
     }
+}
+
+/// The `host:port` of a proxy's URL.
+pub fn proxy_of(url: &str) -> Option<&str> {
+    let authority = url.strip_prefix("http://")?.trim_end_matches('/');
+    let (host, port) = authority.rsplit_once(':')?;
+    let is_host = !host.is_empty() && host.bytes().all(|b| b.is_ascii_alphanumeric() || b"-._:[]".contains(&b));
+    (is_host && port.parse::<u16>().is_ok_and(|port| port > 0)).then_some(authority)
 }
 
 /// Checks a level of the log.

@@ -24,11 +24,11 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 pub use change::Change;
-pub use check::{MOST_SESSIONS, check_log_level};
+pub use check::{MOST_SESSIONS, check_log_level, proxy_of};
 pub use environment::Environment;
 pub use sections::{
-    Audit, Auth, Doors, Drain, DrainContainers, EngineSection, Executions, ForwardedHeader, GuardSection, Guest,
-    KeySection, Limits, Log, LogFormat, MetricsSection, PullPolicy, Server, Traces,
+    Audit, Auth, Doors, Drain, DrainContainers, Egress, EngineSection, Executions, ForwardedHeader, GuardSection,
+    Guest, Jupyter, KeySection, Limits, Log, LogFormat, MetricsSection, PullPolicy, Server, Traces,
 };
 pub use source::{Mistake, Mistakes, Source};
 pub use units::{parse_duration, parse_size};
@@ -62,6 +62,10 @@ pub struct Config {
     pub quotas: QuotaTable,
     /// Executions.
     pub executions: Executions,
+    /// Connections of code to the outside.
+    pub egress: Egress,
+    /// Jupyter Server's API.
+    pub jupyter: Jupyter,
     /// Which doors are open beside the native API's.
     pub doors: Doors,
     /// Who has asked for what.
@@ -231,6 +235,8 @@ impl From<sections::Document> for Config {
                 tenants: document.tenants.into_iter().map(|(name, tenant)| (name, tenant.quota.quota())).collect(),
             },
             executions: document.executions,
+            egress: document.egress,
+            jupyter: document.jupyter,
             doors: document.doors,
             audit: document.audit,
             metrics: document.metrics,

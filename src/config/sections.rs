@@ -15,11 +15,13 @@ use super::units::{
     texts,
 };
 use crate::domain::access::{KeyHash, Scope};
+use crate::domain::data::DataMount;
+use crate::domain::egress::{self, NetworkMode, NetworkOffer, Rule};
 use crate::domain::lock;
+use crate::domain::ports::Ports;
 use crate::domain::quota::{Quota, Rate, Share};
 use crate::domain::spec::{
-    self, KernelTransport, MIB, NetworkMode, OutputLimits, PoolPlan, PoolSize, Resources, SessionRequest, Template,
-    Timeouts,
+    self, KernelTransport, MIB, OutputLimits, PoolPlan, PoolSize, Resources, SessionRequest, Template, Timeouts,
 };
 
 /// The whole document, all layers merged and templates with what they inherit.
@@ -40,6 +42,8 @@ pub(super) struct Document {
     pub classes: BTreeMap<String, Class>,
     pub tenants: BTreeMap<String, Tenant>,
     pub executions: Executions,
+    pub egress: Egress,
+    pub jupyter: Jupyter,
     pub doors: Doors,
     pub audit: Audit,
     pub metrics: MetricsSection,
@@ -96,6 +100,11 @@ pub struct Server {
     pub admin_listen: Option<SocketAddr>,
     /// Whether the admin listener, which asks for no key, may be reached from other machines.
     pub admin_allow_remote: bool,
+    /// Domain whose hosts `<port>-<session>` are ports of sessions, if there is one.
+    pub ports_domain: String,
+    /// What a session serves on a port answers, or goes on taking a body, within this time.
+    #[serde(deserialize_with = "duration")]
+    pub ports_timeout: Duration,
     /// Largest body of a request, in bytes.
     #[serde(deserialize_with = "size")]
     pub max_body: u64,
@@ -355,6 +364,59 @@ pub struct Executions {
     pub notebooks_size: u64,
 }
 
+/// Connections of code to the outside, where a template permits them.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Egress {
+    /// Open at once, of all sessions.
+    pub connections: u32,
+    /// Open at once, of one session.
+    pub session_connections: u32,
+    /// Asked for in a minute, by one session.
+    pub session_connections_per_minute: u32,
+    /// Bytes that one session may send; 0: no limit.
+    #[serde(deserialize_with = "size")]
+    pub session_sent: u64,
+    /// Bytes that one session may receive; 0: no limit.
+    #[serde(deserialize_with = "size")]
+    pub session_received: u64,
+    /// Time to resolve and dial.
+    #[serde(deserialize_with = "duration")]
+    pub connect_timeout: Duration,
+    /// Time without a byte.
+    #[serde(deserialize_with = "duration")]
+    pub idle_timeout: Duration,
+    /// Networks that nobody reaches.
+    #[serde(deserialize_with = "networks")]
+    pub deny: Vec<IpNet>,
+    /// A proxy that connections go through, `http://host:port`; empty: none.
+    pub proxy: String,
+    /// Certificates of authorities for upstreams, beside the system's.
+    #[serde(deserialize_with = "optional_path")]
+    pub ca_file: Option<PathBuf>,
+}
+
+/// Jupyter Server's API.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Jupyter {
+    /// Whether it is there.
+    pub enabled: bool,
+    /// What a client has missed is kept for it for this long.
+    #[serde(deserialize_with = "duration")]
+    pub buffer_time: Duration,
+    /// Bytes of a session's newest messages that are kept.
+    #[serde(deserialize_with = "size")]
+    pub buffer_size: u64,
+    /// Longest message of a client, in bytes.
+    #[serde(deserialize_with = "size")]
+    pub max_message: u64,
+    /// Connections to one session at the same time.
+    pub connections_per_session: u32,
+    /// Connections to all sessions of a tenant at the same time.
+    pub connections_per_tenant: u32,
+}
+
 /// Who has asked for what.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -442,6 +504,8 @@ pub(super) struct TemplateSection {
     pub kernelspec: String,
     pub transport: Transport,
     pub network: Network,
+    pub data: Vec<Data>,
+    pub ports: Vec<String>,
     pub env: BTreeMap<String, String>,
     pub setup: String,
     pub on_kernel_death: OnKernelDeath,
@@ -486,10 +550,52 @@ pub(super) enum Transport {
     Tcp,
 }
 
+/// What sessions of a template may reach.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Network {
+    pub mode: Mode,
+    #[serde(deserialize_with = "texts")]
+    pub allow: Vec<String>,
+    #[serde(deserialize_with = "texts")]
+    pub may_allow: Vec<String>,
+    pub upstreams: Vec<Upstream>,
+}
+
 #[derive(Debug, Clone, Copy, Deserialize)]
 #[serde(rename_all = "lowercase")]
-pub(super) enum Network {
+pub(super) enum Mode {
     None,
+    Allowlist,
+}
+
+/// A server that code asks without knowing the secret that is shown to it.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Upstream {
+    pub name: String,
+    pub url: String,
+    pub header: String,
+    pub secret_file: PathBuf,
+}
+
+impl Network {
+    /// Rules that are none are told elsewhere.
+    fn offer(self) -> NetworkOffer {
+        let rules = |texts: &[String]| texts.iter().filter_map(|text| Rule::parse(text).ok()).flatten().collect();
+        let usual: std::sync::Arc<[Rule]> = rules(&self.allow);
+        let initial = match self.mode {
+            Mode::None => egress::Network::default(),
+            Mode::Allowlist => egress::Network { mode: NetworkMode::Allowlist, allow: usual.clone() },
+        };
+        let upstream = |of: Upstream| {
+            let (host, port, path) = egress::Upstream::parse_url(&of.url).ok()?;
+            let (name, header, secret_file) = (of.name, of.header, of.secret_file);
+            Some(egress::Upstream { name, host, port, path, header, secret_file })
+        };
+        let upstreams = self.upstreams.into_iter().filter_map(upstream).collect();
+        NetworkOffer { initial, usual, may_allow: rules(&self.may_allow), upstreams }
+    }
 }
 
 #[derive(Debug, Clone, Copy, Deserialize)]
@@ -504,6 +610,20 @@ pub(super) enum OnKernelDeath {
 pub(super) enum OnGuestLost {
     End,
     Replace,
+}
+
+/// Data in the containers of a template.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Data {
+    pub name: String,
+    pub path: String,
+}
+
+impl Data {
+    pub(super) fn mount(&self) -> DataMount {
+        DataMount { name: self.name.clone(), path: self.path.clone() }
+    }
 }
 
 /// Sessions that are made before anybody asks.
@@ -654,9 +774,10 @@ impl TemplateSection {
                 OnIdle::Delete => spec::OnIdle::Delete,
                 OnIdle::Pause => spec::OnIdle::Pause,
             },
-            network: match self.network {
-                Network::None => NetworkMode::None,
-            },
+            data: self.data.iter().map(Data::mount).collect(),
+            // What is none was refused before.
+            ports: Ports::parse(&self.ports).unwrap_or_default(),
+            network: self.network.offer(),
         }
     }
 }

@@ -359,6 +359,13 @@ fn rules_between_keys() {
         ("server.header_timeout = '0s'", "server.header_timeout", "longer than zero"),
         ("engine.orphan_timeout = '10s'", "engine.orphan_timeout", "at least 15s"),
         ("templates.data.pool.min = 3", "templates.data.pool.min", "at most (pool.max)"),
+        ("templates.data.ports = ['80', '90-80']", "templates.data.ports", "90-80"),
+        ("server.ports_domain = 'Ports.example'", "server.ports_domain", "lower case"),
+        ("server.ports_domain = '.example'", "server.ports_domain", "lower case"),
+        ("server.ports_timeout = '0s'", "server.ports_timeout", "longer than zero"),
+        ("templates.data.data = [{name = 'a', path = '/usr/x'}]", "templates.data.data", "system's"),
+        ("templates.data.data = [{name = 'a b', path = '/mnt/x'}]", "templates.data.data", "not the name"),
+        ("templates.data.data = [{name = 'a', path = '/mnt/x', mode = 'rw'}]", "templates.data.data", "mode"),
         ("templates.data.pool.max = 101", "templates.data.pool.max", "limits.sessions"),
         (
             "templates.data.pool.other = [{memory = '64GiB', max = 1}]",
@@ -397,6 +404,41 @@ fn rules_between_keys() {
         let found = mistakes(text, &[]);
         assert!(found.iter().any(|(k, m)| k == key && m.contains(words)), "{text}: {found:#?}");
     }
+}
+
+#[test]
+fn rules_of_the_way_out() {
+    for (text, key, words) in [
+        ("templates.data.network = 'none'", "templates.data.network", "is a section, not a value"),
+        ("templates.data.network.mode = 'bridge'", "templates.data.network.mode", "is not known"),
+        ("templates.data.network.allow = ['pipy']", "templates.data.network.allow", "a name without a dot"),
+        ("templates.data.network.may_allow = ['10.0.0.1']", "templates.data.network.may_allow", "not public (private)"),
+        (
+            "templates.data.network.upstreams = [{name = 'a', url = 'http://a.org', header = 'X', secret_file = '/x'}]",
+            "templates.data.network.upstreams",
+            "number 1, url: \"http://a.org\": the secret is sent over TLS only",
+        ),
+        (
+            "templates.data.network.upstreams = [{name = 'a', url = 'https://a.org', header = 'Host', secret_file = 'x'}]",
+            "templates.data.network.upstreams",
+            "number 1, secret_file: name a file by its absolute path",
+        ),
+        (
+            "templates.data.network.upstreams = [{name = 'a', url = 'https://a.org', header = 'Host', secret_file = '/x'}]",
+            "templates.data.network.upstreams",
+            "number 1, header: allowed is",
+        ),
+        ("egress.proxy = 'http://me:pw@proxy:1'", "egress.proxy", "without a user"),
+        ("egress.session_connections = 65", "egress.session_connections", "not within 1 to 64"),
+        ("egress.connect_timeout = '1m'", "egress.connect_timeout", "100ms to 30s"),
+    ] {
+        let found = mistakes(text, &[]);
+        assert!(found.iter().any(|(k, m)| k == key && m.contains(words)), "{text}: {found:#?}");
+    }
+    let good = "[templates.python.network]\nmode = 'allowlist'\nallow = ['pypi']\nmay_allow = ['*.example.org']\nupstreams = [{name = 'llm', url = 'https://api.example.org/v1', header = 'X-Key', secret_file = '/run/key'}]";
+    let network = &loaded(good, &[]).config.templates["python"].network;
+    assert!(network.initial.is_open() && network.initial.allow.len() == 2 && network.may_allow.len() == 1);
+    assert_eq!((network.upstreams[0].host.as_str(), network.upstreams[0].path.as_str()), ("api.example.org", "/v1"));
 }
 
 #[test]

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use super::output::Comm;
+use super::output::{Comm, JsonText};
 use super::spec::OutputLimits;
 
 /// What is to be run, with every limit decided.
@@ -25,6 +25,10 @@ pub struct ExecutionRequest {
     pub user_expressions: BTreeMap<String, String>,
     /// What happens at its time limit first.
     pub on_timeout: OnTimeout,
+    /// When it fails, what waits behind it and came in by the same door does not run.
+    pub stop_on_error: bool,
+    /// The message of a Jupyter client that asks for it.
+    pub asked_by: Option<AskedBy>,
     /// A message of a comm instead of code: the kernel works on it like on code, and it ends when the kernel has.
     pub comm: Option<Comm>,
 }
@@ -38,7 +42,8 @@ impl ExecutionRequest {
             Stdin::Deny | Stdin::Interactive => 0,
         };
         let expressions = self.user_expressions.iter().map(|(name, code)| name.len() + code.len()).sum::<usize>();
-        self.code.len() + lines + expressions + self.comm.as_ref().map_or(0, Comm::len)
+        let asked = self.asked_by.as_ref().map_or(0, |asked| asked.header.0.len());
+        self.code.len() + lines + expressions + asked + self.comm.as_ref().map_or(0, Comm::len)
     }
 
     /// Whether there is nothing to be run.
@@ -46,6 +51,24 @@ impl ExecutionRequest {
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
+}
+
+/// A message of a Jupyter client that asks for code to be run.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct AskedBy {
+    /// Who gets the reply.
+    pub asker: Asker,
+    /// Its header as it came, which stands in all that is answered.
+    pub header: JsonText,
+}
+
+/// One end of a connection to a kernel's messages.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub enum Asker {
+    /// A client that has given itself a name, and may come back under it.
+    Named(String),
+    /// A connection of this process.
+    Nameless(u64),
 }
 
 /// What code gets that asks for a line.
@@ -83,6 +106,8 @@ impl ExecutionRequest {
             stdin: Stdin::Deny,
             user_expressions: BTreeMap::new(),
             on_timeout: OnTimeout::Interrupt,
+            stop_on_error: false,
+            asked_by: None,
             comm: None,
         }
     }

@@ -7,7 +7,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
+use super::data::DataMount;
+use super::egress::{Network, NetworkOffer, NetworkRequest};
 use super::lock::Lock;
+use super::ports::Ports;
 
 /// Bytes in a MiB.
 pub const MIB: u64 = 1024 * 1024;
@@ -66,14 +69,6 @@ pub enum OnIdle {
     Delete,
     /// It is paused, and ends when it was paused for its time.
     Pause,
-}
-
-/// What a session may reach outside its container.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum NetworkMode {
-    /// Nothing.
-    #[default]
-    None,
 }
 
 /// How the guest reaches a template's kernels.
@@ -169,7 +164,11 @@ pub struct Template {
     /// What an execution may put out; also the ceiling.
     pub output: OutputLimits,
     /// What sessions may reach.
-    pub network: NetworkMode,
+    pub network: NetworkOffer,
+    /// Ports in their containers that callers may reach.
+    pub ports: Ports,
+    /// Data that they find in their containers.
+    pub data: Vec<DataMount>,
     /// Code that prepares every kernel before it is ready; none when empty.
     pub setup: String,
     /// What happens when a kernel dies by itself.
@@ -215,6 +214,8 @@ pub struct SessionRequest {
     pub paused_seconds: Option<f64>,
     /// What happens when it is idle.
     pub on_idle: Option<OnIdle>,
+    /// What it is to reach.
+    pub network: NetworkRequest,
     /// Files that are there before anything runs in it.
     pub files: Arc<[NewFile]>,
 }
@@ -259,8 +260,12 @@ pub struct SessionSpec {
     pub max_idle: Duration,
     /// What an execution may put out.
     pub output: OutputLimits,
-    /// What it may reach.
-    pub network: NetworkMode,
+    /// What it may reach, `initial`ly and when it is changed.
+    pub network: NetworkOffer,
+    /// Ports in its container that callers may reach.
+    pub ports: Ports,
+    /// Data that it finds in its container.
+    pub data: Vec<DataMount>,
     /// Codes that prepare every kernel, in order.
     pub setup: Arc<[String]>,
     /// What happens when a kernel dies by itself.
@@ -302,6 +307,11 @@ pub fn resolve(template: &Template, request: &SessionRequest) -> Result<SessionS
     let resources = resolve_resources(template, request, &mut errors);
     check_files(&request.files, resources.disk_bytes, &mut errors);
     let timeouts = resolve_timeouts(template, request, &mut errors);
+    let network = template.network.choose(&template.network.initial, &request.network);
+    let network = network.unwrap_or_else(|wrong| {
+        errors.extend(wrong);
+        Network::default()
+    });
     if !errors.is_empty() {
         return Err(errors);
     }
@@ -322,7 +332,9 @@ pub fn resolve(template: &Template, request: &SessionRequest) -> Result<SessionS
         max_lifetime: template.max_timeouts.lifetime,
         max_idle: template.max_timeouts.idle,
         output: template.output,
-        network: template.network,
+        network: NetworkOffer { initial: network, ..template.network.clone() },
+        ports: template.ports.clone(),
+        data: template.data.clone(),
         setup: [&template.setup].into_iter().chain(&request.setup).filter(|s| !s.trim().is_empty()).cloned().collect(),
         on_kernel_death: template.on_kernel_death,
         on_guest_lost: template.on_guest_lost,

@@ -23,7 +23,7 @@ pub use attest::attest;
 
 /// Label: the control plane that a container or volume belongs to.
 pub const LABEL_INSTANCE: &str = "io.cellblock.instance";
-/// Label: [`ROLE_CELL`], [`ROLE_GUEST`], [`ROLE_HELPER`] or [`ROLE_LOCK`].
+/// Label: one of the `ROLE_…`s.
 pub const LABEL_ROLE: &str = "io.cellblock.role";
 /// Label: the session of a cell.
 pub const LABEL_SESSION: &str = "io.cellblock.session";
@@ -38,12 +38,29 @@ pub const LABEL_MEMORY: &str = "io.cellblock.memory-bytes";
 /// Label: the installation that has the instance's name.
 pub const LABEL_INSTALLATION: &str = "io.cellblock.installation";
 
+/// Label: the name of the data that a volume has to do with.
+pub const LABEL_DATA: &str = "io.cellblock.data";
+/// Label: which of all contents of that name it is.
+pub const LABEL_VERSION: &str = "io.cellblock.data-version";
+/// Label: when it was whole, in milliseconds since the beginning of 1970.
+pub const LABEL_WHOLE_AT: &str = "io.cellblock.data-whole-at";
+/// Label: bytes of the archive that it was made from.
+pub const LABEL_BYTES: &str = "io.cellblock.data-bytes";
+/// Label: the archive's SHA-256.
+pub const LABEL_SHA256: &str = "io.cellblock.data-sha256";
+
 /// Role of a session's container.
 pub const ROLE_CELL: &str = "cell";
 /// Role of the volume that holds the guest.
 pub const ROLE_GUEST: &str = "guest";
 /// Role of a container that is never started and only gives access to a volume.
 pub const ROLE_HELPER: &str = "helper";
+/// Role of a volume that holds data, or a part of it.
+pub const ROLE_DATA: &str = "data";
+/// Role of an empty volume that says, by being there, that one with data is whole.
+pub const ROLE_DATA_WHOLE: &str = "data-whole";
+/// Role of a container that is never started and through which data comes into its volume.
+pub const ROLE_DATA_HELPER: &str = "data-helper";
 /// Role of a container that is never started and only says whose the instance's name is.
 pub const ROLE_LOCK: &str = "lock";
 
@@ -65,16 +82,33 @@ pub struct HostFacts {
     pub uid_offset: u32,
 }
 
+/// The volumes of a cell, as the engine names them.
+#[derive(Debug, Clone, Copy)]
+pub struct Volumes<'a> {
+    /// The guest's.
+    pub guest: &'a str,
+    /// One for each of the cell's data, in their order.
+    pub data: &'a [String],
+}
+
+impl<'a> Volumes<'a> {
+    /// Those of a cell without data.
+    #[must_use]
+    pub fn without_data(guest: &'a str) -> Self {
+        Self { guest, data: &[] }
+    }
+}
+
 /// The container for a cell. The same arguments give the same container.
 #[must_use]
 pub fn container(
     cell: &CellSpec,
     uid: u32,
-    guest_volume: &str,
+    volumes: Volumes<'_>,
     instance: &str,
     host: &HostFacts,
 ) -> ContainerCreateBody {
-    let mut body = unlabelled(cell, uid, guest_volume, host);
+    let mut body = unlabelled(cell, uid, volumes, host);
     let labels = [
         (LABEL_INSTANCE, instance.to_owned()),
         (LABEL_ROLE, ROLE_CELL.to_owned()),
@@ -82,7 +116,7 @@ pub fn container(
         (LABEL_UID, uid.to_string()),
         (LABEL_CPU, cell.resources.cpu_millis.to_string()),
         (LABEL_MEMORY, cell.resources.memory_bytes.to_string()),
-        (LABEL_SPEC, spec_hash(cell, guest_volume, host)),
+        (LABEL_SPEC, spec_hash(cell, volumes, host)),
     ];
     // For finding it again. No label holds a caller's text.
     body.labels = Some(labels.into_iter().map(|(name, value)| (name.to_owned(), value)).collect());
@@ -91,9 +125,9 @@ pub fn container(
 
 /// Stands for everything that a cell is made from but its uid: two cells with one hash are locked alike.
 #[must_use]
-pub fn spec_hash(cell: &CellSpec, guest_volume: &str, host: &HostFacts) -> String {
+pub fn spec_hash(cell: &CellSpec, volumes: Volumes<'_>, host: &HostFacts) -> String {
     // Through `Value`, whose maps are ordered.
-    let body = serde_json::to_value(unlabelled(cell, 0, guest_volume, host)).unwrap_or_default();
+    let body = serde_json::to_value(unlabelled(cell, 0, volumes, host)).unwrap_or_default();
     hex(&Sha256::digest(format!("{}{body}", cell.name)))
 }
 
@@ -102,7 +136,7 @@ pub(crate) fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|b| format!("{b:02x}")).collect()
 }
 
-fn unlabelled(cell: &CellSpec, uid: u32, guest_volume: &str, host: &HostFacts) -> ContainerCreateBody {
+fn unlabelled(cell: &CellSpec, uid: u32, volumes: Volumes<'_>, host: &HostFacts) -> ContainerCreateBody {
     ContainerCreateBody {
         // The image's id, not its name: what a tag means may change at any time.
         image: Some(cell.image.clone()),
@@ -131,7 +165,7 @@ fn unlabelled(cell: &CellSpec, uid: u32, guest_volume: &str, host: &HostFacts) -
         // The end is a kill: nothing inside is asked for its consent.
         stop_signal: Some("SIGKILL".to_owned()),
         stop_timeout: Some(1),
-        host_config: Some(host_config(cell, uid, guest_volume, host)),
+        host_config: Some(host_config(cell, uid, volumes, host)),
         // Left out on purpose: exposed ports, volumes, on-build triggers, network endpoints.
         ..ContainerCreateBody::default()
     }
@@ -154,11 +188,11 @@ fn environment() -> Vec<String> {
     .to_vec()
 }
 
-fn host_config(cell: &CellSpec, uid: u32, guest_volume: &str, host: &HostFacts) -> HostConfig {
+fn host_config(cell: &CellSpec, uid: u32, volumes: Volumes<'_>, host: &HostFacts) -> HostConfig {
     let limits = &cell.resources;
     HostConfig {
         runtime: (!cell.runtime.is_empty()).then(|| cell.runtime.clone()),
-        mounts: Some(vec![guest_mount(guest_volume)]),
+        mounts: Some(mounts(cell, volumes)),
         tmpfs: Some(writable_folders(limits, uid)),
         ulimits: Some(ulimits(limits)),
         security_opt: Some(security_options(host)),
@@ -225,12 +259,18 @@ fn limited(limits: &Resources, host: &HostFacts, isolated: HostConfig) -> HostCo
     }
 }
 
-/// The guest, read-only. The one mount of every cell.
-fn guest_mount(volume: &str) -> Mount {
+/// The guest, and the cell's data. All that is mounted, and all of it read-only. Nothing can be asked of such a mount as to setuid files and devices: there are
+/// none in data, no privilege is gained by either, and the engine's device rules refuse the latter.
+fn mounts(cell: &CellSpec, volumes: Volumes<'_>) -> Vec<Mount> {
+    let data = cell.data.iter().zip(volumes.data).map(|(mount, volume)| read_only(volume, &mount.path));
+    std::iter::once(read_only(volumes.guest, GUEST_DIR)).chain(data).collect()
+}
+
+fn read_only(volume: &str, target: &str) -> Mount {
     Mount {
         typ: Some(MountType::VOLUME),
         source: Some(volume.to_owned()),
-        target: Some(GUEST_DIR.to_owned()),
+        target: Some(target.to_owned()),
         read_only: Some(true),
         // An empty volume would otherwise be filled with what the image has there.
         volume_options: Some(MountVolumeOptions { no_copy: Some(true), ..MountVolumeOptions::default() }),

@@ -11,7 +11,10 @@ use cellblock_wire::link::Report;
 use futures_util::stream::BoxStream;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
-use super::{ByteStream, CellName, CellSpec, Engine, EngineError, EngineEvent, EngineInfo, ImageInfo, Observed, Pull};
+use super::{
+    ArchiveStream, ByteStream, CellName, CellSpec, DataVolume, Engine, EngineError, EngineEvent, EngineInfo, ImageInfo,
+    Observed, Pull,
+};
 use crate::domain::ids::InstallationId;
 use crate::metrics::Metrics;
 
@@ -112,6 +115,18 @@ impl Engine for Metered {
 
     async fn sweep(&self) -> Result<Vec<String>, EngineError> {
         self.count("sweep", self.engine.sweep()).await
+    }
+
+    async fn import_data(&self, name: &str, image: &str, archive: ArchiveStream) -> Result<DataVolume, EngineError> {
+        self.count("import_data", self.engine.import_data(name, image, archive)).await
+    }
+
+    async fn list_data(&self) -> Result<Vec<DataVolume>, EngineError> {
+        self.count("list_data", self.engine.list_data()).await
+    }
+
+    async fn remove_data(&self, name: &str) -> Result<(), EngineError> {
+        self.count("remove_data", self.engine.remove_data(name)).await
     }
 
     async fn list(&self) -> Result<Vec<Observed>, EngineError> {

@@ -5,14 +5,17 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::io;
 use std::time::{Duration, SystemTime};
 
 use async_trait::async_trait;
+use bytes::Bytes;
 use cellblock_wire::link::Report;
 use futures_util::stream::BoxStream;
 use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncRead, AsyncWrite};
 
+use crate::domain::data::DataMount;
 use crate::domain::ids::{InstallationId, SessionId};
 use crate::domain::spec::Resources;
 
@@ -20,6 +23,7 @@ pub mod docker;
 pub mod guard;
 pub mod lockdown;
 pub mod metered;
+pub mod pack;
 
 /// A byte stream in both directions. Dropping it closes it whole, at once.
 pub trait Duplex: AsyncRead + AsyncWrite + Send + Unpin {}
@@ -80,6 +84,8 @@ pub struct CellSpec {
     pub runtime: String,
     /// What it may use.
     pub resources: Resources,
+    /// Data that it can read.
+    pub data: Vec<DataMount>,
 }
 
 /// A cell as the engine sees it.
@@ -167,6 +173,23 @@ pub struct ImageInfo {
     /// Its labels.
     pub labels: BTreeMap<String, String>,
 }
+
+/// Data on the engine, for cells to read.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DataVolume {
+    /// Its name.
+    pub name: String,
+    /// Which of all that had the name: every import makes another.
+    pub version: String,
+    /// Bytes of the archive that it was made from.
+    pub bytes: u64,
+    /// SHA-256 of the archive, in hexadecimal.
+    pub sha256: String,
+}
+
+/// A tar archive in pieces. An error in it is the failure of whatever reads it.
+pub type ArchiveStream = BoxStream<'static, io::Result<Bytes>>;
 
 /// What the engine is.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -268,7 +291,7 @@ pub trait Engine: Send + Sync + 'static {
     async fn prepare(&self, image: &str) -> Result<(), EngineError>;
 
     /// Makes sure that this cell runs, and opens its stream. A cell of that name that was made from the same
-    /// specification is taken as it is; one made from another is a [`EngineError::Conflict`].
+    /// specification is taken as it is; one made from another is a [`EngineError::Conflict`]. Data that is not there is [`EngineError::Absent`].
     ///
     /// When this fails the cell may or may not exist: [`Engine::remove`] it.
     async fn ensure(&self, cell: &CellSpec) -> Result<ByteStream, EngineError>;
@@ -309,6 +332,19 @@ pub trait Engine: Send + Sync + 'static {
 
     /// Removes what earlier versions of this instance have left beside cells and nobody uses; says what it was.
     async fn sweep(&self) -> Result<Vec<String>, EngineError>;
+
+    /// Puts an archive's content onto the engine under a name of [`DataMount`]s. Cells that are made later have it, those that have an earlier content of
+    /// that name keep that. When this fails, nothing has changed for anybody. `image` is the id of any image that the engine has.
+    async fn import_data(&self, name: &str, image: &str, archive: ArchiveStream) -> Result<DataVolume, EngineError>;
+
+    /// All data of this instance that is whole, by name.
+    async fn list_data(&self) -> Result<Vec<DataVolume>, EngineError>;
+
+    /// Takes a name's data away: no cell that is made later has it, and what is left goes with the last cell that has.
+    ///
+    /// # Errors
+    /// [`EngineError::Absent`] where there is none of that name.
+    async fn remove_data(&self, name: &str) -> Result<(), EngineError>;
 
     /// All cells of this instance.
     async fn list(&self) -> Result<Vec<Observed>, EngineError>;

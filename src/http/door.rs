@@ -41,19 +41,32 @@ impl Door {
         Self { keys, failures: Failures::new(tries, Instant::now()) }
     }
 
+    /// Who stands behind a key, now.
+    #[must_use]
+    pub fn principal(&self, key: &str) -> Option<Principal> {
+        self.keys.principal(key, Timestamp::now())
+    }
+
     /// Who asks. A valid key is taken whatever others have tried from the same address: they may share it with a caller.
     ///
     /// # Errors
     /// The same problem whether there is no key, a wrong one or one that is over; another one after too many wrong keys.
     pub fn admit(&self, parts: &Parts) -> Result<Principal, Problem> {
-        let key = key_of(parts);
-        if let Some(who) = key.and_then(|key| self.keys.principal(key, Timestamp::now())) {
+        let is_guess = parts.headers.contains_key(AUTHORIZATION) || parts.headers.contains_key("x-api-key");
+        self.admit_key(parts, key_of(parts), is_guess)
+    }
+
+    /// The same by a key that stands elsewhere in the request. `is_guess`: one was sent, whether or not it is of the form of one.
+    ///
+    /// # Errors
+    /// See [`Door::admit`].
+    pub fn admit_key(&self, parts: &Parts, key: Option<&str>, is_guess: bool) -> Result<Principal, Problem> {
+        if let Some(who) = key.and_then(|key| self.principal(key)) {
             // Whatever becomes of the request, it is theirs.
             trail::note_caller(&who);
             return Ok(who);
         }
         let address = parts.extensions.get::<Remote>().map(|Remote(address)| *address);
-        let is_guess = parts.headers.contains_key(AUTHORIZATION) || parts.headers.contains_key("x-api-key");
         if let (true, Some(address)) = (is_guess, address)
             && let Err(wait) = self.failures.count(address, Instant::now())
         {
@@ -74,7 +87,7 @@ impl Door {
     }
 }
 
-/// The key of a request. One that names more than one is refused: nobody should have to guess which counts.
+/// The key of a request, in its head. One that names more than one is refused: nobody should have to guess which counts.
 fn key_of(parts: &Parts) -> Option<&str> {
     let bearer = parts.headers.get_all(AUTHORIZATION).iter().map(|value| {
         let (scheme, key) = value.to_str().ok()?.split_once(' ')?;

@@ -22,6 +22,7 @@ use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use super::by_host;
 use super::door::host_of;
 use super::problem::{self, Problem};
 use super::remote::Proxies;
@@ -41,6 +42,12 @@ const MAX_HEADERS: usize = 100;
 const MAX_STREAMS: u32 = 200;
 /// Bytes that wait on one stream of it for room. With the number of streams it bounds what a connection holds.
 const MAX_SEND_BUFFER: usize = 64 * 1024;
+/// Windows of HTTP/2, in bytes: what a caller may send before it is taken, on one stream and on all of a connection. Files come at their size in each round trip;
+/// what is not taken is kept, so a connection's is no larger.
+const STREAM_WINDOW: u32 = 4 * 1024 * 1024;
+const CONNECTION_WINDOW: u32 = 4 * 1024 * 1024;
+/// Bytes of one frame: fewer turns for files.
+const MAX_FRAME: u32 = 256 * 1024;
 /// Streams that a caller has given up before they were looked at; more end the connection. So many after which it is taken for an attack.
 const MAX_RESETS: usize = 20;
 /// Streams that were ended here for what came on them; more end the connection.
@@ -65,6 +72,8 @@ pub struct Connections {
     pub head_bytes: usize,
     /// Some of what is sent is taken within this time.
     pub write_time: Duration,
+    /// The domain whose hosts are ports of sessions.
+    pub ports_domain: Option<Arc<str>>,
     /// Only trusted proxies, and whoever is on this machine, may speak without TLS.
     pub plain_from_proxies_only: bool,
     /// The certificate, where TLS is spoken.
@@ -137,6 +146,9 @@ fn builder(connections: &Connections) -> Builder<Streams> {
         .http2()
         .timer(TokioTimer::new())
         .max_concurrent_streams(MAX_STREAMS)
+        .initial_stream_window_size(STREAM_WINDOW)
+        .initial_connection_window_size(CONNECTION_WINDOW)
+        .max_frame_size(MAX_FRAME)
         .max_send_buf_size(MAX_SEND_BUFFER)
         .max_pending_accept_reset_streams(MAX_RESETS)
         .max_local_error_reset_streams(MAX_STREAM_ERRORS)
@@ -163,8 +175,12 @@ impl Host {
         match place {
             Ok(place) => {
                 let service = TowerToHyperService::new(self.router.clone());
+                let domain = self.connections.ports_domain.clone();
                 let answer = move |mut request: Request<Incoming>| {
                     request.extensions_mut().insert(ConnectInfo(peer));
+                    if let Some(domain) = &domain {
+                        by_host::bring_in(&mut request, domain);
+                    }
                     service.call(request)
                 };
                 self.shake_hands(stream, answer).await;
@@ -296,6 +312,7 @@ mod tests {
             head_time: Duration::from_secs(1),
             head_bytes: 8192,
             write_time: Duration::from_secs(1),
+            ports_domain: None,
             plain_from_proxies_only: true,
             tls: None,
         };

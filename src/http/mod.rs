@@ -10,10 +10,11 @@ use std::time::Duration;
 use axum::Router;
 use axum::body::HttpBody;
 use axum::extract::{ConnectInfo, MatchedPath, Request, State};
-use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
+use axum::http::{HeaderMap, HeaderName, HeaderValue, header};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
+use jiff::Timestamp;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 use tower_http::catch_panic::CatchPanicLayer;
@@ -25,9 +26,13 @@ use crate::session;
 use crate::traces::{Trace, Traces};
 
 pub mod admin;
+mod by_host;
+mod crossing;
 pub mod docs;
 pub mod door;
 pub mod extract;
+mod forward;
+pub mod jupyter;
 mod lapse;
 mod line;
 pub mod listen;
@@ -73,8 +78,25 @@ pub struct App {
     pub proxies: Proxies,
     /// Pages of other sites that may use it.
     pub origins: Origins,
+    /// How ports of sessions are asked.
+    pub ports: Ports,
+    /// Jupyter Server's API, where it is on.
+    pub jupyter: Option<jupyter::Bounds>,
+    /// Connections of its clients.
+    pub sockets: jupyter::Sockets,
+    /// When it began.
+    pub started: Timestamp,
     /// The door for clients of the Model Context Protocol, where it is open.
     pub mcp: Option<mcp::Mcp>,
+}
+
+/// How ports of sessions are asked.
+#[derive(Debug, Clone, Copy)]
+pub struct Ports {
+    /// An answer begins, or more of the request is taken, within this time.
+    pub within: Duration,
+    /// Whether this server itself speaks TLS.
+    pub is_tls: bool,
 }
 
 /// What a request may cost before it is understood.
@@ -89,10 +111,18 @@ pub struct Bounds {
 /// All routes.
 pub fn router(app: App) -> Router {
     let (v1, document) = docs::parts();
-    let operations = Operations::of(&document);
+    let mut operations = Operations::of(&document);
+    let jupyter = match app.jupyter {
+        Some(_) => {
+            operations.add(jupyter::changes());
+            jupyter::routes()
+        }
+        None => Router::new(),
+    };
     let mcp = if app.mcp.is_some() { mcp::routes() } else { Router::new() };
     let routes = Router::new()
         .merge(v1)
+        .merge(jupyter)
         .merge(mcp)
         .merge(docs::routes(document))
         .route("/livez", get(livez))
@@ -121,8 +151,9 @@ fn layered(routes: Router<App>, app: App, operations: Operations) -> Router {
 
 /// Serves until it is told to stop; requests under way may end.
 pub async fn serve(listener: TcpListener, app: App, connections: Connections, stop: CancellationToken) {
-    let proxies = app.proxies.clone();
+    let (proxies, sockets) = (app.proxies.clone(), app.sockets.clone());
     listen::run(listener, router(app), proxies, connections, stop).await;
+    sockets.closed().await;
 }
 
 /// Whether the process answers.
@@ -148,7 +179,8 @@ async fn finish(State((app, operations)): State<(App, Arc<Operations>)>, mut req
         request.extensions_mut().insert(Remote(address));
     }
     let has_key = request.headers().contains_key(header::AUTHORIZATION) || request.headers().contains_key("x-api-key");
-    let (action, path) = (operations.worth_an_event(&method, &route), request.uri().path().to_owned());
+    let has_key = has_key || jupyter::asking::has_key(request.uri());
+    let (action, path) = (operations.worth_an_event(&method, &route), jupyter::asking::redacted(request.uri().path()));
     let trace = app.service.traces().map(|traces| begin_trace(traces, request.headers()));
     let trail = Trail::new(Origin { address, request: id.clone(), path, action }, app.service.audit(), trace);
     let mut line = Line::new(method, route, Arc::clone(&trail), request.body().size_hint().exact());
@@ -173,11 +205,11 @@ async fn finish(State((app, operations)): State<(App, Arc<Operations>)>, mut req
     }
     headers.insert(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
     headers.entry(header::CACHE_CONTROL).or_insert(HeaderValue::from_static("no-store"));
-    let made = headers.get(header::LOCATION).and_then(|path| path.to_str().ok()).map(str::to_owned);
+    let made = headers.get(header::LOCATION).and_then(|path| path.to_str().ok()).map(jupyter::asking::redacted);
     let status = response.status();
     let took = line.answered(status.as_u16(), code, response.body().size_hint().exact());
     app.service.metrics().request_answered(&line.route, line.method.as_str(), status.as_u16(), took);
-    let is_key_refused = status == StatusCode::UNAUTHORIZED && has_key;
+    let is_key_refused = code == Some(problem::UNAUTHENTICATED.word()) && has_key;
     trail.end(Answered { status: status.as_u16(), problem: code, is_key_refused, made });
     // What is there as a whole is given out.
     let is_whole = response.body().size_hint().exact().is_some();

@@ -42,6 +42,11 @@ impl Operations {
         Self(operations)
     }
 
+    /// More of them: method, route and what is done.
+    pub(super) fn add(&mut self, more: impl Iterator<Item = (Method, String, &'static str)>) {
+        self.0.extend(more.map(|(method, route, action)| ((method, route), Arc::from(action))));
+    }
+
     /// The operation that a request asks for if it changes something. `route` is the template that its path matches.
     pub(super) fn worth_an_event(&self, method: &Method, route: &str) -> Option<Arc<str>> {
         // A document has no word for "the rest of the path".

@@ -28,9 +28,11 @@ impl Origins {
 
     /// Answers browsers that ask; none where there is no other origin.
     pub(super) fn layer(&self) -> Option<CorsLayer> {
-        const TAKEN: [HeaderName; 14] = [
+        const TAKEN: [HeaderName; 16] = [
+            header::ACCEPT,
             header::AUTHORIZATION,
             header::CONTENT_TYPE,
+            HeaderName::from_static("x-xsrftoken"),
             HeaderName::from_static("x-api-key"),
             HeaderName::from_static("x-request-id"),
             HeaderName::from_static("idempotency-key"),

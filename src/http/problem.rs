@@ -48,6 +48,20 @@ pub struct Problem {
     #[serde(skip)]
     #[schema(ignore)]
     pub limit: Option<Limit>,
+    /// How it is written.
+    #[serde(skip)]
+    #[schema(ignore)]
+    pub form: Form,
+}
+
+/// How a problem is written.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Form {
+    /// As RFC 9457 has it.
+    #[default]
+    Problem,
+    /// As Jupyter Server does: a message, and a reason or none.
+    Jupyter,
 }
 
 /// One field that is wrong.
@@ -82,6 +96,14 @@ pub struct Code {
     retryable: bool,
 }
 
+impl Code {
+    /// The word for programs.
+    #[must_use]
+    pub const fn word(self) -> &'static str {
+        self.code
+    }
+}
+
 codes! {
     INVALID_REQUEST "invalid-request" BAD_REQUEST "The request is not understood" false;
     UNAUTHENTICATED "unauthenticated" UNAUTHORIZED "A valid API key is needed" false;
@@ -104,6 +126,7 @@ codes! {
     QUOTA_EXCEEDED "quota-exceeded" TOO_MANY_REQUESTS "The tenant has as much as it may" true;
     RATE_LIMITED "rate-limited" TOO_MANY_REQUESTS "Too many requests" true;
     QUEUE_FULL "queue-full" TOO_MANY_REQUESTS "Too many executions are waiting" true;
+    SPAWN_FAILED "spawn-failed" CONFLICT "The command can't be started" true;
     IS_A_DIRECTORY "is-a-directory" CONFLICT "It is a folder" false;
     NOT_A_DIRECTORY "not-a-directory" CONFLICT "It is no folder" false;
     EXISTS "exists" CONFLICT "Something is there already" false;
@@ -115,10 +138,13 @@ codes! {
     DIGEST_MISMATCH "digest-mismatch" UNPROCESSABLE_ENTITY "The content is not what was announced" false;
     ARCHIVE_REFUSED "archive-refused" UNPROCESSABLE_ENTITY "The archive is not taken" false;
     NO_SPACE "no-space" INSUFFICIENT_STORAGE "The session's disk is full" false;
-    SPAWN_FAILED "spawn-failed" CONFLICT "The command can't be started" true;
     INTERNAL "internal" INTERNAL_SERVER_ERROR "The server failed" true;
     GUEST_UNREACHABLE "guest-unreachable" BAD_GATEWAY "The session's container did not answer" true;
     KERNEL_FAILED "kernel-failed" BAD_GATEWAY "The kernel did not start" false;
+    PORT_NOT_ALLOWED "port-not-allowed" FORBIDDEN "The template does not allow this port" false;
+    PORT_CLOSED "port-closed" BAD_GATEWAY "Nothing listens on this port" true;
+    PORT_FAILED "port-failed" BAD_GATEWAY "What listens on this port does not answer as HTTP" false;
+    PORT_SILENT "port-silent" GATEWAY_TIMEOUT "What listens on this port does not answer" true;
     AT_CAPACITY "at-capacity" SERVICE_UNAVAILABLE "The server holds as many sessions as it may" true;
     ENGINE_UNAVAILABLE "engine-unavailable" SERVICE_UNAVAILABLE "The container engine is unavailable" true;
     ENGINE_REFUSED "engine-refused" BAD_GATEWAY "The container engine refused" false;
@@ -146,6 +172,7 @@ impl Problem {
             end_reason: None,
             errors: Vec::new(),
             limit: None,
+            form: Form::Problem,
         }
     }
 
@@ -156,12 +183,28 @@ impl Problem {
         self
     }
 
+    fn in_jupyters_words(&self) -> Vec<u8> {
+        let (is_unknown, fields) = (self.code == UNAUTHENTICATED.code, self.errors.iter());
+        let fields: String = fields.map(|field| format!("; {}: {}", field.pointer, field.message)).collect();
+        let mut body = match is_unknown {
+            true => serde_json::json!({"message": "Forbidden", "reason": null}),
+            false => serde_json::json!({"message": format!("{}{fields}", self.detail), "reason": self.code}),
+        };
+        if self.status == StatusCode::NOT_IMPLEMENTED.as_u16() {
+            body["short_message"] = self.title.into();
+        }
+        body.to_string().into_bytes()
+    }
+
     /// The whole answer. The body is written here; `request_id` is filled in by then.
     pub(super) fn render(&self) -> Response {
         let status = StatusCode::from_u16(self.status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
-        // A structure of texts and numbers: writing it can't fail.
-        let body = serde_json::to_vec(self).unwrap_or_default();
-        let mut response = (status, [(header::CONTENT_TYPE, "application/problem+json")], body).into_response();
+        let (kind, body) = match self.form {
+            // A structure of texts and numbers: writing it can't fail.
+            Form::Problem => ("application/problem+json", serde_json::to_vec(self).unwrap_or_default()),
+            Form::Jupyter => ("application/json", self.in_jupyters_words()),
+        };
+        let mut response = (status, [(header::CONTENT_TYPE, kind)], body).into_response();
         if let Some(seconds) = self.retry_after_seconds {
             response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from(seconds));
         }
@@ -243,6 +286,9 @@ impl From<Error> for Problem {
             }
             Error::ImageRejected { .. } => Self::new(IMAGE_REJECTED, detail),
             Error::EngineUnavailable => Self::new(ENGINE_UNAVAILABLE, format!("{detail}; is Docker running?")),
+            Error::PortNotAllowed { .. } => Self::new(PORT_NOT_ALLOWED, detail),
+            Error::PortClosed(_) => Self::new(PORT_CLOSED, detail),
+            Error::PortStuck(_) => Self::new(PORT_SILENT, detail),
             Error::GuestUnreachable => Self::new(GUEST_UNREACHABLE, detail),
             Error::File(fault, _) => Self::new(file_code(fault), detail),
             Error::TransfersBusy => Self::new(AT_CAPACITY, format!("{detail}; try again in a moment")),

@@ -46,7 +46,7 @@ pub fn request(msg_id: &str, session: &str, msg_type: &str, content: &Value) -> 
 /// Builds a message that answers another one, whose header is given as it came.
 #[must_use]
 pub fn reply_to(msg_id: &str, session: &str, msg_type: &str, content: &Value, parent_header: Bytes) -> Request {
-    let header = header(msg_id, session, msg_type);
+    let header = Bytes::from(header(msg_id, session, msg_type).to_string());
     let parts = vec![header, parent_header, Bytes::from_static(b"{}"), Bytes::from(content.to_string())];
     Request { msg_id: msg_id.to_owned(), parts }
 }
@@ -60,22 +60,22 @@ pub fn comm(msg_id: &str, session: &str, comm: &Comm) -> Request {
         CommKind::Close => "comm_close",
     };
     let text = |JsonText(text): &JsonText| Bytes::from(text.clone());
-    let header = header(msg_id, session, msg_type);
+    let header = Bytes::from(header(msg_id, session, msg_type).to_string());
     let fixed = [header, Bytes::from_static(b"{}"), text(&comm.metadata), text(&comm.content)];
     let parts = fixed.into_iter().chain(comm.buffers.iter().cloned().map(Bytes::from)).collect();
     Request { msg_id: msg_id.to_owned(), parts }
 }
 
-fn header(msg_id: &str, session: &str, msg_type: &str) -> Bytes {
-    let header = json!({
+/// A header of ours.
+pub(super) fn header(msg_id: &str, session: &str, msg_type: &str) -> Value {
+    json!({
         "msg_id": msg_id,
         "session": session,
         "username": "cellblock",
         "date": jiff::Timestamp::now().to_string(),
         "msg_type": msg_type,
         "version": "5.3",
-    });
-    Bytes::from(header.to_string())
+    })
 }
 
 /// What an `execute_request` asks for.

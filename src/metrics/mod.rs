@@ -122,6 +122,7 @@ struct Instruments {
     engine: Calls,
     reconciler: Rounds,
     requests: Requests,
+    egress: Egress,
     spans_dropped: IntCounter,
     tenants: Option<Tenants>,
 }
@@ -247,6 +248,25 @@ impl Requests {
     }
 }
 
+/// Connections of cells to the outside.
+#[derive(Debug)]
+struct Egress {
+    decided: IntCounterVec,
+    sent: IntCounter,
+    received: IntCounter,
+}
+
+impl Egress {
+    fn new(of: &Maker) -> Self {
+        let decided = "Connections that code has asked for, by what was decided.";
+        Self {
+            decided: of.counters("egress_connections_total", decided, &["outcome"], &["ok"]),
+            sent: of.counter("egress_sent_bytes_total", "Bytes that code has sent to the outside."),
+            received: of.counter("egress_received_bytes_total", "Bytes that code was sent from outside."),
+        }
+    }
+}
+
 impl Default for Metrics {
     fn default() -> Self {
         Self::new()
@@ -276,6 +296,7 @@ impl Metrics {
             engine: Calls::new(&of),
             reconciler: Rounds::new(&of),
             requests: Requests::new(&of),
+            egress: Egress::new(&of),
             spans_dropped: of.counter("trace_spans_dropped_total", "Spans of traces that no collector has taken."),
             tenants: by_tenant.then(|| Tenants::new(&of)),
             registry: of.0,
@@ -349,6 +370,21 @@ impl Metrics {
     /// A guest was sent so many bytes.
     pub fn link_sent(&self, bytes: usize) {
         self.0.engine.sent.inc_by(bytes as u64);
+    }
+
+    /// A connection to the outside was made (`ok`), or refused; the word is one of ours.
+    pub fn egress_decided(&self, outcome: &'static str) {
+        self.0.egress.decided.with_label_values(&[outcome]).inc();
+    }
+
+    /// Cells have sent so many bytes out.
+    pub fn egress_sent(&self, bytes: usize) {
+        self.0.egress.sent.inc_by(bytes as u64);
+    }
+
+    /// Cells were sent so many bytes from outside.
+    pub fn egress_received(&self, bytes: usize) {
+        self.0.egress.received.inc_by(bytes as u64);
     }
 
     /// So many spans of traces were dropped.

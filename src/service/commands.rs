@@ -40,6 +40,8 @@ pub const MAX_SIDE: u16 = 1000;
 const LINK_WAIT: Duration = Duration::from_secs(60);
 /// … by asking again this often: what tells of the next one is the session's own business.
 const LINK_STEP: Duration = Duration::from_millis(50);
+/// The same for whoever is in no hurry.
+const LINK_RETRY: Duration = Duration::from_secs(1);
 /// Signals that may be sent.
 pub const SIGNALS: [&str; 11] = [
     "SIGHUP", "SIGINT", "SIGQUIT", "SIGKILL", "SIGUSR1", "SIGUSR2", "SIGTERM", "SIGCONT", "SIGSTOP", "SIGTSTP",
@@ -135,8 +137,6 @@ pub struct CommandFollow {
     is_waiting: bool,
     is_over: bool,
     stream: Option<(Visit, CommandEvents)>,
-    /// It counts until it has ended, if it was not started for the background.
-    running: Option<Running>,
 }
 
 impl Service {
@@ -170,8 +170,8 @@ impl Service {
                 service.settle_key(once, &started).await?;
             }
             let told = started?;
-            let running = (!request.is_background).then_some(running);
-            let follow = CommandFollow { running, ..CommandFollow::new(session, command, 0, true) };
+            count(running, session.clone(), command);
+            let follow = CommandFollow::new(session, command, 0, true);
             Ok((Command { id: command, session: id, told, is_lost: false }, follow))
         });
         started.await.unwrap_or(Err(Error::GuestUnreachable))
@@ -317,17 +317,9 @@ impl Service {
     }
 }
 
-impl Service {
-    /// Whether somebody who came in for something long would still be let in.
-    #[must_use]
-    pub fn still_admits(&self, who: &Principal) -> bool {
-        self.keys.still_admits(who, Timestamp::now())
-    }
-}
-
 impl CommandFollow {
     fn new(session: Session, id: CommandId, after: u64, is_waiting: bool) -> Self {
-        Self { session, id, seq: after, is_waiting, is_over: false, stream: None, running: None }
+        Self { session, id, seq: after, is_waiting, is_over: false, stream: None }
     }
 
     /// Begins anew, which is no activity of its own.
@@ -372,9 +364,6 @@ impl CommandFollow {
                     }
                     self.seq = self.seq.max(seq);
                     self.is_over = matches!(event, CommandEvent::Ended { .. });
-                    if let CommandEvent::Ended { end, .. } = &event {
-                        self.count(*end);
-                    }
                     let bytes = frame.parts.into_iter().next().unwrap_or_default();
                     return Ok(Heard::Event(Followed { seq, event, bytes }));
                 }
@@ -404,15 +393,47 @@ impl CommandFollow {
     pub fn id(&self) -> CommandId {
         self.id
     }
+}
 
-    fn count(&mut self, end: CommandEnd) {
-        let Some(running) = self.running.take() else { return };
-        let most = Duration::from_millis(end.duration_ms)
-            .mul_f64(f64::from(self.session.spec.resources.cpu_millis) / 1000.0)
-            .saturating_add(CPU_SLACK);
-        // What the guest tells is held to be no more than there can have been.
-        let told = end.cpu_usec.map_or(most, Duration::from_micros).min(most);
-        running.used(told, Timestamp::now());
+/// Behind every event: who asks from there on hears of the end only.
+const END: u64 = u64::MAX - 1;
+
+/// Counts a command until it ends, and what it has used of CPUs then. It is no visit: the session is not in use for it. The next process knows nothing
+/// of it.
+fn count(running: Running, session: Session, id: CommandId) {
+    crate::task::spawn("usage", async move {
+        let began = std::time::Instant::now();
+        // With this server, it only stops being looked at.
+        let Ok(end) = end_of(&session, &id.to_string()).await else { return };
+        // What nobody has told is as much as it can have been.
+        let ran = end.map_or(began.elapsed(), |end| Duration::from_millis(end.duration_ms).min(began.elapsed()));
+        let most = ran.mul_f64(f64::from(session.spec.resources.cpu_millis) / 1000.0).saturating_add(CPU_SLACK);
+        let told = end.and_then(|end| end.cpu_usec).map(Duration::from_micros);
+        running.used(told.map_or(most, |told| told.min(most)), Timestamp::now());
+    });
+}
+
+/// Waits for the end of a command, over as many links as it takes; nothing when nobody can say any more.
+async fn end_of(session: &Session, id: &str) -> Result<Option<CommandEnd>, Refused> {
+    loop {
+        let is_there = |phase| matches!(phase, Phase::Ready | Phase::Aborting(_) | Phase::Ending(_) | Phase::Ended(_));
+        session.wait_for(|snapshot| is_there(snapshot.phase)).await;
+        match session.link().await {
+            Ok(link) => {
+                if let Ok(mut events) = link.follow_command(id, END, true).await {
+                    while let Ok(Some(_)) = events.next().await {}
+                }
+                match link.command(id).await {
+                    Ok(told) if told.end.is_some() => return Ok(told.end),
+                    Err(LinkError::Refused { .. }) => return Ok(None),
+                    _ => {}
+                }
+            }
+            Err(Refused::NotReady) => {}
+            Err(Refused::Ended(_)) => return Ok(None),
+            Err(refused) => return Err(refused),
+        }
+        tokio::time::sleep(LINK_RETRY).await;
     }
 }
 

@@ -276,6 +276,15 @@ impl Service {
         Ok(sent(id, held.visit.link.unpack_files(asked, pieces), told).await?.0)
     }
 
+    /// Refuses whoever may not change a session's files, before anything of a form is read.
+    ///
+    /// # Errors
+    /// See [`Error`].
+    pub fn may_change_files(&self, who: &Principal, id: SessionId) -> Result<(), Error> {
+        who.require_sessions()?;
+        self.session(who, id).map(drop)
+    }
+
     async fn look(&self, who: &Principal, id: SessionId) -> Result<Visit, Error> {
         Ok(self.session(who, id)?.enter(Weight::Light).await?)
     }

@@ -201,13 +201,6 @@ impl KeyRing {
         }
     }
 
-    /// Whether somebody who came in once would still be let in. Whoever is within this process needs no key.
-    #[must_use]
-    pub fn still_admits(&self, who: &Principal, now: Timestamp) -> bool {
-        let is_valid = |key: &Key| key.record.expires_at.is_none_or(|end| now < end);
-        who.key.is_none_or(|id| self.keys().iter().any(|known| known.key.record.id == id && is_valid(&known.key)))
-    }
-
     /// All keys in the order of their ids.
     pub(super) fn list(&self) -> Vec<Key> {
         let mut keys: Vec<_> = self.keys().iter().map(|known| known.key.clone()).collect();

@@ -12,6 +12,8 @@ use serde_json::json;
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 
+use crate::domain::egress::{Network, NetworkRequest};
+use crate::domain::execution::AskedBy;
 use crate::domain::ids::{ContextId, ExecutionId, SessionId};
 use crate::domain::lifecycle::{EndReason, Phase};
 use crate::domain::output::{Comm, JsonText};
@@ -26,7 +28,7 @@ use crate::session::execution::{Execution, ExecutionRequest, OnTimeout, Stdin};
 use crate::session::once::{Begun, MAX_KEYS, Made, NotOnce, Once, Reservation};
 use crate::session::pool::PoolView;
 use crate::session::registry::{Asked, CreateRefused, Created, Registry};
-use crate::session::{ContextView, Patch, Refused, Session, StartFailure, StartFault, fresh};
+use crate::session::{ContextView, GateView, Patch, Refused, Session, StartFailure, StartFault, fresh};
 use crate::store::Archive;
 use crate::store::state::Lasting;
 pub use crate::store::{Blob, BlobBody};
@@ -40,8 +42,10 @@ pub mod files;
 pub mod issuing;
 pub mod keys;
 mod languages;
+pub mod listening;
 pub mod log;
 pub mod offer;
+pub mod ports;
 pub mod quotas;
 mod refusals;
 pub mod trail;
@@ -174,6 +178,22 @@ pub enum Error {
     /// The guest did not answer.
     #[error("the session's container did not answer")]
     GuestUnreachable,
+    /// The session's template does not allow the port.
+    #[error("port {port} can't be reached in sessions of the template \"{template}\"; allowed: {allowed}")]
+    PortNotAllowed {
+        /// The port.
+        port: u16,
+        /// The template.
+        template: String,
+        /// What it allows.
+        allowed: String,
+    },
+    /// Nothing listens on the port.
+    #[error("nothing in the session listens on port {0} of 127.0.0.1 or ::1")]
+    PortClosed(u16),
+    /// What listens on the port takes no connection.
+    #[error("what listens on port {0} in the session takes no more connections")]
+    PortStuck(u16),
     /// Something can't be done with a file.
     #[error("{1}")]
     File(FileFault, String),
@@ -243,6 +263,10 @@ pub struct ExecuteRequest {
     pub user_expressions: BTreeMap<String, String>,
     /// What happens at its time limit first.
     pub on_timeout: OnTimeout,
+    /// When it fails, what waits behind it and came from a Jupyter client does not run.
+    pub stop_on_error: bool,
+    /// The message of a Jupyter client that asks for it.
+    pub asked_by: Option<AskedBy>,
     /// A message of a comm instead of code.
     pub comm: Option<Comm>,
 }
@@ -520,8 +544,8 @@ impl Service {
             Lasting::Always if !request.files.is_empty() => Lasting::OnceReady,
             lasting => lasting,
         };
-        let asked = Asked { reuse: request.reuse, lasting, once, files: &request.files };
         let refused = |refused| self.not_created(who, refused);
+        let asked = Asked { reuse: request.reuse, lasting, once, files: &request.files };
         let created = match self.registry.find(tenant, &spec, asked).await.map_err(refused)? {
             Some(created) => created,
             None => {
@@ -594,6 +618,14 @@ impl Service {
                 _ => Error::EngineUnavailable,
             }
         })
+    }
+
+    /// Waits until a session is ready.
+    ///
+    /// # Errors
+    /// Why it will not be; nothing of it is left then.
+    pub async fn started(&self, session: &Session) -> Result<(), Error> {
+        self.wait_until_started(session).await
     }
 
     async fn wait_until_started(&self, session: &Session) -> Result<(), Error> {
@@ -678,6 +710,15 @@ impl Service {
         session.patch(change.resolve(&session)?).await?;
         self.kept().await?;
         Ok(session)
+    }
+
+    /// What can be seen of a session's way out.
+    ///
+    /// # Errors
+    /// See [`Error`].
+    pub fn session_egress(&self, who: &Principal, id: SessionId) -> Result<(Network, GateView), Error> {
+        let session = self.session(who, id)?;
+        Ok((session.snapshot().attributes.network.clone(), session.egress()))
     }
 
     /// Counts as activity of a session.
@@ -1124,6 +1165,18 @@ impl Service {
         self.registry.pool().views().into_iter().filter(|pool| who.admits(&pool.template)).collect()
     }
 
+    /// The templates that a key allows.
+    #[must_use]
+    pub fn offered(&self, who: &Principal) -> Vec<Template> {
+        self.offer.now().templates.values().filter(|template| who.admits(&template.name)).cloned().collect()
+    }
+
+    /// A template by its name.
+    #[must_use]
+    pub fn template(&self, name: &str) -> Option<Template> {
+        self.offer.now().templates.get(name).cloned()
+    }
+
     /// What is counted.
     #[must_use]
     pub fn metrics(&self) -> &Metrics {
@@ -1171,6 +1224,8 @@ pub struct SessionPatch {
     pub idle_seconds: Option<f64>,
     /// Replaces its labels.
     pub labels: Option<BTreeMap<String, String>>,
+    /// What it is to reach.
+    pub network: NetworkRequest,
 }
 
 impl SessionPatch {
@@ -1185,7 +1240,10 @@ impl SessionPatch {
             })
         };
         let age = jiff::Timestamp::now().duration_since(session.created_at).unsigned_abs();
+        let now = session.snapshot().attributes.network.clone();
+        let network = session.spec.network.choose(&now, &self.network);
         let patch = Patch {
+            network: network.as_ref().ok().filter(|network| **network != now).cloned(),
             expires_in: seconds(
                 "/expires_in_seconds",
                 self.expires_in_seconds,
@@ -1194,6 +1252,7 @@ impl SessionPatch {
             idle: seconds("/idle_seconds", self.idle_seconds, session.spec.max_idle),
             labels: self.labels.clone(),
         };
+        errors.extend(network.err().unwrap_or_default());
         if errors.is_empty() { Ok(patch) } else { Err(Error::SpecRejected(errors)) }
     }
 }
@@ -1239,6 +1298,8 @@ fn resolve_execution(spec: &SessionSpec, request: ExecuteRequest) -> Result<Exec
         stdin: request.stdin,
         user_expressions: request.user_expressions,
         on_timeout: request.on_timeout,
+        stop_on_error: request.stop_on_error,
+        asked_by: request.asked_by,
         comm: request.comm,
     })
 }

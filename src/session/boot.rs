@@ -101,8 +101,8 @@ impl Adoption {
 }
 
 /// What a guest is told first.
-pub(super) fn init(settings: Settings, env: BTreeMap<String, String>) -> Init {
-    Init { generation: GENERATION, orphan_timeout_seconds: settings.orphan_timeout.as_secs(), env }
+pub(super) fn init(settings: Settings, env: BTreeMap<String, String>, egress: bool) -> Init {
+    Init { generation: GENERATION, orphan_timeout_seconds: settings.orphan_timeout.as_secs(), env, egress }
 }
 
 fn link_failure(cell: &CellSpec, error: &LinkError) -> StartFailure {
@@ -119,7 +119,9 @@ pub(super) fn engine_failure(cell: &CellSpec, error: &EngineError) -> StartFailu
     let (fault, detail) = match error {
         EngineError::Unavailable { .. } => (StartFault::EngineUnavailable, "the container engine can't be reached"),
         EngineError::TimedOut { .. } => (StartFault::EngineUnavailable, "the container engine did not answer in time"),
-        EngineError::Absent { .. } => (StartFault::EngineRefused, "the template's image is not there any more"),
+        EngineError::Absent { .. } => {
+            (StartFault::EngineRefused, "the template's image, or data that it names, is not there any more")
+        }
         EngineError::Unverified { .. } => {
             (StartFault::Unverified, "the container was not confined as specified, so nothing was run in it")
         }

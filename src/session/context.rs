@@ -32,6 +32,7 @@ use serde_json::{Value, json};
 use tokio::sync::oneshot;
 
 use super::execution::{End, Execution, ExecutionRequest, OnTimeout, Place, Stdin};
+use super::retelling::Mark;
 use super::running::{Due, Input, Running, describe_death, others_ended, stopped};
 use super::wiring::{Act, ActKind, UNKEPT};
 use super::{fresh, instant};
@@ -41,6 +42,10 @@ use crate::domain::output::{ExecutionEvent, JsonText, RestartCause, Status, Stop
 use crate::domain::spec::{OnKernelDeath, OutputLimits};
 use crate::kernel::protocol::{self, Iopub, Request};
 use crate::store::state::{ContextRecord, RunningRecord};
+pub use clients::Aside;
+use clients::Asides;
+
+mod clients;
 
 /// A `kernel_info_request` is repeated after this long without an iopub message: kernels of the older protocol lose the first.
 const NUDGE_AFTER: Duration = Duration::from_millis(250);
@@ -200,6 +205,8 @@ pub(super) struct Context {
     prepare_until: Instant,
     queue: VecDeque<Waiting>,
     questions: BTreeMap<String, Question>,
+    /// What clients that speak Jupyter have asked.
+    asides: Asides,
     /// The kernel was replaced while nothing ran: the next execution is told.
     replaced: Option<RestartCause>,
     /// The interrupt that is on its way to the guest; another one would say nothing more.
@@ -276,6 +283,7 @@ impl Context {
             prepare_until: Instant::now(),
             queue: VecDeque::new(),
             questions: BTreeMap::new(),
+            asides: Asides::default(),
             replaced: None,
             interrupt: None,
             actions: Vec::new(),
@@ -518,6 +526,7 @@ impl Context {
     /// Whether its kernel is up, has nothing to do, and owes nobody an answer.
     pub(super) fn is_quiet(&self) -> bool {
         let answered = self.questions.values().all(|question| question.answer.is_closed());
+        let answered = answered && self.asides.are_quiet();
         matches!(self.state, State::Idle) && self.queue.is_empty() && self.actions.is_empty() && answered
     }
 
@@ -570,6 +579,7 @@ impl Context {
         let Making { kernelspec, cwd, .. } = self.making.clone();
         self.actions.push(Action::Start { kernel: self.kernel.clone(), kernelspec, cwd });
         self.ask_kernel_info();
+        self.pass_held(now);
     }
 
     /// Starts in a new container, which has that much time left to be ready.
@@ -689,6 +699,7 @@ impl Context {
 
     /// The next execution is told that its kernel is another one.
     pub(super) fn tell_replaced(&mut self, cause: RestartCause) {
+        self.tell_state("restarting");
         self.replaced = Some(cause);
     }
 
@@ -699,6 +710,8 @@ impl Context {
         }
         match event {
             // It is being ended already; what it has said before still counts.
+            // It is about no kernel.
+            Event::Egress { .. } => {}
             Event::KernelConnected | Event::KernelFailed { .. } | Event::KernelExited { .. }
                 if matches!(self.state, State::Replacing(_)) => {}
             Event::Message { channel, msg_type, parent_id } => {
@@ -708,6 +721,7 @@ impl Context {
                 if let Some(running) = self.running(&parent_id) {
                     let what = truncated(stream);
                     running.output(ExecutionEvent::OutputTruncated { what, omitted_bytes, total_bytes });
+                    running.execution.tell_truncation();
                 }
             }
             Event::Effects { parent_id, effects } => {
@@ -789,7 +803,7 @@ impl Context {
         match &act.kind {
             // What becomes of the kernel is told by an event, or seen at a deadline.
             ActKind::Signal | ActKind::Delete | ActKind::SetUp => {}
-            ActKind::Send(id) if self.questions.remove(id).is_some() => {}
+            ActKind::Send(id) if self.questions.remove(id).is_some() || self.refuse_aside(id, refusal) => {}
             ActKind::Send(id) if matches!(&self.state, State::Adopting(adopting) if adopting.probe == *id) => {
                 self.on_death(&refusal.message, "", RestartCause::Died { status: None, signal: None }, now);
             }
@@ -878,7 +892,12 @@ impl Context {
         }
         match over {
             Some(reason) => self.notices.push(Notice::Died(reason)),
-            None => self.boot(now, self.making.pace.boot),
+            None => {
+                if cause != RestartCause::Requested {
+                    self.tell_state("restarting");
+                }
+                self.boot(now, self.making.pace.boot);
+            }
         }
     }
 
@@ -935,6 +954,9 @@ impl Context {
             self.on_boot_message(channel, msg_type, content, now);
             return;
         }
+        if self.running(parent_id).is_none() {
+            self.retell(channel, msg_type, parent_id, parts);
+        }
         if channel == Channel::Shell && matches!(&self.state, State::Running(r) if r.is_probe(parent_id)) {
             if let State::Running(running) = &mut self.state {
                 running.reply_is_lost();
@@ -955,7 +977,7 @@ impl Context {
         }
         match (channel, msg_type) {
             (Channel::Iopub, _) => self.on_iopub(msg_type, parent_id, parts, now),
-            (Channel::Shell, "execute_reply") => self.on_reply(parent_id, content, now),
+            (Channel::Shell, "execute_reply") => self.on_reply(parent_id, content, parts, now),
             (Channel::Shell, _) => self.on_answer(parent_id, content),
             (Channel::Control, "interrupt_reply") => self.on_interrupt_reply(parent_id, content),
             (Channel::Stdin, "input_request") => self.on_input_request(parent_id, parts),
@@ -1031,8 +1053,10 @@ impl Context {
             return;
         }
         let Some(running) = self.running(parent_id) else { return };
-        if let Input::Line(line) = running.asks(protocol::read_input_request(content), header.clone()) {
-            self.send_line(&line, header.clone());
+        match running.asks(protocol::read_input_request(content), header.clone()) {
+            Input::Line(line) => self.send_line(&line, header.clone()),
+            Input::Ask => running.execution.tell(Channel::Stdin, "input_request", parts, Mark::Newest),
+            Input::Ignore => {}
         }
     }
 
@@ -1063,28 +1087,42 @@ impl Context {
     fn on_iopub(&mut self, msg_type: &str, parent_id: &str, parts: &[Bytes], now: Instant) {
         let Some(running) = self.running(parent_id) else { return };
         running.heard(now);
-        if let Some(comm) = protocol::read_comm(msg_type, parts) {
-            running.output(comm);
-            return;
-        }
         let Some(content) = parts.get(3) else { return };
-        match protocol::read_iopub(msg_type, content) {
-            Ok(Iopub::Output(event)) => running.output(event),
-            Ok(Iopub::ExecutionCount(count)) => running.execution.count(count),
+        let read = match protocol::read_comm(msg_type, parts) {
+            Some(comm) => Ok(Iopub::Output(comm)),
+            None => protocol::read_iopub(msg_type, content),
+        };
+        let mark = match read {
+            Ok(Iopub::Output(event)) => running.output(event).then_some(Mark::Newest),
+            Ok(Iopub::ExecutionCount(count)) => {
+                running.execution.count(count);
+                Some(Mark::Once("input"))
+            }
             Ok(Iopub::Status { idle: true }) => {
                 running.is_idle(now);
-                self.complete_if_done(now);
+                // It is told with the end.
+                return self.complete_if_done(now);
             }
-            Ok(Iopub::Status { idle: false }) => running.execution.is_busy(),
-            Ok(Iopub::Other) => {}
-            Err(error) => tracing::debug!(%error, "a kernel's message was dropped"),
+            Ok(Iopub::Status { idle: false }) => {
+                running.execution.is_busy();
+                Some(Mark::Once("busy"))
+            }
+            Ok(Iopub::Other) => Some(Mark::Other),
+            Err(error) => {
+                tracing::debug!(%error, "a kernel's message was dropped");
+                None
+            }
+        };
+        if let Some(mark) = mark {
+            running.execution.tell(Channel::Iopub, msg_type, parts, mark);
         }
     }
 
-    fn on_reply(&mut self, parent_id: &str, content: &Bytes, now: Instant) {
+    fn on_reply(&mut self, parent_id: &str, content: &Bytes, parts: &[Bytes], now: Instant) {
         let Some(running) = self.running(parent_id) else { return };
         match protocol::read_execute_reply(content) {
             Ok(reply) => {
+                running.execution.keep_reply(parts);
                 running.has_replied(reply, content.clone(), now);
                 self.complete_if_done(now);
             }
@@ -1132,6 +1170,8 @@ impl Context {
             stdin: Stdin::Deny,
             user_expressions: BTreeMap::new(),
             on_timeout: OnTimeout::Restart,
+            stop_on_error: false,
+            asked_by: None,
             comm: None,
         };
         let mut place = self.making.place.clone();
@@ -1140,6 +1180,8 @@ impl Context {
             // A notebook has it once.
             place.keeping = place.keeping.without_notebook();
         }
+        // Nobody has asked for it.
+        place.tap = None;
         let execution = Arc::new(Execution::new(fresh(), place, request, 0));
         if self.making.is_unclaimed {
             self.prepared.push(Arc::clone(&execution));
@@ -1165,7 +1207,14 @@ impl Context {
             return;
         }
         let (interrupted, interrupt) = (running.interrupted, running.interrupt.clone());
+        let request = Arc::clone(&running.execution.request);
+        if let Some(asked) = &request.asked_by {
+            self.remember_parent(&running.msg_id, &asked.header);
+        }
         let finished = running.finish(now);
+        if !finished.ok && request.stop_on_error {
+            self.abort_queue();
+        }
         match (is_setup, finished.ok) {
             (true, true) => self.prepare(now),
             (true, false) => {
@@ -1180,6 +1229,16 @@ impl Context {
                 }
             }
         }
+    }
+
+    /// What has failed takes along what clients that speak Jupyter have sent after it.
+    fn abort_queue(&mut self) {
+        let is_meant = |waiting: &Waiting| waiting.execution.request.asked_by.is_some();
+        let (aborted, stays) = std::mem::take(&mut self.queue).into_iter().partition(is_meant);
+        self.queue = stays;
+        let aborted: VecDeque<Waiting> = aborted;
+        let words = "what was before it has failed, with stop_on_error";
+        aborted.into_iter().for_each(|waiting| waiting.execution.finish(End::with(Status::Cancelled, words)));
     }
 
     /// Starts the next execution, if the kernel is free.
@@ -1208,14 +1267,7 @@ impl Context {
                 protocol::request(&msg_id, &self.client, "execute_request", &content)
             }
         };
-        let cap = OutputCap {
-            text_bytes: asked.output.text_bytes,
-            result_bytes: asked.output.result_bytes,
-            total_bytes: asked.output.total_bytes,
-            messages: asked.output.messages,
-            messages_per_second: asked.output.messages_per_second,
-        };
-        (request, cap)
+        (request, cap_of(&asked.output))
     }
 
     fn run(&mut self, execution: Arc<Execution>, is_setup: bool, now: Instant) {
@@ -1266,7 +1318,7 @@ impl Context {
     }
 
     fn send(&mut self, channel: Channel, request: Request, cap: Option<OutputCap>) {
-        let head = Outbound { channel, msg_id: request.msg_id, cap };
+        let head = Outbound { channel, msg_id: request.msg_id, cap, is_aside: false };
         self.actions.push(Action::Send { kernel: self.kernel.clone(), head, parts: request.parts });
     }
 
@@ -1300,6 +1352,16 @@ impl Context {
         let (status, since) = running.as_ref().and_then(Running::verdict).unwrap_or((status, now));
         self.state = State::Replacing(Replacing { running, status, cause, words, since });
         self.actions.push(Action::Delete { kernel: self.kernel.clone() });
+    }
+}
+
+fn cap_of(output: &OutputLimits) -> OutputCap {
+    OutputCap {
+        text_bytes: output.text_bytes,
+        result_bytes: output.result_bytes,
+        total_bytes: output.total_bytes,
+        messages: output.messages,
+        messages_per_second: output.messages_per_second,
     }
 }
 

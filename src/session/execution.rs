@@ -6,16 +6,18 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
+use bytes::Bytes;
 use jiff::Timestamp;
 use tokio::sync::watch;
 
 use super::instant;
 use super::keeping::Keeping;
+use super::tap::Tap;
 pub use crate::domain::execution::{ExecutionRequest, OnTimeout, Stdin};
 use crate::domain::ids::{ContextId, ExecutionId, SessionId};
 use crate::domain::output::{
-    Effects, ExecutionEvent, Fold, JsonText, MimeBundle, NamedValues, Outcome, Report, RestartCause, RichOutput,
-    Status, Stop, TextStream, Truncated,
+    Effects, ErrorInfo, ExecutionEvent, Fold, JsonText, MimeBundle, NamedValues, Outcome, Report, RestartCause,
+    RichOutput, Status, Stop, TextStream, Truncated,
 };
 pub use crate::store::state::Logged;
 use crate::store::state::{Birth, ExecutionChange, ExecutionRecord, Progress, RunningRecord};
@@ -40,6 +42,8 @@ pub struct Place {
     pub language: String,
     /// What is kept beside it and after it.
     pub keeping: Keeping,
+    /// Where clients that speak Jupyter hear of it, if they can.
+    pub tap: Option<Arc<Tap>>,
 }
 
 /// An execution.
@@ -81,6 +85,8 @@ struct Record {
     busy: Option<Instant>,
     /// The trace of the request that has begun it, and its session's template.
     trace: Option<(Trace, String)>,
+    /// The kernel's reply, until it is told.
+    reply: Option<Vec<Bytes>>,
 }
 
 /// What of a record the database has been told.
@@ -133,6 +139,7 @@ impl Execution {
             asks: false,
             busy: None,
             trace: None,
+            reply: None,
         };
         let (record, request) = (Mutex::new(record), Arc::new(request));
         let execution =
@@ -142,7 +149,12 @@ impl Execution {
     }
 
     /// One that an earlier process has left.
-    pub(super) fn restore(kept: ExecutionRecord, running: Option<&RunningRecord>, keeping: Keeping) -> Self {
+    pub(super) fn restore(
+        kept: ExecutionRecord,
+        running: Option<&RunningRecord>,
+        keeping: Keeping,
+        tap: Option<Arc<Tap>>,
+    ) -> Self {
         let ExecutionRecord { id, session, birth, progress, running: _, events } = kept;
         let Progress { status, started_at, finished_at, report } = progress;
         let blobs = events.iter().flat_map(|logged| logged.event.blobs()).max().unwrap_or_default();
@@ -161,11 +173,12 @@ impl Execution {
             asks: running.is_some_and(|running| running.asked.is_some()),
             busy: None,
             trace: None,
+            reply: None,
             report,
             events,
         };
         let version = watch::Sender::new(record.events.len() as u64);
-        let place = Place { session, context: birth.context, language: birth.language, keeping };
+        let place = Place { session, context: birth.context, language: birth.language, keeping, tap };
         let (request, created_at) = (birth.request, birth.created_at);
         Self { id, place, request, created_at, record: Mutex::new(record), version }
     }
@@ -281,6 +294,16 @@ impl Execution {
         )
     }
 
+    /// What its kernel, or this server, has said of it beside output; with the newest error of its output.
+    pub(super) fn said(&self) -> (Status, Report, Option<ErrorInfo>) {
+        let record = self.record();
+        let error = record.events.iter().rev().find_map(|logged| match &logged.event {
+            ExecutionEvent::Error(error) => Some(error.clone()),
+            _ => None,
+        });
+        (record.status, record.report.clone(), error)
+    }
+
     /// What it has used of CPUs, as far as its guest has told, and how long it ran; nothing of a run that has not ended.
     #[must_use]
     pub fn cpu_and_duration(&self) -> (Option<Duration>, Duration) {
@@ -378,6 +401,13 @@ impl Execution {
         record.report.payloads = payloads;
     }
 
+    /// The kernel's reply is told with the end, where somebody hears that.
+    pub(super) fn keep_reply(&self, parts: &[Bytes]) {
+        if self.request.asked_by.is_some() {
+            self.record().reply = Some(parts.to_vec());
+        }
+    }
+
     /// Its kernel has ended, and no other comes.
     pub(super) fn kernel_has_ended(&self, cause: RestartCause) {
         let mut record = self.record();
@@ -464,7 +494,9 @@ impl Execution {
         if has_run && !self.request.silent {
             self.place.keeping.add_cell(self, &record.events, record.status, &record.report, record.started_at);
         }
+        let reply = record.reply.take();
         self.log(record, ExecutionEvent::Completed);
+        self.tell_end(reply);
         self.place.keeping.has_grown(self.weight());
     }
 
@@ -556,7 +588,7 @@ impl Place {
     pub(crate) fn for_tests() -> Self {
         let id = uuid::Uuid::from_u128(1);
         let keeping = Keeping::nothing();
-        Self { session: id.into(), context: id.into(), language: "python".to_owned(), keeping }
+        Self { session: id.into(), context: id.into(), language: "python".to_owned(), keeping, tap: None }
     }
 }
 
@@ -574,7 +606,7 @@ impl Execution {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::domain::output::{ErrorInfo, MimePart, ResultKind};
+    use crate::domain::output::{MimePart, ResultKind};
     use crate::domain::spec::OutputLimits;
     use uuid::Uuid;
 

@@ -10,10 +10,14 @@ use jiff::Timestamp;
 use tokio::sync::{mpsc, oneshot, watch};
 use uuid::Uuid;
 
+use crate::domain::egress::Network;
 use crate::domain::ids::{ContextId, ExecutionId, SessionId};
 use crate::domain::lifecycle::{EndReason, Phase};
 use crate::domain::output::JsonText;
 use crate::domain::spec::SessionSpec;
+use crate::egress::Gate;
+pub use crate::egress::{Decision, GateView, Refusal};
+pub use crate::kernel::client::ClientHeader;
 use crate::kernel::link::Link;
 use crate::store::state::Lasting;
 use crate::task;
@@ -30,14 +34,17 @@ pub mod once;
 pub mod pool;
 pub mod reconcile;
 pub mod registry;
+mod retelling;
 mod running;
+pub mod tap;
 pub mod visits;
 mod wiring;
 
 use actor::Wish;
-pub use context::ContextState;
+pub use context::{Aside, ContextState};
 use execution::{Execution, ExecutionRequest};
 use keeping::Keeping;
+use tap::{Tap, TapBounds};
 use visits::{Visit, Weight};
 
 /// Commands that may wait for a session's task; more are refused.
@@ -76,6 +83,8 @@ pub struct Settings {
     pub contexts: usize,
     /// Contents of results of more bytes are kept beside the execution.
     pub inline: usize,
+    /// What is kept of a kernel's messages for clients that speak Jupyter.
+    pub tap: TapBounds,
 }
 
 /// What can be seen of a session. Changes are published as a whole, with a number that rises.
@@ -112,6 +121,8 @@ pub struct Attributes {
     pub labels: BTreeMap<String, String>,
     /// It ends after this long without work, or is paused.
     pub idle: Duration,
+    /// What it may reach.
+    pub network: Network,
 }
 
 /// Why a session never became ready.
@@ -153,6 +164,8 @@ pub struct Patch {
     pub idle: Option<Duration>,
     /// Replaces its labels.
     pub labels: Option<BTreeMap<String, String>>,
+    /// What it may reach from now on.
+    pub network: Option<Network>,
 }
 
 /// A context, as it is now.
@@ -225,7 +238,7 @@ enum Command {
     Execute {
         id: ExecutionId,
         context: Option<ContextId>,
-        request: ExecutionRequest,
+        request: Box<ExecutionRequest>,
         reply: oneshot::Sender<Result<Arc<Execution>, Refused>>,
     },
     Cancel {
@@ -263,6 +276,10 @@ enum Command {
         msg_type: &'static str,
         content: serde_json::Value,
         answer: oneshot::Sender<JsonText>,
+        reply: oneshot::Sender<Result<(), Refused>>,
+    },
+    Pass {
+        aside: Box<Aside>,
         reply: oneshot::Sender<Result<(), Refused>>,
     },
     Patch {
@@ -316,6 +333,7 @@ impl Command {
             | Self::CreateContext { .. }
             | Self::DeleteContext { .. }
             | Self::Ask { .. }
+            | Self::Pass { .. }
             | Self::Claim { .. }
             | Self::Link { .. }
             | Self::Enter { .. }
@@ -348,6 +366,9 @@ pub struct Session {
     pub is_warm: bool,
     /// Held while a context is looked for by its language, and made.
     pub(crate) by_language: Arc<tokio::sync::Mutex<()>>,
+    gate: Arc<Gate>,
+    /// Where its default context is heard by clients that speak Jupyter.
+    pub tap: Arc<Tap>,
     commands: mpsc::Sender<Command>,
     wishes: mpsc::Sender<Wish>,
     snapshot: watch::Receiver<Snapshot>,
@@ -370,6 +391,12 @@ impl Session {
     #[must_use]
     pub fn phase(&self) -> Phase {
         self.snapshot.borrow().phase
+    }
+
+    /// What can be seen of its way out.
+    #[must_use]
+    pub fn egress(&self) -> GateView {
+        self.gate.view()
     }
 
     /// Whether it will not come to anything any more.
@@ -423,7 +450,7 @@ impl Session {
         context: Option<ContextId>,
         request: ExecutionRequest,
     ) -> Result<Arc<Execution>, Refused> {
-        self.ask(|reply| Command::Execute { id, context, request, reply }).await
+        self.ask(|reply| Command::Execute { id, context, request: Box::new(request), reply }).await
     }
 
     /// Takes an execution back.
@@ -512,6 +539,14 @@ impl Session {
         let (answer, answered) = oneshot::channel();
         self.ask(|reply| Command::Ask { context, msg_type, content, answer, reply }).await?;
         Ok(answered)
+    }
+
+    /// Passes a message of a client on to the kernel of the default context.
+    ///
+    /// # Errors
+    /// See [`Refused`].
+    pub async fn pass(&self, aside: Aside) -> Result<(), Refused> {
+        self.ask(|reply| Command::Pass { aside: Box::new(aside), reply }).await
     }
 
     /// Changes it.

@@ -143,7 +143,9 @@ impl Shelf {
         let engine = own.template == spec.template
             && own.runtime == spec.runtime
             && own.resources == spec.resources
-            && own.network == spec.network;
+            && own.network.initial.is_open() == spec.network.initial.is_open()
+            && own.data == spec.data
+            && own.ports == spec.ports;
         let kernel = own.kernelspec == spec.kernelspec
             && own.transport == spec.transport
             && own.output == spec.output

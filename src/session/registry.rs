@@ -16,12 +16,14 @@ use super::execution::Execution;
 use super::keeping::{Growth, Keeping};
 use super::once::{Requests, Reservation};
 use super::pool::{Pool, PoolView};
+use super::tap::Tap;
 use super::{Claim, Session, Settings, first_files, fresh};
 use crate::domain::ids::{ExecutionId, SessionId};
 use crate::domain::lifecycle::{EndReason, Phase};
 use crate::domain::output::Status;
 use crate::domain::quota::{Exceeded, Held, Share};
 use crate::domain::spec::{FieldError, NewFile, Resources, SessionSpec};
+use crate::egress::{Egress, Gate};
 use crate::engine::{CellName, Engine};
 use crate::metrics::{Levels, Metrics, PoolLevel};
 use crate::store::Archive;
@@ -108,6 +110,7 @@ pub struct Registry {
     pool: Pool,
     requests: Requests,
     metrics: Metrics,
+    egress: Egress,
     inner: Mutex<Inner>,
 }
 
@@ -168,7 +171,14 @@ impl Registry {
         let (growth, capacity) = (Growth::default(), Capacity::new(limits.ceilings));
         let (requests, inner) = (Requests::new(state.clone()), Mutex::default());
         let (tuning, metrics) = (RwLock::new(Tuning { settings, limits }), Metrics::new());
-        Self { engine, archive, state, instance, tuning, growth, capacity, pool, requests, metrics, inner }
+        let egress = Egress::none();
+        Self { engine, archive, state, instance, tuning, growth, capacity, pool, requests, metrics, egress, inner }
+    }
+
+    /// The same, whose sessions have a way out. Before the first session.
+    #[must_use]
+    pub fn reaching(self, egress: Egress) -> Self {
+        Self { egress, ..self }
     }
 
     /// The same, which counts where others count too. Before the first session.
@@ -332,6 +342,7 @@ impl Registry {
 
     fn birth(&self, record: SessionRecord, is_new: bool, place: Place) -> Birth {
         Birth {
+            gate: self.gate(&record),
             keeping: self.keeping(&record.tenant, record.id),
             record,
             is_new,
@@ -344,7 +355,13 @@ impl Registry {
             heard: 0,
             is_unclaimed: false,
             files: Arc::default(),
+            tap: Tap::new(self.tuning().settings.tap),
         }
+    }
+
+    fn gate(&self, record: &SessionRecord) -> Arc<Gate> {
+        let upstreams = Arc::clone(&record.spec.network.upstreams);
+        Gate::new(self.egress.clone(), record.id, Arc::clone(&record.tenant), record.network.clone(), upstreams)
     }
 
     fn keeping(&self, tenant: &Arc<str>, id: SessionId) -> Keeping {
@@ -366,7 +383,8 @@ impl Registry {
         for record in sessions {
             let id = record.id;
             contexts.extend(record.contexts.iter().map(|context| (id, context.id)));
-            let (kept, unfinished) = self.restore(&record, of_sessions.remove(&id).unwrap_or_default());
+            let tap = Tap::new(self.tuning().settings.tap);
+            let (kept, unfinished) = self.restore(&record, of_sessions.remove(&id).unwrap_or_default(), &tap);
             let session = match record.stage {
                 Stage::Ended(reason, at) => {
                     let age = Duration::try_from(now.duration_since(at)).unwrap_or_default();
@@ -375,14 +393,15 @@ impl Registry {
                     }
                     let since = Instant::now().checked_sub(age).unwrap_or_else(Instant::now);
                     self.inner().over_since.insert(id, since);
-                    actor::ended(record, reason)
+                    let gate = self.gate(&record);
+                    actor::ended(record, reason, gate)
                 }
                 _ => {
                     let place = self.capacity.place_of_a_session(Need::from(&record.spec.resources));
                     let heard = heard.get(&id).filter(|(cell, _)| *cell == record.cells).map_or(0, |(_, seq)| *seq);
                     let is_run = record.lasting == Lasting::Never;
                     let of_run = unfinished.first().map(|(execution, _)| Arc::clone(execution)).filter(|_| is_run);
-                    let birth = Birth { executions: unfinished, heard, ..self.birth(record, false, place) };
+                    let birth = Birth { executions: unfinished, heard, tap, ..self.birth(record, false, place) };
                     let session = actor::spawn(birth);
                     if let Some(execution) = of_run {
                         session.end_after(execution);
@@ -417,12 +436,20 @@ impl Registry {
     }
 
     /// The executions that a session has left, and those among them that have not ended.
-    fn restore(&self, record: &SessionRecord, left: Vec<ExecutionRecord>) -> (Vec<Arc<Execution>>, Unfinished) {
+    fn restore(
+        &self,
+        record: &SessionRecord,
+        left: Vec<ExecutionRecord>,
+        tap: &Arc<Tap>,
+    ) -> (Vec<Arc<Execution>>, Unfinished) {
         let keeping = self.keeping(&record.tenant, record.id);
         let (mut kept, mut unfinished) = (Vec::new(), Vec::new());
         for mut execution in left {
             let running = execution.running.take();
-            let execution = Arc::new(Execution::restore(execution, running.as_ref(), keeping.clone()));
+            let execution = {
+                let tap = (execution.birth.context == record.default_context).then(|| Arc::clone(tap));
+                Arc::new(Execution::restore(execution, running.as_ref(), keeping.clone(), tap))
+            };
             kept.push(Arc::clone(&execution));
             if !execution.status().is_final() {
                 unfinished.push((execution, running));
@@ -518,6 +545,16 @@ impl Registry {
         let execution = inner.executions.get(&id)?;
         let session = inner.sessions.get(&execution.place.session)?;
         (*session.tenant == *tenant).then(|| Arc::clone(execution))
+    }
+
+    /// The executions of a session that can still be asked about, in the order in which they were accepted.
+    #[must_use]
+    pub fn executions_of(&self, session: SessionId) -> Vec<Arc<Execution>> {
+        let inner = self.inner();
+        let is_meant = |execution: &&Arc<Execution>| execution.place.session == session;
+        let mut found: Vec<_> = inner.executions.values().filter(is_meant).cloned().collect();
+        found.sort_by_key(|execution| execution.id);
+        found
     }
 
     /// Forgets what has been kept long enough.
@@ -673,6 +710,7 @@ fn first_record(tenant: &Arc<str>, mut spec: SessionSpec, lasting: Lasting) -> S
         last_active: now,
         idle: spec.timeouts.idle,
         labels: spec.labels.clone(),
+        network: spec.network.initial.clone(),
         env,
         cells: 1,
         loss: None,

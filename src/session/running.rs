@@ -315,10 +315,12 @@ impl Running {
         self.replied_at = self.replied_at.map(|_| now);
     }
 
-    pub(super) fn output(&mut self, event: ExecutionEvent) {
+    /// Says whether it is in the record.
+    pub(super) fn output(&mut self, event: ExecutionEvent) -> bool {
         let is_error = matches!(event, ExecutionEvent::Error(_));
         let is_told = self.execution.output(event);
         self.error_told |= is_error && is_told;
+        is_told
     }
 
     /// The kernel says that it has nothing to do.

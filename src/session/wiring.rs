@@ -303,7 +303,7 @@ async fn perform(link: Link, action: Action, starting: Starting) -> Result<Acted
         Action::Delete { kernel } => link.delete_kernel(&kernel).await.map(Acted::Deleted),
         Action::Send { kernel, head, parts } => {
             // What runs code is known to the next process first, which could run it again otherwise, or not know of it.
-            if let (Some(state), Some(_)) = (&starting.state, head.cap)
+            if let (Some(state), Some(_)) = (&starting.state, head.cap.filter(|_| !head.is_aside))
                 && let Err(error) = state.settle().await
             {
                 tracing::error!(execution = head.msg_id, %error, "an execution could not be kept");

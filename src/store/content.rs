@@ -50,6 +50,12 @@ pub fn decoded(mime: &str, part: &JsonText) -> Option<Bytes> {
     }
 }
 
+/// What a bundle has for such bytes; nothing when they are not what their type promises.
+#[must_use]
+pub fn content_text(mime: &str, bytes: Vec<u8>) -> Option<JsonText> {
+    encoded(mime, bytes).ok().map(|text| JsonText(text.get().to_owned()))
+}
+
 /// What a notebook has for such bytes.
 pub(super) fn encoded(mime: &str, bytes: Vec<u8>) -> Result<Box<RawValue>, Unfit> {
     let text = match Form::of(mime) {

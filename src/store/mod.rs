@@ -36,7 +36,7 @@ use crate::domain::ids::{ContextId, ExecutionId, SessionId};
 use crate::domain::output::{BlobRef, JsonText, MimeBundle, Shown, Status};
 use blobs::{Blobs, Header};
 use cells::{CODE_START, Kept};
-pub use content::{Form, decoded};
+pub use content::{Form, content_text, decoded};
 use journal::start_of;
 use ledger::Sums;
 use notebooks::{Bounds, Notebooks};

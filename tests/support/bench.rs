@@ -5,9 +5,10 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
+use cellblock::domain::egress::NetworkOffer;
 use cellblock::domain::ids::InstallationId;
 use cellblock::domain::spec::{
-    MIB, NetworkMode, OnGuestLost, OnIdle, OnKernelDeath, OutputLimits, Resources, SessionRequest, Template, Timeouts,
+    MIB, OnGuestLost, OnIdle, OnKernelDeath, OutputLimits, Resources, SessionRequest, Template, Timeouts,
 };
 use cellblock::engine::{CellName, Engine, Pull};
 use cellblock::service::keys::{KeyRing, Principal, Scope};
@@ -18,6 +19,7 @@ use cellblock::session::execution::Execution;
 use cellblock::session::pool::Pool;
 use cellblock::session::reconcile::Reconciler;
 use cellblock::session::registry::{Created, Limits, Registry};
+use cellblock::session::tap::TapBounds;
 use cellblock::session::{Session, Settings};
 use cellblock::store::Archive;
 use cellblock::store::state::State;
@@ -77,6 +79,7 @@ impl Bench {
             queue_timeout: Duration::from_secs(60),
             contexts: 2,
             inline: usize::MAX,
+            tap: TapBounds { bytes: 0, time: Duration::ZERO },
         };
         let mut template = template();
         change(&mut settings, &mut template);
@@ -172,7 +175,9 @@ pub fn template() -> Template {
             messages: 100,
             messages_per_second: 100,
         },
-        network: NetworkMode::None,
+        network: NetworkOffer::default(),
+        ports: cellblock::domain::ports::Ports::default(),
+        data: Vec::new(),
         setup: String::new(),
         on_kernel_death: OnKernelDeath::Restart,
         on_guest_lost: OnGuestLost::End,

@@ -12,8 +12,8 @@ use bytes::{Bytes, BytesMut};
 use cellblock::domain::ids::InstallationId;
 use cellblock::domain::spec::MIB;
 use cellblock::engine::{
-    ByteStream, CellName, CellSpec, CellState, Engine, EngineError, EngineEvent, EngineEventKind, EngineInfo,
-    ImageInfo, Observed, Pull,
+    ArchiveStream, ByteStream, CellName, CellSpec, CellState, DataVolume, Engine, EngineError, EngineEvent,
+    EngineEventKind, EngineInfo, ImageInfo, Observed, Pull,
 };
 use cellblock_wire::frame::{self, Frame};
 use cellblock_wire::link::{
@@ -72,6 +72,7 @@ pub struct FakeEngine {
     faults: Arc<Mutex<Faults>>,
     cells: Arc<Mutex<BTreeMap<CellName, Cell>>>,
     holder: Arc<Mutex<Option<InstallationId>>>,
+    data: Mutex<BTreeMap<String, DataVolume>>,
     events: broadcast::Sender<EngineEvent>,
     /// How often each thing was attempted.
     asked: Mutex<BTreeMap<&'static str, usize>>,
@@ -93,6 +94,7 @@ impl FakeEngine {
             faults: Arc::default(),
             cells: Arc::default(),
             holder: Arc::default(),
+            data: Mutex::default(),
             events,
             asked: Mutex::default(),
         }
@@ -254,6 +256,9 @@ impl Engine for FakeEngine {
         if spec.image != "sha256:fake" {
             return Err(EngineError::Absent { attempt, what: spec.image.clone() });
         }
+        if let Some(mount) = spec.data.iter().find(|mount| !self.data.lock().unwrap().contains_key(&mount.name)) {
+            return Err(EngineError::Absent { attempt, what: mount.to_string() });
+        }
         tokio::time::sleep(faults.ensure_takes).await;
         {
             let mut cells = self.cells.lock().unwrap();
@@ -331,6 +336,33 @@ impl Engine for FakeEngine {
     async fn sweep(&self) -> Result<Vec<String>, EngineError> {
         self.reachable("sweep")?;
         Ok(vec![])
+    }
+
+    async fn import_data(&self, name: &str, _: &str, mut archive: ArchiveStream) -> Result<DataVolume, EngineError> {
+        let attempt = "import data";
+        self.reachable(attempt)?;
+        cellblock::domain::data::check_name(name).map_err(|detail| EngineError::Rejected { attempt, detail })?;
+        let mut bytes = 0;
+        while let Some(piece) = archive.next().await {
+            let piece = piece.map_err(|e| EngineError::Unavailable { attempt, detail: e.to_string() })?;
+            bytes += piece.len() as u64;
+        }
+        let version = uuid::Uuid::new_v4().to_string();
+        let volume = DataVolume { name: name.to_owned(), version, bytes, sha256: String::new() };
+        self.data.lock().unwrap().insert(name.to_owned(), volume.clone());
+        Ok(volume)
+    }
+
+    async fn list_data(&self) -> Result<Vec<DataVolume>, EngineError> {
+        self.reachable("list data")?;
+        Ok(self.data.lock().unwrap().values().cloned().collect())
+    }
+
+    async fn remove_data(&self, name: &str) -> Result<(), EngineError> {
+        let attempt = "remove data";
+        self.reachable(attempt)?;
+        let removed = self.data.lock().unwrap().remove(name);
+        removed.map(drop).ok_or_else(|| EngineError::Absent { attempt, what: name.to_owned() })
     }
 
     async fn list(&self) -> Result<Vec<Observed>, EngineError> {

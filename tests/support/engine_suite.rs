@@ -3,10 +3,11 @@
 
 use std::time::Duration;
 
+use cellblock::domain::data::DataMount;
 use cellblock::domain::ids::{InstallationId, SessionId};
 use cellblock::domain::spec::{MIB, Resources};
 use cellblock::engine::{
-    ByteStream, CellName, CellSpec, CellState, Engine, EngineError, EngineEvent, EngineEventKind, Pull,
+    ByteStream, CellName, CellSpec, CellState, Engine, EngineError, EngineEvent, EngineEventKind, Pull, pack,
 };
 use cellblock_wire::marker::{LinkSecret, Marker, MarkerScanner, Scanned};
 use futures_util::StreamExt;
@@ -21,6 +22,8 @@ const NEVER: Duration = Duration::from_secs(30);
 pub struct Subject<'a> {
     /// The engine.
     pub engine: &'a dyn Engine,
+    /// The same one for operators, where it is another way to it.
+    pub operator: &'a dyn Engine,
     /// Its instance.
     pub instance: &'a str,
     /// A reference that it can resolve.
@@ -41,6 +44,7 @@ pub async fn run(subject: &Subject<'_>) {
     a_paused_cell_keeps_all_and_takes_no_link(subject).await;
     a_paused_cell_is_removed(subject).await;
     a_name_is_one_installations(subject).await;
+    data_is_there_as_it_was_imported_last(subject).await;
     assert_eq!(subject.engine.list().await, Ok(vec![]), "the suite leaves nothing");
 }
 
@@ -54,6 +58,7 @@ pub async fn spec(subject: &Subject<'_>) -> CellSpec {
         image: image.id,
         runtime: String::new(),
         resources: resources(),
+        data: vec![],
     }
 }
 
@@ -292,4 +297,53 @@ async fn end_of(mut stream: ByteStream) {
     let mut buffer = vec![0; 64 * 1024];
     let reading = async { while !matches!(stream.read(&mut buffer).await, Ok(0) | Err(_)) {} };
     tokio::time::timeout(NEVER, reading).await.expect("the end of the stream of a cell that is gone");
+}
+
+/// The data that the suite imports, and where its cells have it.
+pub fn data() -> DataMount {
+    DataMount { name: "suite".to_owned(), path: "/mnt/suite".to_owned() }
+}
+
+/// An archive of one file.
+pub fn archive(name: &str, content: &str) -> cellblock::engine::ArchiveStream {
+    let folder = tempfile::tempdir().expect("a folder");
+    std::fs::write(folder.path().join(name), content).expect("a file");
+    let (to, stream) = pack::pipe();
+    std::thread::spawn(move || pack::pack(folder.path(), to));
+    stream
+}
+
+async fn data_is_there_as_it_was_imported_last(subject: &Subject<'_>) {
+    let (engine, operator) = (subject.engine, subject.operator);
+    let with_data = async || CellSpec { data: vec![data()], ..spec(subject).await };
+    let cell = with_data().await;
+    let refused = engine.ensure(&cell).await.err();
+    assert!(matches!(refused, Some(EngineError::Absent { .. })), "data that is not there: {refused:?}");
+    engine.remove(&cell.name).await.expect("a removal");
+
+    let name = data().name;
+    let refused = operator.import_data("../x", &cell.image, archive("a", "1")).await;
+    assert!(matches!(refused, Err(EngineError::Rejected { .. })), "{refused:?}");
+    let broken = futures_util::stream::iter([Err(std::io::Error::other("it broke"))]).boxed();
+    assert!(operator.import_data(&name, &cell.image, broken).await.is_err(), "half an archive");
+    assert_eq!(engine.list_data().await, Ok(vec![]), "what is not whole is not there");
+
+    let first = operator.import_data(&name, &cell.image, archive("a", "1")).await.expect("an import");
+    assert_eq!(engine.list_data().await, Ok(vec![first.clone()]));
+    drop(engine.ensure(&cell).await.expect("a cell with data"));
+    let second = operator.import_data(&name, &cell.image, archive("a", "2")).await.expect("another import");
+    assert_ne!(first.version, second.version);
+    assert_eq!(engine.list_data().await, Ok(vec![second]), "the name means the last one");
+    drop(engine.link(&cell.name).await.expect("the cell goes on with what it has"));
+    let other = with_data().await;
+    drop(engine.ensure(&other).await.expect("a cell with the other data"));
+
+    operator.remove_data(&name).await.expect("a removal of data that cells have");
+    let gone = operator.remove_data(&name).await;
+    assert!(matches!(gone, Err(EngineError::Absent { .. })), "{gone:?}");
+    assert_eq!(engine.list_data().await, Ok(vec![]));
+    for name in [cell.name, other.name] {
+        engine.remove(&name).await.expect("a removal");
+    }
+    engine.sweep().await.expect("a sweep");
 }

@@ -17,6 +17,7 @@ use bollard::query_parameters::{
 };
 use cellblock::app::{self, Plane, Process, Stop, front};
 use cellblock::config::{self, Config, Drain, DrainContainers, Environment, Inputs};
+use cellblock::egress::Outside;
 use cellblock::http;
 use cellblock::service::keys::{self, ConfiguredKey, Principal, Scope};
 use cellblock::task;
@@ -53,11 +54,30 @@ pub struct Server {
     folder: Arc<tempfile::TempDir>,
 }
 
+/// Where a server runs that is started in this process.
+struct Ground {
+    folder: Arc<tempfile::TempDir>,
+    outside: Outside,
+}
+
+impl From<Arc<tempfile::TempDir>> for Ground {
+    fn from(folder: Arc<tempfile::TempDir>) -> Self {
+        Self { folder, outside: Outside::default() }
+    }
+}
+
 impl Server {
     /// Starts one as `cellblock serve` does. `settings` is a configuration file laid over what every test needs.
     pub async fn start(settings: &str) -> Arc<Self> {
         let (folder, config) = configured(settings);
         Self::serve(config, Arc::new(folder)).await
+    }
+
+    /// The same, whose sessions' connections meet this instead of the world.
+    pub async fn start_within(settings: &str, outside: Outside) -> Arc<Self> {
+        let (folder, config) = configured(settings);
+        let ground = Ground { folder: Arc::new(folder), outside };
+        Self::serve_on(config, ground).await.unwrap_or_else(|error| panic!("the server did not start: {error}"))
     }
 
     /// Ends this one, then starts one with the same configuration, folder and key; `between` is called when neither runs. Only
@@ -105,7 +125,13 @@ impl Server {
         Self::try_serve(config, folder).await.unwrap_or_else(|error| panic!("the server did not start: {error}"))
     }
 
-    async fn try_serve(config: Config, folder: Arc<tempfile::TempDir>) -> Result<Arc<Self>, String> {
+    /// Starts one of a configuration that was read before; an error is why it did not start.
+    pub async fn try_serve(config: Config, folder: Arc<tempfile::TempDir>) -> Result<Arc<Self>, String> {
+        Self::serve_on(config, folder.into()).await
+    }
+
+    async fn serve_on(config: Config, ground: Ground) -> Result<Arc<Self>, String> {
+        let Ground { folder, outside } = ground;
         let (address_in, address) = oneshot::channel();
         let (ended_in, ended) = oneshot::channel();
         let stop = CancellationToken::new();
@@ -119,7 +145,7 @@ impl Server {
             let ready = |address| {
                 let _ = address_in.send(address);
             };
-            let served = app::serve(&serving, Process { stop: told, ..Process::default() }, ready).await;
+            let served = app::serve(&serving, Process { stop: told, outside, ..Process::default() }, ready).await;
             let _ = ended_in.send(served.map_err(|e| e.to_string()));
         });
         let Ok(address) = address.await else {

@@ -10,6 +10,7 @@ use bytes::Bytes;
 use cellblock_wire::commands::{MAX_STDIN, StartCommand};
 use cellblock_wire::frame::{Decoder, Frame, MAX_FRAME};
 use cellblock_wire::link::{Ack, Hello, Init, Outbound, Refusal, Signal, StartKernel, Stats};
+use cellblock_wire::ports::{PORT_CLOSED, PORT_STUCK};
 use cellblock_wire::tunnel::Outgoing;
 use futures_util::StreamExt;
 use futures_util::stream::BoxStream;
@@ -21,10 +22,12 @@ use tokio::sync::{mpsc, watch};
 
 use crate::cgroup::Cgroup;
 use crate::command::Commands;
+use crate::egress::Egress;
 use crate::events::{Ring, Subscription};
 use crate::files::resume::Resumable;
 use crate::files::{Download, FileError, used_bytes};
 use crate::kernel::{Kernels, Places};
+use crate::ports;
 use crate::report::take_report;
 
 const MAX_JSON: usize = 1024 * 1024;
@@ -83,6 +86,18 @@ impl Refused {
     #[must_use]
     pub fn spawn_failed(error: &std::io::Error) -> Self {
         Self::new(StatusCode::INTERNAL_SERVER_ERROR, "spawn-failed", format!("the kernel can't be started: {error}"))
+    }
+
+    /// Nothing listens on a port.
+    #[must_use]
+    pub fn port_closed(port: u16) -> Self {
+        Self::new(StatusCode::BAD_GATEWAY, PORT_CLOSED, format!("nothing listens on port {port}"))
+    }
+
+    /// What listens on a port does not take connections.
+    #[must_use]
+    pub fn port_stuck(port: u16) -> Self {
+        Self::new(StatusCode::GATEWAY_TIMEOUT, PORT_STUCK, format!("what listens on port {port} takes no connection"))
     }
 
     /// There is no such folder.
@@ -151,7 +166,7 @@ pub enum Answer {
     /// What somebody else reads ahead.
     Pieces(mpsc::Receiver<std::io::Result<Bytes>>),
     /// Pieces as they come.
-    Follow(BoxStream<'static, Bytes>),
+    Stream(BoxStream<'static, Bytes>),
 }
 
 impl Body for Answer {
@@ -171,7 +186,7 @@ impl Body for Answer {
             Self::Pieces(pieces) => {
                 pieces.poll_recv(context).map(|piece| piece.map(|piece| piece.map(BodyFrame::data)))
             }
-            Self::Follow(pieces) => {
+            Self::Stream(pieces) => {
                 pieces.poll_next_unpin(context).map(|piece| piece.map(|piece| Ok(BodyFrame::data(piece))))
             }
             Self::File(file) => Poll::Ready(match file.read() {
@@ -202,6 +217,8 @@ pub struct Guest {
     pub commands: Commands,
     /// The events.
     pub ring: Ring,
+    /// The way out.
+    pub egress: Egress,
     /// The container's figures.
     pub cgroup: Cgroup,
     /// Where things are.
@@ -243,8 +260,10 @@ impl Guest {
             (&Method::GET, "events", "") => self.events(query),
             (&Method::POST, "ack", "") => self.acknowledge(read_json(body).await?),
             (method, "kernels", rest) => self.route_kernels(method, rest, body).await,
+            (&Method::POST, "ports", port) => Ok(Response::new(Answer::Tunnel(ports::open(port, body).await?))),
             (method, "files", rest) => self.route_files(method, rest, query, body).await,
             (method, "commands", rest) => self.route_commands(method, rest, query, body).await,
+            (method, "egress", id) => self.route_egress(method, id, body).await,
             _ => Err(Refused::not_found("request")),
         }
     }
@@ -287,7 +306,7 @@ impl Guest {
             (&Method::GET, (id, "events")) => {
                 let is_waiting = parameter(query, "follow") != Some("0");
                 let pieces = commands.follow(id, after(query)?, is_waiting)?;
-                Ok(Response::new(Answer::Follow(pieces.boxed())))
+                Ok(Response::new(Answer::Stream(pieces.boxed())))
             }
             (&Method::POST, (id, "stdin")) => {
                 let bytes = Limited::new(body, MAX_STDIN).collect().await.map_err(|_| Refused::too_large())?.to_bytes();
@@ -304,10 +323,26 @@ impl Guest {
         }
     }
 
+    async fn route_egress(&self, method: &Method, id: &str, body: Incoming) -> Answered {
+        let id = id.parse().map_err(|_| Refused::invalid("a connection's id is a number"))?;
+        match *method {
+            Method::POST => Ok(Response::new(Answer::Tunnel(self.egress.open(id, body)?))),
+            Method::DELETE => {
+                self.egress.refuse(id, read_json(body).await?)?;
+                Ok(json(&serde_json::json!({})))
+            }
+            _ => Err(Refused::not_found("request")),
+        }
+    }
+
     fn init(&self, init: Init) -> Answered {
         self.orphan_timeout.send_replace(Duration::from_secs(init.orphan_timeout_seconds).max(MIN_ORPHAN_TIMEOUT));
-        self.commands.set_env(init.env.clone());
-        self.kernels.set_env(init.env);
+        let env = match init.egress {
+            true => self.egress.offer(init.env),
+            false => init.env,
+        };
+        self.commands.set_env(env.clone());
+        self.kernels.set_env(env);
         let version = env!("CARGO_PKG_VERSION").to_owned();
         Ok(json(&Hello { generation: cellblock_wire::GENERATION, version, last_seq: self.ring.last_seq() }))
     }

@@ -5,6 +5,7 @@
 //! ```text
 //! stdin/stdout ─ link ─ api ─┬─ files, report, cgroup
 //!                            ├─ command ─ launch, live, log, tty
+//!                            ├─ egress ─ events
 //!                            ├─ events ◀────────┐
 //!                            └─ kernel ─ launch, live ─ channels ─ zmtp ─ message ─ relay ─ cap
 //!                                               └─ effects ─ tree, changes ─ files
@@ -18,6 +19,7 @@ pub mod cgroup;
 pub mod changes;
 pub mod command;
 pub mod effects;
+pub mod egress;
 pub mod events;
 pub mod files;
 pub mod json;
@@ -25,6 +27,7 @@ pub mod kernel;
 pub mod link;
 pub mod message;
 pub mod names;
+pub mod ports;
 pub mod reap;
 pub mod report;
 pub mod trial;

@@ -31,8 +31,9 @@ use tokio::time::Instant;
 
 use crate::api::Guest;
 
-/// Streams that may be open at once: events, requests, and what lasts (files on their way, commands that are followed, connections).
-const MAX_STREAMS: u32 = 256;
+/// Streams that may be open at once: events, requests, and what lasts (files on their way, commands that are followed or waited for,
+/// connections).
+const MAX_STREAMS: u32 = 512;
 /// Files come at this size in each round trip.
 const STREAM_WINDOW: u32 = 4 * 1024 * 1024;
 /// What all streams together can have on the way, as far as the control plane lets them: few of them are files, and byte streams have

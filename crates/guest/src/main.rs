@@ -7,6 +7,7 @@ use std::time::Duration;
 use cellblock_guest::api::Guest;
 use cellblock_guest::cgroup::Cgroup;
 use cellblock_guest::command::{Commands, tty};
+use cellblock_guest::egress::Egress;
 use cellblock_guest::events::Ring;
 use cellblock_guest::files::resume::Resumable;
 use cellblock_guest::kernel::{Kernels, Places};
@@ -68,8 +69,8 @@ async fn serve() -> std::io::Result<()> {
         tokio::spawn(names::serve());
     }
     let (orphan_timeout, _) = watch::channel(ORPHAN_TIMEOUT);
-    let uploads = Resumable::default();
-    Link::open(Guest { kernels, commands, ring, cgroup, places, uploads, orphan_timeout })?.serve().await;
+    let (uploads, egress) = (Resumable::default(), Egress::new(ring.clone()));
+    Link::open(Guest { kernels, commands, ring, egress, cgroup, places, uploads, orphan_timeout })?.serve().await;
     Ok(())
 }
 

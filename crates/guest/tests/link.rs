@@ -48,6 +48,10 @@ async fn requests_that_need_no_kernel() {
         (Method::GET, "/files", 400, "invalid"),
         (Method::GET, "/files/stat?q=%7B%22path%22%3A%22..%2Fetc%2Fpasswd%22%7D", 400, "invalid"),
         (Method::GET, "/files/content?q=%7B%22path%22%3A%22none%22%7D", 404, "not-found"),
+        (Method::POST, "/egress/1", 404, "not-found"),
+        (Method::POST, "/egress/x", 400, "invalid"),
+        (Method::DELETE, "/egress/1", 400, "invalid"),
+        (Method::GET, "/egress/1", 404, "not-found"),
     ] {
         let (got, refusal) = cell.refused(method, path, Bytes::new()).await;
         assert_eq!((got.as_u16(), refusal.code.as_str()), (status, code), "{path}");

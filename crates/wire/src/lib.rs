@@ -3,10 +3,12 @@
 //! Nothing here opens or waits for anything of its own, and nothing here trusts the other side: every decoder has a bound.
 
 pub mod commands;
+pub mod egress;
 pub mod files;
 pub mod frame;
 pub mod link;
 pub mod marker;
+pub mod ports;
 pub mod trial;
 pub mod tunnel;
 

@@ -17,6 +17,7 @@
 //! | `POST /ack` | [`Ack`] | 204 |
 //! | `GET /stats` | | [`Stats`] |
 //! | `… /files…` | | see [`files`](crate::files) |
+//! | `POST /egress/{id}`, `DELETE /egress/{id}` | see [`egress`](crate::egress) | |
 //!
 //! A kernel's name is chosen by the control plane and never used again: a restart is a delete and a start under a new name, so
 //! no message of the old kernel can be taken for one of the new.
@@ -46,6 +47,9 @@ pub struct Init {
     /// Set for every process that the guest starts from now on. Secrets may be among them: they never stand in the container's own settings.
     #[serde(default)]
     pub env: BTreeMap<String, String>,
+    /// Whether there is a way out, so that the guest offers its proxy ([`egress`](crate::egress)) and names it in the environment.
+    #[serde(default)]
+    pub egress: bool,
 }
 
 /// Who answers.
@@ -202,6 +206,9 @@ pub struct Outbound {
     /// For an execution: what its outputs may cost.
     #[serde(default)]
     pub cap: Option<OutputCap>,
+    /// It has a cap, and is no execution: what it does is not measured.
+    #[serde(default)]
+    pub is_aside: bool,
 }
 
 /// What one execution may put out. Beyond it, the guest keeps head and tail of the text and counts the rest.
@@ -372,6 +379,15 @@ pub enum Event {
         parent_id: String,
         /// What it has done.
         effects: Box<Effects>,
+    },
+    /// Code wants a connection to the outside: see [`egress`](crate::egress). It is about no kernel.
+    Egress {
+        /// The guest's number for it, never used twice.
+        id: u64,
+        /// The host, as the code wrote it.
+        host: String,
+        /// The port.
+        port: u16,
     },
     /// All five channels are connected, and the heartbeat came back.
     KernelConnected,

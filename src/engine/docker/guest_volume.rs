@@ -1,24 +1,21 @@
 //! The volume that holds the guest: named by its content, filled and read back through a container that never runs.
 //!
-//! Only here is the engine's archive API used, and never on a container in which anything has run.
+//! The engine's archive API is used here and for data, and never on a container in which anything has run.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::io::Read;
 
 use bollard::Docker;
-use bollard::models::{Mount, MountType, MountVolumeOptions, Volume, VolumeCreateRequest};
-use bollard::query_parameters::{
-    DownloadFromContainerOptionsBuilder, ListVolumesOptionsBuilder, RemoveVolumeOptionsBuilder,
-    UploadToContainerOptionsBuilder,
-};
+use bollard::models::Volume;
+use bollard::query_parameters::{DownloadFromContainerOptionsBuilder, UploadToContainerOptionsBuilder};
 use cellblock_wire::link::GUEST_DIR;
 use futures_util::StreamExt;
 use sha2::{Digest, Sha256};
 
 use super::super::EngineError;
 use super::client::{self, call};
-use super::never_started;
-use crate::engine::lockdown::{LABEL_INSTANCE, LABEL_ROLE, ROLE_GUEST, ROLE_HELPER, hex};
+use super::filling::{self, Filling};
+use crate::engine::lockdown::{ROLE_GUEST, ROLE_HELPER, hex};
 
 const ATTEMPT: &str = "preparing the guest's volume";
 /// A helper is done in seconds; one of this age was left behind.
@@ -64,18 +61,14 @@ impl GuestVolume {
     /// Makes sure that the volume holds exactly the files, and says which volume in which state that was.
     /// `image` is any image that the engine has.
     pub(super) async fn ensure(&self, docker: &Docker, image: &str) -> Result<String, EngineError> {
-        let volume = self.create(docker).await?;
-        // Processes that share an instance's name may do this at the same time, each with a helper of its own.
-        let helper = format!("cellblock-{}-helper-{}", self.instance, uuid::Uuid::new_v4().simple());
-        let filled = match self.create_helper(docker, &helper, image).await {
-            Ok(()) => self.fill(docker, &helper, birth(&volume)).await,
-            Err(error) => Err(error),
-        };
-        // Whatever happened, and heard of or not: the helper does not stay.
-        let removed = never_started::remove(docker, ATTEMPT, &helper).await;
-        let birth = filled?;
-        removed?;
-        Ok(birth)
+        let labels = self.filling().labels(ROLE_GUEST);
+        let volume = filling::create_volume(docker, ATTEMPT, &self.name, labels).await?;
+        let fill = async |helper: &str| self.fill(docker, helper, birth(&volume)).await;
+        self.filling().through_a_helper(docker, &self.name, image, fill).await
+    }
+
+    fn filling(&self) -> Filling<'_> {
+        Filling { attempt: ATTEMPT, instance: &self.instance, helper_role: ROLE_HELPER, target: GUEST_DIR }
     }
 
     /// When the volume was made or last changed, if it is there: tells whether it is still as it was verified.
@@ -89,61 +82,15 @@ impl GuestVolume {
 
     /// Removes volumes of this instance with other guests, as far as no cell uses them, and helpers that were left behind. Says which volumes.
     pub(super) async fn remove_others(&self, docker: &Docker) -> Result<Vec<String>, EngineError> {
-        self.remove_old_helpers(docker).await?;
-        let labels = [format!("{LABEL_INSTANCE}={}", self.instance), format!("{LABEL_ROLE}={ROLE_GUEST}")];
-        let filters = HashMap::from([("label", labels.to_vec())]);
-        let options = ListVolumesOptionsBuilder::default().filters(&filters).build();
-        let listed = call(ATTEMPT, "volumes", client::INSPECT, docker.list_volumes(Some(options))).await?;
+        self.filling().remove_old_helpers(docker, OLD_SECONDS).await?;
         let mut removed = Vec::new();
-        for volume in listed.volumes.unwrap_or_default().into_iter().filter(|v| v.name != self.name) {
-            let options = RemoveVolumeOptionsBuilder::default().force(false).build();
-            let removal = docker.remove_volume(&volume.name, Some(options));
-            match call(ATTEMPT, &volume.name, client::REMOVE, removal).await {
-                Ok(()) => removed.push(volume.name),
-                // In use by a cell of an earlier version: the next round tries again.
-                Err(EngineError::Absent { .. } | EngineError::Conflict { .. }) => {}
-                Err(error) => return Err(error),
+        let all = filling::list_volumes(docker, ATTEMPT, &self.filling().labels(ROLE_GUEST)).await?;
+        for volume in all.into_iter().filter(|v| v.name != self.name) {
+            if filling::remove_volume(docker, ATTEMPT, &volume.name).await? {
+                removed.push(volume.name);
             }
         }
         Ok(removed)
-    }
-
-    async fn create(&self, docker: &Docker) -> Result<Volume, EngineError> {
-        let request = VolumeCreateRequest {
-            name: Some(self.name.clone()),
-            driver: Some("local".to_owned()),
-            labels: Some(self.labels(ROLE_GUEST)),
-            ..VolumeCreateRequest::default()
-        };
-        call(ATTEMPT, &self.name, client::CREATE, docker.create_volume(request)).await
-    }
-
-    fn labels(&self, role: &str) -> HashMap<String, String> {
-        HashMap::from([(LABEL_INSTANCE.to_owned(), self.instance.clone()), (LABEL_ROLE.to_owned(), role.to_owned())])
-    }
-
-    async fn create_helper(&self, docker: &Docker, name: &str, image: &str) -> Result<(), EngineError> {
-        let mount = Mount {
-            typ: Some(MountType::VOLUME),
-            source: Some(self.name.clone()),
-            target: Some(GUEST_DIR.to_owned()),
-            read_only: Some(false),
-            volume_options: Some(MountVolumeOptions { no_copy: Some(true), ..MountVolumeOptions::default() }),
-            ..Mount::default()
-        };
-        never_started::create(docker, ATTEMPT, name, image, self.labels(ROLE_HELPER), vec![mount]).await.map(drop)
-    }
-
-    /// Removes helpers that a killed process left behind. One that is young may be another process's.
-    async fn remove_old_helpers(&self, docker: &Docker) -> Result<(), EngineError> {
-        let labels = self.labels(ROLE_HELPER).into_iter().map(|(name, value)| format!("{name}={value}")).collect();
-        let old = jiff::Timestamp::now().as_second() - OLD_SECONDS;
-        for helper in super::cells::list(docker, labels).await? {
-            if let (Some(id), Some(true)) = (&helper.id, helper.created.map(|at| at < old)) {
-                never_started::remove(docker, ATTEMPT, id).await?;
-            }
-        }
-        Ok(())
     }
 
     /// Writes the files unless they are there; says which state of the volume was read back.

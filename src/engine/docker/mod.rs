@@ -16,15 +16,18 @@ use futures_util::stream::BoxStream;
 use tokio::sync::{Semaphore, SemaphorePermit};
 
 use super::lockdown::runtime::View;
-use super::lockdown::{self, HostFacts, LABEL_INSTANCE, LABEL_SPEC, LABEL_UID};
+use super::lockdown::{self, HostFacts, LABEL_INSTANCE, LABEL_SPEC, LABEL_UID, Volumes};
 use super::{
-    ByteStream, CellName, CellSpec, CellState, Engine, EngineError, EngineEvent, EngineInfo, ImageInfo, Observed, Pull,
+    ArchiveStream, ByteStream, CellName, CellSpec, CellState, DataVolume, Engine, EngineError, EngineEvent, EngineInfo,
+    ImageInfo, Observed, Pull,
 };
 use crate::domain::ids::InstallationId;
 
 mod cells;
 mod client;
+mod data;
 mod events;
+mod filling;
 mod guest_volume;
 mod images;
 mod lock;
@@ -34,6 +37,7 @@ mod stream;
 pub mod trial;
 mod uids;
 
+use data::Data;
 pub use guest_volume::GuestFile;
 use guest_volume::GuestVolume;
 use lock::Lock;
@@ -93,6 +97,7 @@ struct Shared {
     info: SystemInfo,
     facts: HostFacts,
     guest: GuestVolume,
+    data: Data,
     lock: Lock,
     /// The first image that was asked for and is there.
     image: OnceLock<String>,
@@ -131,6 +136,7 @@ impl DockerEngine {
             facts: preflight::host_facts(&info),
             guest: GuestVolume::new(&settings.instance, settings.guest_files.clone(), preflight::root_outside(&info)),
             info,
+            data: Data::new(&settings.instance),
             lock: Lock::new(&settings.instance, settings.host.as_deref()),
             image: OnceLock::new(),
             verified: tokio::sync::Mutex::default(),
@@ -218,21 +224,28 @@ impl DockerEngine {
     fn trial_body(&self, cell: &CellSpec, arguments: Vec<String>) -> Result<(ContainerCreateBody, u32), EngineError> {
         let shared = &*self.shared;
         let uid = self.uids().take(cell.name.as_str()).ok_or_else(out_of_uids)?;
-        let body = lockdown::container(cell, uid, shared.guest.name(), &shared.settings.instance, &shared.facts);
+        let body = lockdown::container(
+            cell,
+            uid,
+            Volumes::without_data(shared.guest.name()),
+            &shared.settings.instance,
+            &shared.facts,
+        );
         Ok((ContainerCreateBody { cmd: Some(arguments), ..body }, uid))
     }
 
     async fn make(&self, cell: &CellSpec) -> Result<Made, EngineError> {
         let shared = &*self.shared;
+        let data = shared.data.of_cell(&shared.docker, cell).await?;
+        let volumes = Volumes { guest: shared.guest.name(), data: &data };
         for _ in 0..UID_ATTEMPTS {
             let Some(uid) = self.uids().take(cell.name.as_str()) else {
                 return Err(out_of_uids());
             };
-            let guest = shared.guest.name();
-            let body = lockdown::container(cell, uid, guest, &shared.settings.instance, &shared.facts);
+            let body = lockdown::container(cell, uid, volumes, &shared.settings.instance, &shared.facts);
             match cells::create(&shared.docker, &cell.name, body).await {
                 Ok(warnings) => self.judge(cell, warnings)?,
-                Err(EngineError::Conflict { .. }) => return self.adopt(cell).await,
+                Err(EngineError::Conflict { .. }) => return self.adopt(cell, volumes).await,
                 Err(error) => return Err(error),
             }
             if !self.is_shared(uid).await? {
@@ -258,13 +271,13 @@ impl DockerEngine {
     }
 
     /// Takes a container that has the wanted name already, if it is the wanted one.
-    async fn adopt(&self, cell: &CellSpec) -> Result<Made, EngineError> {
+    async fn adopt(&self, cell: &CellSpec, volumes: Volumes<'_>) -> Result<Made, EngineError> {
         let shared = &*self.shared;
         let conflict = |detail: &str| {
             Err(EngineError::Conflict { attempt: "creating a cell", detail: format!("{} {detail}", cell.name) })
         };
         let found = cells::inspect(&shared.docker, &cell.name).await?;
-        let wanted = lockdown::spec_hash(cell, shared.guest.name(), &shared.facts);
+        let wanted = lockdown::spec_hash(cell, volumes, &shared.facts);
         if cells::label(&found, LABEL_SPEC) != Some(wanted.as_str()) {
             return conflict("exists and was made from another specification");
         }
@@ -333,8 +346,9 @@ impl Engine for DockerEngine {
         let unknown = || EngineError::Absent { attempt: "attesting a cell", what: cell.name.to_string() };
         let uid = self.uids().held(cell.name.as_str()).ok_or_else(unknown)?;
         let inspected = cells::inspect(&shared.docker, &cell.name).await?;
-        let guest = shared.guest.name();
-        let body = lockdown::container(cell, uid, guest, &shared.settings.instance, &shared.facts);
+        let data = shared.data.of_cell(&shared.docker, cell).await?;
+        let volumes = Volumes { guest: shared.guest.name(), data: &data };
+        let body = lockdown::container(cell, uid, volumes, &shared.settings.instance, &shared.facts);
         let view = self.view(&cell.runtime);
         let mut mismatches = lockdown::attest(&body, uid, &inspected, report, &shared.facts, &view);
         if self.is_shared(uid).await? {
@@ -358,6 +372,7 @@ impl Engine for DockerEngine {
         cells::remove(&self.shared.docker, name).await?;
         // Only now, and not when the removal was merely asked for: until then its processes may live.
         self.uids().release(name.as_str());
+        self.shared.data.release(name);
         Ok(())
     }
 
@@ -391,8 +406,28 @@ impl Engine for DockerEngine {
     }
 
     async fn sweep(&self) -> Result<Vec<String>, EngineError> {
-        trial::clear_old(&self.shared.docker).await?;
-        self.shared.guest.remove_others(&self.shared.docker).await
+        let shared = &*self.shared;
+        trial::clear_old(&shared.docker).await?;
+        let mut removed = shared.guest.remove_others(&shared.docker).await?;
+        removed.extend(shared.data.sweep(&shared.docker).await?);
+        Ok(removed)
+    }
+
+    async fn import_data(&self, name: &str, image: &str, archive: ArchiveStream) -> Result<DataVolume, EngineError> {
+        let shared = &*self.shared;
+        let imported = shared.data.import(&shared.docker, name, image, archive).await?;
+        if let Err(error) = shared.data.sweep(&shared.docker).await {
+            tracing::warn!(%error, "what the data replaces is left to the next sweep");
+        }
+        Ok(imported)
+    }
+
+    async fn list_data(&self) -> Result<Vec<DataVolume>, EngineError> {
+        self.shared.data.list(&self.shared.docker).await
+    }
+
+    async fn remove_data(&self, name: &str) -> Result<(), EngineError> {
+        self.shared.data.remove(&self.shared.docker, name).await
     }
 
     async fn list(&self) -> Result<Vec<Observed>, EngineError> {

@@ -256,6 +256,7 @@ impl Host {
             image: image.to_owned(),
             runtime: runtime.to_owned(),
             resources: RESOURCES,
+            data: Vec::new(),
         };
         let (body, uid) = engine.trial_body(&cell, arguments(step))?;
         let (docker, name, asked) = (self.docker.clone(), cell.name.clone(), body.clone());

@@ -13,7 +13,8 @@ use tokio::net::UnixStream;
 use super::protocol::{self, Call, Cell, Failure, Happened, MAX_ANSWER, MAX_REQUEST, Request, Seen, VERSION};
 use crate::domain::ids::InstallationId;
 use crate::engine::{
-    ByteStream, CellName, CellSpec, Engine, EngineError, EngineEvent, EngineInfo, ImageInfo, Observed, Pull,
+    ArchiveStream, ByteStream, CellName, CellSpec, DataVolume, Engine, EngineError, EngineEvent, EngineInfo, ImageInfo,
+    Observed, Pull,
 };
 
 // The guard has limits of its own for each step, below these.
@@ -105,6 +106,12 @@ impl GuardEngine {
         let since_ms = u64::try_from(since.as_millis()).unwrap_or_default();
         Ok(self.open::<()>("watching cells", LOOK, Call::Watch { since_ms }).await?.1)
     }
+}
+
+/// What an operator does where the engine is. Who has only a guard can't say what cells find in themselves.
+fn not_here(attempt: &'static str) -> EngineError {
+    let detail = "a guard takes no part in it: run this where the guard's own configuration is, which names the engine";
+    EngineError::Rejected { attempt, detail: detail.to_owned() }
 }
 
 struct Watch {
@@ -218,6 +225,18 @@ impl Engine for GuardEngine {
 
     async fn sweep(&self) -> Result<Vec<String>, EngineError> {
         self.call("removing what earlier versions have left", MAKE, Call::Sweep).await
+    }
+
+    async fn import_data(&self, _: &str, _: &str, _: ArchiveStream) -> Result<DataVolume, EngineError> {
+        Err(not_here("importing data"))
+    }
+
+    async fn list_data(&self) -> Result<Vec<DataVolume>, EngineError> {
+        self.call("listing data", LOOK, Call::ListData).await
+    }
+
+    async fn remove_data(&self, _: &str) -> Result<(), EngineError> {
+        Err(not_here("removing data"))
     }
 
     async fn list(&self) -> Result<Vec<Observed>, EngineError> {

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
+use crate::domain::data::DataMount;
 use crate::domain::spec::Resources;
 use crate::engine::{CellName, CellSpec, EngineError, Observed, Promised, Pull};
 
@@ -40,6 +41,8 @@ pub struct Permitted {
     pub runtime: String,
     /// The most that a cell may have of each.
     pub most: Resources,
+    /// The data that it has: this, no more and no less.
+    pub data: Vec<DataMount>,
 }
 
 impl Policy {
@@ -68,7 +71,11 @@ impl Policy {
         if of_runtime.is_empty() {
             return rejected(format!("the guard has no template with this image and runtime {:?}", cell.runtime));
         }
-        let complaints: Vec<_> = of_runtime.iter().map(|template| above(&cell.resources, &template.most)).collect();
+        let of_data: Vec<_> = of_runtime.into_iter().filter(|t| t.data == cell.data).collect();
+        if of_data.is_empty() {
+            return rejected("the guard has no template with this image, runtime and data".to_owned());
+        }
+        let complaints: Vec<_> = of_data.iter().map(|template| above(&cell.resources, &template.most)).collect();
         match complaints.into_iter().min_by_key(Vec::len) {
             Some(complaint) if !complaint.is_empty() => {
                 rejected(format!("the guard's ceilings of this image: {}", complaint.join(", ")))
@@ -297,10 +304,19 @@ mod tests {
         }
     }
 
+    fn maps() -> DataMount {
+        DataMount { name: "maps".to_owned(), path: "/mnt/maps".to_owned() }
+    }
+
     fn policy() -> Policy {
         Policy {
             instance: "one".to_owned(),
-            templates: vec![Permitted { image: "listed:1".to_owned(), runtime: String::new(), most: most() }],
+            templates: vec![Permitted {
+                image: "listed:1".to_owned(),
+                runtime: String::new(),
+                most: most(),
+                data: vec![maps()],
+            }],
             pull: Pull::Never,
             cells: 3,
             cpu_millis: None,
@@ -312,7 +328,14 @@ mod tests {
     fn cell(n: u128) -> CellSpec {
         let session = SessionId::from_uuid(Uuid::from_u128(n));
         let name = CellName::new("one", session, 0);
-        CellSpec { name, session, image: "sha256:a".to_owned(), runtime: String::new(), resources: most() }
+        CellSpec {
+            name,
+            session,
+            image: "sha256:a".to_owned(),
+            runtime: String::new(),
+            resources: most(),
+            data: vec![maps()],
+        }
     }
 
     fn books(policy: &Policy) -> (Books, Instant) {
@@ -340,7 +363,11 @@ mod tests {
         let absent = outcome(&|c| c.image = "sha256:b".to_owned());
         assert!(matches!(absent, Err(EngineError::Absent { .. })), "{absent:?}");
         type Change = fn(&mut CellSpec);
-        let changes: [(Change, &str); 8] = [
+        let changes: [(Change, &str); 12] = [
+            (|c| c.data.clear(), "data"),
+            (|c| c.data[0].name = "others".to_owned(), "data"),
+            (|c| c.data[0].path = "/usr".to_owned(), "data"),
+            (|c| c.data.push(maps()), "data"),
             (|c| c.runtime = "other".to_owned(), "runtime"),
             (|c| c.resources.cpu_millis += 1, "cpu_millis"),
             (|c| c.resources.memory_bytes += 1, "memory_bytes"),

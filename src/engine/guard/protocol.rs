@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
+use crate::domain::data::DataMount;
 use crate::domain::ids::InstallationId;
 use crate::domain::spec::Resources;
 use crate::engine::{
@@ -88,6 +89,8 @@ pub(super) enum Call {
         installation: String,
     },
     Sweep,
+    /// Data is put onto the engine and taken away where the engine is, and never through a guard.
+    ListData,
     List,
     /// Behind the answer come [`Happened`]s, for as long as the connection lasts, from this many milliseconds after the beginning of 1970 on.
     Watch {
@@ -109,6 +112,16 @@ pub(super) struct Cell {
     tmp_bytes: u64,
     pids: u32,
     open_files: u32,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    data: Vec<Data>,
+}
+
+/// A [`DataMount`].
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Data {
+    name: String,
+    path: String,
 }
 
 impl From<&CellSpec> for Cell {
@@ -125,6 +138,7 @@ impl From<&CellSpec> for Cell {
             tmp_bytes,
             pids,
             open_files,
+            data: spec.data.iter().map(|m| Data { name: m.name.clone(), path: m.path.clone() }).collect(),
         }
     }
 }
@@ -134,9 +148,10 @@ impl Cell {
     pub(super) fn read(self, instance: &str) -> Option<CellSpec> {
         let name = name(self.name, instance)?;
         let session = name.session(instance).filter(|session| session.to_string() == self.session)?;
-        let Self { image, runtime, cpu_millis, memory_bytes, disk_bytes, tmp_bytes, pids, open_files, .. } = self;
+        let Self { image, runtime, cpu_millis, memory_bytes, disk_bytes, tmp_bytes, pids, open_files, data, .. } = self;
         let resources = Resources { cpu_millis, memory_bytes, disk_bytes, tmp_bytes, pids, open_files };
-        Some(CellSpec { name, session, image, runtime, resources })
+        let data = data.into_iter().map(|Data { name, path }| DataMount { name, path }).collect();
+        Some(CellSpec { name, session, image, runtime, resources, data })
     }
 }
 
@@ -329,6 +344,7 @@ mod tests {
             image: "sha256:0".to_owned(),
             runtime: "runc".to_owned(),
             resources,
+            data: vec![DataMount { name: "maps".to_owned(), path: "/mnt/maps".to_owned() }],
         }
     }
 

@@ -290,6 +290,7 @@ impl Guard {
             Call::Claim { installation } => tell(stream, self.claim(&installation)).await,
             Call::Release { installation } => tell(stream, self.release(&installation)).await,
             Call::Sweep => tell(stream, self.engine.sweep()).await,
+            Call::ListData => tell(stream, self.engine.list_data()).await,
             Call::List => {
                 // Until it is told; nobody closes it.
                 let _turn = self.lists.acquire().await;

@@ -203,10 +203,13 @@ fn compare_state(
         found.expect("/AppArmorProfile", &Some("docker-default".to_owned()), &inspected.app_armor_profile);
     }
 
-    let mounts: Vec<_> =
+    let mut mounts: Vec<_> =
         inspected.mounts.iter().flatten().map(|m| (m.name.clone(), m.destination.clone(), m.rw)).collect();
     let asked_mounts = body.host_config.iter().flat_map(|h| h.mounts.iter().flatten());
-    let asked: Vec<_> = asked_mounts.map(|m| (m.source.clone(), m.target.clone(), Some(false))).collect();
+    let mut asked: Vec<_> = asked_mounts.map(|m| (m.source.clone(), m.target.clone(), Some(false))).collect();
+    // The engine shows them in any order.
+    mounts.sort();
+    asked.sort();
     found.expect("/Mounts", &asked, &mounts);
 
     let network = inspected.network_settings.clone().unwrap_or_default();
@@ -273,7 +276,8 @@ fn compare_mounts(
     let host = body.host_config.clone().unwrap_or_default();
     // The last mount at a place is the one that is seen.
     let mounts: BTreeMap<&str, &Mount> = report.mounts.iter().map(|m| (m.point.as_str(), m)).collect();
-    for point in ["/", GUEST_DIR] {
+    let volumes = host.mounts.iter().flatten().filter_map(|mount| mount.target.as_deref());
+    for point in ["/", GUEST_DIR].into_iter().chain(volumes) {
         let read_only = mounts.get(point).is_some_and(|m| is_read_only(m));
         found.require(read_only, &format!("mount {point} is read-only"), mounts.get(point));
     }

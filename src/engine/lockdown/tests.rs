@@ -8,6 +8,7 @@ use uuid::Uuid;
 use super::attest::as_shown;
 use super::runtime::{Kind, View};
 use super::*;
+use crate::domain::data::DataMount;
 use crate::domain::ids::SessionId;
 use crate::domain::lock::Lock;
 use crate::engine::CellName;
@@ -29,11 +30,12 @@ fn cell() -> CellSpec {
             pids: 128,
             open_files: 1024,
         },
+        data: vec![],
     }
 }
 
 fn locked() -> ContainerCreateBody {
-    container(&cell(), UID, "cellblock-guest-test-0", "test", &HostFacts::default())
+    container(&cell(), UID, Volumes::without_data("cellblock-guest-test-0"), "test", &HostFacts::default())
 }
 
 /// What a guest reports in a container that is locked as it should be; taken from a real one.
@@ -117,7 +119,7 @@ fn the_whole_container() {
 #[test]
 fn the_same_cell_is_the_same_container_and_another_one_is_not() {
     assert_eq!(locked(), locked());
-    let hash = |cell: &CellSpec, volume: &str| spec_hash(cell, volume, &HostFacts::default());
+    let hash = |cell: &CellSpec, volume: &str| spec_hash(cell, Volumes::without_data(volume), &HostFacts::default());
     let mut other = cell();
     other.resources.pids += 1;
     assert_eq!(hash(&cell(), "v"), hash(&cell(), "v"));
@@ -127,7 +129,10 @@ fn the_same_cell_is_the_same_container_and_another_one_is_not() {
 
 #[test]
 fn a_machine_changes_only_what_it_must() {
-    let on = |host: HostFacts| container(&cell(), UID, "v", "test", &host).host_config.expect("a host configuration");
+    let on = |host: HostFacts| {
+        let body = container(&cell(), UID, Volumes::without_data("v"), "test", &host);
+        body.host_config.expect("a host configuration")
+    };
     let new = on(HostFacts { cgroup_v2: true, ..HostFacts::default() });
     assert_eq!((new.memory_swappiness, new.oom_kill_disable, new.memory_swap), (None, None, new.memory));
     let confined = on(HostFacts { apparmor: true, ..HostFacts::default() });
@@ -361,7 +366,7 @@ fn where_users_are_remapped_owners_and_devices_are_those_outside() {
     seen.mounts.extend(bound.map(|(point, fstype)| mount(point, fstype)));
     let remapped = HostFacts { remapped_users: true, uid_offset: 100_000, ..HostFacts::default() };
     let look = |seen: &Report, host: &HostFacts| {
-        let body = container(&cell(), UID, "cellblock-guest-test-0", "test", host);
+        let body = container(&cell(), UID, Volumes::without_data("cellblock-guest-test-0"), "test", host);
         attest(&body, UID, &as_shown(&body), seen, host, &View::default())
     };
     assert_eq!(look(&seen, &remapped), Vec::<String>::new());
@@ -376,4 +381,51 @@ fn where_users_are_remapped_owners_and_devices_are_those_outside() {
         open.mounts.push(mount(point, fstype));
         assert!(look(&open, &remapped).iter().any(|m| m.contains(point)), "{point}");
     }
+}
+
+#[test]
+fn data_is_one_more_mount_that_must_be_there_and_read_only() {
+    let mut cell = cell();
+    cell.data = [("maps", "/mnt/maps"), ("words", "/opt/words")]
+        .map(|(name, path)| DataMount { name: name.to_owned(), path: path.to_owned() })
+        .to_vec();
+    let body_of = |data: [&str; 2]| {
+        let data = data.map(str::to_owned);
+        container(&cell, UID, Volumes { guest: "g", data: &data }, "test", &HostFacts::default())
+    };
+    let body = body_of(["maps.1", "words.1"]);
+    let mounts = body.host_config.as_ref().and_then(|h| h.mounts.clone()).expect("mounts");
+    assert_eq!(mounts.len(), 3);
+    for mount in &mounts {
+        let no_copy = mount.volume_options.as_ref().and_then(|options| options.no_copy);
+        assert_eq!((mount.typ, mount.read_only, no_copy), (Some(MountType::VOLUME), Some(true), Some(true)));
+    }
+    let label = |body: &ContainerCreateBody| body.labels.as_ref().and_then(|labels| labels.get(LABEL_SPEC).cloned());
+    assert_ne!(label(&body), label(&body_of(["maps.2", "words.1"])), "another content is another cell");
+
+    let seen_at = |points: &[(&str, &str)]| {
+        let mut seen = report();
+        seen.mounts.extend(points.iter().map(|(point, option)| SeenMount {
+            point: (*point).to_owned(),
+            fstype: "ext4".to_owned(),
+            options: vec![(*option).to_owned(), "relatime".to_owned()],
+        }));
+        seen
+    };
+    let look = |shown: &ContainerInspectResponse, seen: &Report| {
+        attest(&body, UID, shown, seen, &HostFacts::default(), &View::default())
+    };
+    let sound = seen_at(&[("/mnt/maps", "ro"), ("/opt/words", "ro")]);
+    let mut shown = as_shown(&body);
+    shown.mounts.as_mut().expect("mounts").reverse();
+    assert_eq!(look(&shown, &sound), Vec::<String>::new(), "in any order");
+    for (what, seen) in [
+        ("one is missing", seen_at(&[("/mnt/maps", "ro")])),
+        ("one can be written", seen_at(&[("/mnt/maps", "ro"), ("/opt/words", "rw")])),
+    ] {
+        assert!(look(&shown, &seen).iter().any(|m| m.contains("/opt/words")), "{what}");
+    }
+    let mut other = as_shown(&body);
+    other.mounts.as_mut().expect("mounts")[1].name = Some("maps.2".to_owned());
+    assert!(look(&other, &sound).iter().any(|m| m.contains("/Mounts")), "another volume");
 }

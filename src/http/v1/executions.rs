@@ -607,6 +607,8 @@ pub(super) fn execute_request(body: CreateExecution) -> Result<ExecuteRequest, P
             OnTimeoutName::Interrupt => OnTimeout::Interrupt,
             OnTimeoutName::Restart => OnTimeout::Restart,
         },
+        stop_on_error: false,
+        asked_by: None,
         comm: None,
     })
 }

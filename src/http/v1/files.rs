@@ -251,7 +251,11 @@ pub async fn head_file(
         return Ok((StatusCode::NO_CONTENT, told).into_response());
     }
     let conditions = conditions(&headers)?;
-    let stat = app.service.stat_file(&who, id, &path).await?;
+    let mut stat = app.service.stat_file(&who, id, &path).await?;
+    if stat.kind == Kind::Symlink {
+        // What it leads to is what is read. Its bytes are not asked for.
+        stat = app.service.read_file(&who, id, &Read { path: path.clone(), ..Read::default() }).await?.0.stat;
+    }
     if !conditions.match_holds(Some(&stat.etag)) {
         return Err(Error::File(FileFault::Precondition, "the file has another tag".to_owned()).into());
     }

@@ -11,12 +11,14 @@ pub mod admin;
 pub mod audit;
 pub mod commands;
 pub mod contexts;
+pub mod egress;
 pub mod executions;
 pub mod files;
 pub mod keys;
 pub mod metrics;
 pub mod notebooks;
 pub mod pools;
+pub mod ports;
 pub mod runs;
 pub mod sessions;
 pub mod stream;
@@ -32,6 +34,7 @@ pub fn routes() -> OpenApiRouter<App> {
         .routes(routes!(sessions::get_session, sessions::patch_session, sessions::delete_session))
         .routes(routes!(sessions::wait_session))
         .routes(routes!(metrics::get_session_metrics))
+        .routes(routes!(egress::get_session_egress))
         .routes(routes!(sessions::keepalive_session))
         .routes(routes!(sessions::pause_session))
         .routes(routes!(sessions::resume_session))
@@ -60,6 +63,7 @@ pub fn routes() -> OpenApiRouter<App> {
         .routes(routes!(commands::resize_command))
         .routes(routes!(terminal::open_terminal))
         .routes(routes!(notebooks::get_notebook, notebooks::delete_notebook))
+        .merge(ports::routes())
         .routes(routes!(files::list_files, transfers::upload_files))
         .routes(routes!(files::read_file, files::head_file, files::write_file, files::delete_file))
         .routes(routes!(files::make_folder))

@@ -13,9 +13,10 @@ use jiff::{Timestamp, Unit};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
+use crate::domain::egress::{self, Network, NetworkMode};
 use crate::domain::ids::SessionId;
 use crate::domain::lifecycle::Phase;
-use crate::domain::spec::{FieldError, MIB, NetworkMode, NewFile, OnIdle, Resources, SessionRequest};
+use crate::domain::spec::{FieldError, MIB, NewFile, OnIdle, Resources, SessionRequest};
 use crate::http::App;
 use crate::http::extract::{Answer, Body, Caller, Id, Keyed, Params, object};
 use crate::http::problem::{self, Problem};
@@ -147,21 +148,53 @@ pub struct TimeoutRequest {
     paused_seconds: Option<f64>,
 }
 
-/// What a session may reach.
+/// What a session may reach; what the template gives where absent.
 #[derive(Debug, Default, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct NetworkRequest {
-    /// `none`: nothing.
-    mode: NetworkModeName,
+    /// How it is connected.
+    mode: Option<NetworkModeName>,
+    /// With `allowlist`: names (`example.org`, `*.example.org`), public addresses, or `pypi`, `npm`, `debian`, `github`, each name with a port or without (80
+    /// and 443), within what the template permits. What the template gives where absent.
+    allow: Option<Vec<String>>,
 }
 
-/// How a session is connected.
+impl From<NetworkRequest> for egress::NetworkRequest {
+    fn from(body: NetworkRequest) -> Self {
+        Self { mode: body.mode.map(NetworkMode::from), allow: body.allow }
+    }
+}
+
+/// How a session is connected. There is never a network device.
 #[derive(Debug, Default, Clone, Copy, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum NetworkModeName {
-    /// There is no network device.
+    /// Not at all.
     #[default]
     None,
+    /// A proxy on its loopback reaches what `allow` says.
+    Allowlist,
+}
+
+impl From<NetworkModeName> for NetworkMode {
+    fn from(name: NetworkModeName) -> Self {
+        match name {
+            NetworkModeName::None => Self::None,
+            NetworkModeName::Allowlist => Self::Allowlist,
+        }
+    }
+}
+
+impl From<&Network> for NetworkView {
+    fn from(network: &Network) -> Self {
+        Self {
+            mode: match network.mode {
+                NetworkMode::None => NetworkModeName::None,
+                NetworkMode::Allowlist => NetworkModeName::Allowlist,
+            },
+            allow: network.allow.iter().map(ToString::to_string).collect(),
+        }
+    }
 }
 
 impl From<CreateSession> for SessionRequest {
@@ -187,6 +220,7 @@ impl From<CreateSession> for SessionRequest {
                 .into_iter()
                 .map(|file| NewFile { path: file.path, content: file.content_base64 })
                 .collect(),
+            network: body.network.into(),
         }
     }
 }
@@ -279,6 +313,8 @@ pub struct TimeoutsView {
 pub struct NetworkView {
     /// How it is connected.
     mode: NetworkModeName,
+    /// What the proxy on its loopback reaches.
+    allow: Vec<String>,
 }
 
 /// A page of sessions.
@@ -300,6 +336,9 @@ pub struct PatchSession {
     idle_seconds: Option<f64>,
     /// Replaces all its labels.
     labels: Option<BTreeMap<String, String>>,
+    /// What it may reach from the next connection on; connections that are open and not within it are broken off.
+    #[serde(deserialize_with = "object")]
+    network: NetworkRequest,
 }
 
 impl SessionView {
@@ -328,11 +367,7 @@ impl SessionView {
                 paused_seconds: spec.timeouts.paused.as_secs_f64(),
             },
             on_idle: spec.on_idle.into(),
-            network: NetworkView {
-                mode: match spec.network {
-                    NetworkMode::None => NetworkModeName::None,
-                },
-            },
+            network: NetworkView::from(&snapshot.attributes.network),
             labels: snapshot.attributes.labels.clone(),
             default_context: session.default_context.to_string(),
             generation: snapshot.generation,
@@ -480,6 +515,7 @@ pub async fn patch_session(
         expires_in_seconds: body.expires_in_seconds,
         idle_seconds: body.idle_seconds,
         labels: body.labels,
+        network: body.network.into(),
     };
     Ok(Answer(SessionView::of(&app.service.patch_session(&who, id, &patch).await?)))
 }

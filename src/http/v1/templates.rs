@@ -32,6 +32,19 @@ pub struct TemplateView {
     defaults: LimitsView,
     /// The ceilings.
     maximum: LimitsView,
+    /// Data that every session of it finds in its container, read-only.
+    data: Vec<DataView>,
+    /// Ports in its containers that can be reached, such as "3000" and "8000-8010".
+    ports: Vec<String>,
+}
+
+/// Data in the containers of a template.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct DataView {
+    /// Its name.
+    name: String,
+    /// The folder that it is in.
+    path: String,
 }
 
 /// A template's image.
@@ -85,6 +98,8 @@ impl TemplateView {
             },
             defaults: LimitsView::of(&template.default_resources, &template.default_timeouts),
             maximum: LimitsView::of(&template.max_resources, &template.max_timeouts),
+            data: template.data.into_iter().map(|mount| DataView { name: mount.name, path: mount.path }).collect(),
+            ports: template.ports.texts(),
             name: template.name,
             description: template.description,
         }

@@ -38,6 +38,8 @@ const PING: Duration = Duration::from_secs(20);
 const SILENCE: Duration = Duration::from_secs(60);
 /// One message is taken within this time, or its reader is too slow.
 const SEND_TIME: Duration = Duration::from_secs(30);
+/// A caller that was told the end hangs up within this time, or is hung up on.
+const FAREWELL: Duration = Duration::from_secs(5);
 /// The server restarts: come again (RFC 6455's registry).
 const SERVICE_RESTART: u16 = 1012;
 
@@ -160,14 +162,18 @@ struct Resize {
 
 impl Viewer {
     async fn serve(self, socket: WebSocket, follow: CommandFollow) {
-        let (mut to, from) = socket.split();
+        let (mut to, mut from) = socket.split();
         let over = tokio::select! {
             over = self.show(&mut to, follow) => over,
-            over = self.listen(from) => over,
+            over = self.listen(&mut from) => over,
+            () = self.lapsed() => Some((close_code::POLICY, "the key is not valid any more".to_owned())),
         };
         let close = over.map(|(code, reason)| CloseFrame { code, reason: reason.into() });
         // One that does not take even that is gone.
         let _ = tokio::time::timeout(SEND_TIME, to.send(Message::Close(close))).await;
+        // What is still to come is taken: a connection that is closed over it takes the word before along.
+        let taken = async { while let Some(Ok(_)) = from.next().await {} };
+        let _ = tokio::time::timeout(FAREWELL, taken).await;
     }
 
     /// Shows what the terminal puts out. Nothing: the caller is gone, or too slow to be told so.
@@ -178,8 +184,8 @@ impl Viewer {
             let heard = tokio::select! {
                 heard = follow.next() => heard,
                 _ = ping.tick() => {
-                    if let Some(over) = self.look_after() {
-                        return over;
+                    if self.is_gone() {
+                        return None;
                     }
                     send(to, Message::Ping(Bytes::new())).await?;
                     continue;
@@ -221,21 +227,22 @@ impl Viewer {
         text(&json!({"type": "command.started", "command_id": self.command.id.to_string(), "pid": pid}))
     }
 
-    /// Whether it is to go on: the caller lives, and may still come in.
-    #[expect(clippy::option_option, reason = "over, with or without a word")]
-    fn look_after(&self) -> Option<Option<Over>> {
+    /// Whether the caller has been silent for so long that it is gone.
+    fn is_gone(&self) -> bool {
         let heard = Duration::from_millis(self.heard.load(Ordering::Relaxed));
-        if self.began.elapsed().saturating_sub(heard) > SILENCE {
-            return Some(None);
+        self.began.elapsed().saturating_sub(heard) > SILENCE
+    }
+
+    /// Waits until the caller would not be let in again. Whoever is within this process needs no key.
+    async fn lapsed(&self) {
+        match self.who.key {
+            Some(key) => self.app.door.closed_to(key).await,
+            None => std::future::pending().await,
         }
-        if !self.app.service.still_admits(&self.who) {
-            return Some(Some((close_code::POLICY, "the key is not valid any more".to_owned())));
-        }
-        None
     }
 
     /// Takes what the caller types.
-    async fn listen(&self, mut from: SplitStream<WebSocket>) -> Option<Over> {
+    async fn listen(&self, from: &mut SplitStream<WebSocket>) -> Option<Over> {
         loop {
             let Ok(message) = from.next().await? else {
                 let reason = format!("a message is longer than {MAX_MESSAGE} bytes, or none");

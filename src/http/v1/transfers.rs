@@ -141,7 +141,7 @@ pub async fn upload_files(
 ) -> Result<Response, Problem> {
     let params = params.only(&["path"])?;
     let folder = params.get("path").unwrap_or_default();
-    app.service.session(&who, id)?;
+    app.service.may_change_files(&who, id)?;
     let kind = headers.get(header::CONTENT_TYPE).and_then(|kind| kind.to_str().ok()).unwrap_or_default();
     let boundary = multer::parse_boundary(kind).map_err(|_| {
         Problem::new(problem::UNSUPPORTED_MEDIA_TYPE, "send a form as multipart/form-data, or one file with PUT")

@@ -4,18 +4,19 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Instant;
 
-use cellblock_wire::GENERATION;
-use cellblock_wire::link::Init;
 use jiff::Timestamp;
 use tokio::sync::oneshot;
 
 use super::super::context::Action;
 use super::super::execution::{Execution, ExecutionRequest};
 use super::super::visits::{Visit, Weight};
-use super::super::{Attributes, Claim, Command, ContextView, Patch, Refused};
+use super::super::{Aside, Attributes, Claim, Command, ContextView, Patch, Refused};
 use super::{Actor, Context, Line, Restart, Verdict, instant};
 use crate::domain::ids::{ContextId, ExecutionId};
 use crate::domain::lifecycle::{EndReason, Event, Phase};
+
+/// Messages of clients that are no activity.
+const LOOKS: [&str; 4] = ["kernel_info_request", "comm_info_request", "usage_request", "debug_request"];
 
 impl Actor {
     pub(super) fn on_command(&mut self, command: Command) {
@@ -24,7 +25,7 @@ impl Actor {
         }
         match command {
             Command::Execute { id, context, request, reply } => {
-                let answer = self.execute(id, context, request);
+                let answer = self.execute(id, context, *request);
                 self.answer(reply, answer);
             }
             Command::Cancel { execution } => {
@@ -57,6 +58,10 @@ impl Actor {
                     context.ask(msg_type, &content, answer).map_err(|_| Refused::QueueFull)
                 });
                 self.answer(reply, asked);
+            }
+            Command::Pass { aside, reply } => {
+                let answer = self.pass(*aside);
+                self.answer(reply, answer);
             }
             Command::Patch { patch, reply } => {
                 let answer = self.patch(patch);
@@ -116,6 +121,18 @@ impl Actor {
         Ok(execution)
     }
 
+    fn pass(&mut self, aside: Aside) -> Result<(), Refused> {
+        let now = self.live()?;
+        // Clients look at a kernel again and again, which is no work.
+        let is_work = !LOOKS.contains(&aside.header.msg_type.as_str());
+        let context = self.contexts.get_mut(&self.default_context).ok_or(Refused::NoSuchContext)?;
+        context.pass(aside, now).map_err(|_| Refused::QueueFull)?;
+        if is_work {
+            self.last_active = now;
+        }
+        Ok(())
+    }
+
     fn enter(&mut self, weight: Weight) -> Result<Visit, Refused> {
         self.last_active = self.live()?;
         let link = self.wiring.link().cloned().ok_or(Refused::NotReady)?;
@@ -144,13 +161,14 @@ impl Actor {
             self.step(Event::EndRequested(EndReason::Drained));
             return Err(Refused::NotReady);
         }
-        if !changed.is_empty() {
-            let orphan_timeout_seconds = self.settings.orphan_timeout.as_secs();
-            let init = Init { generation: GENERATION, orphan_timeout_seconds, env: env.clone() };
-            self.wiring.plan(vec![Action::SetUp(init)]);
-        }
         self.env = env;
-        self.attributes = Arc::new(Attributes { labels: self.spec.labels.clone(), idle: self.spec.timeouts.idle });
+        let network = self.spec.network.initial.clone();
+        self.gate.claim(Arc::clone(&tenant), network.clone(), Arc::clone(&self.spec.network.upstreams));
+        let (labels, idle) = (self.spec.labels.clone(), self.spec.timeouts.idle);
+        self.attributes = Arc::new(Attributes { labels, idle, network });
+        if !changed.is_empty() {
+            self.wiring.plan(vec![Action::SetUp(self.init())]);
+        }
         (self.created_at, self.starting_since, self.last_active) = (created_at, now, now);
         self.expires = now + self.spec.timeouts.lifetime;
         self.leaving.claim(tenant, lasting);
@@ -241,6 +259,15 @@ impl Actor {
         attributes.idle = patch.idle.unwrap_or(attributes.idle);
         if let Some(labels) = patch.labels {
             attributes.labels = labels;
+        }
+        if let Some(network) = patch.network {
+            let was_open = attributes.network.is_open();
+            attributes.network = network.clone();
+            self.gate.change(network);
+            if was_open != self.attributes.network.is_open() {
+                // Kernels that run keep their environment; the proxy is there for them all the same.
+                self.wiring.plan(vec![Action::SetUp(self.init())]);
+            }
         }
         Ok(())
     }

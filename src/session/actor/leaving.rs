@@ -113,7 +113,7 @@ impl Actor {
     fn mark(&self) -> u64 {
         let mut hasher = DefaultHasher::new();
         (self.stage_without_time(), self.leaving.lasting, self.cells, self.expires).hash(&mut hasher);
-        (self.attributes.idle, &self.attributes.labels).hash(&mut hasher);
+        (self.attributes.idle, &self.attributes.labels, &self.attributes.network).hash(&mut hasher);
         // To the second: a record for every request would say no more.
         wall(self.last_active).as_second().hash(&mut hasher);
         self.contexts.values().for_each(|context| context.mark().hash(&mut hasher));
@@ -156,6 +156,7 @@ impl Actor {
             last_active: wall(self.last_active),
             idle: self.attributes.idle,
             labels: self.attributes.labels.clone(),
+            network: self.attributes.network.clone(),
             // Nobody will need it, and it holds secrets.
             env: if is_over { BTreeMap::new() } else { self.env.clone() },
             cells: self.cells,

@@ -59,7 +59,7 @@ impl Actor {
             engine: Arc::clone(&self.engine),
             name: self.cell.name.clone(),
             secret: self.secret,
-            init: boot::init(self.settings, self.env.clone()),
+            init: self.init(),
             guest_patience,
             engine_patience: self.settings.orphan_timeout,
             words,

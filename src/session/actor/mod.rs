@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use cellblock_wire::frame::Frame;
-use cellblock_wire::link::{KernelDeleted, Numbered, Refusal, Transport};
+use cellblock_wire::link::{self, Init, KernelDeleted, Numbered, Refusal, Transport};
 use cellblock_wire::marker::LinkSecret;
 use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
@@ -22,20 +22,22 @@ use super::capacity;
 use super::context::{Context, Making, Notice, Pace};
 use super::execution::{End, Execution, Place};
 use super::keeping::Keeping;
+use super::tap::{Silence, Tap, TapBounds};
 use super::visits::Visits;
 use super::wiring::{Act, ActKind, Acted, Settled, Starting, Wiring};
 use super::{
     Attributes, COMMAND_QUEUE, Command, ContextView, Refused, Session, Settings, Snapshot, StartFailure, StartFault,
     instant,
 };
-use crate::domain::ids::ContextId;
+use crate::domain::ids::{ContextId, SessionId};
 use crate::domain::lifecycle::{self, Effect, EndReason, Event, Phase};
 use crate::domain::output::{JsonText, RestartCause, Status, StopStep};
 use crate::domain::spec::{KernelTransport, NewFile, OnGuestLost, SessionSpec};
+use crate::egress::Gate;
 use crate::engine::{ByteStream, CellName, CellSpec, CellState, Engine, EngineError};
 use crate::kernel::link::LinkError;
 use crate::store::NotebookKernel;
-use crate::store::state::{Lasting, RunningRecord, SessionRecord, Stage, State};
+use crate::store::state::{ContextRecord, Lasting, RunningRecord, SessionRecord, Stage, State};
 use crate::task;
 
 mod commands;
@@ -106,6 +108,7 @@ pub(super) struct Birth {
     pub(super) engine: Arc<dyn Engine>,
     pub(super) keeping: Keeping,
     pub(super) state: Option<State>,
+    pub(super) gate: Arc<Gate>,
     pub(super) place: capacity::Place,
     /// What an earlier process has left running or waiting, in the order in which it was accepted.
     pub(super) executions: Vec<(Arc<Execution>, Option<RunningRecord>)>,
@@ -115,6 +118,8 @@ pub(super) struct Birth {
     pub(super) is_unclaimed: bool,
     /// Files that its first cell begins with.
     pub(super) files: Arc<[NewFile]>,
+    /// Where its default context is heard.
+    pub(super) tap: Arc<Tap>,
 }
 
 /// What somebody wants of a session's task, before anything else.
@@ -170,6 +175,8 @@ struct Actor {
     wiring: Wiring,
     /// What goes on beside the kernels.
     visits: Arc<Visits>,
+    /// The way out.
+    gate: Arc<Gate>,
     /// Kernels that the guest has ended, and whose last events have not come yet.
     gone: Vec<Gone>,
     work: FuturesUnordered<BoxFuture<'static, DoneIn>>,
@@ -179,6 +186,7 @@ struct Actor {
     linking: Linking,
     /// Its share of the machine, given back with the task: its cell has been seen to be gone by then, or is the next process's.
     place: capacity::Place,
+    tap: Arc<Tap>,
     created_at: Timestamp,
     /// Since when the present cell is being started.
     starting_since: Instant,
@@ -217,7 +225,9 @@ pub(super) fn spawn(birth: Birth) -> Session {
     // Before anybody hears of it, so that whoever waits for the database then waits for this.
     actor.save();
     actor.publish();
+    let tap = Arc::clone(&actor.tap);
     let session = Session {
+        tap: Arc::clone(&tap),
         id,
         tenant,
         spec: Arc::clone(&actor.spec),
@@ -225,6 +235,7 @@ pub(super) fn spawn(birth: Birth) -> Session {
         created_at: actor.created_at,
         is_warm: actor.leaving.is_warm,
         by_language: Arc::default(),
+        gate: Arc::clone(&actor.gate),
         commands: commands_in,
         wishes: wishes_in,
         snapshot: actor.snapshot.subscribe(),
@@ -236,13 +247,15 @@ pub(super) fn spawn(birth: Birth) -> Session {
             tracing::error!(session = %id, "the task of a session panicked");
             snapshot.send_modify(|snapshot| snapshot.phase = Phase::Ended(EndReason::Lost));
         }
+        // Whatever it has not said by now it does not say any more.
+        tap.fall_silent(Silence::Over);
     });
     session
 }
 
 /// A handle on a session that an earlier process has ended.
-pub(super) fn ended(record: SessionRecord, reason: EndReason) -> Session {
-    let attributes = Arc::new(Attributes { labels: record.labels, idle: record.idle });
+pub(super) fn ended(record: SessionRecord, reason: EndReason, gate: Arc<Gate>) -> Session {
+    let attributes = Arc::new(Attributes { labels: record.labels, idle: record.idle, network: record.network });
     let first = first_snapshot(&record.spec, &attributes);
     let snapshot = Snapshot {
         phase: Phase::Ended(reason),
@@ -253,7 +266,10 @@ pub(super) fn ended(record: SessionRecord, reason: EndReason) -> Session {
     };
     // Nobody hears what is asked of it, which is answered with its end.
     let (commands, wishes) = (mpsc::channel(1).0, mpsc::channel(1).0);
+    let tap = Tap::new(TapBounds { bytes: 0, time: Duration::ZERO });
+    tap.fall_silent(Silence::Over);
     Session {
+        tap,
         id: record.id,
         tenant: record.tenant,
         spec: record.spec,
@@ -261,9 +277,18 @@ pub(super) fn ended(record: SessionRecord, reason: EndReason) -> Session {
         created_at: record.created_at,
         is_warm: record.is_warm,
         by_language: Arc::default(),
+        gate,
         commands,
         wishes,
         snapshot: watch::Sender::new(snapshot).subscribe(),
+    }
+}
+
+/// How the guest reaches a session's kernels.
+fn transport(spec: &SessionSpec) -> Transport {
+    match spec.transport {
+        KernelTransport::Ipc => Transport::Ipc,
+        KernelTransport::Tcp => Transport::Tcp,
     }
 }
 
@@ -277,32 +302,25 @@ impl Actor {
             engine,
             keeping,
             state,
+            gate,
             place,
             executions,
             heard,
             is_unclaimed,
             files,
+            tap,
         } = birth;
         let now = Instant::now();
         let leaving = Leaving::new(state.clone(), &record, heard);
         let (id, spec) = (record.id, record.spec);
-        let attributes = Arc::new(Attributes { labels: record.labels, idle: record.idle });
+        let attributes = Arc::new(Attributes { labels: record.labels, idle: record.idle, network: record.network });
         let snapshot = watch::Sender::new(first_snapshot(&spec, &attributes));
-        let transport = match spec.transport {
-            KernelTransport::Ipc => Transport::Ipc,
-            KernelTransport::Tcp => Transport::Tcp,
-        };
+        let transport = transport(&spec);
         // Before the context's own deadline, so that a kernel's last words are heard.
         let connect_timeout = settings.start_timeout.mul_f64(0.8);
         let starting = Starting { transport, connect_timeout, state };
         let mut actor = Self {
-            cell: CellSpec {
-                name: CellName::new(&instance, id, record.cells),
-                session: id,
-                image: spec.image.clone(),
-                runtime: spec.runtime.clone(),
-                resources: spec.resources,
-            },
+            cell: cell(CellName::new(&instance, id, record.cells), id, &spec),
             instance,
             cells: record.cells,
             keeping,
@@ -317,6 +335,7 @@ impl Actor {
             creating: BTreeMap::new(),
             wiring: Wiring::new(starting, heard),
             visits: Arc::default(),
+            gate,
             gone: Vec::new(),
             work: FuturesUnordered::new(),
             retry_after: RETRY_FIRST,
@@ -324,6 +343,7 @@ impl Actor {
             freezing: Freezing::new(frozen_since(record.stage).unwrap_or(now)),
             linking: Linking::new(now),
             place,
+            tap,
             created_at: record.created_at,
             starting_since: now,
             last_active: instant(record.last_active),
@@ -340,18 +360,23 @@ impl Actor {
             env: record.env,
         };
         for context in record.contexts {
-            let making = actor.making(context.id, context.asked_kernelspec.clone(), context.cwd.clone());
-            let context = match record.stage {
-                Stage::Live if !is_new => Context::adopt(making, context, now),
-                Stage::Paused(_) if !is_new => Context::adopt_paused(making, context, now),
-                _ => Context::again(making, &context),
-            };
-            actor.contexts.insert(context.id, context);
+            actor.make_context(context, record.stage, is_new);
         }
         for (execution, kept) in executions {
             actor.go_on(execution, kept, now);
         }
         actor
+    }
+
+    fn make_context(&mut self, record: ContextRecord, stage: Stage, is_new: bool) {
+        let now = Instant::now();
+        let making = self.making(record.id, record.asked_kernelspec.clone(), record.cwd.clone());
+        let context = match stage {
+            Stage::Live if !is_new => Context::adopt(making, record, now),
+            Stage::Paused(_) if !is_new => Context::adopt_paused(making, record, now),
+            _ => Context::again(making, &record),
+        };
+        self.contexts.insert(context.id, context);
     }
 
     /// Goes on with an execution that an earlier process has left.
@@ -372,6 +397,7 @@ impl Actor {
                 context: id,
                 language: String::new(),
                 keeping: self.keeping.clone(),
+                tap: (id == self.default_context).then(|| Arc::clone(&self.tap)),
             },
             pace: Pace {
                 boot: settings.start_timeout,
@@ -416,8 +442,10 @@ impl Actor {
             tokio::task::coop::consume_budget().await;
             self.settle_turn();
         }
+        self.gate.close();
         if leaves {
             self.leave();
+            self.tap.fall_silent(Silence::Left);
         } else {
             self.keeping.end_notebook();
         }
@@ -516,13 +544,18 @@ impl Actor {
         });
     }
 
+    /// What its guest is told.
+    fn init(&self) -> Init {
+        boot::init(self.settings, self.env.clone(), self.attributes.network.is_open())
+    }
+
     fn boot_guest(&mut self, stream: ByteStream) {
         let booting = boot::boot(
             Arc::clone(&self.engine),
             self.cell.clone(),
             stream,
             self.secret,
-            boot::init(self.settings, self.env.clone()),
+            self.init(),
             std::mem::take(&mut self.files),
         );
         self.start(booting.map(Done::Booted));
@@ -745,7 +778,12 @@ impl Actor {
                     return;
                 }
                 let now = Instant::now();
-                if let Some(context) = self.contexts.values_mut().find(|c| c.owns(&head.kernel)) {
+                if let link::Event::Egress { id, host, port } = head.event {
+                    // It is of the link that it came over; over another one nobody waits for it.
+                    if let Some(link) = self.wiring.link().cloned() {
+                        self.gate.announced(link, id, host, port);
+                    }
+                } else if let Some(context) = self.contexts.values_mut().find(|c| c.owns(&head.kernel)) {
                     context.on_event(&head.kernel, head.event, &parts, now);
                 }
                 self.settle_gone(now);
@@ -1017,6 +1055,12 @@ fn wall(at: Instant) -> Timestamp {
     let distance = SignedDuration::try_from(at.saturating_duration_since(now)).unwrap_or_default()
         - SignedDuration::try_from(now.saturating_duration_since(at)).unwrap_or_default();
     Timestamp::now().saturating_add(distance).unwrap_or(Timestamp::MAX)
+}
+
+/// What the engine is to know of a session's cell.
+fn cell(name: CellName, session: SessionId, spec: &SessionSpec) -> CellSpec {
+    let (image, runtime, data) = (spec.image.clone(), spec.runtime.clone(), spec.data.clone());
+    CellSpec { name, session, image, runtime, resources: spec.resources, data }
 }
 
 fn first_snapshot(spec: &SessionSpec, attributes: &Arc<Attributes>) -> Snapshot {

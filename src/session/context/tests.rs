@@ -3,7 +3,10 @@ use std::collections::BTreeSet;
 use proptest::prelude::*;
 
 use super::*;
+use crate::domain::execution::Asker;
+use crate::kernel::client;
 use crate::session::keeping::Keeping;
+use crate::session::tap::{Heard, Tap, TapBounds};
 
 const LIMITS: OutputLimits =
     OutputLimits { text_bytes: 1000, result_bytes: 1000, total_bytes: 4000, messages: 100, messages_per_second: 1000 };
@@ -21,6 +24,8 @@ enum Step {
     Interrupt,
     Restart,
     Ask,
+    /// A client that speaks Jupyter says something.
+    Pass,
     Connected,
     /// An answer to the newest message but this many.
     Answer {
@@ -49,6 +54,7 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
         1 => Just(Step::Interrupt),
         1 => Just(Step::Restart),
         1 => Just(Step::Ask),
+        1 => Just(Step::Pass),
         3 => Just(Step::Connected),
         8 => (0..4usize, any::<bool>()).prop_map(|(back, idle)| Step::Answer { back, idle }),
         1 => Just(Step::Text),
@@ -76,6 +82,14 @@ fn making() -> Making {
         is_default: true,
         is_unclaimed: false,
     }
+}
+
+/// A message of a client that nothing is known of but its type.
+fn aside(msg_type: &str) -> Aside {
+    let header = json!({"msg_id": "theirs", "msg_type": msg_type, "session": "s"}).to_string();
+    let header = client::ClientHeader::read(header.as_bytes()).expect("a header");
+    let [metadata, content] = [(); 2].map(|()| Bytes::from_static(b"{}"));
+    Aside { asker: Asker::Nameless(1), channel: Channel::Shell, header, metadata, content, buffers: Vec::new() }
 }
 
 /// A context with a guest that does what it is told, and what has been told so far.
@@ -117,7 +131,7 @@ impl World {
         self.context = Context::adopt(making(), record, self.now);
         for execution in self.executions.iter_mut().filter(|e| !e.status().is_final()) {
             let kept = running.as_ref().filter(|(id, _)| *id == execution.id).map(|(_, kept)| kept.clone());
-            *execution = Arc::new(Execution::restore(execution.left(), kept.as_ref(), Keeping::nothing()));
+            *execution = Arc::new(Execution::restore(execution.left(), kept.as_ref(), Keeping::nothing(), None));
             let until = (execution.status() == Status::Running).then(|| self.now + execution.request.timeout);
             self.context.take_over(Arc::clone(execution), kept, until, self.now);
         }
@@ -184,6 +198,7 @@ impl World {
             Step::Interrupt => self.context.interrupt(self.now),
             Step::Restart => self.context.restart(self.now),
             Step::Ask => drop(self.context.ask("complete_request", &json!({}), oneshot::channel().0)),
+            Step::Pass => drop(self.context.pass(aside("kernel_info_request"), self.now)),
             Step::Connected => self.tell(Event::KernelConnected, ""),
             Step::Answer { back, idle } => {
                 let id = self.sent.iter().rev().nth(back).map(|(_, head)| head.msg_id.clone());
@@ -493,4 +508,53 @@ fn a_refused_question_costs_nobody_else_anything_and_questions_have_bounds() {
     let mut other = ready();
     assert!(asked(&mut other, MAX_QUESTION_BYTES / 2));
     assert!(!asked(&mut other, MAX_QUESTION_BYTES / 2));
+}
+
+#[tokio::test]
+async fn clients_hear_what_is_theirs_under_their_own_header_and_nothing_of_ours() {
+    let mut world = ready();
+    let tap = Tap::new(TapBounds { bytes: 1 << 20, time: Duration::from_secs(60) });
+    world.context.making.place.tap = Some(Arc::clone(&tap));
+    let (mut asks, mut other) = (tap.listen(None, 9).unwrap(), tap.listen(None, 9).unwrap());
+    world.step(Step::Ask);
+    world.take();
+    let own = world.sent.last().unwrap().1.msg_id.clone();
+    world.answer(&own, true);
+    let theirs = Aside { asker: asks.asker.clone(), ..aside("kernel_info_request") };
+    let header = theirs.header.text.0.clone();
+    world.context.pass(theirs, world.now).unwrap();
+    world.take();
+    let passed = world.sent.last().unwrap().1.clone();
+    assert!(passed.is_aside && passed.msg_id != "theirs", "{passed:?}");
+    world.answer(&passed.msg_id, true);
+    world.message(Channel::Shell, "kernel_info_reply", "stranger", "{}");
+    world.message(Channel::Iopub, "comm_msg", "stranger", "{}");
+    let types = |heard: Heard| match heard {
+        Heard::Messages(messages, _) => {
+            messages.iter().map(|m| (m.msg_type.clone(), m.parts[1].clone())).collect::<Vec<_>>()
+        }
+        other => panic!("{other:?}"),
+    };
+    let heard = types(asks.hear(usize::MAX).await);
+    let told = |msg_type: &str, parent: &str| (msg_type.to_owned(), Bytes::from(parent.to_owned()));
+    assert_eq!(heard, [told("kernel_info_reply", &header), told("status", &header), told("comm_msg", "{}")]);
+    assert_eq!(types(other.hear(usize::MAX).await), heard[1..]);
+    assert!(world.context.asides.are_quiet());
+
+    // What comes while there is no kernel goes to the next one, and there is an end to what is taken.
+    world.step(Step::Restart);
+    world.take();
+    let before = world.sent.len();
+    let accepted = (0..1000).filter(|_| world.context.pass(aside("comm_info_request"), world.now).is_ok()).count();
+    world.take();
+    assert_eq!((world.sent.len(), accepted > 0, accepted < 100), (before, true, true));
+    world.delete();
+    world.take();
+    let kernel = world.context.kernel.clone();
+    let sent = world.sent[before..].iter().filter(|(to, head)| *to == kernel && head.is_aside).count();
+    assert_eq!(sent, accepted);
+    // One that the guest does not take is answered.
+    world.step(Step::Refused { gone: false });
+    let refused = types(asks.hear(usize::MAX).await);
+    assert!(refused.iter().any(|(msg_type, _)| msg_type == "status"), "{refused:?}");
 }

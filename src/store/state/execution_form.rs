@@ -11,7 +11,7 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 
 use super::executions::{Birth, Progress, RunningRecord};
 use super::form::OutputForm;
-use crate::domain::execution::{ExecutionRequest, OnTimeout, Stdin};
+use crate::domain::execution::{AskedBy, Asker, ExecutionRequest, OnTimeout, Stdin};
 use crate::domain::output::{
     BlobRef, Change, Comm, CommKind, Effects, ErrorInfo, ExecutionEvent, FileChange, JsonText, MimeBundle, MimePart,
     Process, Report, RestartCause, ResultKind, RichOutput, Status, Stop, StopStep, TextStream, Truncated,
@@ -88,6 +88,7 @@ macro_rules! item {
 }
 
 item!(RequestItem, ExecutionRequest, "RequestForm");
+item!(AskedItem, AskedBy, "AskedForm");
 item!(CommItem, Comm, "CommForm");
 item!(JsonItem, JsonText, "JsonForm");
 item!(CauseItem, RestartCause, "CauseForm");
@@ -208,8 +209,28 @@ struct RequestForm {
     user_expressions: BTreeMap<String, String>,
     #[serde(with = "OnTimeoutForm")]
     on_timeout: OnTimeout,
+    #[serde(default)]
+    stop_on_error: bool,
+    #[serde(default, with = "Maybe::<AskedItem>")]
+    asked_by: Option<AskedBy>,
     #[serde(with = "Maybe::<CommItem>")]
     comm: Option<Comm>,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(remote = "AskedBy")]
+struct AskedForm {
+    #[serde(with = "AskerForm")]
+    asker: Asker,
+    #[serde(with = "JsonForm")]
+    header: JsonText,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(remote = "Asker", rename_all = "snake_case")]
+enum AskerForm {
+    Named(String),
+    Nameless(u64),
 }
 
 #[derive(Serialize, Deserialize)]

@@ -10,11 +10,15 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 use serde_json::value::RawValue;
 
 use super::execution_form::{CauseItem, Maybe, parsed};
+use super::network_form::{self, NetworkForm};
 use super::{ContextRecord, Lasting, SessionRecord, Stage};
+use crate::domain::data::DataMount;
+use crate::domain::egress::NetworkOffer;
 use crate::domain::lifecycle::EndReason;
 use crate::domain::output::{JsonText, RestartCause};
+use crate::domain::ports::Ports;
 use crate::domain::spec::{
-    KernelTransport, NetworkMode, OnGuestLost, OnIdle, OnKernelDeath, OutputLimits, Resources, SessionSpec, Timeouts,
+    KernelTransport, OnGuestLost, OnIdle, OnKernelDeath, OutputLimits, Resources, SessionSpec, Timeouts,
 };
 use crate::store::moment;
 
@@ -37,6 +41,7 @@ pub(super) fn write(record: &SessionRecord) -> serde_json::Result<String> {
         last_active: record.last_active,
         idle: record.idle,
         labels: record.labels.clone(),
+        network: Some(NetworkForm::from(&record.network)),
         env: record.env.clone(),
         cells: record.cells,
         loss: record.loss.clone(),
@@ -53,6 +58,7 @@ pub(super) fn read(id: &str, revision: u64, body: &str) -> serde_json::Result<Se
         id: parsed(id)?,
         revision,
         tenant: Arc::from(form.tenant),
+        network: form.network.map_or_else(|| form.spec.0.network.initial.clone(), Into::into),
         spec: Arc::new(form.spec.0),
         stage: match (form.stage.into(), paused_since) {
             (Stage::Live, Some(since)) => Stage::Paused(since),
@@ -100,6 +106,9 @@ struct Form {
     last_active: Timestamp,
     idle: Duration,
     labels: BTreeMap<String, String>,
+    /// What it may reach now; what its specification says in records of servers that did not know it.
+    #[serde(default)]
+    network: Option<NetworkForm>,
     env: BTreeMap<String, String>,
     cells: u32,
     #[serde(default)]
@@ -252,8 +261,12 @@ struct Spec {
     max_idle: Duration,
     #[serde(with = "OutputForm")]
     output: OutputLimits,
-    #[serde(with = "NetworkForm")]
-    network: NetworkMode,
+    #[serde(with = "network_form")]
+    network: NetworkOffer,
+    #[serde(with = "PortsForm", default)]
+    ports: Ports,
+    #[serde(serialize_with = "write_data", deserialize_with = "read_data", default)]
+    data: Vec<DataMount>,
     #[serde(serialize_with = "write_texts", deserialize_with = "read_texts")]
     setup: Arc<[String]>,
     #[serde(with = "KernelDeathForm")]
@@ -270,6 +283,28 @@ fn write_texts<S: Serializer>(texts: &Arc<[String]>, to: S) -> Result<S::Ok, S::
 
 fn read_texts<'de, D: Deserializer<'de>>(from: D) -> Result<Arc<[String]>, D::Error> {
     Vec::<String>::deserialize(from).map(Arc::from)
+}
+
+/// Ports as templates name them.
+struct PortsForm;
+
+impl PortsForm {
+    fn serialize<S: Serializer>(ports: &Ports, to: S) -> Result<S::Ok, S::Error> {
+        ports.texts().serialize(to)
+    }
+
+    fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Ports, D::Error> {
+        Ports::parse(&Vec::<String>::deserialize(from)?).map_err(de::Error::custom)
+    }
+}
+
+fn write_data<S: Serializer>(mounts: &[DataMount], to: S) -> Result<S::Ok, S::Error> {
+    to.collect_seq(mounts.iter().map(|mount| (&mount.name, &mount.path)))
+}
+
+fn read_data<'de, D: Deserializer<'de>>(from: D) -> Result<Vec<DataMount>, D::Error> {
+    let pairs = Vec::<(String, String)>::deserialize(from)?;
+    Ok(pairs.into_iter().map(|(name, path)| DataMount { name, path }).collect())
 }
 
 #[derive(Serialize, Deserialize)]
@@ -313,12 +348,6 @@ pub(super) struct OutputForm {
 enum TransportForm {
     Ipc,
     Tcp,
-}
-
-#[derive(Serialize, Deserialize)]
-#[serde(remote = "NetworkMode", rename_all = "snake_case")]
-enum NetworkForm {
-    None,
 }
 
 #[derive(Serialize, Deserialize)]

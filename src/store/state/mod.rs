@@ -16,6 +16,7 @@ use jiff::Timestamp;
 use rusqlite::{Connection, params};
 use tokio::sync::{mpsc, oneshot};
 
+use crate::domain::egress::Network;
 use crate::domain::ids::{ContextId, ExecutionId, KeyId, SessionId};
 use crate::domain::lifecycle::EndReason;
 use crate::domain::output::{JsonText, RestartCause};
@@ -30,6 +31,7 @@ mod execution_form;
 mod executions;
 mod form;
 mod keys;
+mod network_form;
 #[cfg(test)]
 mod tests;
 mod usage;
@@ -124,6 +126,8 @@ pub struct SessionRecord {
     pub idle: Duration,
     /// For finding it again.
     pub labels: std::collections::BTreeMap<String, String>,
+    /// What it may reach.
+    pub network: Network,
     /// Set for every process.
     pub env: std::collections::BTreeMap<String, String>,
     /// How many cells it has had.

@@ -2,14 +2,35 @@ use std::collections::BTreeMap;
 
 use super::*;
 use crate::domain::access::{KeyHash, Scope};
-use crate::domain::execution::{ExecutionRequest, OnTimeout, Stdin};
+use crate::domain::data::DataMount;
+use crate::domain::egress::{Network, NetworkMode, NetworkOffer, Rule, Upstream};
+use crate::domain::execution::{AskedBy, Asker, ExecutionRequest, OnTimeout, Stdin};
 use crate::domain::output::{
     BlobRef, Change, Comm, CommKind, Effects, ErrorInfo, ExecutionEvent, FileChange, MimeBundle, MimePart, Process,
     Report, RestartCause, ResultKind, RichOutput, Status, Stop, StopStep, TextStream, Truncated,
 };
-use crate::domain::spec::{
-    KernelTransport, NetworkMode, OnGuestLost, OnIdle, OnKernelDeath, OutputLimits, Resources, Timeouts,
-};
+use crate::domain::ports::Ports;
+use crate::domain::spec::{KernelTransport, OnGuestLost, OnIdle, OnKernelDeath, OutputLimits, Resources, Timeouts};
+
+fn network(rule: &str) -> Network {
+    Network { mode: NetworkMode::Allowlist, allow: Rule::parse(rule).unwrap().into() }
+}
+
+fn offer() -> NetworkOffer {
+    NetworkOffer {
+        initial: network("*.example.org:443"),
+        usual: network("pypi").allow,
+        may_allow: network("93.184.216.34").allow,
+        upstreams: Arc::from([Upstream {
+            name: "llm".to_owned(),
+            host: "api.example.org".to_owned(),
+            port: 443,
+            path: "/v1".to_owned(),
+            header: "Authorization".to_owned(),
+            secret_file: "/run/secrets/llm".into(),
+        }]),
+    }
+}
 
 fn record(n: u128) -> SessionRecord {
     let id = |n| uuid::Uuid::from_u128(n);
@@ -41,7 +62,9 @@ fn record(n: u128) -> SessionRecord {
         max_lifetime: Duration::from_secs(5),
         max_idle: Duration::from_secs(6),
         output: OutputLimits { text_bytes: 1, result_bytes: 2, total_bytes: 3, messages: 4, messages_per_second: 5 },
-        network: NetworkMode::None,
+        network: offer(),
+        ports: Ports::parse(&["3000", "8000-8010"]).unwrap(),
+        data: vec![DataMount { name: "maps".to_owned(), path: "/mnt/maps".to_owned() }],
         setup: Arc::from(["a = 1\n".to_owned(), "é\u{0}".to_owned()]),
         on_kernel_death: OnKernelDeath::End,
         on_guest_lost: OnGuestLost::Replace,
@@ -61,6 +84,7 @@ fn record(n: u128) -> SessionRecord {
         ..ContextRecord::new(id(n + 100).into(), moment(7), Some("python3".to_owned()))
     };
     SessionRecord {
+        network: network("a.example.org:443"),
         id: id(n).into(),
         revision: 1,
         tenant: Arc::from("one"),
@@ -155,6 +179,11 @@ fn birth(output: OutputLimits) -> Birth {
         stdin: Stdin::Lines(vec!["a".to_owned()]),
         user_expressions: BTreeMap::from([("x".to_owned(), "y".to_owned())]),
         on_timeout: OnTimeout::Restart,
+        stop_on_error: true,
+        asked_by: Some(AskedBy {
+            asker: Asker::Named("me".to_owned()),
+            header: JsonText("{\"msg_id\": \"1\"}".to_owned()),
+        }),
         ..ExecutionRequest::for_tests(output)
     };
     let created_at = Timestamp::from_second(5).unwrap();

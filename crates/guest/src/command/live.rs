@@ -22,8 +22,8 @@ use crate::reap::{Exit, ExitWatch, exited};
 const READ: usize = 32 * 1024;
 /// A command that puts out little at a time is read no more often than this, so that little costs no more than much.
 const DRIBBLE: Duration = Duration::from_millis(1);
-/// So much is no little.
-const MUCH: usize = 4 * 1024;
+/// So much is no little: a terminal gives 4095 bytes at once at most.
+const MUCH: usize = 1024;
 /// How long what is on its way is read after the command's end: processes that it leaves behind may hold its output open.
 const DRAIN: Duration = Duration::from_millis(300);
 /// Its processes have this long to end by themselves, once they are told to.

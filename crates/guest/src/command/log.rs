@@ -218,7 +218,10 @@ impl Log {
                 break;
             }
         }
-        inner.told = inner.told.max(*next - 1);
+        // Who waits for the end only, far behind all there is, was told nothing.
+        if !chunk.is_empty() {
+            inner.told = inner.told.max(*next - 1);
+        }
         (chunk.freeze(), inner.end.is_some() && *next >= inner.next())
     }
 }

@@ -11,7 +11,7 @@ use rustix::fs::{AtFlags, Dir, FileType, OFlags, fstat, openat, statat};
 use rustix::io::Errno;
 
 use super::look::Stamp;
-use super::path::{FOLDER, Links, Place, RelativePath, open_beneath};
+use super::path::{FOLDER, FOLDER_OR_LINK, Links, Place, RelativePath, open_beneath};
 use super::{FileError, failed, is_hidden};
 
 /// Names that are looked at in one go.
@@ -63,7 +63,7 @@ pub async fn list(place: &Place, asked: &wire::List) -> Result<Listing, FileErro
     if !matches!(own.kind, Kind::Directory | Kind::Symlink) {
         return Ok(Listing { entries: vec![own], ..Listing::default() });
     }
-    let root = match place.open(FOLDER.difference(OFlags::NOFOLLOW), Links::Follow) {
+    let root = match place.open(FOLDER_OR_LINK, Links::Follow) {
         Err(FileError::NotFolder | FileError::Denied(_)) if own.kind == Kind::Symlink => {
             return Ok(Listing { entries: vec![own], ..Listing::default() });
         }

@@ -14,7 +14,7 @@ use tokio::sync::mpsc;
 
 use super::FileError;
 use super::list::Walk;
-use super::path::{FOLDER, Links, Place, open_beneath};
+use super::path::{FOLDER, FOLDER_OR_LINK, Links, Place, open_beneath};
 use super::read::CHUNK;
 
 /// Pieces that may wait to be sent.
@@ -30,7 +30,7 @@ const BLOCK: u64 = 512;
 /// # Errors
 /// When there is no such folder.
 pub async fn pack(place: &Place, gzip: bool) -> Result<mpsc::Receiver<io::Result<Bytes>>, FileError> {
-    let root = place.open(FOLDER.difference(OFlags::NOFOLLOW), Links::Follow)?;
+    let root = place.open(FOLDER_OR_LINK, Links::Follow)?;
     let again = rustix::fs::openat(&root, ".", FOLDER, rustix::fs::Mode::empty()).map_err(super::failed("read"))?;
     let walk = Walk::new(again, usize::MAX, MAX_NAMES, None).await?;
     let (out, archive) = mpsc::channel(AHEAD);

@@ -13,8 +13,8 @@ use super::{FileError, failed};
 
 pub(super) const FOLDER: OFlags =
     OFlags::DIRECTORY.union(OFlags::RDONLY).union(OFlags::NOFOLLOW).union(OFlags::CLOEXEC);
-/// A folder, or a link to one.
-const FOLDER_OR_LINK: OFlags = OFlags::DIRECTORY.union(OFlags::RDONLY).union(OFlags::CLOEXEC);
+/// A folder, or a link to one. Where links are refused, only this way it is told that one was there.
+pub(super) const FOLDER_OR_LINK: OFlags = OFlags::DIRECTORY.union(OFlags::RDONLY).union(OFlags::CLOEXEC);
 /// Longest name, in bytes: Linux knows no longer one.
 const MAX_NAME: usize = 255;
 
@@ -140,7 +140,7 @@ impl Place {
     /// # Errors
     /// When it has none, being one of the folders itself, or when that folder isn't there.
     pub(super) fn parent(&self) -> Result<(OwnedFd, &OsStr), FileError> {
-        self.parent_with(|root, parent| open_beneath(root, parent, FOLDER, Links::Refuse))
+        self.parent_with(|root, parent| open_beneath(root, parent, FOLDER_OR_LINK, Links::Refuse))
     }
 
     /// The same; the folder is made if it isn't there.
@@ -193,7 +193,7 @@ pub(super) fn open_by_steps(root: impl AsFd, path: &Path, flags: OFlags) -> Resu
 
 /// Makes the folders of a path that aren't there, and opens the last one. No link is followed.
 pub(super) fn make_folders(root: &OwnedFd, path: &Path) -> Result<OwnedFd, Errno> {
-    match open_beneath(root, path, FOLDER, Links::Refuse) {
+    match open_beneath(root, path, FOLDER_OR_LINK, Links::Refuse) {
         Err(Errno::NOENT) => {}
         other => return other,
     }

@@ -90,7 +90,10 @@ impl Drop for Room {
     }
 }
 
-fn archive(entries: &[(EntryType, &str, &str, &[u8])]) -> Vec<u8> {
+/// An entry's type, name, link and content.
+type Entry<'a> = (EntryType, &'a str, &'a str, &'a [u8]);
+
+fn archive(entries: &[Entry<'_>]) -> Vec<u8> {
     let mut builder = Builder::new(Vec::new());
     for (kind, path, link, content) in entries {
         let mut head = Header::new_gnu();
@@ -200,7 +203,7 @@ async fn folders_go_with_all_that_is_in_them_however_deep() {
     }
     room.put("deep/x/y", b"1").unwrap();
     symlink(&room.base, room.work().join("deep/out")).unwrap();
-    fs::set_permissions(room.work().join("deep/x"), fs::Permissions::from_mode(0)).unwrap();
+    fs::set_permissions(room.work().join("deep/x"), fs::Permissions::from_mode(0o000)).unwrap();
     assert!(matches!(remove(&room.place("deep"), false, &Conditions::default()), Err(FileError::IsFolder)));
     let removal = remove(&room.place("deep"), true, &Conditions::default()).unwrap();
     assert_eq!(room.listed().await, Vec::<String>::new(), "it is out of sight at once");
@@ -292,7 +295,7 @@ async fn what_an_archive_may_not_hold_leaves_nothing() {
     room.put("there/file", b"1").unwrap();
     symlink(&room.base, room.work().join("there/out")).unwrap();
     let good = (Regular, "good", "", &b"x"[..]);
-    let cases: &[(&str, &[(EntryType, &str, &str, &[u8])])] = &[
+    let cases: &[(&str, &[Entry<'_>])] = &[
         ("up", &[(Regular, "../evil", "", b"x")]),
         ("up in the middle", &[(Regular, "a/../../evil", "", b"x")]),
         ("absolute", &[(Regular, "/tmp/evil", "", b"x")]),

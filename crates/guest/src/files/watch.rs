@@ -12,13 +12,13 @@ use std::time::Duration;
 use bytes::Bytes;
 use cellblock_wire::files::{Event, MAX_DEPTH};
 use rustix::fs::inotify::{self, CreateFlags, ReadFlags, WatchFlags};
-use rustix::fs::{FileType, Mode, OFlags, openat};
+use rustix::fs::{FileType, Mode, openat};
 use rustix::io::Errno;
 use tokio::net::unix::pipe;
 use tokio::sync::mpsc;
 
 use super::list::{Walk, entry};
-use super::path::{FOLDER, Links, Place, open_beneath};
+use super::path::{FOLDER, FOLDER_OR_LINK, Links, Place, open_beneath};
 use super::{FileError, failed, is_hidden};
 
 /// Events that may wait to be sent.
@@ -40,7 +40,7 @@ struct Over;
 /// # Errors
 /// When there is no such folder.
 pub fn watch(place: Place, recursive: bool) -> Result<mpsc::Receiver<io::Result<Bytes>>, FileError> {
-    let root = place.open(FOLDER.difference(OFlags::NOFOLLOW), Links::Follow)?;
+    let root = place.open(FOLDER_OR_LINK, Links::Follow)?;
     let (lines, events) = mpsc::channel(AHEAD);
     let watcher = Watcher::new(&root, place.clone(), recursive).map_err(failed("watched"));
     tokio::spawn(async move {

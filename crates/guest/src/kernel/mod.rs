@@ -217,7 +217,7 @@ impl Kernels {
             shared.relay().rush(Instant::now().into_std());
         }
         if port == Port::Shell {
-            shared.account.sent(&head.msg_id, head.cap.is_some());
+            shared.account.sent(&head.msg_id, head.cap.is_some() && !head.is_aside);
         }
         Ok(())
     }

@@ -84,7 +84,9 @@ impl Relay {
         self.background = FULL_BACKGROUND;
         let Some(cap) = cap else { return };
         if self.executions.len() == MAX_EXECUTIONS {
-            self.executions.pop_front();
+            // What is done, and was not replied to, as messages of comms are not, goes before what runs.
+            let done = self.executions.iter().position(|execution| execution.idle).unwrap_or(0);
+            self.executions.remove(done);
         }
         self.executions.push_back(Execution {
             id: msg_id.to_owned(),
@@ -478,6 +480,14 @@ mod tests {
         }
         (0..300).for_each(|n| relay.sent(&n.to_string(), Some(CAP)));
         assert_eq!(relay.executions.len(), MAX_EXECUTIONS);
+        let mut relay = Relay::default();
+        relay.sent("runs", Some(CAP));
+        for n in 0..300 {
+            relay.sent(&n.to_string(), Some(CAP));
+            relay.iopub(idle(&n.to_string()), ROOM);
+        }
+        assert_eq!(short(&relay.iopub(print("runs", &"x".repeat(400)), ROOM)).len(), 1, "its cap is still known");
+        assert_eq!(relay.dropped(), 0);
     }
 
     #[test]

@@ -516,7 +516,7 @@ pub async fn send(
     let header = json!({"msg_id": id, "msg_type": msg_type, "session": "s", "username": "u", "date": "2026-01-01T00:00:00Z", "version": "5.3"});
     let parts = [header.to_string(), "{}".into(), "{}".into(), content.to_string()].map(Bytes::from);
     let mut body = BytesMut::new();
-    encode(&Outbound { channel, msg_id: id.into(), cap }, &parts, &mut body).unwrap();
+    encode(&Outbound { channel, msg_id: id.into(), cap, is_aside: false }, &parts, &mut body).unwrap();
     cell.request(Method::POST, &format!("/kernels/{kernel}/messages"), body.freeze()).await
 }
 

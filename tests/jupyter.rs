@@ -1,0 +1,929 @@
+//! The Jupyter door: REST models and codes, both WebSocket subprotocols, and what becomes of clients that are cut off, or hostile.
+#![allow(clippy::unwrap_used, reason = "a test that finds something else is to fail")]
+
+#[path = "support/server.rs"]
+mod server;
+
+use std::sync::Arc;
+
+use futures_util::{SinkExt, StreamExt};
+use reqwest::{Method, RequestBuilder};
+use serde_json::{Value, json};
+use server::{NEVER, Reply, Server, text};
+use tokio_tungstenite::tungstenite::{self, client::IntoClientRequest};
+
+/// The subprotocol whose parts stand beside each other.
+const V1: &str = "v1.kernel.websocket.jupyter.org";
+const SETTINGS: &str = "default_template = \"python\"\n";
+
+/// A request with the key where Jupyter's clients put it.
+fn asks(server: &Server, method: Method, path: &str) -> RequestBuilder {
+    server.bare(method, path).header("authorization", format!("token {}", server.key))
+}
+
+async fn get(server: &Server, path: &str) -> Reply {
+    server.send(asks(server, Method::GET, path)).await
+}
+
+async fn post(server: &Server, path: &str, body: Value) -> Reply {
+    let request = asks(server, Method::POST, path);
+    server.send(if body.is_null() { request } else { request.body(body.to_string()) }).await
+}
+
+async fn delete(server: &Server, path: &str) -> u16 {
+    server.send(asks(server, Method::DELETE, path)).await.status
+}
+
+/// Starts a kernel and answers with its id.
+async fn kernel(server: &Server) -> String {
+    let made = post(server, "/api/kernels", Value::Null).await;
+    assert_eq!(made.status, 201, "{}", made.text);
+    text(&made.json["id"])
+}
+
+fn is_error(reply: &Reply, status: u16) {
+    assert_eq!(reply.status, status, "{}", reply.text);
+    assert_eq!(reply.header("content-type"), "application/json", "{}", reply.text);
+    assert!(reply.json["message"].is_string() && reply.json.get("reason").is_some(), "{}", reply.text);
+}
+
+fn is_kernel(model: &Value) {
+    let keys: Vec<_> = model.as_object().expect("a model").keys().map(String::as_str).collect();
+    assert_eq!(keys, ["connections", "execution_state", "id", "last_activity", "name"], "{model}");
+    let at = text(&model["last_activity"]);
+    let fraction = at.strip_suffix('Z').and_then(|at| at.split_once('.')).map(|(_, fraction)| fraction.len());
+    assert_eq!(fraction, Some(6), "{at}");
+    assert_eq!(text(&model["id"]).split('-').count(), 5, "{model}");
+    assert!(model["connections"].is_u64(), "{model}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_rest_api_is_jupyter_servers() {
+    let server = Server::start(SETTINGS).await;
+    let cases = cases!(server; keys_are_taken_in_every_place, kernels_are_sessions, documents_are_labels, kernelspecs_are_templates);
+    server.run_and_finish(2, cases).await;
+}
+
+async fn keys_are_taken_in_every_place(server: Arc<Server>) {
+    let bare = |path: &str| server.bare(Method::GET, path);
+    let version = server.send(bare("/api")).await;
+    assert_eq!((version.status, version.json["version"].is_string()), (200, true), "{}", version.text);
+    let key = &server.key;
+    for base in ["".to_owned(), "/jupyter".to_owned(), format!("/t/{key}"), format!("/t/{key}/jupyter")] {
+        let path = format!("{base}/api/kernels");
+        let has_key = base.contains("/t/");
+        assert_eq!(server.send(bare(&path)).await.status, if has_key { 200 } else { 403 }, "{path}");
+        for header in [format!("token {key}"), format!("Token {key}"), format!("Bearer {key}")] {
+            assert_eq!(server.send(bare(&path).header("authorization", header)).await.status, 200, "{path}");
+        }
+        assert_eq!(server.send(bare(&format!("{path}?token={key}"))).await.status, 200, "{path}");
+        let both = bare(&format!("{path}?token={key}&123")).header("authorization", format!("token {key}"));
+        assert_eq!(server.send(both).await.status, 200, "{path}");
+        let differ = bare(&format!("{path}?token={key}")).header("authorization", "token cb_other");
+        assert_eq!(server.send(differ).await.status, 403, "{path}");
+    }
+    // As GatewayClient sends it without a token.
+    let empty = bare(&format!("/t/{key}/api/kernels")).header("authorization", "token ");
+    assert_eq!(server.send(empty).await.status, 200);
+    let refused = server.send(bare("/api/kernels").header("authorization", "token wrong")).await;
+    is_error(&refused, 403);
+    assert_eq!(refused.json, json!({"message": "Forbidden", "reason": null}));
+    let preflight = server.send(server.bare(Method::OPTIONS, "/api/kernels")).await;
+    assert_eq!(preflight.status, 204, "{}", preflight.text);
+    assert!(preflight.header("access-control-allow-headers").contains("x-xsrftoken"));
+    assert!(preflight.header("access-control-allow-origin").is_empty());
+    let page = asks(&server, Method::POST, "/api/kernels").header("origin", "https://evil.example");
+    assert_eq!(server.send(page).await.status, 403, "a page of another site");
+    is_error(&get(&server, "/api/contents/x").await, 404);
+    assert_eq!(get(&server, "/api/terminals").await.json, json!([]));
+    let me = get(&server, "/api/me").await.json;
+    assert!(me["identity"]["username"].is_string() && me["permissions"].is_object(), "{me}");
+}
+
+async fn kernels_are_sessions(server: Arc<Server>) {
+    let made = post(&server, "/t/x/api/kernels", json!({})).await;
+    assert_eq!(made.status, 403, "another key in the path");
+    let path = format!("/t/{}/api/kernels", server.key);
+    let made = server.send(server.bare(Method::POST, &path)).await;
+    assert_eq!(made.status, 201, "{}", made.text);
+    is_kernel(&made.json);
+    let id = text(&made.json["id"]);
+    assert_eq!(made.header("location"), format!("{path}/{id}"));
+    assert_eq!(
+        (&made.json["name"], &made.json["execution_state"], &made.json["connections"]),
+        (&json!("python"), &json!("idle"), &json!(0))
+    );
+    let audit = server.get("/v1/audit?action=create_session").await;
+    assert!(audit.text.contains("/t/…/api/kernels/") && !audit.text.contains(&server.key), "{}", audit.text);
+    let one = format!("/api/kernels/{id}");
+    assert_eq!(get(&server, &one).await.json["id"], json!(id));
+    let all = get(&server, "/api/kernels").await.json;
+    assert!(all.as_array().unwrap().iter().any(|model| model["id"] == json!(id)), "{all}");
+    let status = get(&server, "/api/status").await.json;
+    assert!(status["kernels"].as_u64() >= Some(1) && status["started"].is_string(), "{status}");
+
+    assert_eq!(post(&server, &format!("{one}/interrupt"), Value::Null).await.status, 204);
+    let again = post(&server, &format!("{one}/restart"), json!({})).await;
+    assert_eq!(again.status, 200, "{}", again.text);
+    is_kernel(&again.json);
+    assert_eq!(delete(&server, &one).await, 204);
+    for gone in [get(&server, &one).await, post(&server, &format!("{one}/restart"), Value::Null).await] {
+        is_error(&gone, 404);
+    }
+    assert_eq!(delete(&server, &one).await, 404);
+
+    let given = "01890b5a-0000-7abc-8def-0123456789ab";
+    let body = json!({"name": "python3", "kernel_id": given, "env": {"KERNEL_USERNAME": "me"}, "path": "x.ipynb"});
+    let made = post(&server, "/jupyter/api/kernels", body.clone()).await;
+    assert_eq!((made.status, &made.json["id"]), (201, &json!(given)), "{}", made.text);
+    assert_eq!(made.header("location"), format!("/jupyter/api/kernels/{given}"));
+    assert_eq!(made.json["name"], "python3", "as it was asked for");
+    is_error(&post(&server, "/api/kernels", body).await, 409);
+    assert_eq!(delete(&server, &format!("/api/kernels/{given}")).await, 204);
+
+    is_error(&post(&server, "/api/kernels", json!({"kernel_id": "../x"})).await, 400);
+    is_error(&post(&server, "/api/kernels", json!({"name": "there-is-none"})).await, 404);
+    is_error(&post(&server, "/api/kernels", json!({"env": {"LD_PRELOAD": "x"}})).await, 400);
+    is_error(&server.send(asks(&server, Method::POST, "/api/kernels").body("{\"a")).await, 400);
+    for id in ["x", "01890b5a-0000-7abc-8def-0123456789ab", "01890B5A-0000-7abc-8def-0123456789ab"] {
+        is_error(&get(&server, &format!("/api/kernels/{id}")).await, 404);
+    }
+}
+
+async fn documents_are_labels(server: Arc<Server>) {
+    let path = "/api/sessions";
+    let body = json!({"path": "a/b.ipynb", "name": "b", "type": "notebook", "kernel": {"name": "python"}});
+    let made = post(&server, path, body.clone()).await;
+    assert_eq!(made.status, 201, "{}", made.text);
+    let (session, kernel) = (made.json.clone(), text(&made.json["kernel"]["id"]));
+    is_kernel(&session["kernel"]);
+    assert_eq!(session["notebook"], json!({"path": "a/b.ipynb", "name": "b"}));
+    let one = format!("{path}/{}", text(&session["id"]));
+    assert_eq!(made.header("location"), one);
+    let again = post(&server, path, body).await;
+    assert_eq!((again.status, &again.json["id"]), (201, &session["id"]), "the one of that path");
+    let other = json!({"path": "c", "name": "c", "type": "console", "kernel": {"id": kernel}});
+    let other = post(&server, path, other).await;
+    assert_eq!((other.status, &other.json["kernel"]["id"]), (201, &json!(kernel)), "{}", other.text);
+    assert!(other.json.get("notebook").is_none());
+    let ids = |list: &Value| list.as_array().unwrap().iter().map(|one| text(&one["id"])).collect::<Vec<_>>();
+    let listed = ids(&get(&server, path).await.json);
+    assert!([&session, &other.json].iter().all(|one| listed.contains(&text(&one["id"]))), "{listed:?}");
+
+    let patch = |body: Value| server.send(asks(&server, Method::PATCH, &one).body(body.to_string()));
+    let moved = patch(json!({"path": "new.ipynb", "name": "new"})).await;
+    assert_eq!((moved.status, &moved.json["path"]), (200, &json!("new.ipynb")), "{}", moved.text);
+    assert_eq!(moved.json["kernel"]["id"], json!(kernel));
+    let replaced = patch(json!({"kernel": {"name": "python3"}})).await;
+    assert_eq!(replaced.status, 200, "{}", replaced.text);
+    assert_ne!(replaced.json["kernel"]["id"], json!(kernel));
+    is_error(&get(&server, &format!("/api/kernels/{kernel}")).await, 404);
+    is_error(&patch(json!({"kernel": {"id": kernel}})).await, 400);
+    assert_eq!(get(&server, &one).await.json["path"], "new.ipynb");
+
+    is_error(&post(&server, path, json!({"type": "notebook"})).await, 400);
+    is_error(&post(&server, path, json!({"path": "x"})).await, 400);
+    is_error(&post(&server, path, json!({"path": "x".repeat(300), "type": "t"})).await, 400);
+    let unknown = json!({"path": "x", "type": "notebook", "kernel": {"name": "there-is-none"}});
+    let unknown = post(&server, path, unknown).await;
+    is_error(&unknown, 501);
+    assert!(unknown.json["short_message"].is_string());
+    assert_eq!(delete(&server, &one).await, 204);
+    assert_eq!(delete(&server, &one).await, 404);
+    is_error(&get(&server, &format!("/api/kernels/{}", text(&replaced.json["kernel"]["id"]))).await, 404);
+}
+
+async fn kernelspecs_are_templates(server: Arc<Server>) {
+    let list = get(&server, &format!("/t/{}/api/kernelspecs", server.key)).await;
+    assert_eq!((list.status, &list.json["default"]), (200, &json!("python3")), "{}", list.text);
+    let specs = list.json["kernelspecs"].as_object().unwrap();
+    assert_eq!(specs.keys().map(String::as_str).collect::<Vec<_>>(), ["data", "python", "python3"]);
+    for (name, one) in specs {
+        assert_eq!(&one["name"], name);
+        assert_eq!(one["spec"]["language"], "python");
+        assert!(one["spec"]["argv"].is_array() && one["spec"]["display_name"].is_string(), "{one}");
+        let picture = server.send(server.bare(Method::GET, &text(&one["resources"]["logo-svg"]))).await;
+        assert_eq!((picture.status, picture.header("content-type")), (200, "image/svg+xml"));
+    }
+    assert_eq!(get(&server, "/api/kernelspecs/python3").await.json["name"], "python3");
+    is_error(&get(&server, "/api/kernelspecs/none").await, 404);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_door_can_be_closed_and_tells_no_key() {
+    let server = Server::start("[jupyter]\nenabled = false\n").await;
+    for path in ["/api", "/api/kernels", "/jupyter/api", "/t/x/api"] {
+        get(&server, path).await.problem(404, "not-found");
+    }
+    server.finish().await.unwrap_or_else(|left| panic!("{left}"));
+}
+
+/// A client of a kernel's channels.
+struct Client {
+    socket: tokio_tungstenite::WebSocketStream<tokio_tungstenite::MaybeTlsStream<tokio::net::TcpStream>>,
+    is_v1: bool,
+    /// What its headers say of itself.
+    session: String,
+    sent: u32,
+}
+
+/// What came.
+#[derive(Debug, Clone)]
+struct Got {
+    channel: String,
+    msg_type: String,
+    msg_id: String,
+    /// Whole header of the parent.
+    parent: Value,
+    content: Value,
+    buffers: Vec<Vec<u8>>,
+}
+
+#[derive(Debug)]
+enum Frame {
+    Got(Box<Got>),
+    /// The connection has ended, with this code if there was one.
+    Closed(Option<u16>),
+}
+
+impl Client {
+    async fn open(server: &Server, kernel: &str, query: &str, is_v1: bool) -> Self {
+        Self::try_open(server, kernel, query, is_v1).await.unwrap_or_else(|status| panic!("{status}"))
+    }
+
+    /// Opens a connection; else the status of the answer.
+    async fn try_open(server: &Server, kernel: &str, query: &str, is_v1: bool) -> Result<Self, u16> {
+        let url = format!("{}/api/kernels/{kernel}/channels{query}", server.url.replace("http", "ws"));
+        let mut request = url.into_client_request().expect("a request");
+        let headers = request.headers_mut();
+        headers.insert("authorization", format!("token {}", server.key).parse().expect("a header"));
+        if is_v1 {
+            headers.insert("sec-websocket-protocol", V1.parse().expect("a header"));
+        }
+        match tokio_tungstenite::connect_async(request).await {
+            Ok((socket, response)) => {
+                assert_eq!(response.headers().get("sec-websocket-protocol").is_some(), is_v1);
+                Ok(Self { socket, is_v1, session: uuid::Uuid::new_v4().to_string(), sent: 0 })
+            }
+            Err(tungstenite::Error::Http(response)) => Err(response.status().as_u16()),
+            Err(error) => panic!("{error}"),
+        }
+    }
+
+    /// Sends a message; answers with its header.
+    async fn send(&mut self, channel: &str, msg_type: &str, content: Value, buffers: &[&[u8]]) -> Value {
+        self.sent += 1;
+        let header = json!({
+            "msg_id": format!("{}-{}", self.session, self.sent), "msg_type": msg_type, "session": self.session,
+            "username": "me", "date": "2026-01-01T00:00:00.000000Z", "version": "5.3",
+        });
+        let frame = if self.is_v1 {
+            let parts = [json!({}), json!({}), content].map(|part| part.to_string().into_bytes());
+            let parts = [channel.as_bytes().to_vec(), header.to_string().into_bytes()].into_iter().chain(parts);
+            tungstenite::Message::Binary(v1_frame(&parts.chain(buffers.iter().map(|b| b.to_vec())).collect::<Vec<_>>()))
+        } else {
+            let object =
+                json!({"channel": channel, "header": header, "parent_header": {}, "metadata": {}, "content": content});
+            match buffers {
+                [] => tungstenite::Message::Text(object.to_string().into()),
+                _ => {
+                    let parts: Vec<_> = std::iter::once(object.to_string().into_bytes())
+                        .chain(buffers.iter().map(|b| b.to_vec()))
+                        .collect();
+                    tungstenite::Message::Binary(default_frame(&parts))
+                }
+            }
+        };
+        self.socket.send(frame).await.expect("an open connection");
+        header
+    }
+
+    async fn execute(&mut self, code: &str) -> Value {
+        let content = json!({"code": code, "silent": false, "store_history": true, "user_expressions": {}, "allow_stdin": true, "stop_on_error": true});
+        self.send("shell", "execute_request", content, &[]).await
+    }
+
+    async fn next(&mut self) -> Frame {
+        loop {
+            let frame = tokio::time::timeout(NEVER, self.socket.next()).await.expect("a message in time");
+            match frame {
+                Some(Ok(tungstenite::Message::Text(text))) => {
+                    return Frame::Got(Box::new(read_object(text.as_bytes(), Vec::new())));
+                }
+                Some(Ok(tungstenite::Message::Binary(bytes))) => {
+                    return Frame::Got(Box::new(if self.is_v1 { read_v1(&bytes) } else { read_default(&bytes) }));
+                }
+                Some(Ok(tungstenite::Message::Close(frame))) => {
+                    return Frame::Closed(frame.map(|frame| frame.code.into()));
+                }
+                Some(Ok(_)) => {}
+                None | Some(Err(_)) => return Frame::Closed(None),
+            }
+        }
+    }
+
+    async fn got(&mut self) -> Got {
+        match self.next().await {
+            Frame::Got(got) => *got,
+            Frame::Closed(code) => panic!("closed with {code:?}"),
+        }
+    }
+
+    /// All that belongs to a message, up to the reply and the idle status. Others' messages are left out.
+    async fn all_of(&mut self, header: &Value) -> Vec<Got> {
+        let (mut all, mut left) = (Vec::new(), 2);
+        let is_answered = text(&header["msg_type"]).ends_with("_request");
+        if !is_answered {
+            left = 1;
+        }
+        while left > 0 {
+            let got = self.got().await;
+            if got.parent != *header {
+                continue;
+            }
+            left -= usize::from(got.msg_type.ends_with("_reply"));
+            left -= usize::from(got.msg_type == "status" && got.content["execution_state"] == "idle");
+            all.push(got);
+        }
+        all
+    }
+
+    /// Runs code to its end.
+    async fn run(&mut self, code: &str) -> Vec<Got> {
+        let header = self.execute(code).await;
+        self.all_of(&header).await
+    }
+
+    /// Waits for the end of the connection and answers with its code.
+    async fn closed(&mut self) -> Option<u16> {
+        loop {
+            if let Frame::Closed(code) = self.next().await {
+                return code;
+            }
+        }
+    }
+}
+
+fn v1_frame(parts: &[Vec<u8>]) -> bytes::Bytes {
+    let mut frame = (parts.len() as u64 + 1).to_le_bytes().to_vec();
+    let mut at = 8 * (parts.len() as u64 + 2);
+    frame.extend(at.to_le_bytes());
+    for part in parts {
+        at += part.len() as u64;
+        frame.extend(at.to_le_bytes());
+    }
+    parts.iter().for_each(|part| frame.extend(part));
+    frame.into()
+}
+
+fn default_frame(parts: &[Vec<u8>]) -> bytes::Bytes {
+    let mut frame = (parts.len() as u32).to_be_bytes().to_vec();
+    let mut at = 4 * (parts.len() as u32 + 1);
+    for part in parts {
+        frame.extend(at.to_be_bytes());
+        at += part.len() as u32;
+    }
+    parts.iter().for_each(|part| frame.extend(part));
+    frame.into()
+}
+
+fn read_object(object: &[u8], buffers: Vec<Vec<u8>>) -> Got {
+    let object: Value = serde_json::from_slice(object).expect("JSON");
+    assert_eq!((&object["msg_id"], &object["msg_type"]), (&object["header"]["msg_id"], &object["header"]["msg_type"]));
+    Got {
+        channel: text(&object["channel"]),
+        msg_type: text(&object["msg_type"]),
+        msg_id: text(&object["msg_id"]),
+        parent: object["parent_header"].clone(),
+        content: object["content"].clone(),
+        buffers,
+    }
+}
+
+fn read_default(frame: &[u8]) -> Got {
+    let number = |at: usize| u32::from_be_bytes(frame[4 * at..4 * at + 4].try_into().unwrap()) as usize;
+    let mut offsets: Vec<_> = (1..=number(0)).map(number).collect();
+    offsets.push(frame.len());
+    let mut parts = offsets.windows(2).map(|pair| frame[pair[0]..pair[1]].to_vec());
+    let object = parts.next().expect("a part");
+    read_object(&object, parts.collect())
+}
+
+fn read_v1(frame: &[u8]) -> Got {
+    let number = |at: usize| u64::from_le_bytes(frame[8 * at..8 * at + 8].try_into().unwrap()) as usize;
+    let offsets: Vec<_> = (1..=number(0)).map(number).collect();
+    assert_eq!(offsets.last(), Some(&frame.len()));
+    let parts: Vec<_> = offsets.windows(2).map(|pair| &frame[pair[0]..pair[1]]).collect();
+    let [channel, header, parent, _metadata, content, buffers @ ..] = &parts[..] else { panic!("{}", parts.len()) };
+    let [header, parent, content] =
+        [header, parent, content].map(|part| serde_json::from_slice::<Value>(part).expect("JSON"));
+    Got {
+        channel: String::from_utf8(channel.to_vec()).unwrap(),
+        msg_type: text(&header["msg_type"]),
+        msg_id: text(&header["msg_id"]),
+        parent,
+        content,
+        buffers: buffers.iter().map(|buffer| buffer.to_vec()).collect(),
+    }
+}
+
+fn types(all: &[Got]) -> Vec<&str> {
+    all.iter().map(|got| got.msg_type.as_str()).collect()
+}
+
+fn one<'a>(all: &'a [Got], msg_type: &str) -> &'a Got {
+    all.iter().find(|got| got.msg_type == msg_type).unwrap_or_else(|| panic!("no {msg_type} in {:?}", types(all)))
+}
+
+fn printed(all: &[Got], name: &str) -> String {
+    all.iter()
+        .filter(|got| got.msg_type == "stream" && got.content["name"] == name)
+        .map(|got| text(&got.content["text"]))
+        .collect()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn kernels_are_spoken_to_in_both_subprotocols() {
+    let server = Server::start(SETTINGS).await;
+    let cases = cases!(server; both_forms_run_code, errors_abort_what_follows, input_finds_its_asker, comms_carry_buffers, messages_find_their_askers, control_is_the_sessions);
+    server.run_and_finish(2, cases).await;
+}
+
+async fn both_forms_run_code(server: Arc<Server>) {
+    let kernel = kernel(&server).await;
+    for is_v1 in [false, true] {
+        let mut client = Client::open(&server, &kernel, "", is_v1).await;
+        let header = client.send("shell", "kernel_info_request", json!({}), &[]).await;
+        let info = client.all_of(&header).await;
+        assert_eq!(one(&info, "kernel_info_reply").content["status"], "ok");
+        assert_eq!(one(&info, "kernel_info_reply").channel, "shell");
+
+        let all = client.run("print('a')\nfrom IPython.display import display\ndisplay({'x/y': 1, 'text/plain': 'é'}, raw=True, display_id='d')\n6 * 7").await;
+        assert_eq!(
+            types(&all),
+            ["status", "execute_input", "stream", "display_data", "execute_result", "execute_reply", "status"]
+        );
+        assert_eq!(one(&all, "display_data").content["data"], json!({"x/y": 1, "text/plain": "é"}));
+        assert_eq!(one(&all, "display_data").content["transient"]["display_id"], "d");
+        assert_eq!(one(&all, "execute_result").content["data"]["text/plain"], "42");
+        let reply = one(&all, "execute_reply");
+        assert_eq!((&reply.content["status"], reply.channel.as_str()), (&json!("ok"), "shell"));
+        assert_eq!(reply.content["execution_count"], one(&all, "execute_input").content["execution_count"]);
+        let ids: std::collections::BTreeSet<_> = all.iter().map(|got| &got.msg_id).collect();
+        assert_eq!(ids.len(), all.len(), "each has an id of its own");
+
+        let complete = client.send("shell", "complete_request", json!({"code": "prin", "cursor_pos": 4}), &[]).await;
+        let complete = client.all_of(&complete).await;
+        assert!(one(&complete, "complete_reply").content["matches"].to_string().contains("print"));
+        let values = json!({"code": "", "silent": true, "user_expressions": {"x": "1 + 1"}});
+        let values = client.send("shell", "execute_request", values, &[]).await;
+        let values = client.all_of(&values).await;
+        assert_eq!(one(&values, "execute_reply").content["user_expressions"]["x"]["data"]["text/plain"], "2");
+    }
+    let model = get(&server, &format!("/api/kernels/{kernel}")).await.json;
+    assert_eq!(model["execution_state"], "idle", "{model}");
+    // Executions are executions like any other.
+    let session = cellblock::domain::ids::SessionId::from_uuid(kernel.parse().unwrap());
+    let notebook = server.get(&format!("/v1/sessions/{session}/notebook")).await.json;
+    assert_eq!(notebook["cells"].as_array().map(Vec::len), Some(2), "{notebook}");
+    let audit = server.get(&format!("/v1/audit?session={session}&action=create_execution")).await;
+    assert_eq!(audit.json["events"].as_array().map(Vec::len), Some(4), "{}", audit.text);
+    assert!(!audit.text.contains(&server.key), "a key is not told");
+}
+
+async fn errors_abort_what_follows(server: Arc<Server>) {
+    let kernel = kernel(&server).await;
+    let mut client = Client::open(&server, &kernel, "", false).await;
+    let failing = client.execute("import time; time.sleep(0.5); 1/0").await;
+    let follows = client.execute("print('never')").await;
+    let failed = client.all_of(&failing).await;
+    assert_eq!(one(&failed, "error").content["ename"], "ZeroDivisionError");
+    assert_eq!(one(&failed, "execute_reply").content["status"], "error");
+    let aborted = client.all_of(&follows).await;
+    assert_eq!(types(&aborted), ["status", "execute_reply", "status"]);
+    assert_eq!(one(&aborted, "execute_reply").content["status"], "aborted");
+    assert_eq!(printed(&client.run("print('again')").await, "stdout"), "again\n");
+}
+
+async fn input_finds_its_asker(server: Arc<Server>) {
+    let kernel = kernel(&server).await;
+    let mut asker = Client::open(&server, &kernel, "", false).await;
+    let mut other = Client::open(&server, &kernel, "", true).await;
+    let header = asker.execute("print('Hello', input('Name: '))").await;
+    loop {
+        let got = asker.got().await;
+        if got.msg_type == "input_request" {
+            assert_eq!(
+                (got.channel.as_str(), &got.content["prompt"], &got.parent),
+                ("stdin", &json!("Name: "), &header)
+            );
+            break;
+        }
+    }
+    other.send("stdin", "input_reply", json!({"value": "forged"}), &[]).await;
+    asker.send("stdin", "input_reply", json!({"value": "you"}), &[]).await;
+    let all = asker.all_of(&header).await;
+    assert_eq!(printed(&all, "stdout"), "Hello you\n");
+    let mut heard = Vec::new();
+    loop {
+        let got = other.got().await;
+        let is_end = got.content["execution_state"] == "idle";
+        heard.push(got);
+        if is_end {
+            break;
+        }
+    }
+    assert_eq!(printed(&heard, "stdout"), "Hello you\n", "all hear what is published");
+    assert!(heard.iter().all(|got| got.channel == "iopub" && got.parent == header));
+}
+
+async fn comms_carry_buffers(server: Arc<Server>) {
+    let kernel = kernel(&server).await;
+    for is_v1 in [false, true] {
+        let mut client = Client::open(&server, &kernel, "", is_v1).await;
+        client
+            .run(
+                "def opened(comm, msg):\n    @comm.on_msg\n    def _(msg):\n        comm.send({'sum': sum(bytes(msg['buffers'][0])), 'is': msg['content']['data']}, buffers=[b'\\x00\\x01\\xff', b''])\n        print('worked')\n\
+                 get_ipython().kernel.comm_manager.register_target('t', opened)",
+            )
+            .await;
+        let open =
+            client.send("shell", "comm_open", json!({"comm_id": "c", "target_name": "t", "data": {}}), &[]).await;
+        client.all_of(&open).await;
+        let message =
+            client.send("shell", "comm_msg", json!({"comm_id": "c", "data": {"a": [1]}}), &[b"\x01\x02\xff"]).await;
+        let answer = client.all_of(&message).await;
+        let comm = one(&answer, "comm_msg");
+        assert_eq!(comm.content["data"], json!({"sum": 258, "is": {"a": [1]}}));
+        assert_eq!(comm.buffers, [b"\x00\x01\xff".to_vec(), Vec::new()]);
+        assert_eq!(printed(&answer, "stdout"), "worked\n");
+        let info = client.send("shell", "comm_info_request", json!({}), &[]).await;
+        assert!(one(&client.all_of(&info).await, "comm_info_reply").content["comms"]["c"].is_object());
+        let close = client.send("shell", "comm_close", json!({"comm_id": "c", "data": {}}), &[]).await;
+        client.all_of(&close).await;
+    }
+}
+
+async fn messages_find_their_askers(server: Arc<Server>) {
+    let kernel = kernel(&server).await;
+    let (mut one_client, mut two) = (
+        Client::open(&server, &kernel, "", false).await,
+        Client::open(&server, &kernel, "?session_id=two", true).await,
+    );
+    // Who says that it is somebody else is answered itself.
+    two.session.clone_from(&one_client.session);
+    let header = two.execute("print('two')").await;
+    let all = two.all_of(&header).await;
+    assert_eq!(one(&all, "execute_reply").content["status"], "ok");
+    let header = one_client.execute("print('one')").await;
+    let mut heard = Vec::new();
+    while heard.last().is_none_or(|got: &Got| !(got.parent == header && got.msg_type == "execute_reply")) {
+        heard.push(one_client.got().await);
+    }
+    let replies = heard.iter().filter(|got| got.channel == "shell").count();
+    assert_eq!(replies, 1, "the other's reply is not for it: {:?}", types(&heard));
+    assert_eq!(printed(&heard, "stdout"), "two\none\n");
+    // What a thread says after its cell has ended is told under the cell's header.
+    let late = one_client.execute("import threading, time\nthreading.Thread(target=lambda: (time.sleep(1), print('late', flush=True))).start()").await;
+    one_client.all_of(&late).await;
+    let got = one_client.got().await;
+    assert_eq!((got.msg_type.as_str(), &got.parent), ("stream", &late));
+    // The native API's executions are heard too.
+    let session = cellblock::domain::ids::SessionId::from_uuid(kernel.parse().unwrap());
+    server.post(&format!("/v1/sessions/{session}/executions"), &json!({"code": "print('native')"})).await;
+    while printed(&[one_client.got().await], "stdout") != "native\n" {}
+}
+
+async fn control_is_the_sessions(server: Arc<Server>) {
+    let kernel = kernel(&server).await;
+    let mut client = Client::open(&server, &kernel, "", false).await;
+    client.run("x = 1").await;
+    let sleeping = client.execute("import time; time.sleep(60)").await;
+    while client.got().await.msg_type != "execute_input" {}
+    let interrupt = client.send("control", "interrupt_request", json!({}), &[]).await;
+    let mut all = Vec::new();
+    let is_end = |got: &Got| got.parent == sleeping && got.content["execution_state"] == "idle";
+    while !all.last().is_some_and(is_end) {
+        all.push(client.got().await);
+    }
+    assert!(all.iter().any(|got| got.parent == interrupt && got.msg_type == "interrupt_reply"));
+    assert_eq!(one(&all, "error").content["ename"], "KeyboardInterrupt");
+    let usage = client.send("control", "kernel_info_request", json!({}), &[]).await;
+    assert_eq!(one(&client.all_of(&usage).await, "kernel_info_reply").channel, "control");
+
+    assert_eq!(post(&server, &format!("/api/kernels/{kernel}/restart"), Value::Null).await.status, 200);
+    let gone = client.run("x").await;
+    assert_eq!(one(&gone, "error").content["ename"], "NameError");
+    let restart = client.send("control", "shutdown_request", json!({"restart": true}), &[]).await;
+    while client.got().await.parent != restart {}
+    // A kernel that dies is said to.
+    let died = client.execute("import os; os._exit(3)").await;
+    let died = client.all_of(&died).await;
+    assert_eq!(one(&died, "execute_reply").content["status"], "error");
+    assert!(printed(&died, "stderr").contains("exited with status 3"), "{died:?}");
+    let restarting = loop {
+        let got = client.got().await;
+        if got.msg_type == "status" && got.parent == json!({}) {
+            break got;
+        }
+    };
+    assert_eq!(restarting.content["execution_state"], "restarting");
+    assert_eq!(printed(&client.run("print(1)").await, "stdout"), "1\n");
+
+    let end = client.send("control", "shutdown_request", json!({"restart": false}), &[]).await;
+    let mut seen = Vec::new();
+    let code = loop {
+        match client.next().await {
+            Frame::Got(got) => seen.push(*got),
+            Frame::Closed(code) => break code,
+        }
+    };
+    assert_eq!(code, Some(1000));
+    assert!(seen.iter().any(|got| got.parent == end && got.msg_type == "shutdown_reply"), "{seen:?}");
+    assert_eq!(seen.last().map(|got| &got.content["execution_state"]), Some(&json!("dead")));
+    assert!(matches!(Client::try_open(&server, &kernel, "", false).await, Err(404)));
+}
+
+/// Numbers that were printed one a message.
+fn numbers(all: &[Got]) -> Vec<u64> {
+    assert_eq!(printed(all, "stderr"), "");
+    // A line may come in two messages.
+    printed(all, "stdout").lines().map(|line| line.parse().unwrap_or_else(|_| panic!("{line:?}"))).collect()
+}
+
+/// Leaves out what has come before under the same id.
+fn once(all: Vec<Got>) -> Vec<Got> {
+    let mut seen = std::collections::HashSet::new();
+    all.into_iter().filter(|got| seen.insert(got.msg_id.clone())).collect()
+}
+
+/// Prints so many numbers, each in a message of its own.
+fn counting(to: u64, pause: f64) -> String {
+    format!("import time\nfor n in range({to}):\n    print(n, flush=True)\n    if n % 50 == 0: time.sleep({pause})")
+}
+
+/// Reads what comes until so many messages have come, or the end of what was asked.
+async fn read_some(client: &mut Client, header: &Value, most: usize, all: &mut Vec<Got>) -> bool {
+    let is_reply = |got: &Got| got.msg_type == "execute_reply";
+    let is_idle = |got: &Got| got.content["execution_state"] == "idle";
+    for _ in 0..most {
+        match client.next().await {
+            Frame::Got(got) if got.parent == *header => all.push(*got),
+            Frame::Got(_) => {}
+            Frame::Closed(_) => return false,
+        }
+        if all.iter().rev().take(50).any(is_idle) && all.iter().any(is_reply) {
+            return true;
+        }
+    }
+    false
+}
+
+const COUNTING: &str = "default_template = \"python\"\n[template_defaults.output]\nmessages = 20000\nmessages_per_second = 20000\n[template_defaults.default]\nexecution = \"300s\"\n";
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_is_cut_off_hears_the_rest_and_nothing_is_lost() {
+    const MANY: u64 = 10_000;
+    let server = Server::start(COUNTING).await;
+    let kernel = kernel(&server).await;
+    let query = "?session_id=mine";
+    let mut client = Client::open(&server, &kernel, query, false).await;
+    let header = client.execute(&counting(MANY, 0.01)).await;
+    let mut all = Vec::new();
+    // Cut without a word, again and again.
+    let mut cuts = 0;
+    while !read_some(&mut client, &header, 2500, &mut all).await {
+        cuts += 1;
+        drop(client);
+        client = Client::open(&server, &kernel, query, false).await;
+    }
+    assert!(cuts >= 3, "{cuts}");
+    let again = all.len();
+    let all = once(all);
+    assert_eq!(numbers(&all), (0..MANY).collect::<Vec<_>>());
+    assert!(
+        again - all.len() < 4 * 1200,
+        "only what follows the last answered ping comes again: {}",
+        again - all.len()
+    );
+    assert_eq!(all.iter().filter(|got| got.msg_type == "execute_reply").count(), 1);
+
+    // What nobody was there for is told to who comes back, and to nobody else.
+    let header = client.execute("import time; time.sleep(0.5); print('in between')").await;
+    drop(client);
+    let began = std::time::Instant::now();
+    while get(&server, &format!("/api/kernels/{kernel}")).await.json["execution_state"] != "idle" {
+        assert!(began.elapsed() < NEVER);
+        tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+    }
+    let mut other = Client::open(&server, &kernel, "?session_id=other", false).await;
+    let own = other.run("print('own')").await;
+    assert_eq!(printed(&own, "stdout"), "own\n");
+    let mut client = Client::open(&server, &kernel, query, false).await;
+    assert_eq!(printed(&client.all_of(&header).await, "stdout"), "in between\n");
+    // The same name again takes the first one's place.
+    let mut second = Client::open(&server, &kernel, query, false).await;
+    assert_eq!(client.closed().await, Some(1000));
+    assert_eq!(printed(&second.run("print(2)").await, "stdout"), "2\n");
+    server.finish().await.unwrap_or_else(|left| panic!("{left}"));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_server_that_is_killed_costs_a_client_nothing_that_comes_back() {
+    const MANY: u64 = 10_000;
+    let (server, pid) = Server::spawn(&format!("{COUNTING}[drain]\ncontainers = \"keep\"\n")).await;
+    let kernel = kernel(&server).await;
+    let query = "?session_id=mine";
+    let mut client = Client::open(&server, &kernel, query, true).await;
+    client.run("before = 1").await;
+    let header = client
+        .execute(&format!(
+            "print(repr(before - 1))\n{}\nbytes(3 * 1024 * 1024).hex()",
+            counting(MANY, 0.05).replace("range(", "range(1, ")
+        ))
+        .await;
+    let mut all = Vec::new();
+    assert!(!read_some(&mut client, &header, 3000, &mut all).await);
+    server.kill(pid).await;
+    // What was on its way counts as well.
+    read_some(&mut client, &header, usize::MAX, &mut all).await;
+    let heard = once(all.clone()).len();
+    assert!(heard < MANY as usize, "it ended too early for this test: {heard}");
+    let (server, _) = server.spawn_again().await;
+    let mut client = Client::open(&server, &kernel, query, true).await;
+    let is_over = read_some(&mut client, &header, usize::MAX, &mut all).await;
+    assert!(is_over);
+    let all = once(all);
+    assert_eq!(numbers(&all), (0..MANY).collect::<Vec<_>>());
+    assert_eq!(one(&all, "execute_reply").content["status"], "ok");
+    assert_eq!(text(&one(&all, "execute_result").content["data"]["text/plain"]).len(), 6 * 1024 * 1024 + 2);
+    assert_eq!(printed(&client.run("print(before)").await, "stdout"), "1\n");
+    let by_path = server.bare(Method::DELETE, &format!("/t/{}/api/kernels/{kernel}?token={}", server.key, server.key));
+    assert_eq!(server.send(by_path).await.status, 204);
+    let log = std::fs::read_to_string(server.data().with_file_name("log")).unwrap();
+    assert!(log.contains("/t/{key}/api/kernels/{kernel}") && !log.contains(&server.key), "no line has a key in it");
+    server.finish().await.unwrap_or_else(|left| panic!("{left}"));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_server_that_stops_says_that_clients_may_come_back() {
+    let server = Server::start(&format!("{SETTINGS}[drain]\ncontainers = \"keep\"\n")).await;
+    let kernel = kernel(&server).await;
+    let mut client = Client::open(&server, &kernel, "?session_id=mine", false).await;
+    client.run("x = 7").await;
+    let next = server.start_again_keeping();
+    let (next, code) = tokio::join!(next, client.closed());
+    assert_eq!(code, Some(1012));
+    let mut client = Client::open(&next, &kernel, "?session_id=mine", false).await;
+    assert_eq!(printed(&client.run("print(x)").await, "stdout"), "7\n");
+    assert_eq!(delete(&next, &format!("/api/kernels/{kernel}")).await, 204);
+    next.finish().await.unwrap_or_else(|left| panic!("{left}"));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn hostile_clients_cost_their_own_connections_only() {
+    let server = Server::start(
+        "default_template = \"python\"\n[jupyter]\nmax_message = \"1MiB\"\nconnections_per_session = 4\nconnections_per_tenant = 8\nbuffer_size = \"1MiB\"\n",
+    )
+    .await;
+    let cases = cases!(server; garbage_is_closed_with_the_right_code, connections_are_bounded, output_is_cut_in_pieces_and_said_to_be, who_never_reads_is_cut_off);
+    server.run_and_finish(1, cases).await;
+}
+
+async fn garbage_is_closed_with_the_right_code(server: Arc<Server>) {
+    let kernel = kernel(&server).await;
+    let binary = |bytes: Vec<u8>| tungstenite::Message::Binary(bytes.into());
+    let text = |text: &str| tungstenite::Message::Text(text.into());
+    for (is_v1, frame, code) in [
+        (false, text("{\"header\": "), 1007),
+        (false, text("[]"), 1007),
+        (false, binary(vec![0xff; 64]), 1009),
+        (false, binary(vec![0, 0, 0, 1]), 1007),
+        (true, text("{}"), 1003),
+        (true, binary(vec![2; 64]), 1009),
+        (true, binary(Vec::new()), 1007),
+    ] {
+        let mut client = Client::open(&server, &kernel, "", is_v1).await;
+        client.socket.send(frame.clone()).await.unwrap();
+        assert_eq!(client.closed().await, Some(code), "{frame:?}");
+    }
+    // Longer than may be: the connection ends, whatever the client sends on.
+    let mut client = Client::open(&server, &kernel, "", false).await;
+    let _ = client.socket.send(text(&"x".repeat(1 << 21))).await;
+    let code = client.closed().await;
+    assert_eq!(code, Some(1009));
+    let mut client = Client::open(&server, &kernel, "", false).await;
+    let _ = client.socket.send(binary(vec![0; 100_000_000])).await;
+    assert!(matches!(client.closed().await, Some(1009) | None));
+
+    // What is not understood, but is a message, is left out; and what asks for too much is answered.
+    let mut client = Client::open(&server, &kernel, "", false).await;
+    for ignored in ["{\"header\": {}}", "{\"header\": {\"msg_id\": \"a\", \"msg_type\": \"x\"}, \"channel\": \"hb\"}"] {
+        client.socket.send(text(ignored)).await.unwrap();
+    }
+    client.send("stdin", "input_reply", json!({"value": "nobody asked"}), &[]).await;
+    client.send("shell", "execute_request", json!({"code": 1}), &[]).await;
+    let refused = client.send("shell", "execute_request", json!({}), &[]).await;
+    let refused = client.all_of(&refused).await;
+    assert_eq!(one(&refused, "execute_reply").content["status"], "error");
+    let subshell = json!({"msg_id": "s", "msg_type": "execute_request", "subshell_id": "x"});
+    let message = json!({"header": subshell, "content": {"code": "1"}, "channel": "shell"});
+    client.socket.send(text(&message.to_string())).await.unwrap();
+    let refused = client.all_of(&subshell).await;
+    assert!(one(&refused, "error").content["evalue"].to_string().contains("subshell"));
+    // Header and code that look like JSON's end, or are none of Unicode.
+    let odd = client.run("print('\\ud800 \"}]'.encode('utf-8', 'surrogatepass'))\n'\\ud800'").await;
+    assert_eq!(one(&odd, "execute_reply").content["status"], "ok");
+    assert_eq!(printed(&client.run("print(1)").await, "stdout"), "1\n");
+    assert_eq!(delete(&server, &format!("/api/kernels/{kernel}")).await, 204);
+}
+
+async fn connections_are_bounded(server: Arc<Server>) {
+    let (kernel, other) = (kernel(&server).await, kernel(&server).await);
+    let mut open = Vec::new();
+    for _ in 0..4 {
+        open.push(Client::open(&server, &kernel, "", false).await);
+    }
+    assert!(matches!(Client::try_open(&server, &kernel, "", false).await, Err(429)), "of the kernel");
+    for _ in 0..4 {
+        open.push(Client::open(&server, &other, "", false).await);
+    }
+    assert!(matches!(Client::try_open(&server, &other, "", false).await, Err(429)), "of the tenant");
+    let model = get(&server, &format!("/api/kernels/{kernel}")).await.json;
+    assert_eq!(model["connections"], 4);
+    drop(open);
+    let began = std::time::Instant::now();
+    while get(&server, &format!("/api/kernels/{kernel}")).await.json["connections"] != 0 {
+        assert!(began.elapsed() < NEVER);
+        tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+    }
+    let mut client = Client::open(&server, &kernel, "", false).await;
+    assert_eq!(printed(&client.run("print(1)").await, "stdout"), "1\n");
+    for path in [format!("/api/kernels/{kernel}/channels"), "/api/kernels/x/channels".to_owned()] {
+        is_error(&get(&server, &path).await, if path.contains("/x/") { 404 } else { 400 });
+        assert_eq!(server.send(server.bare(Method::GET, &path)).await.status, 403);
+    }
+    for kernel in [kernel, other] {
+        assert_eq!(delete(&server, &format!("/api/kernels/{kernel}")).await, 204);
+    }
+}
+
+async fn output_is_cut_in_pieces_and_said_to_be(server: Arc<Server>) {
+    let kernel = kernel(&server).await;
+    let mut client = Client::open(&server, &kernel, "", false).await;
+    let all = client.run("print('x' * 50_000_000)").await;
+    let pieces: Vec<_> =
+        all.iter().filter(|got| got.content["name"] == "stdout").map(|got| text(&got.content["text"]).len()).collect();
+    assert!(pieces.iter().all(|piece| *piece <= 256 * 1024), "{pieces:?}");
+    assert!(pieces.iter().sum::<usize>() >= 512 * 1024, "{pieces:?}");
+    let said = printed(&all, "stderr");
+    assert!(said.contains("of 50000001 bytes of stdout were left out"), "{said}");
+    assert_eq!(delete(&server, &format!("/api/kernels/{kernel}")).await, 204);
+}
+
+async fn who_never_reads_is_cut_off(server: Arc<Server>) {
+    let kernel = kernel(&server).await;
+    let mut deaf = Client::open(&server, &kernel, "?session_id=deaf", false).await;
+    let mut client = Client::open(&server, &kernel, "", false).await;
+    for _ in 0..20 {
+        let all = client.run("for n in range(12): print('x' * 60_000, flush=True)").await;
+        assert_eq!(one(&all, "execute_reply").content["status"], "ok");
+    }
+    let began = std::time::Instant::now();
+    // What is on its way to the deaf one is not more than what its connection holds.
+    let code = deaf.closed().await;
+    assert_eq!(code, Some(1013), "after {:?}", began.elapsed());
+    assert_eq!(printed(&client.run("print(1)").await, "stdout"), "1\n");
+    assert_eq!(delete(&server, &format!("/api/kernels/{kernel}")).await, 204);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn clients_from_the_registry_work_as_they_come() {
+    let server = Server::start(SETTINGS).await;
+    let cases = cases!(server; nbclient_through_the_gateway, papermill_through_the_gateway, jupyter_kernel_client);
+    server.run_and_finish(2, cases).await;
+}
+
+async fn nbclient_through_the_gateway(server: Arc<Server>) {
+    client_works(&server, "nbclient").await;
+}
+
+async fn papermill_through_the_gateway(server: Arc<Server>) {
+    client_works(&server, "papermill").await;
+}
+
+async fn jupyter_kernel_client(server: Arc<Server>) {
+    client_works(&server, "jupyter_kernel_client").await;
+}
+
+/// Runs a client in the Python that `scripts/test-kernel` has made.
+async fn client_works(server: &Server, name: &str) {
+    let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR"));
+    let python = root.join("target/jupyter/bin/python");
+    assert!(python.exists(), "{} is not there; `make test-kernel` makes it", python.display());
+    let mut command = std::process::Command::new(python);
+    // Without the script's folder among the modules: its neighbours have names of packages.
+    command.arg("-P").arg(root.join("tests/support/jupyter_clients.py")).args([&server.url, &server.key, name]);
+    let ran = tokio::task::spawn_blocking(move || command.output()).await.unwrap().unwrap();
+    assert!(ran.status.success(), "{}", String::from_utf8_lossy(&ran.stderr));
+}
