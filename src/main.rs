@@ -73,6 +73,10 @@ async fn perform() -> ExitCode {
                 Err(code) => code,
             }
         }
+        Command::Mcp(args) => match load(&args.config.inputs(&environment)) {
+            Ok(config) => serve_mcp(config).await,
+            Err(code) => code,
+        },
         Command::Backup(args) => match load(&args.inputs(&environment)) {
             Ok(config) => backup(&config, &args.to),
             Err(code) => code,
@@ -144,6 +148,15 @@ async fn run_once(args: &cli::RunArgs, json: bool, config: Config) -> u8 {
             cli::FAILED
         }
     }
+}
+
+/// Does not come back: a read of standard input that nobody ends would hold the program.
+async fn serve_mcp(config: Config) -> u8 {
+    let code = run::serve_mcp(config).await.unwrap_or_else(|error| {
+        eprintln!("cellblock: {error}");
+        cli::FAILED
+    });
+    std::process::exit(i32::from(code))
 }
 
 fn backup(config: &Config, to: &Path) -> u8 {
@@ -297,5 +310,6 @@ fn start_log(log: &Log) -> Result<LogLevel, String> {
 
 fn filter(level: &str) -> Result<EnvFilter, String> {
     config::check_log_level(level)?;
-    EnvFilter::try_new(level).map_err(|e| format!("{level:?} is not understood: {e}"))
+    // That crate tells whole messages, with the code in them. What there is to tell of one stands in the line of its request.
+    EnvFilter::try_new(format!("{level},rmcp=off")).map_err(|e| format!("{level:?} is not understood: {e}"))
 }

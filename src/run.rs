@@ -1,6 +1,8 @@
 //! `cellblock run`: one execution in a container of its own, with no server running. The control plane lives inside the command
 //! for as long as the code runs.
 
+mod mcp;
+
 use std::io;
 use std::path::{Component, Path, PathBuf};
 
@@ -20,6 +22,8 @@ use crate::service::transfer::Pieces;
 use crate::service::{Error, ExecuteRequest};
 use crate::session::execution::Execution;
 use crate::session::registry::Created;
+
+pub use mcp::serve as serve_mcp;
 
 /// The instance of all such commands. Each removes its own container; what a killed one leaves ends by its lease, and is removed by
 /// the next one.

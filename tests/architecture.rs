@@ -37,7 +37,7 @@ const LAYERS: [(&str, &[&str]); 20] = [
 ];
 
 /// Crates that only some modules may name. Paths are prefixes of a file's module path.
-const CRATES: [(&str, &[&str]); 17] = [
+const CRATES: [(&str, &[&str]); 18] = [
     ("bollard", &["engine/docker", "engine/lockdown"]),
     ("tar", &["engine/docker", "engine/pack"]),
     ("docker_credential", &["engine/docker"]),
@@ -53,6 +53,7 @@ const CRATES: [(&str, &[&str]); 17] = [
     ("clap", &["cli", "main"]),
     ("toml", &["config"]),
     ("tokio_rustls", &["http/tls", "egress/trust"]),
+    ("rmcp", &["http/mcp"]),
     ("tungstenite", &["http/jupyter"]),
     ("hyper", &["kernel", "egress", "service", "run", "task", "engine/docker", "http/listen", "http/forward"]),
 ];

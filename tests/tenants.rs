@@ -236,6 +236,59 @@ fn expected(who: Who, about: About) -> Answer {
     }
 }
 
+/// Every tool of the MCP door, with arguments about the first tenant's things.
+fn tools(things: &Things) -> Vec<(&'static str, About, Value)> {
+    use About::{Change, List, Look, Make};
+    let id = &things.cell.id;
+    vec![
+        ("run_code", Change, json!({"session_id": id, "code": "1"})),
+        ("run_command", Change, json!({"session_id": id, "command": "true"})),
+        ("create_session", Make, json!({"template": "there-is-none"})),
+        ("list_sessions", List, json!({})),
+        ("read_file", Look, json!({"session_id": id, "path": FILE})),
+        ("write_file", Change, json!({"session_id": id, "path": FILE, "content": "x"})),
+        ("close_session", Change, json!({"session_id": id})),
+    ]
+}
+
+/// Asks for every tool as everybody who may not change the first tenant's things.
+async fn tools_answer_as_routes_do(server: &Server, things: &Things, callers: &[(Who, Option<String>)]) {
+    let accepted = "application/json, text/event-stream";
+    let ask = async |key: Option<&str>, method: &str, params: Value| {
+        let message = json!({"jsonrpc": "2.0", "id": 1, "method": method, "params": params});
+        server.send(with(server.bare(Method::POST, "/mcp"), key).header("accept", accepted).json(&message)).await
+    };
+    let owner = callers.iter().find(|(who, _)| *who == Who::Owner).and_then(|(_, key)| key.as_deref());
+    let listed = ask(owner, "tools/list", json!({})).await.json;
+    let listed: BTreeSet<_> = listed["result"]["tools"].as_array().unwrap().iter().map(|t| text(&t["name"])).collect();
+    assert_eq!(listed, tools(things).iter().map(|(name, ..)| (*name).to_owned()).collect(), "each tool has its row");
+    for (who, key) in callers.iter().filter(|(who, _)| *who != Who::Owner) {
+        for (tool, about, arguments) in tools(things) {
+            let reply = ask(key.as_deref(), "tools/call", json!({"name": tool, "arguments": arguments})).await;
+            let what = format!("{who:?}: {tool}: {} {}", reply.status, reply.text);
+            let (is_error, told) = (&reply.json["result"]["isError"], &reply.json["result"]["content"][0]["text"]);
+            let code = match expected(*who, about) {
+                Answer::Refused(401) => {
+                    assert_eq!(reply.status, 401, "{what}");
+                    continue;
+                }
+                Answer::Granted | Answer::Nothing => {
+                    assert_eq!(is_error, false, "{what}");
+                    assert!(expected(*who, about) == Answer::Granted || !things.is_told_of_in(&reply.text), "{what}");
+                    continue;
+                }
+                Answer::Refused(403) => "(forbidden)",
+                Answer::Refused(404) => "(not-found)",
+                Answer::Refused(status) => {
+                    assert_eq!(status, 422, "{what}");
+                    "(spec-rejected)"
+                }
+            };
+            assert!(is_error == true && text(told).contains(code), "{what}");
+        }
+    }
+}
+
 /// What the first tenant has, and a key for operators to revoke.
 struct Things {
     cell: Cell,
@@ -354,6 +407,7 @@ async fn every_route_of_the_document_answers_each_kind_of_key_as_it_should() {
     each_route_has_its_row(&server).await;
     jupyter_door(&server, &callers, &owner).await;
     let things = Things::new(&server, &owner).await;
+    tools_answer_as_routes_do(&server, &things, &callers).await;
     let mut asked = 0;
     for (who, key) in &callers {
         for (method, route, about, body) in routes() {

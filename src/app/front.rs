@@ -11,7 +11,7 @@ use crate::http::listen::Connections;
 use crate::http::origins::Origins;
 use crate::http::remote::Proxies;
 use crate::http::tls::Tls;
-use crate::http::{App, Bounds, Ports, jupyter};
+use crate::http::{App, Bounds, Ports, jupyter, mcp};
 
 /// What handlers work with.
 #[must_use]
@@ -40,6 +40,7 @@ pub fn app(config: &Config, plane: &Plane) -> App {
         }),
         sockets: jupyter::Sockets::default(),
         started: Timestamp::now(),
+        mcp: config.doors.mcp.then(|| mcp::Mcp::new(config.doors.mcp_hosts.clone())),
     }
 }
 

@@ -59,6 +59,8 @@ pub enum Command {
     Keys(KeysCommand),
     /// Run code once, in a container that is thrown away; needs Docker but no server.
     Run(RunArgs),
+    /// Serve a client of the Model Context Protocol on standard input and output, or set one up; without a server it needs Docker.
+    Mcp(McpArgs),
     /// Check the configuration; print every value and where it came from, or every mistake.
     CheckConfig(ConfigArgs),
     /// Try whether this host does what the configuration relies on; needs no server, and disturbs none.
@@ -410,6 +412,63 @@ pub struct RunArgs {
     /// Configuration.
     #[command(flatten)]
     pub config: ConfigArgs,
+}
+
+/// Serve clients of the Model Context Protocol.
+#[derive(Debug, Clone, Args)]
+#[command(args_conflicts_with_subcommands = true)]
+pub struct McpArgs {
+    /// What else to do.
+    #[command(subcommand)]
+    pub command: Option<McpCommand>,
+    /// Serve the client that has started this program. The server is --url or CELLBLOCK_URL; without either, one lives in this program.
+    #[arg(long)]
+    pub stdio: bool,
+    /// The server.
+    #[command(flatten)]
+    pub server: ServerArgs,
+    /// Configuration, where no server is named.
+    #[command(flatten)]
+    pub config: ConfigArgs,
+}
+
+/// What to do for clients.
+#[derive(Debug, Clone, Subcommand)]
+pub enum McpCommand {
+    /// Show what a client's configuration needs; --yes writes it.
+    Install(InstallArgs),
+}
+
+/// Set a client up.
+#[derive(Debug, Clone, Args)]
+pub struct InstallArgs {
+    /// The client.
+    #[arg(value_enum)]
+    pub client: McpClient,
+    /// Write it into the client's file, beside what is there.
+    #[arg(long)]
+    pub yes: bool,
+    /// The client's file, if it is not where it usually is.
+    #[arg(long, value_name = "FILE")]
+    pub file: Option<PathBuf>,
+    /// The server that the client is to use; without a URL, the program without a server.
+    #[command(flatten)]
+    pub server: ServerArgs,
+}
+
+/// Clients that are known.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum McpClient {
+    /// Claude's application.
+    ClaudeDesktop,
+    /// Claude Code, in this project.
+    ClaudeCode,
+    /// Cursor.
+    Cursor,
+    /// Visual Studio Code, in this folder.
+    Vscode,
+    /// Windsurf.
+    Windsurf,
 }
 
 /// The session that code runs in.

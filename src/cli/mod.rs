@@ -6,6 +6,7 @@ mod client;
 mod commands;
 mod images;
 mod keys;
+pub mod mcp;
 mod problem;
 mod render;
 #[cfg(test)]
@@ -19,8 +20,8 @@ use clap::CommandFactory as _;
 use serde_json::json;
 
 pub use args::{
-    Cli, CodeSource, Command, ConfigArgs, DataCommand, DoctorArgs, ExecArgs, GuardArgs, Place, PsArgs, RmArgs, RunArgs,
-    ServeArgs, ServerArgs, SessionsArgs,
+    Cli, CodeSource, Command, ConfigArgs, DataCommand, DoctorArgs, ExecArgs, GuardArgs, InstallArgs, McpArgs,
+    McpClient, McpCommand, Place, PsArgs, RmArgs, RunArgs, ServeArgs, ServerArgs, SessionsArgs,
 };
 pub use client::Client;
 pub use images::{Blob, Images};
@@ -31,7 +32,8 @@ pub use waiting::while_waiting;
 
 use crate::config::{self, Environment};
 
-/// Performs a command and gives its exit code; `None` for those that need the control plane: `serve`, `guard`, `run`, `data`, `backup`, `doctor`, `openapi`.
+/// Performs a command and gives its exit code; `None` for those that need the control plane: `serve`, `guard`, `run`, `data`, `backup`, `doctor`,
+/// `openapi`, and `mcp` where no server is named.
 pub async fn perform(cli: &Cli, environment: &Environment) -> Option<u8> {
     let done = match &cli.command {
         Command::Serve(_)
@@ -49,6 +51,7 @@ pub async fn perform(cli: &Cli, environment: &Environment) -> Option<u8> {
         Command::Pause(args) => commands::pause(args, cli.json, environment).await,
         Command::Resume(args) => commands::resume(args, cli.json, environment).await,
         Command::Images(args) => commands::images(args, cli.json, environment).await,
+        Command::Mcp(args) => mcp::perform(args, environment).await?,
         Command::Keys(command) => keys::perform(command, cli.json, environment).await,
         Command::Health(args) => commands::health(args, cli.json, environment).await,
         Command::CheckConfig(args) => check_config(args, cli.json, environment),

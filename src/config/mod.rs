@@ -27,8 +27,8 @@ pub use change::Change;
 pub use check::{MOST_SESSIONS, check_log_level, proxy_of};
 pub use environment::Environment;
 pub use sections::{
-    Audit, Auth, Drain, DrainContainers, Egress, EngineSection, Executions, ForwardedHeader, GuardSection, Guest,
-    Jupyter, KeySection, Limits, Log, LogFormat, MetricsSection, Packages, PullPolicy, Server, Traces,
+    Audit, Auth, Doors, Drain, DrainContainers, Egress, EngineSection, Executions, ForwardedHeader, GuardSection,
+    Guest, Jupyter, KeySection, Limits, Log, LogFormat, MetricsSection, Packages, PullPolicy, Server, Traces,
 };
 pub use source::{Mistake, Mistakes, Source};
 pub use units::{parse_duration, parse_size};
@@ -68,6 +68,8 @@ pub struct Config {
     pub packages: Packages,
     /// Jupyter Server's API.
     pub jupyter: Jupyter,
+    /// Which doors are open beside the native API's.
+    pub doors: Doors,
     /// Who has asked for what.
     pub audit: Audit,
     /// What is counted.
@@ -238,6 +240,7 @@ impl From<sections::Document> for Config {
             egress: document.egress,
             packages: document.packages,
             jupyter: document.jupyter,
+            doors: document.doors,
             audit: document.audit,
             metrics: document.metrics,
             traces: document.traces,

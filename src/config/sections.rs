@@ -46,6 +46,7 @@ pub(super) struct Document {
     pub egress: Egress,
     pub packages: Packages,
     pub jupyter: Jupyter,
+    pub doors: Doors,
     pub audit: Audit,
     pub metrics: MetricsSection,
     pub traces: Traces,
@@ -490,6 +491,17 @@ pub struct Audit {
     pub retention_time: Duration,
     /// The oldest beyond so many go earlier.
     pub retention_count: u32,
+}
+
+/// Which doors are open beside the native API's.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Doors {
+    /// That of the Model Context Protocol.
+    pub mcp: bool,
+    /// Names that it may be asked under; none: any.
+    #[serde(deserialize_with = "texts")]
+    pub mcp_hosts: Vec<String>,
 }
 
 /// What is counted.

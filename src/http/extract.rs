@@ -131,7 +131,7 @@ fn check_content_type(request: &Request) -> Result<(), Problem> {
 }
 
 /// Reads a structure and collects its mistakes: each wrong field is noted, taken out, and the rest is tried again.
-fn from_value<T: DeserializeOwned>(mut value: Value) -> Result<T, Vec<FieldError>> {
+pub(super) fn from_value<T: DeserializeOwned>(mut value: Value) -> Result<T, Vec<FieldError>> {
     let mut mistakes = Vec::new();
     loop {
         match serde_path_to_error::deserialize::<_, Object<T>>(&value) {

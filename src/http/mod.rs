@@ -36,6 +36,8 @@ pub mod jupyter;
 mod lapse;
 mod line;
 pub mod listen;
+pub mod local;
+pub mod mcp;
 mod operations;
 pub mod origins;
 pub mod problem;
@@ -84,6 +86,8 @@ pub struct App {
     pub sockets: jupyter::Sockets,
     /// When it began.
     pub started: Timestamp,
+    /// The door for clients of the Model Context Protocol, where it is open.
+    pub mcp: Option<mcp::Mcp>,
 }
 
 /// How ports of sessions are asked.
@@ -115,9 +119,11 @@ pub fn router(app: App) -> Router {
         }
         None => Router::new(),
     };
+    let mcp = if app.mcp.is_some() { mcp::routes() } else { Router::new() };
     let routes = Router::new()
         .merge(v1)
         .merge(jupyter)
+        .merge(mcp)
         .merge(docs::routes(document))
         .route("/livez", get(livez))
         .route("/readyz", get(readyz))

@@ -28,7 +28,7 @@ impl Origins {
 
     /// Answers browsers that ask; none where there is no other origin.
     pub(super) fn layer(&self) -> Option<CorsLayer> {
-        const TAKEN: [HeaderName; 10] = [
+        const TAKEN: [HeaderName; 16] = [
             header::ACCEPT,
             header::AUTHORIZATION,
             header::CONTENT_TYPE,
@@ -37,12 +37,19 @@ impl Origins {
             HeaderName::from_static("x-request-id"),
             HeaderName::from_static("idempotency-key"),
             HeaderName::from_static("last-event-id"),
+            HeaderName::from_static("mcp-protocol-version"),
+            HeaderName::from_static("mcp-session-id"),
+            HeaderName::from_static("mcp-method"),
+            HeaderName::from_static("mcp-name"),
+            HeaderName::from_static("mcp-param-session-id"),
+            HeaderName::from_static("x-cellblock-session"),
             HeaderName::from_static("traceparent"),
             HeaderName::from_static("tracestate"),
         ];
-        const SHOWN: [HeaderName; 5] = [
+        const SHOWN: [HeaderName; 6] = [
             header::LOCATION,
             header::RETRY_AFTER,
+            HeaderName::from_static("mcp-session-id"),
             HeaderName::from_static("x-request-id"),
             HeaderName::from_static("ratelimit"),
             HeaderName::from_static("ratelimit-policy"),
@@ -54,6 +61,11 @@ impl Origins {
             .expose_headers(SHOWN)
             .max_age(MAX_AGE);
         (!self.0.is_empty()).then_some(layer)
+    }
+
+    /// Whether an origin is one of the configuration's list.
+    pub(super) fn lists(&self, origin: &HeaderValue) -> bool {
+        self.0.contains(origin)
     }
 
     /// Whether the page that a request comes from may change something. What comes from no page may: browsers always say which.

@@ -29,9 +29,9 @@ use crate::session::once::{Begun, MAX_KEYS, Made, NotOnce, Once, Reservation};
 use crate::session::pool::PoolView;
 use crate::session::registry::{Asked, CreateRefused, Created, Registry};
 use crate::session::{ContextView, GateView, Patch, Refused, Session, StartFailure, StartFault, fresh};
-pub use crate::store::BlobBody;
+use crate::store::Archive;
 use crate::store::state::Lasting;
-use crate::store::{Archive, Blob};
+pub use crate::store::{Blob, BlobBody};
 use crate::task;
 use crate::traces::Traces;
 

@@ -57,6 +57,10 @@ pub struct Told {
     pub execution: Option<ExecutionId>,
     code: Option<Code>,
     has_changed: bool,
+    /// What it has turned out to ask for, where its path does not say.
+    action: Option<&'static str>,
+    /// Why it was refused, where its status does not say, and whether that is its caller's doing.
+    refused: Option<(&'static str, bool)>,
     /// Its body is still on its way, so nothing was begun.
     is_arriving: bool,
 }
@@ -134,13 +138,15 @@ impl Trail {
         let Some(audit) = &self.audit else { return };
         let told = self.lock().clone();
         let is_key_refused = answered.as_ref().is_some_and(|answered| answered.is_key_refused);
-        let action = match (&self.origin.action, &told.tenant) {
+        let action = told.action.map(Arc::from).or_else(|| self.origin.action.clone());
+        let action = match (&action, &told.tenant) {
             _ if is_key_refused => REFUSE_KEY.to_owned(),
             (Some(action), Some(_)) => action.to_string(),
             // Nobody who is known has asked for anything that counts.
             _ => return,
         };
-        let outcome = answered.as_ref().map_or("unanswered", |answered| answered.problem.unwrap_or("ok"));
+        let said = told.refused.map(|(code, _)| code);
+        let outcome = answered.as_ref().map_or("unanswered", |answered| answered.problem.or(said).unwrap_or("ok"));
         let status = answered.as_ref().map(|answered| answered.status);
         let target = answered.and_then(|answered| answered.made).unwrap_or_else(|| self.origin.path.clone());
         let (code_bytes, code_sha256, code) = match told.code {
@@ -148,7 +154,8 @@ impl Trail {
             None => (None, None, None),
         };
         // Whoever leaves before a request is whole has asked for nothing.
-        let is_refused = status.map_or(told.is_arriving, |status| (400..500).contains(&status)) && !told.has_changed;
+        let is_refused = status.map_or(told.is_arriving, |status| (400..500).contains(&status));
+        let is_refused = (is_refused || told.refused.is_some_and(|(_, by_caller)| by_caller)) && !told.has_changed;
         let event = AuditEvent {
             tenant: told.tenant.map(|tenant| tenant.to_string()),
             key: told.key.map(|id| id.to_string()),
@@ -183,12 +190,13 @@ impl Drop for Trail {
 }
 
 /// The trail of the request that is worked on here, if there is one.
-pub(super) fn current() -> Option<Arc<Trail>> {
+#[must_use]
+pub fn current() -> Option<Arc<Trail>> {
     TRAIL.try_with(Arc::clone).ok()
 }
 
 /// Works within a trail, where there is one.
-pub(super) async fn follow<T>(trail: Option<Arc<Trail>>, work: impl Future<Output = T>) -> T {
+pub async fn follow<T>(trail: Option<Arc<Trail>>, work: impl Future<Output = T>) -> T {
     match trail {
         Some(trail) => trail.follow(work).await,
         None => work.await,
@@ -206,6 +214,16 @@ pub async fn arriving<T>(read: impl Future<Output = T>) -> T {
     let arrived = read.await;
     note(|told| told.is_arriving = false);
     arrived
+}
+
+/// Notes what a request asks for that comes by a door where paths don't say: it is worth an event then.
+pub fn note_action(action: &'static str) {
+    note(|told| told.action = Some(action));
+}
+
+/// Notes that a request was refused whose status does not say so: with which code, and the status that this has elsewhere.
+pub fn note_refusal(code: &'static str, status: u16) {
+    note(|told| told.refused = Some((code, (400..500).contains(&status))));
 }
 
 /// Notes that a request has changed something, so that its event is told however it is answered.

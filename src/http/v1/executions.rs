@@ -308,7 +308,7 @@ pub struct KernelView {
 }
 
 impl ExecutionView {
-    pub(super) fn of(execution: &Execution) -> Self {
+    pub(in crate::http) fn of(execution: &Execution) -> Self {
         let outcome = execution.outcome();
         let (limits_hit, kernel) = (limits_hit(&outcome), KernelView::of(&outcome));
         Self {
@@ -342,6 +342,36 @@ impl ExecutionView {
             user_expressions: outcome.user_expressions.iter().map(|(name, v)| (name.clone(), raw(v))).collect(),
             payloads: outcome.payloads.iter().map(raw).collect(),
         }
+    }
+}
+
+impl ExecutionView {
+    /// As programs are told it that hand all of it to a model: without pictures, texts within so many characters, and without what can't be read as JSON.
+    pub(in crate::http) fn compact(mut self, most: usize) -> serde_json::Value {
+        let shortened = |text: &str| crate::http::mcp::cut(text, most).0;
+        (self.stdout, self.stderr) = (shortened(&self.stdout), shortened(&self.stderr));
+        for result in &mut self.results {
+            for (mime, content) in &mut result.data {
+                let is_picture = mime.starts_with("image/") && content.get().starts_with('"');
+                shorten(content, if is_picture { 0 } else { most });
+            }
+            shorten(&mut result.metadata, most);
+        }
+        self.user_expressions.values_mut().chain(&mut self.payloads).for_each(|content| shorten(content, most));
+        if let Some(error) = &mut self.error {
+            // The text has it without its colours.
+            error.traceback.clear();
+            error.traceback_text = shortened(&error.traceback_text);
+            error.value = shortened(&error.value);
+        }
+        serde_json::to_value(self).unwrap_or_default()
+    }
+}
+
+/// JSON of a kernel may be longer than is wanted, or more than a reader takes: then only its length stays.
+fn shorten(content: &mut Box<RawValue>, most: usize) {
+    if content.get().len() > most || serde_json::from_str::<serde_json::Value>(content.get()).is_err() {
+        *content = raw(&JsonText(serde_json::json!({"omitted_bytes": content.get().len()}).to_string()));
     }
 }
 

@@ -346,7 +346,7 @@ pub struct PatchSession {
 }
 
 impl SessionView {
-    pub(super) fn of(session: &Session) -> Self {
+    pub(in crate::http) fn of(session: &Session) -> Self {
         let snapshot = session.snapshot();
         let spec = &session.spec;
         let over = match snapshot.phase {

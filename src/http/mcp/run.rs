@@ -1,0 +1,78 @@
+//! The tool `run_code`: from arguments to an execution, and what its client hears until it has ended.
+
+use std::sync::Arc;
+
+use rmcp::model::{CallToolResult, JsonObject};
+use serde::Deserialize;
+
+use super::answer;
+use super::binding::session_for;
+use super::call::{Call, arguments};
+use crate::domain::output::ExecutionEvent;
+use crate::http::problem::Problem;
+use crate::service::{ExecuteRequest, trail};
+use crate::session::execution::Execution;
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RunCode {
+    code: String,
+    #[serde(default)]
+    session_id: Option<String>,
+    #[serde(default)]
+    language: Option<String>,
+    #[serde(default)]
+    timeout_seconds: Option<f64>,
+    #[serde(default)]
+    background: bool,
+}
+
+/// Runs code. A call that is taken back interrupts it.
+///
+/// # Errors
+/// What was refused before anything ran.
+pub(super) async fn run_code(call: &Call, given: JsonObject) -> Result<CallToolResult, Problem> {
+    let RunCode { code, session_id, language, timeout_seconds, background } = arguments(given)?;
+    trail::note_action("create_execution");
+    call.asked.who.require_sessions()?;
+    let bound = session_for(call, session_id.as_deref()).await?;
+    let request = ExecuteRequest { code, language, timeout_seconds, ..ExecuteRequest::default() };
+    let begun = call.service.execute(&call.asked.who, bound.session.id, request, None).await;
+    let execution = begun.inspect_err(|_| bound.leave())?;
+    if background {
+        return Ok(answer::begun(&execution));
+    }
+    follow(call, &execution).await;
+    if call.is_left() && call.is_modern {
+        bound.leave();
+    }
+    Ok(answer::of(call, &execution, bound.is_unnamed).await)
+}
+
+/// Waits until an execution has ended, or goes on with the next server.
+async fn follow(call: &Call, execution: &Arc<Execution>) {
+    let mut version = execution.subscribe();
+    let (mut seq, mut is_taken_back) = (0, false);
+    let mut progress = call.progress();
+    loop {
+        // Looked at before the events, so that one which comes in between wakes us.
+        version.mark_unchanged();
+        for logged in execution.events_after(seq) {
+            seq = logged.seq;
+            if let ExecutionEvent::Text { text, .. } = &logged.event {
+                progress.saw(text);
+            }
+        }
+        if !execution.is_followed() {
+            return;
+        }
+        tokio::select! {
+            changed = version.changed() => if changed.is_err() { return },
+            () = progress.due() => progress.tell().await,
+            () = call.taken_back(), if !is_taken_back => {
+                is_taken_back = true;
+                call.service.cancel_unheard(&call.asked.who, execution);
+            }
+        }
+    }
+}
