@@ -374,36 +374,6 @@ async fn a_pause_is_no_time_of_a_commands(server: Arc<Server>) {
     cell.delete().await;
 }
 
-/// Beside starting the process itself: by a parent in the same cell that does nothing else. Tried again, for others have this machine too.
-async fn starting_costs_little(server: Arc<Server>) {
-    let cell = cell(&server).await;
-    let median = |mut took: Vec<f64>| {
-        took.sort_by(f64::total_cmp);
-        took[took.len() / 2]
-    };
-    let spawn = "import json, os, time\ntook = []\nfor _ in range(40):\n    began = time.perf_counter()\n    \
-                 os.waitpid(os.posix_spawn('/bin/true', ['true'], os.environ), 0)\n    took.append((time.perf_counter() - began) * 1000)\n\
-                 print(json.dumps(took))";
-    let mut beyond = Vec::new();
-    for _ in 0..4 {
-        let process = median(serde_json::from_value(cell.json(spawn).await).unwrap());
-        let mut ours = Vec::new();
-        for _ in 0..40 {
-            let began = Instant::now();
-            assert_eq!(run(&cell, json!({"argv": ["/bin/true"]})).await["exit_code"], 0);
-            ours.push(began.elapsed().as_secs_f64() * 1000.0);
-        }
-        let ours = median(ours);
-        println!("a command: {ours:.2} ms; its process: {process:.2} ms");
-        beyond.push(ours - process);
-        if ours - process < 5.0 {
-            break;
-        }
-    }
-    assert!(beyond.iter().any(|beyond| *beyond < 5.0), "{beyond:?} ms more than the process itself");
-    cell.delete().await;
-}
-
 async fn five_hundred_commands_a_hundred_at_once(server: Arc<Server>) {
     let cell = Arc::new(cell(&server).await);
     let began = Instant::now();
@@ -576,7 +546,6 @@ async fn commands_and_terminals() {
         hostile_commands_cost_nobody_else,
         a_sweep_says_that_it_was_one,
         a_pause_is_no_time_of_a_commands,
-        starting_costs_little,
         five_hundred_commands_a_hundred_at_once,
         a_terminal_is_one,
     );

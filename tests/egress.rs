@@ -503,7 +503,8 @@ async fn what_is_too_much_or_too_slow_is_ended() {
         let cell = allowing(&server, &ALLOW).await;
         assert!(cell.value("len(get('http://allowed.example.org/big'))").await.starts_with("300"));
         let cut = cell.value("import http.client\ntry: print(len(get('http://allowed.example.org/big')))\nexcept (OSError, http.client.HTTPException) as e: print('broken', type(e).__name__)").await;
-        assert!(cut.starts_with("broken"), "{cut}");
+        // In the middle, or before an answer began, which the proxy tells in a few words.
+        assert!(cut.starts_with("broken") || cut.parse::<usize>().is_ok_and(|length| length < 1000), "{cut}");
         let more = cell
             .value("raw('GET http://allowed.example.org/big HTTP/1.1\\r\\nHost: x\\r\\nConnection: close\\r\\n\\r\\n')")
             .await;
