@@ -197,10 +197,19 @@ async fn kernelspecs_are_templates(server: Arc<Server>) {
     let list = get(&server, &format!("/t/{}/api/kernelspecs", server.key)).await;
     assert_eq!((list.status, &list.json["default"]), (200, &json!("python3")), "{}", list.text);
     let specs = list.json["kernelspecs"].as_object().unwrap();
-    assert_eq!(specs.keys().map(String::as_str).collect::<Vec<_>>(), ["data", "python", "python3"]);
+    let languages: Vec<_> = specs.iter().map(|(name, one)| (name.as_str(), text(&one["spec"]["language"]))).collect();
+    let expected = [
+        ("bash", "bash"),
+        ("data", "python"),
+        ("deno", "typescript"),
+        ("polyglot", "python"),
+        ("python", "python"),
+        ("python3", "python"),
+        ("r", "R"),
+    ];
+    assert_eq!(languages, expected.map(|(name, language)| (name, language.to_owned())));
     for (name, one) in specs {
         assert_eq!(&one["name"], name);
-        assert_eq!(one["spec"]["language"], "python");
         assert!(one["spec"]["argv"].is_array() && one["spec"]["display_name"].is_string(), "{one}");
         let picture = server.send(server.bare(Method::GET, &text(&one["resources"]["logo-svg"]))).await;
         assert_eq!((picture.status, picture.header("content-type")), (200, "image/svg+xml"));

@@ -75,6 +75,7 @@ impl Front {
             origins: Origins::new(&[""; 0]),
             ports: Ports { within: NEVER, is_tls: false },
             jupyter: None,
+            mcp: None,
             sockets: http::jupyter::Sockets::default(),
             started: jiff::Timestamp::now(),
         };
