@@ -29,6 +29,8 @@ const KEPT: usize = 200;
 const KEPT_AFTER: usize = 20;
 /// Announcements of one session that are worked on at once, those that are about to be refused included. A guest that announces more gets no answer.
 const UNDER_WAY: usize = 2 * MAX_WAITING;
+/// Connections of one session that are looked up and dialled at once; others wait for their turn.
+const REACHING: usize = 6;
 /// Audit events of one session: so many at once …
 const AUDIT_BURST: f64 = 100.0;
 /// … and so many a second.
@@ -82,6 +84,8 @@ pub struct Gate {
     session: SessionId,
     places: Arc<Semaphore>,
     under_way: Arc<Semaphore>,
+    /// Connections whose names are looked up, or that are dialled.
+    reaching: Semaphore,
     pace: Bucket,
     audit_budget: Bucket,
     sent: AtomicU64,
@@ -196,6 +200,7 @@ impl Gate {
         Arc::new(Self {
             places: Arc::new(Semaphore::new(settings.connections_per_session)),
             under_way: Arc::new(Semaphore::new(UNDER_WAY)),
+            reaching: Semaphore::new(REACHING),
             pace: Bucket::new(a_minute, a_minute / 60.0),
             audit_budget: Bucket::new(AUDIT_BURST, AUDIT_PER_SECOND),
             sent: AtomicU64::new(0),
@@ -231,8 +236,14 @@ impl Gate {
 
     /// The session has ended, or goes on with the next process: nothing is reached from now on.
     pub fn close(&self) {
+        self.inner().packages = PackagePolicy::None;
         self.change(Network::default());
         let mut inner = self.inner();
+        let (untold, tenant) = (std::mem::take(&mut inner.untold), Arc::clone(&inner.tenant));
+        if untold > 0 {
+            let before = format!("{untold} more before this, which were too many to be told");
+            self.tell(Timestamp::now(), &tenant, before, "untold", None);
+        }
         let surplus = inner.decisions.len().saturating_sub(KEPT_AFTER);
         inner.decisions.drain(..surplus);
         inner.decisions.shrink_to_fit();
@@ -270,7 +281,13 @@ impl Gate {
             let host = host?;
             let admission = self.admit(&host, port)?;
             let reached = match &admission.admitted {
-                Admitted::Plain => self.egress.reach(&host, port).await?,
+                Admitted::Plain => {
+                    let within = self.egress.0.settings.connect_timeout;
+                    // Names that nobody answers for would keep the lookups of all sessions busy.
+                    let turn = tokio::time::timeout(within, self.reaching.acquire()).await;
+                    let _turn = turn.map_err(|_| Refusal::Unreachable(host.clone(), port))?;
+                    self.egress.reach(&host, port).await?
+                }
                 Admitted::Upstream(upstream) => self.egress.reach_upstream(upstream).await?,
                 Admitted::Packages(policy) => self.egress.reach_packages(policy.clone(), Arc::clone(&self.remarks)),
             };

@@ -226,7 +226,12 @@ impl Egress {
         if let Some(what) = crate::domain::egress::address::why_not_public(address) {
             return Some(Refusal::NotPublic(host.clone(), what));
         }
-        let is_denied = self.0.settings.deny.iter().any(|network| network.contains(&address));
-        (is_denied || self.0.outside.dialer.is_own(address)).then(|| Refusal::Denied(host.clone()))
+        // What is reached through a translator is judged as itself, too.
+        let meant = [Some(address), crate::domain::egress::address::translated(address)];
+        let is_denied = |address: &IpAddr| {
+            self.0.settings.deny.iter().any(|network| network.contains(address))
+                || self.0.outside.dialer.is_own(*address)
+        };
+        meant.iter().flatten().any(is_denied).then(|| Refusal::Denied(host.clone()))
     }
 }

@@ -55,7 +55,16 @@ const OF_THE_ORIGIN: [&str; 12] = [
 ];
 
 /// The same, whatever host it is asked under.
-const OF_THE_DOMAIN: [&str; 5] = ["alt-svc", "expect-ct", "public-key-pins", "refresh", "strict-transport-security"];
+const OF_THE_DOMAIN: [&str; 8] = [
+    "alt-svc",
+    "expect-ct",
+    "nel",
+    "public-key-pins",
+    "refresh",
+    "report-to",
+    "reporting-endpoints",
+    "strict-transport-security",
+];
 
 /// Where a port is for its callers.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -39,11 +39,16 @@ pub enum Failure {
     Silent(Duration),
 }
 
-/// Passes a request on. Its target and headers are sent as they are, but for the framing of its body; the answer's come back as they are.
+/// Passes a request on; what the connection becomes when the server changes its protocol ends when it is `over` at the latest. Its target and headers are sent as they are, but for the framing of its body; the answer's come back as they are.
 ///
 /// # Errors
 /// See [`Failure`].
-pub async fn forward<S>(stream: S, mut request: Request<Body>, within: Duration) -> Result<Response<Body>, Failure>
+pub async fn forward<S>(
+    stream: S,
+    mut request: Request<Body>,
+    within: Duration,
+    over: impl Future<Output = ()> + Send + 'static,
+) -> Result<Response<Body>, Failure>
 where
     S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
 {
@@ -68,7 +73,7 @@ where
     let sent = Request::from_parts(head, Watched { body, progress: progress.clone() });
     let response = progress.bounded(within, sender.send_request(sent)).await?.map_err(garbled)?;
     match (response.status(), callers) {
-        (StatusCode::SWITCHING_PROTOCOLS, Some(callers)) => Ok(switch(response, callers, guard)),
+        (StatusCode::SWITCHING_PROTOCOLS, Some(callers)) => Ok(switch(response, callers, guard, over)),
         (StatusCode::SWITCHING_PROTOCOLS, None) => {
             Err(Failure::Garbled("it changes the protocol, which nobody has asked for".to_owned()))
         }
@@ -92,11 +97,19 @@ fn answer(response: Response<Incoming>, is_head: bool, guard: DropGuard) -> Resp
 }
 
 /// Both sides have agreed on another protocol, whose bytes are passed on until one of them ends it.
-fn switch(mut response: Response<Incoming>, callers: OnUpgrade, guard: DropGuard) -> Response<Body> {
+fn switch(
+    mut response: Response<Incoming>,
+    callers: OnUpgrade,
+    guard: DropGuard,
+    over: impl Future<Output = ()> + Send + 'static,
+) -> Response<Body> {
     let servers = hyper::upgrade::on(&mut response);
     task::spawn("port upgraded", async move {
         if let (Ok(servers), Ok(callers)) = (servers.await, callers.await) {
-            pass_on(servers, callers).await;
+            tokio::select! {
+                () = pass_on(servers, callers) => {}
+                () = over => {}
+            }
         }
         drop(guard);
     });

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use axum::Router;
 use axum::extract::ConnectInfo;
-use axum::http::{HeaderValue, Request, Version, header};
+use axum::http::{Extensions, HeaderValue, Request, Version, header};
 use axum::response::Response;
 use futures_util::TryFutureExt;
 use hyper::body::Incoming;
@@ -169,22 +169,37 @@ struct Host {
     stop: CancellationToken,
 }
 
+/// A connection's place among all, in the extensions of its requests: what a request makes of its connection (a WebSocket) holds it on.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Held {
+    _place: Option<Arc<Place<IpAddr>>>,
+}
+
+impl Held {
+    /// That of a request's connection.
+    pub(super) fn by(extensions: &Extensions) -> Self {
+        extensions.get().cloned().unwrap_or_default()
+    }
+}
+
 impl Host {
     async fn receive(self: Arc<Self>, stream: TcpStream, peer: SocketAddr, place: Result<Place<IpAddr>, Problem>) {
         self.prepare(&stream);
         match place {
             Ok(place) => {
+                let held = Held { _place: Some(Arc::new(place)) };
                 let service = TowerToHyperService::new(self.router.clone());
                 let domain = self.connections.ports_domain.clone();
                 let answer = move |mut request: Request<Incoming>| {
                     request.extensions_mut().insert(ConnectInfo(peer));
+                    request.extensions_mut().insert(held.clone());
                     if let Some(domain) = &domain {
                         by_host::bring_in(&mut request, domain);
                     }
                     service.call(request)
                 };
+                // Its place goes with the service, or with what the connection has become.
                 self.shake_hands(stream, answer).await;
-                drop(place);
             }
             Err(problem) => self.refuse(stream, problem).await,
         }

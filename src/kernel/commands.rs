@@ -51,7 +51,7 @@ impl Link {
         let asked = Asked { attempt: FOLLOW, method: Method::GET, path: &path, within: Some(REQUEST_TIMEOUT) };
         let body = Empty::new().map_err(|never: std::convert::Infallible| match never {});
         let response = self.exchange(asked, body).await?;
-        Ok(CommandEvents { body: response.into_body(), decoder: frame::Decoder::default() })
+        Ok(CommandEvents { body: response.into_body(), decoder: frame::Decoder::limited(MAX_EVENT) })
     }
 
     /// Writes to a command's stdin; says how much of it was taken.
@@ -88,6 +88,9 @@ impl Link {
         self.call("end a command", Method::DELETE, &format!("/commands/{id}"), Bytes::new()).await
     }
 }
+
+/// Longest event of a command, in bytes: a piece of its output and a head.
+const MAX_EVENT: usize = 512 * 1024;
 
 /// The stream of a command's events.
 #[derive(Debug)]

@@ -269,7 +269,7 @@ impl Link {
         let path = format!("/events?after={after}");
         let response = within(attempt, self.send(attempt, Method::GET, &path, whole(Bytes::new()))).await?;
         if !response.status().is_success() {
-            return Err(refused(attempt, response).await);
+            return Err(refused_in_time(attempt, response).await);
         }
         Ok(Events { body: response.into_body(), decoder: frame::Decoder::default() })
     }
@@ -315,7 +315,7 @@ impl Link {
             Some(limit) => within_time(attempt, limit, answer).await?,
             None => answer.await?,
         };
-        if response.status().is_success() { Ok(response) } else { Err(refused(attempt, response).await) }
+        if response.status().is_success() { Ok(response) } else { Err(refused_in_time(attempt, response).await) }
     }
 
     /// Opens a byte stream to what the path names.
@@ -414,6 +414,13 @@ async fn read_bounded(attempt: &str, response: Response<Incoming>) -> Result<Byt
     collected
         .map(http_body_util::Collected::to_bytes)
         .map_err(|e| LinkError::Protocol { attempt: attempt.to_owned(), detail: e.to_string() })
+}
+
+/// The refusal of an answer that is awaited without a time limit otherwise.
+async fn refused_in_time(attempt: &str, response: Response<Incoming>) -> LinkError {
+    within(attempt, async { Err::<(), _>(refused(attempt, response).await) }).await.err().unwrap_or_else(|| {
+        LinkError::Protocol { attempt: attempt.to_owned(), detail: "a refusal without a reason".to_owned() }
+    })
 }
 
 async fn refused(attempt: &str, response: Response<Incoming>) -> LinkError {

@@ -380,8 +380,16 @@ impl CommandFollow {
                     self.is_over = true;
                     return Ok(Heard::End);
                 }
-                // The last event was not there, so it is the link that broke.
-                Ok(None) => self.stream = None,
+                // The last event was not there, so it is the link that broke; or there is none after the number that was asked for.
+                Ok(None) => {
+                    self.stream = None;
+                    let since = *broken_since.get_or_insert_with(std::time::Instant::now);
+                    if since.elapsed() > LINK_WAIT {
+                        self.is_over = true;
+                        return Ok(Heard::Lost);
+                    }
+                    tokio::time::sleep(LINK_STEP).await;
+                }
                 Err(error) => {
                     self.is_over = true;
                     return Err(unreachable_guest(self.session.id, &error));

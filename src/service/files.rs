@@ -8,7 +8,6 @@ use cellblock_wire::files::{
     Write, Written,
 };
 use futures_util::Stream;
-use tokio::sync::OwnedSemaphorePermit;
 use tokio::sync::oneshot;
 
 use super::keys::Principal;
@@ -16,6 +15,7 @@ use super::transfer::{self, Pieces, STALLED, Sent};
 use super::{Error, Service, unreachable_guest};
 use crate::domain::ids::SessionId;
 use crate::kernel::link::LinkError;
+use crate::places::Place;
 use crate::session::visits::{Visit, Weight};
 
 /// When all of a body has gone out, its guest answers within this time: an archive is put in place by then.
@@ -127,7 +127,7 @@ pub struct FileWritten {
 /// What a transfer holds while it lasts.
 struct Held {
     visit: Visit,
-    _place: OwnedSemaphorePermit,
+    _place: Place<std::sync::Arc<str>>,
 }
 
 impl Service {
@@ -296,7 +296,8 @@ impl Service {
 
     async fn carry(&self, who: &Principal, id: SessionId) -> Result<Held, Error> {
         let session = self.session(who, id)?;
-        let place = std::sync::Arc::clone(&self.transfers).try_acquire_owned().map_err(|_| Error::TransfersBusy)?;
+        let place = self.transfers.take(std::sync::Arc::clone(&who.tenant), 1, transfer::MOST_OF_ONE);
+        let place = place.map_err(|_| Error::TransfersBusy)?;
         Ok(Held { visit: session.enter(Weight::Bulk).await?, _place: place })
     }
 }

@@ -2,6 +2,7 @@
 //!
 //! Front doors translate; sessions run; what a caller may do and how much, is decided here. Errors are one closed enum.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -9,7 +10,6 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use cellblock_wire::link::Stats;
 use serde_json::json;
-use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 
 use crate::domain::egress::{Network, NetworkRequest};
@@ -376,7 +376,7 @@ pub struct Service {
     /// KiB of notebooks on their way, by tenant.
     notebook_room: Arc<Places<Arc<str>>>,
     /// Files and archives that may be on their way at once, in all sessions.
-    transfers: Arc<Semaphore>,
+    transfers: Arc<Places<Arc<str>>>,
     /// When the engine was last asked whether it answers, and whether it did.
     engine_seen: tokio::sync::Mutex<Option<(Instant, bool)>>,
     /// What operators' commands work with, where there are any.
@@ -417,7 +417,7 @@ impl Service {
             pull,
             archive,
             notebook_room,
-            transfers: Arc::new(Semaphore::new(transfer::MOST)),
+            transfers: Places::new(transfer::MOST),
             engine_seen,
             admin: None,
             keys: Arc::default(),
@@ -1077,7 +1077,7 @@ impl Service {
         who.require_sessions()?;
         let session = self.session(who, id)?;
         self.accepts()?;
-        trail::note_code(&request.code);
+        trail::note_code(&all_code(&request));
         let (context, language) = (request.context, request.language.clone());
         let request = resolve_execution(&session.spec, request)?;
         let running = self.quotas.begin_execution(&who.tenant, self.stored(&who.tenant), jiff::Timestamp::now())?;
@@ -1270,6 +1270,15 @@ impl SessionPatch {
         };
         errors.extend(network.err().unwrap_or_default());
         if errors.is_empty() { Ok(patch) } else { Err(Error::SpecRejected(errors)) }
+    }
+}
+
+/// All that runs: the code, and after it the expressions that are evaluated, a line each in the order of their names.
+fn all_code(request: &ExecuteRequest) -> Cow<'_, str> {
+    let expressions = request.user_expressions.values();
+    match request.user_expressions.is_empty() {
+        true => Cow::Borrowed(&request.code),
+        false => std::iter::once(&request.code).chain(expressions).cloned().collect::<Vec<_>>().join("\n").into(),
     }
 }
 

@@ -17,6 +17,8 @@ use crate::task;
 
 /// Files and archives on their way at once, in all. Each may hold a window of the link, 4 MiB, and the pieces that wait here.
 pub(super) const MOST: usize = 64;
+/// Those of one tenant, so that nobody has all of them.
+pub(super) const MOST_OF_ONE: usize = 24;
 /// Who brings or takes nothing for this long is cut off.
 pub const STALLED: Duration = Duration::from_secs(30);
 /// Pieces that wait.

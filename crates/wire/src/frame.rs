@@ -55,12 +55,25 @@ pub fn encode<H: Serialize>(head: &H, parts: &[Bytes], out: &mut BytesMut) -> Re
 }
 
 /// Cuts a byte stream into frames. Holds at most one unfinished frame of at most [`MAX_FRAME`] bytes.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Decoder {
     buffer: BytesMut,
+    limit: usize,
+}
+
+impl Default for Decoder {
+    fn default() -> Self {
+        Self::limited(MAX_FRAME)
+    }
 }
 
 impl Decoder {
+    /// One of frames that are no longer than so many bytes, of which no more are held.
+    #[must_use]
+    pub fn limited(limit: usize) -> Self {
+        Self { buffer: BytesMut::new(), limit: limit.min(MAX_FRAME) }
+    }
+
     /// Takes bytes as they were read.
     pub fn push(&mut self, read: &[u8]) {
         self.buffer.extend_from_slice(read);
@@ -74,7 +87,7 @@ impl Decoder {
         let Some(length) = self.buffer.first_chunk::<4>().map(|b| u32::from_be_bytes(*b) as usize) else {
             return Ok(None);
         };
-        if length > MAX_FRAME {
+        if length > self.limit {
             return Err(FrameError::Malformed("declared longer than the link allows"));
         }
         if self.buffer.len() < 4 + length {

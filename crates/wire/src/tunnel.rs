@@ -93,6 +93,8 @@ fn head(kind: u8, number: usize) -> [u8; HEAD] {
 #[derive(Debug, Default)]
 struct Outbox {
     frames: VecDeque<Bytes>,
+    /// Bytes of data among them.
+    waiting: usize,
     body_waker: Option<Waker>,
     /// All has been said.
     ended: bool,
@@ -246,7 +248,8 @@ impl<B: Body<Data = Bytes> + Unpin> Tunnel<B> {
             }
             Told::Credit(bytes) => {
                 self.credit += bytes;
-                if self.credit > WINDOW {
+                // What still waits here the peer has not taken: it may not be given credit for, however little of it the peer lets through.
+                if self.credit + lock(&self.outbox).waiting > WINDOW {
                     return Err(broken("credit for what was not sent"));
                 }
             }
@@ -313,7 +316,9 @@ impl<B: Body<Data = Bytes> + Unpin> AsyncWrite for Tunnel<B> {
             frame.put_slice(&head(DATA, length));
             frame.put_slice(&bytes[..length]);
             this.credit -= length;
-            lock(&this.outbox).push(frame.freeze());
+            let mut outbox = lock(&this.outbox);
+            outbox.waiting += length;
+            outbox.push(frame.freeze());
         }
         Poll::Ready(Ok(length))
     }
@@ -350,6 +355,9 @@ impl Body for Outgoing {
     fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, io::Error>>> {
         let mut outbox = lock(&self.0);
         if let Some(frame) = outbox.frames.pop_front() {
+            if frame.first() == Some(&DATA) {
+                outbox.waiting = outbox.waiting.saturating_sub(frame.len() - HEAD);
+            }
             return Poll::Ready(Some(Ok(Frame::data(frame))));
         }
         if outbox.ended {
@@ -368,6 +376,7 @@ impl Drop for Outgoing {
         let mut outbox = lock(&self.0);
         outbox.deaf = true;
         outbox.frames.clear();
+        outbox.waiting = 0;
         Arc::clone(&outbox.wakers).wake();
     }
 }
@@ -468,6 +477,18 @@ mod tests {
             let error = tunnel.read_to_end(&mut all).await.unwrap_err();
             assert_eq!(error.kind(), io::ErrorKind::InvalidData, "{name}");
         }
+    }
+
+    #[tokio::test]
+    async fn nobody_is_given_credit_for_what_has_not_left() {
+        let credit = || Bytes::copy_from_slice(&head(CREDIT, CREDIT_STEP));
+        let (_, incoming) = begin();
+        let told = Arc::clone(&incoming.0);
+        lock(&told).dropped = false;
+        let (mut tunnel, _unread) = tunnel(incoming);
+        tunnel.write_all(&[1; 2 * CREDIT_STEP]).await.unwrap();
+        lock(&told).push(credit());
+        assert_eq!(tunnel.write(b"x").await.unwrap_err().kind(), io::ErrorKind::InvalidData);
     }
 
     proptest! {

@@ -123,16 +123,12 @@ fn write(path: &Path, text: &str) -> Result<(), Failure> {
     if let Some(folder) = target.parent() {
         std::fs::create_dir_all(folder).map_err(failed)?;
     }
+    // A name that nobody knows before, and a file that was not there: what others have put beside it is neither followed nor written to.
     let mut beside = target.clone().into_os_string();
-    beside.push(".cellblock-new");
+    beside.push(format!(".{}", uuid::Uuid::new_v4()));
     let beside = PathBuf::from(beside);
-    let mut file = std::fs::OpenOptions::new()
-        .write(true)
-        .create(true)
-        .truncate(true)
-        .mode(0o600)
-        .open(&beside)
-        .map_err(failed)?;
+    let mut file =
+        std::fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(&beside).map_err(failed)?;
     let written = file.write_all(text.as_bytes()).and_then(|()| file.sync_all());
     written.and_then(|()| std::fs::rename(&beside, &target)).map_err(failed)
 }

@@ -57,6 +57,15 @@ fn why_not_v4(address: Ipv4Addr) -> Option<&'static str> {
     V4.iter().find(|(network, bits, _)| is_in(*network, *bits)).map(|(_, _, what)| *what)
 }
 
+/// The IPv4 address that one of the well-known prefix of NAT64 (RFC 6052) leads to.
+#[must_use]
+pub fn translated(address: IpAddr) -> Option<IpAddr> {
+    let IpAddr::V6(address) = address else { return None };
+    let [.., a, b, c, d] = address.octets();
+    let is_translated = address.segments()[..6] == [0x64, 0xff9b, 0, 0, 0, 0];
+    is_translated.then(|| Ipv4Addr::new(a, b, c, d).into())
+}
+
 fn why_not_v6(address: Ipv6Addr) -> Option<&'static str> {
     let is_in = |network: [u16; 8], bits: u32| {
         let mask = u128::MAX.checked_shl(128 - bits).unwrap_or(0);

@@ -10,6 +10,7 @@ use super::codec::{Form, V1};
 use super::kernels;
 use super::talk::{Talk, talk};
 use crate::http::extract::Params;
+use crate::http::listen::Held;
 use crate::http::problem::{self, Problem};
 use crate::http::remote::Remote;
 
@@ -50,9 +51,10 @@ pub(super) async fn open_channels(
         asking,
         session,
     };
+    let held = Held::by(request.extensions());
     Ok(upgrade.on_upgrade(move |socket| async move {
         let sockets = talking.asking.app.sockets.clone();
         sockets.serve(talk(talking, listener, socket)).await;
-        drop(place);
+        drop((place, held));
     }))
 }

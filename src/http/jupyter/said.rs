@@ -129,10 +129,11 @@ impl Talk {
             #[serde(default)]
             value: String,
         }
-        // What nobody has asked for is not an answer.
-        let Some(execution) = shared.take_asking() else { return Ok(()) };
+        // What is none leaves the question open.
         let content: Content = serde_json::from_slice(content)
             .map_err(|error| Refusal::malformed(format!("the content of an input_reply is not understood: {error}")))?;
+        // What nobody has asked for is not an answer.
+        let Some(execution) = shared.take_asking() else { return Ok(()) };
         let work = self.asking.app.service.answer_input(who, execution, content.value);
         self.noted(who, "answer_input", work).await.map(drop)
     }

@@ -131,7 +131,20 @@ struct Lost;
 impl Writer<'_> {
     /// Tells the client everything; answers with the code of the end if it was told that, too.
     async fn write(mut self, listener: &mut Listener, mut answers: mpsc::Receiver<Say>) -> Option<u16> {
-        let closing = match self.go_on(listener, &mut answers).await {
+        let Asking { app, who, .. } = &self.talk.asking;
+        let lapsed = who.key.map(|key| app.door.closed_to(key));
+        let lapses = async {
+            match lapsed {
+                Some(lapsed) => lapsed.await,
+                None => std::future::pending().await,
+            }
+        };
+        let ended = tokio::select! {
+            biased;
+            () = lapses => Ok((close_code::POLICY, "the key is not valid any more")),
+            ended = self.go_on(listener, &mut answers) => ended,
+        };
+        let closing = match ended {
             Ok((code, reason)) => self.close(code, reason).await.map(|()| code),
             Err(Lost) => Err(Lost),
         };

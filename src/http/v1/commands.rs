@@ -391,7 +391,7 @@ impl Telling {
             Ok(Heard::Event(followed)) => Some(self.tell(followed)),
             Ok(Heard::End | Heard::Lost) | Err(Error::SessionEnded(_)) => {
                 self.command.is_lost = self.command.told.end.is_none();
-                Some(self.complete(self.command.told.last_seq + 1))
+                Some(self.complete(self.command.told.last_seq.saturating_add(1)))
             }
             Err(_) => None,
         }
@@ -537,7 +537,8 @@ pub async fn list_command_events(
     let after = last_event(&headers)?;
     let known = app.service.command(&who, id, command).await?;
     // Whoever has the last event is told it again, as of executions.
-    let after = if known.told.end.is_some() { after.min(known.told.last_seq.saturating_sub(1)) } else { after };
+    let newest = known.told.last_seq;
+    let after = after.min(if known.told.end.is_some() { newest.saturating_sub(1) } else { newest });
     let follow = app.service.follow_command(&who, id, command, (after, true)).await?;
     Ok(write(events(known, follow, encoding, None), Format::wanted(&headers).unwrap_or(Format::Sse)))
 }

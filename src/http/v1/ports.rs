@@ -17,6 +17,7 @@ use crate::http::by_host::ByHost;
 use crate::http::crossing::Place;
 use crate::http::extract::Caller;
 use crate::http::forward::{self, Failure};
+use crate::http::listen::Held;
 use crate::http::problem::{self, Problem};
 use crate::http::remote::Remote;
 
@@ -60,7 +61,16 @@ pub async fn ask_port(State(app): State<App>, Caller(who): Caller, request: Requ
     let asked = target.path.clone();
     place.inwards(&mut head.headers);
     head.uri = uri(&target, head.uri.query())?;
-    let passed = forward::forward(stream, Request::from_parts(head, body), app.ports.within).await;
+    // Only what the connection becomes outlives the answer.
+    let (held, lapsed) = (Held::by(&head.extensions), who.key.map(|key| app.door.closed_to(key)));
+    let over = async move {
+        match lapsed {
+            Some(lapsed) => lapsed.await,
+            None => std::future::pending().await,
+        }
+        drop(held);
+    };
+    let passed = forward::forward(stream, Request::from_parts(head, body), app.ports.within, over).await;
     let mut response = passed.map_err(|failure| refusal(&failure, target.port))?;
     let status = response.status();
     place.outwards(status, response.headers_mut(), &asked);

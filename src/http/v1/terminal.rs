@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use axum::extract::State;
 use axum::extract::ws::rejection::WebSocketUpgradeRejection;
 use axum::extract::ws::{CloseFrame, Message, WebSocket, WebSocketUpgrade, close_code};
-use axum::http::{HeaderMap, StatusCode, Uri};
+use axum::http::{Extensions, HeaderMap, StatusCode, Uri};
 use axum::response::{IntoResponse, Response};
 use bytes::Bytes;
 use cellblock_wire::commands::{CommandEnd, CommandEvent, Size};
@@ -20,6 +20,7 @@ use crate::domain::ids::{CommandId, SessionId};
 use crate::domain::spec::FieldError;
 use crate::http::App;
 use crate::http::extract::{Caller, Id, Params};
+use crate::http::listen::Held;
 use crate::http::origins;
 use crate::http::problem::{self, Problem};
 use crate::service::Error;
@@ -59,7 +60,7 @@ pub async fn open_terminal(
     State(app): State<App>,
     Caller(who): Caller,
     Id(session): Id<SessionId>,
-    (headers, uri): (HeaderMap, Uri),
+    (headers, uri, extensions): (HeaderMap, Uri, Extensions),
     params: Params,
     upgrade: Result<WebSocketUpgrade, WebSocketUpgradeRejection>,
 ) -> Result<Response, Problem> {
@@ -75,9 +76,11 @@ pub async fn open_terminal(
     })?;
     let (command, follow) = wanted.open(&app, &who, session).await?;
     let upgrade = upgrade.max_message_size(MAX_MESSAGE).max_frame_size(MAX_MESSAGE).max_write_buffer_size(MAX_UNSENT);
+    let held = Held::by(&extensions);
     let response = upgrade.on_upgrade(move |socket| async move {
         let viewer = Viewer { app, who, session, command, began: Instant::now(), heard: AtomicU64::new(0) };
         viewer.serve(socket, follow).await;
+        drop(held);
     });
     Ok(response.into_response())
 }
