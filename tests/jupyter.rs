@@ -489,10 +489,13 @@ async fn both_forms_run_code(server: Arc<Server>) {
         let values = client.all_of(&values).await;
         assert_eq!(one(&values, "execute_reply").content["user_expressions"]["x"]["data"]["text/plain"], "2");
     }
+    let session = cellblock::domain::ids::SessionId::from_uuid(kernel.parse().unwrap());
+    // Its clients hear the end a moment before the session has taken note of it.
+    let ready = server.get(&format!("/v1/sessions/{session}/wait?state=ready&timeout_seconds=30")).await;
+    assert_eq!(ready.json["state"], "ready", "{}", ready.text);
     let model = get(&server, &format!("/api/kernels/{kernel}")).await.json;
     assert_eq!(model["execution_state"], "idle", "{model}");
     // Executions are executions like any other.
-    let session = cellblock::domain::ids::SessionId::from_uuid(kernel.parse().unwrap());
     let notebook = server.get(&format!("/v1/sessions/{session}/notebook")).await.json;
     assert_eq!(notebook["cells"].as_array().map(Vec::len), Some(2), "{notebook}");
     let audit = server.get(&format!("/v1/audit?session={session}&action=create_execution")).await;
