@@ -133,6 +133,10 @@ async fn what_is_not_allowed_is_told_by_field(server: Arc<Server>) {
     assert_eq!(refused(json!({"argv": ["ls"], "command": "ls"})).await, ["/argv"]);
     assert_eq!(refused(json!({"argv": ["there-is-no-such"]})).await, ["/argv/0"]);
     assert_eq!(refused(json!({"argv": ["/etc/passwd"]})).await, ["/argv/0"]);
+    assert_eq!(
+        refused(json!({"argv": ["echo", "a".repeat(100_000), "b".repeat(100_000), "c".repeat(100_000)]})).await,
+        ["/argv"]
+    );
     assert_eq!(refused(json!({"command": "ls", "cwd": "/etc"})).await, ["/cwd"]);
     assert_eq!(refused(json!({"command": "ls", "cwd": "not-there"})).await, ["/cwd"]);
     let wrong = json!({"command": "", "timeout_seconds": 1e9, "env": {"1": ""}, "max_output_bytes": 0, "tty": {"cols": 0, "rows": 5000}});

@@ -11,10 +11,11 @@ use bytes::Bytes;
 use cellblock_wire::commands::{
     CommandEnd, CommandEvent, CommandStream, CommandView, MAX_STDIN, Size, StartCommand, StdinTaken,
 };
+use cellblock_wire::frame::MAX_HEAD;
 use jiff::Timestamp;
 
 use super::quotas::Running;
-use super::{CPU_SLACK, Error, MAX_CODE, Service, carry_on, keys::Principal, trail, unreachable_guest};
+use super::{CPU_SLACK, Error, Service, carry_on, keys::Principal, trail, unreachable_guest};
 use crate::domain::ids::{CommandId, SessionId};
 use crate::domain::lifecycle::Phase;
 use crate::domain::spec::{self, FieldError, SessionSpec};
@@ -561,6 +562,13 @@ fn resolve(spec: &SessionSpec, request: &CommandRequest) -> Result<(StartCommand
         tty: request.tty,
         tag: None,
     };
+    // Its id comes with it.
+    let length = serde_json::to_vec(&start).map_or(usize::MAX, |written| written.len() + 64);
+    if length > MAX_HEAD {
+        let message = format!("{length} bytes as JSON, with environment and folder; allowed are {MAX_HEAD}");
+        let pointer = if start.shell.is_some() { "/command" } else { "/argv" };
+        return Err(Error::SpecRejected(vec![FieldError::new(pointer, message)]));
+    }
     Ok((start, input))
 }
 
@@ -584,9 +592,6 @@ fn check_program(program: &Program, errors: &mut Vec<FieldError>) {
                 return errors.push(FieldError::new("/argv", message));
             }
             argv.iter().enumerate().for_each(|(at, text)| check(text, format!("/argv/{at}"), errors));
-            if argv.iter().map(String::len).sum::<usize>() > MAX_CODE {
-                errors.push(FieldError::new("/argv", format!("allowed are {MAX_CODE} bytes in all")));
-            }
         }
     }
 }

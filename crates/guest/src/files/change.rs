@@ -126,7 +126,10 @@ impl Removal {
                     self.left.pop();
                 }
                 // Code inside adds to it; it is looked at again after the others.
-                Err(Errno::NOTEMPTY | Errno::EXIST) if count < 10_000_000 => {}
+                Err(Errno::NOTEMPTY | Errno::EXIST) if count < 10_000_000 => {
+                    count += 1;
+                    tokio::task::yield_now().await;
+                }
                 Err(errno) => return Err(failed("removed")(errno)),
             }
             self.left.extend(up);
