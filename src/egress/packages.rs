@@ -196,8 +196,9 @@ impl Asked {
         }
         let index = &self.egress.0.settings.index;
         let broken = |_| NotGiven(StatusCode::SERVICE_UNAVAILABLE, "the server is closing".to_owned());
-        let _place = self.egress.0.packages.pages.acquire().await.map_err(broken)?;
         let late = |_| self.failed("did not answer in time");
+        let place = tokio::time::timeout(ANSWER_TIME, self.egress.0.packages.pages.acquire()).await;
+        let _place = place.map_err(late)?.map_err(broken)?;
         let bytes = tokio::time::timeout(ANSWER_TIME, self.fetch_page(index, &name)).await.map_err(late)??;
         let page: Page =
             serde_json::from_slice(&bytes).map_err(|_| self.failed("sent what is no page of a project"))?;

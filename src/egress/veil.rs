@@ -119,6 +119,14 @@ mod tests {
         assert!(!secrets.are_in(&text));
     }
 
+    #[test]
+    fn where_a_text_is_cut_tells_nothing_of_a_guess() {
+        let secrets = Secrets::of(b"Bearer s3cret-token");
+        let told = |text: &[u8]| tell(&secrets, &mut BytesMut::new(), text).len();
+        assert_eq!(told(b"a long line of text that ends in s3c"), told(b"a long line of text that ends in xyz"));
+        assert_eq!(told(b"data: s3c\n"), 10, "a line that has ended is told at once");
+    }
+
     proptest! {
         #[test]
         fn however_it_is_cut_no_secret_comes_through(
