@@ -262,10 +262,15 @@ impl Client {
 
     /// Opens a connection; else the status of the answer.
     async fn try_open(server: &Server, kernel: &str, query: &str, is_v1: bool) -> Result<Self, u16> {
+        Self::open_with(server, &server.key, (kernel, query), is_v1).await
+    }
+
+    /// The same with another key.
+    async fn open_with(server: &Server, key: &str, (kernel, query): (&str, &str), is_v1: bool) -> Result<Self, u16> {
         let url = format!("{}/api/kernels/{kernel}/channels{query}", server.url.replace("http", "ws"));
         let mut request = url.into_client_request().expect("a request");
         let headers = request.headers_mut();
-        headers.insert("authorization", format!("token {}", server.key).parse().expect("a header"));
+        headers.insert("authorization", format!("token {key}").parse().expect("a header"));
         if is_v1 {
             headers.insert("sec-websocket-protocol", V1.parse().expect("a header"));
         }
@@ -798,7 +803,7 @@ async fn hostile_clients_cost_their_own_connections_only() {
         "default_template = \"python\"\n[jupyter]\nmax_message = \"1MiB\"\nconnections_per_session = 4\nconnections_per_tenant = 8\nbuffer_size = \"1MiB\"\n",
     )
     .await;
-    let cases = cases!(server; garbage_is_closed_with_the_right_code, connections_are_bounded, output_is_cut_in_pieces_and_said_to_be, who_never_reads_is_cut_off);
+    let cases = cases!(server; garbage_is_closed_with_the_right_code, a_connection_ends_with_its_key, connections_are_bounded, output_is_cut_in_pieces_and_said_to_be, who_never_reads_is_cut_off);
     server.run_and_finish(1, cases).await;
 }
 
@@ -848,6 +853,22 @@ async fn garbage_is_closed_with_the_right_code(server: Arc<Server>) {
     assert_eq!(one(&odd, "execute_reply").content["status"], "ok");
     assert_eq!(printed(&client.run("print(1)").await, "stdout"), "1\n");
     assert_eq!(delete(&server, &format!("/api/kernels/{kernel}")).await, 204);
+}
+
+async fn a_connection_ends_with_its_key(server: Arc<Server>) {
+    let kernel = kernel(&server).await;
+    let key = server.post("/v1/keys", &json!({"name": "brief", "tenant": "default", "scopes": ["sessions"]})).await;
+    assert_eq!(key.status, 201, "{}", key.text);
+    let mut theirs = Client::open_with(&server, &text(&key.json["key"]), (&kernel, ""), false).await.unwrap();
+    let mut ours = Client::open(&server, &kernel, "", false).await;
+    let asked = theirs.execute("1").await;
+    theirs.all_of(&asked).await;
+    let began = std::time::Instant::now();
+    assert_eq!(server.delete(&format!("/v1/keys/{}", text(&key.json["id"]))).await.status, 204);
+    assert_eq!(theirs.closed().await, Some(1008));
+    assert!(began.elapsed() < std::time::Duration::from_secs(5), "{:?}", began.elapsed());
+    let asked = ours.execute("2").await;
+    ours.all_of(&asked).await;
 }
 
 async fn connections_are_bounded(server: Arc<Server>) {
