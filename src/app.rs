@@ -611,6 +611,7 @@ fn policy(config: &Config) -> Policy {
         runtime: template.runtime.clone(),
         most: template.max_resources,
         data: template.data.clone(),
+        workdir: template.workdir.clone(),
     };
     let ceilings = ceilings(config);
     Policy {

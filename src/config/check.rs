@@ -535,6 +535,8 @@ impl Checker<'_> {
         self.require(data::check_mounts(&mounts).is_ok(), &[&key("data")], || {
             data::check_mounts(&mounts).err().unwrap_or_default()
         });
+        let workdir = data::check_workdir(&template.workdir, &mounts);
+        self.require(workdir.is_ok(), &[&key("workdir")], || workdir.clone().err().unwrap_or_default());
         self.require(Ports::parse(&template.ports).is_ok(), &[&key("ports")], || {
             Ports::parse(&template.ports).err().unwrap_or_default()
         });

@@ -18,10 +18,11 @@ pub(super) const DEFAULTS: &str = include_str!("../../config/default.toml");
 pub(super) const DEFAULT_CLASS: &str = "default";
 
 /// The templates that are compiled in.
-const TEMPLATES: [(&str, &str); 6] = [
+const TEMPLATES: [(&str, &str); 7] = [
     ("bash", include_str!("../../config/templates/bash.toml")),
     ("data", include_str!("../../config/templates/data.toml")),
     ("deno", include_str!("../../config/templates/deno.toml")),
+    ("e2b", include_str!("../../config/templates/e2b.toml")),
     ("polyglot", include_str!("../../config/templates/polyglot.toml")),
     ("python", include_str!("../../config/templates/python.toml")),
     ("r", include_str!("../../config/templates/r.toml")),

@@ -566,6 +566,7 @@ pub(super) struct TemplateSection {
     pub network: Network,
     pub packages: PackageRule,
     pub data: Vec<Data>,
+    pub workdir: String,
     pub ports: Vec<String>,
     pub env: BTreeMap<String, String>,
     pub setup: String,
@@ -740,6 +741,7 @@ impl OtherPool {
 pub(super) enum OnIdle {
     Delete,
     Pause,
+    Keep,
 }
 
 /// Resources and times, once as defaults and once as ceilings.
@@ -834,7 +836,9 @@ impl TemplateSection {
             on_idle: match self.on_idle {
                 OnIdle::Delete => spec::OnIdle::Delete,
                 OnIdle::Pause => spec::OnIdle::Pause,
+                OnIdle::Keep => spec::OnIdle::Keep,
             },
+            workdir: self.workdir,
             data: self.data.iter().map(Data::mount).collect(),
             // What is none was refused before.
             ports: Ports::parse(&self.ports).unwrap_or_default(),

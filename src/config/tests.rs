@@ -110,7 +110,7 @@ fn templates_stand_in_files_of_their_own() {
         ..Inputs::default()
     };
     let config = load(&inputs(&[("CELLBLOCK__TEMPLATES__SMALL__DEFAULT__PIDS", "41")])).unwrap().config;
-    assert_eq!(config.templates.keys().collect::<Vec<_>>(), ["bash", "data", "deno", "kept", "polyglot", "r", "small"]);
+    assert_eq!(config.templates.keys().collect::<Vec<_>>(), ["bash", "data", "deno", "e2b", "kept", "polyglot", "r", "small"]);
     let small = &config.templates["small"];
     assert_eq!((small.image.as_str(), small.default_resources.pids), ("small", 41));
 
@@ -331,8 +331,8 @@ fn an_admin_listener_beyond_loopback_must_be_meant_and_is_apart() {
 #[test]
 fn rules_between_keys() {
     for (text, key, words) in [
-        ("default_template = 'none'", "default_template", "enabled templates: bash, data, deno, polyglot, python, r"),
-        ("templates.data.enabled = false", "default_template", "enabled templates: bash, deno, polyglot, python, r"),
+        ("default_template = 'none'", "default_template", "enabled templates: bash, data, deno, e2b, polyglot, python, r"),
+        ("templates.data.enabled = false", "default_template", "enabled templates: bash, deno, e2b, polyglot, python, r"),
         ("engine.uid_last = 40009", "engine.uid_last", "40000 to 40009 are 10 users"),
         ("engine.host = 'ssh://x'", "engine.host", "is none of unix:///path"),
         ("engine.tls_cert_dir = '/c'", "engine.tls_cert_dir", "for an engine over TCP"),

@@ -2,6 +2,8 @@
 
 use std::fmt;
 
+use super::spec::WORKDIR;
+
 /// Most data volumes of one template.
 pub const MAX_MOUNTS: usize = 8;
 /// Longest name, which becomes a part of a volume's.
@@ -86,7 +88,38 @@ fn is_within(inner: &str, outer: &str) -> bool {
     inner.strip_prefix(outer).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
 }
 
+/// Checks a template's working folder beside its data: a folder below `/home`, or one that could hold data, and in the way of none that does.
+///
+/// # Errors
+/// A sentence that says what is allowed.
+pub fn check_workdir(workdir: &str, mounts: &[DataMount]) -> Result<(), String> {
+    if !workdir.starts_with("/home/") && workdir != WORKDIR {
+        check_path(workdir)?;
+    }
+    let parts = plain_parts(workdir)?;
+    // What lies deeper would have folders above it that are nobody's.
+    if parts.len() > 2 {
+        return Err(format!("{workdir:?} is no working folder: two names at most, such as \"/home/user\""));
+    }
+    match mounts.iter().find(|mount| is_within(&mount.path, workdir) || is_within(workdir, &mount.path)) {
+        Some(mount) => Err(format!("the working folder {workdir} and the data {mount} are in each other's way")),
+        None => Ok(()),
+    }
+}
+
 fn check_path(path: &str) -> Result<(), String> {
+    let parts = plain_parts(path)?;
+    if TAKEN.contains(&parts[0]) {
+        return Err(format!(
+            "{path:?} is within /{}, which is the system's; use a path such as \"/mnt/data\"",
+            parts[0]
+        ));
+    }
+    Ok(())
+}
+
+/// The names of an absolute path, one at least.
+fn plain_parts(path: &str) -> Result<Vec<&str>, String> {
     let plain = |part: &str| {
         !part.is_empty()
             && part != "."
@@ -99,13 +132,7 @@ fn check_path(path: &str) -> Result<(), String> {
             "{path:.250?} is not an absolute path of letters, digits, \".\", \"_\" and \"-\" without \".\" and \"..\", such as \"/mnt/data\""
         ));
     }
-    if TAKEN.contains(&parts[0]) {
-        return Err(format!(
-            "{path:?} is within /{}, which is the system's; use a path such as \"/mnt/data\"",
-            parts[0]
-        ));
-    }
-    Ok(())
+    Ok(parts)
 }
 
 #[cfg(test)]

@@ -69,6 +69,19 @@ pub enum OnIdle {
     Delete,
     /// It is paused, and ends when it was paused for its time.
     Pause,
+    /// Nothing: it is there until it expires.
+    Keep,
+}
+
+/// What becomes of a session that has expired, by its age or by what was last said of that.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum OnExpiry {
+    /// It ends.
+    #[default]
+    Delete,
+    /// It is paused as soon as nothing runs in it, and ends when it was paused for its time. What is asked of it later resumes it for as long again. At the
+    /// greatest age that its template allows it ends all the same.
+    Pause,
 }
 
 /// How the guest reaches a template's kernels.
@@ -169,6 +182,8 @@ pub struct Template {
     pub ports: Ports,
     /// Data that they find in their containers.
     pub data: Vec<DataMount>,
+    /// Their working folder, which is also their home: see [`check_workdir`](super::data::check_workdir).
+    pub workdir: String,
     /// Code that prepares every kernel before it is ready; none when empty.
     pub setup: String,
     /// What happens when a kernel dies by itself.
@@ -214,6 +229,10 @@ pub struct SessionRequest {
     pub paused_seconds: Option<f64>,
     /// What happens when it is idle.
     pub on_idle: Option<OnIdle>,
+    /// What happens when it expires.
+    pub on_expiry: OnExpiry,
+    /// What its caller wants kept with it.
+    pub metadata: BTreeMap<String, String>,
     /// What it is to reach.
     pub network: NetworkRequest,
     /// What is installed before it is given to its caller.
@@ -268,6 +287,8 @@ pub struct SessionSpec {
     pub ports: Ports,
     /// Data that it finds in its container.
     pub data: Vec<DataMount>,
+    /// Its working folder, which is also its home.
+    pub workdir: String,
     /// Codes that prepare every kernel, in order.
     pub setup: Arc<[String]>,
     /// What happens when a kernel dies by itself.
@@ -276,8 +297,14 @@ pub struct SessionSpec {
     pub on_guest_lost: OnGuestLost,
     /// What happens when it is idle.
     pub on_idle: OnIdle,
+    /// What happens when it expires.
+    pub on_expiry: OnExpiry,
+    /// What its caller wants kept with it. Nothing is found by it here.
+    pub metadata: BTreeMap<String, String>,
 }
 
+/// The working folder where a template names none.
+pub const WORKDIR: &str = "/workspace";
 /// Longest setup code, in bytes.
 pub const MAX_SETUP: usize = 256 * 1024;
 /// Most entries in `env` and `labels`, each.
@@ -286,6 +313,8 @@ pub const MAX_ENTRIES: usize = 64;
 pub const MAX_ENV_VALUE: usize = 32 * 1024;
 /// Most bytes of an environment, names and values together: the guest takes it in one small request.
 pub const MAX_ENV: usize = 256 * 1024;
+/// Longest name and longest value in `metadata`, and most bytes of all together.
+pub const MAX_METADATA: (usize, usize, usize) = (256, 4096, 64 * 1024);
 /// Most files that a session begins with, and most bytes of them together.
 pub const MAX_NEW_FILES: (usize, usize) = (100, 16 * 1024 * 1024);
 /// Memory that a kernel needs beside its files, in bytes.
@@ -303,11 +332,12 @@ pub fn resolve(template: &Template, request: &SessionRequest) -> Result<SessionS
     check_name(request.name.as_deref(), &mut errors);
     check_env(&request.env, &mut errors);
     check_labels(&request.labels, &mut errors);
+    check_metadata(&request.metadata, &mut errors);
     if let Some(setup) = request.setup.as_ref().filter(|setup| setup.len() > MAX_SETUP) {
         errors.push(FieldError::new("/setup", format!("{} bytes; allowed are {MAX_SETUP}", setup.len())));
     }
     let resources = resolve_resources(template, request, &mut errors);
-    check_files(&request.files, resources.disk_bytes, &mut errors);
+    check_files(&request.files, (&template.workdir, resources.disk_bytes), &mut errors);
     let timeouts = resolve_timeouts(template, request, &mut errors);
     let network = template.network.choose(&template.network.initial, &request.network);
     let network = network.unwrap_or_else(|wrong| {
@@ -338,10 +368,13 @@ pub fn resolve(template: &Template, request: &SessionRequest) -> Result<SessionS
         network: NetworkOffer { initial: network, ..template.network.clone() },
         ports: template.ports.clone(),
         data: template.data.clone(),
+        workdir: template.workdir.clone(),
         setup: [&template.setup].into_iter().chain(&request.setup).filter(|s| !s.trim().is_empty()).cloned().collect(),
         on_kernel_death: template.on_kernel_death,
         on_guest_lost: template.on_guest_lost,
         on_idle: request.on_idle.unwrap_or(template.on_idle),
+        on_expiry: request.on_expiry,
+        metadata: request.metadata.clone(),
     })
 }
 
@@ -450,7 +483,7 @@ pub fn is_file_path(path: &str) -> bool {
     path.len() <= 4095 && !path.contains('\0') && names.split('/').all(is_name)
 }
 
-fn check_files(files: &[NewFile], disk: u64, errors: &mut Vec<FieldError>) {
+fn check_files(files: &[NewFile], (workdir, disk): (&str, u64), errors: &mut Vec<FieldError>) {
     let bytes: usize = files.iter().map(|file| file.content.len()).sum();
     let most = MAX_NEW_FILES.1.min(usize::try_from(disk).unwrap_or(usize::MAX));
     if files.len() > MAX_NEW_FILES.0 || bytes > most {
@@ -464,12 +497,34 @@ fn check_files(files: &[NewFile], disk: u64, errors: &mut Vec<FieldError>) {
         if !is_file_path(&file.path) {
             let allowed = "allowed are names of at most 255 bytes between single slashes, none of them \".\" or \"..\"";
             errors.push(FieldError::new(pointer, allowed));
-        } else if file.path.starts_with('/') && !["/workspace/", "/tmp/"].iter().any(|root| file.path.starts_with(root))
-        {
-            errors.push(FieldError::new(pointer, "an absolute path is below /workspace or /tmp"));
+        } else if file.path.starts_with('/') && ![workdir, "/tmp"].into_iter().any(|root| is_below(&file.path, root)) {
+            errors.push(FieldError::new(pointer, format!("an absolute path is below {workdir} or /tmp")));
         } else if !seen.insert(&file.path) {
             errors.push(FieldError::new(pointer, "another file has the same path"));
         }
+    }
+}
+
+fn is_below(path: &str, folder: &str) -> bool {
+    path.strip_prefix(folder).is_some_and(|rest| rest.starts_with('/'))
+}
+
+/// Checks what a caller wants kept with a session.
+fn check_metadata(metadata: &BTreeMap<String, String>, errors: &mut Vec<FieldError>) {
+    let (longest_name, longest_value, most) = MAX_METADATA;
+    let bytes: usize = metadata.iter().map(|(name, value)| name.len() + value.len()).sum();
+    if metadata.len() > MAX_ENTRIES || bytes > most {
+        let is = format!("{} entries with {bytes} bytes in all", metadata.len());
+        errors.push(FieldError::new("/metadata", format!("{is}; allowed are {MAX_ENTRIES} with {most}")));
+    }
+    for (name, _) in metadata
+        .iter()
+        .filter(|(name, value)| !(1..=longest_name).contains(&name.len()) || value.len() > longest_value)
+        .take(MAX_ENTRIES)
+    {
+        let pointer = format!("/metadata/{}", escape_pointer(&name[..name.floor_char_boundary(longest_name)]));
+        let message = format!("a name has 1 to {longest_name} bytes, a value at most {longest_value}");
+        errors.push(FieldError::new(pointer, message));
     }
 }
 

@@ -142,12 +142,13 @@ fn unlabelled(cell: &CellSpec, uid: u32, volumes: Volumes<'_>, host: &HostFacts)
         image: Some(cell.image.clone()),
         // Our own first process: it can't be killed from inside, nor read. The image's entrypoint and command are ignored.
         entrypoint: Some(vec![GUEST_PATH.to_owned()]),
-        cmd: None,
-        working_dir: Some(WORKDIR.to_owned()),
+        // Where to work, if it is elsewhere than the guest takes for granted.
+        cmd: (cell.workdir != WORKDIR).then(|| vec![cell.workdir.clone()]),
+        working_dir: Some(cell.workdir.clone()),
         // Numeric, so that it needs no entry in the image. A uid of its own, because the kernel counts inotify instances,
         // pipe buffers and pending signals by uid: cells that shared one could exhaust each other's.
         user: Some(format!("{uid}:{uid}")),
-        env: Some(environment()),
+        env: Some(environment(&cell.workdir)),
         // The default is the container's id, which code inside has no need to know.
         hostname: Some("cell".to_owned()),
         // stdin and stdout are the link. Stdin must survive a disconnect (`stdin_once` would close the guest's for good),
@@ -172,10 +173,11 @@ fn unlabelled(cell: &CellSpec, uid: u32, volumes: Volumes<'_>, host: &HostFacts)
 }
 
 /// What every process inside sees, before the guest adds what came over the link. No secret stands here: `inspect` shows it.
-fn environment() -> Vec<String> {
+fn environment(workdir: &str) -> Vec<String> {
+    let home = format!("HOME={workdir}");
     [
         // `PATH` is the image's.
-        "HOME=/workspace",
+        home.as_str(),
         "USER=user",
         "LANG=C.UTF-8",
         // What programs keep for themselves goes where a listing of the working folder does not show it.
@@ -193,7 +195,7 @@ fn host_config(cell: &CellSpec, uid: u32, volumes: Volumes<'_>, host: &HostFacts
     HostConfig {
         runtime: (!cell.runtime.is_empty()).then(|| cell.runtime.clone()),
         mounts: Some(mounts(cell, volumes)),
-        tmpfs: Some(writable_folders(limits, uid)),
+        tmpfs: Some(writable_folders(&cell.workdir, limits, uid)),
         ulimits: Some(ulimits(limits)),
         security_opt: Some(security_options(host)),
         ..limited(limits, host, isolated())
@@ -279,7 +281,7 @@ fn read_only(volume: &str, target: &str) -> Mount {
 }
 
 /// Everything that can be written to: memory with a size and a number of inodes, charged to the cell's own limit.
-fn writable_folders(limits: &Resources, uid: u32) -> HashMap<String, String> {
+fn writable_folders(workdir: &str, limits: &Resources, uid: u32) -> HashMap<String, String> {
     let owned = |exec: &str, bytes: u64, inodes: u64, mode: &str| {
         format!("rw,nosuid,nodev,{exec},size={bytes},nr_inodes={inodes},mode={mode},uid={uid},gid={uid}")
     };
@@ -290,7 +292,7 @@ fn writable_folders(limits: &Resources, uid: u32) -> HashMap<String, String> {
     // The guest's own: were it a part of the temporary files, code that fills those would keep its next kernel from starting. Thirty
     // kernels at a time, each with a folder, a file and five sockets.
     let state = owned("noexec", MIB, 512, "0700");
-    [(WORKDIR, work), (TMP_DIR, tmp), (SHM_DIR, shm), (STATE_DIR, state)]
+    [(workdir, work), (TMP_DIR, tmp), (SHM_DIR, shm), (STATE_DIR, state)]
         .map(|(path, options)| (path.to_owned(), options))
         .into()
 }

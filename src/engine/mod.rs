@@ -86,6 +86,8 @@ pub struct CellSpec {
     pub resources: Resources,
     /// Data that it can read.
     pub data: Vec<DataMount>,
+    /// Its working folder.
+    pub workdir: String,
 }
 
 /// A cell as the engine sees it.

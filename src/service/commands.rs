@@ -11,6 +11,7 @@ use bytes::Bytes;
 use cellblock_wire::commands::{
     CommandEnd, CommandEvent, CommandStream, CommandView, MAX_STDIN, Size, StartCommand, StdinTaken,
 };
+use cellblock_wire::files::TMP_DIR;
 use cellblock_wire::frame::MAX_HEAD;
 use jiff::Timestamp;
 
@@ -29,8 +30,6 @@ use crate::session::{Refused, Session, fresh};
 const MAX_ARGUMENTS: usize = 4096;
 /// Longest command line, in bytes: all arguments together. A single one may be no longer than a process takes.
 const MAX_LINE: usize = 128 * 1024;
-/// Where a command may be started.
-const ROOTS: [&str; 2] = ["/workspace", "/tmp"];
 /// Longest path of a folder, in bytes.
 const MAX_CWD: usize = 1024;
 /// Most bytes of a terminal's output that are kept for whoever attaches later.
@@ -529,7 +528,7 @@ fn resolve(spec: &SessionSpec, request: &CommandRequest) -> Result<(StartCommand
     }
     spec::check_env(&request.env, &mut errors);
     check_program(&request.program, &mut errors);
-    check_folder(request.cwd.as_deref(), &mut errors);
+    check_folder(request.cwd.as_deref(), &spec.workdir, &mut errors);
     if let Some(size) = request.tty {
         check_size(size, "/tty", &mut errors);
     }
@@ -596,16 +595,15 @@ fn check_program(program: &Program, errors: &mut Vec<FieldError>) {
     }
 }
 
-/// A path below one of the roots, or relative to the working folder, that does not climb.
-fn check_folder(cwd: Option<&str>, errors: &mut Vec<FieldError>) {
+/// A path below the working folder or that of temporary files, or relative to the former, that does not climb.
+fn check_folder(cwd: Option<&str>, workdir: &str, errors: &mut Vec<FieldError>) {
     let Some(cwd) = cwd else { return };
     let below = |root: &str| cwd.strip_prefix(root).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'));
-    let is_in = !cwd.starts_with('/') || ROOTS.into_iter().any(below);
+    let is_in = !cwd.starts_with('/') || [workdir, TMP_DIR].into_iter().any(below);
     let climbs = cwd.split('/').any(|part| part == "..");
     if cwd.is_empty() || cwd.len() > MAX_CWD || cwd.contains('\0') || !is_in || climbs {
         let message = format!(
-            "allowed is a folder below {}, or a path from the working folder on, without \"..\", of at most {MAX_CWD} bytes",
-            ROOTS.join(" or ")
+            "allowed is a folder below {workdir} or {TMP_DIR}, or a path from the working folder on, without \"..\", of at most {MAX_CWD} bytes"
         );
         errors.push(FieldError::new("/cwd", message));
     }
@@ -637,7 +635,7 @@ mod tests {
     fn folders_are_below_the_roots() {
         let is_allowed = |cwd: &str| {
             let mut errors = Vec::new();
-            check_folder(Some(cwd), &mut errors);
+            check_folder(Some(cwd), "/workspace", &mut errors);
             errors.is_empty()
         };
         for allowed in ["a", "a/b", ".", "/workspace", "/workspace/a", "/tmp", "/tmp/x y/é"] {

@@ -146,6 +146,7 @@ impl Shelf {
             && own.network.packages == spec.network.packages
             && own.network.initial.is_open() == spec.network.initial.is_open()
             && own.data == spec.data
+            && own.workdir == spec.workdir
             && own.ports == spec.ports;
         let kernel = own.kernelspec == spec.kernelspec
             && own.transport == spec.transport

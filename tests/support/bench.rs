@@ -185,6 +185,7 @@ pub fn template() -> Template {
         on_guest_lost: OnGuestLost::End,
         pools: Vec::new(),
         on_idle: OnIdle::Delete,
+        workdir: cellblock::domain::spec::WORKDIR.to_owned(),
     }
 }
 

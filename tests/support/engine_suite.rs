@@ -59,6 +59,7 @@ pub async fn spec(subject: &Subject<'_>) -> CellSpec {
         runtime: String::new(),
         resources: resources(),
         data: vec![],
+        workdir: "/workspace".to_owned(),
     }
 }
 

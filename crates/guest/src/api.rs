@@ -341,7 +341,7 @@ impl Guest {
             true => self.egress.offer(init.env),
             false => init.env,
         };
-        let env = crate::packages::offer(env);
+        let env = crate::packages::offer(env, &self.places.workdir);
         self.commands.set_env(env.clone());
         self.kernels.set_env(env);
         let version = env!("CARGO_PKG_VERSION").to_owned();

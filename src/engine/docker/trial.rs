@@ -13,7 +13,7 @@ use bollard::query_parameters::{
     CreateContainerOptionsBuilder, ListVolumesOptionsBuilder, RemoveContainerOptionsBuilder,
     RemoveVolumeOptionsBuilder, StatsOptionsBuilder,
 };
-use cellblock_wire::link::Report;
+use cellblock_wire::link::{Report, WORKDIR};
 use cellblock_wire::trial::{Line, Machine, Step, TRIAL, Tried};
 use futures_util::StreamExt;
 use tokio::io::AsyncReadExt;
@@ -257,6 +257,7 @@ impl Host {
             runtime: runtime.to_owned(),
             resources: RESOURCES,
             data: Vec::new(),
+            workdir: WORKDIR.to_owned(),
         };
         let (body, uid) = engine.trial_body(&cell, arguments(step))?;
         let (docker, name, asked) = (self.docker.clone(), cell.name.clone(), body.clone());

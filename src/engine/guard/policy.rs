@@ -43,6 +43,8 @@ pub struct Permitted {
     pub most: Resources,
     /// The data that it has: this, no more and no less.
     pub data: Vec<DataMount>,
+    /// Its working folder.
+    pub workdir: String,
 }
 
 impl Policy {
@@ -71,9 +73,9 @@ impl Policy {
         if of_runtime.is_empty() {
             return rejected(format!("the guard has no template with this image and runtime {:?}", cell.runtime));
         }
-        let of_data: Vec<_> = of_runtime.into_iter().filter(|t| t.data == cell.data).collect();
+        let of_data: Vec<_> = of_runtime.into_iter().filter(|t| t.data == cell.data && t.workdir == cell.workdir).collect();
         if of_data.is_empty() {
-            return rejected("the guard has no template with this image, runtime and data".to_owned());
+            return rejected("the guard has no template with this image, runtime, data and working folder".to_owned());
         }
         let complaints: Vec<_> = of_data.iter().map(|template| above(&cell.resources, &template.most)).collect();
         match complaints.into_iter().min_by_key(Vec::len) {
@@ -316,6 +318,7 @@ mod tests {
                 runtime: String::new(),
                 most: most(),
                 data: vec![maps()],
+                workdir: "/workspace".to_owned(),
             }],
             pull: Pull::Never,
             cells: 3,
@@ -335,6 +338,7 @@ mod tests {
             runtime: String::new(),
             resources: most(),
             data: vec![maps()],
+            workdir: "/workspace".to_owned(),
         }
     }
 

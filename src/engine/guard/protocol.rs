@@ -14,6 +14,7 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::domain::data::DataMount;
+use crate::domain::spec::WORKDIR;
 use crate::domain::ids::InstallationId;
 use crate::domain::spec::Resources;
 use crate::engine::{
@@ -114,6 +115,9 @@ pub(super) struct Cell {
     open_files: u32,
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     data: Vec<Data>,
+    /// The usual one where it is not named.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    workdir: Option<String>,
 }
 
 /// A [`DataMount`].
@@ -139,6 +143,7 @@ impl From<&CellSpec> for Cell {
             pids,
             open_files,
             data: spec.data.iter().map(|m| Data { name: m.name.clone(), path: m.path.clone() }).collect(),
+            workdir: Some(&spec.workdir).filter(|workdir| *workdir != WORKDIR).cloned(),
         }
     }
 }
@@ -148,10 +153,11 @@ impl Cell {
     pub(super) fn read(self, instance: &str) -> Option<CellSpec> {
         let name = name(self.name, instance)?;
         let session = name.session(instance).filter(|session| session.to_string() == self.session)?;
-        let Self { image, runtime, cpu_millis, memory_bytes, disk_bytes, tmp_bytes, pids, open_files, data, .. } = self;
+        let Self { image, runtime, cpu_millis, memory_bytes, disk_bytes, tmp_bytes, pids, open_files, data, workdir, .. } = self;
         let resources = Resources { cpu_millis, memory_bytes, disk_bytes, tmp_bytes, pids, open_files };
         let data = data.into_iter().map(|Data { name, path }| DataMount { name, path }).collect();
-        Some(CellSpec { name, session, image, runtime, resources, data })
+        let workdir = workdir.unwrap_or_else(|| WORKDIR.to_owned());
+        Some(CellSpec { name, session, image, runtime, resources, data, workdir })
     }
 }
 
@@ -345,6 +351,7 @@ mod tests {
             runtime: "runc".to_owned(),
             resources,
             data: vec![DataMount { name: "maps".to_owned(), path: "/mnt/maps".to_owned() }],
+            workdir: "/home/user".to_owned(),
         }
     }
 

@@ -30,6 +30,7 @@ fn cell() -> CellSpec {
             pids: 128,
             open_files: 1024,
         },
+        workdir: cellblock_wire::link::WORKDIR.to_owned(),
         data: vec![],
     }
 }

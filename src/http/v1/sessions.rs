@@ -16,7 +16,7 @@ use utoipa::ToSchema;
 use crate::domain::egress::{self, Network, NetworkMode};
 use crate::domain::ids::SessionId;
 use crate::domain::lifecycle::Phase;
-use crate::domain::spec::{FieldError, MIB, NewFile, OnIdle, Resources, SessionRequest};
+use crate::domain::spec::{FieldError, MIB, NewFile, OnExpiry, OnIdle, Resources, SessionRequest};
 use crate::http::App;
 use crate::http::extract::{Answer, Body, Caller, Id, Keyed, Params, object};
 use crate::http::problem::{self, Problem};
@@ -54,6 +54,10 @@ pub struct CreateSession {
     pub(super) timeouts: TimeoutRequest,
     /// What happens when it was idle for its time; the template's word when absent.
     pub(super) on_idle: Option<OnIdleName>,
+    /// What happens when it reaches its age, or `expires_at` if that was changed.
+    pub(super) on_expiry: OnExpiryName,
+    /// Any texts to be kept with it, for those who read it again: at most 64, with 64 KiB in all. Sessions are found by labels.
+    pub(super) metadata: BTreeMap<String, String>,
     /// What it may reach.
     #[serde(deserialize_with = "object")]
     pub(super) network: NetworkRequest,
@@ -92,6 +96,38 @@ pub enum OnIdleName {
     Delete,
     /// It is paused, and ends after `timeouts.paused_seconds` more.
     Pause,
+    /// Nothing: it is there until it expires.
+    Keep,
+}
+
+/// What happens to a session that has expired.
+#[derive(Debug, Default, Clone, Copy, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum OnExpiryName {
+    /// It ends.
+    #[default]
+    Delete,
+    /// It is paused as soon as nothing runs in it, and ends after `timeouts.paused_seconds` more. What is asked of it meanwhile resumes it for as long as it was
+    /// made for. At the greatest age that its template allows it ends all the same.
+    Pause,
+}
+
+impl From<OnExpiryName> for OnExpiry {
+    fn from(name: OnExpiryName) -> Self {
+        match name {
+            OnExpiryName::Delete => Self::Delete,
+            OnExpiryName::Pause => Self::Pause,
+        }
+    }
+}
+
+impl From<OnExpiry> for OnExpiryName {
+    fn from(on_expiry: OnExpiry) -> Self {
+        match on_expiry {
+            OnExpiry::Delete => Self::Delete,
+            OnExpiry::Pause => Self::Pause,
+        }
+    }
 }
 
 impl From<OnIdleName> for OnIdle {
@@ -99,6 +135,7 @@ impl From<OnIdleName> for OnIdle {
         match name {
             OnIdleName::Delete => Self::Delete,
             OnIdleName::Pause => Self::Pause,
+            OnIdleName::Keep => Self::Keep,
         }
     }
 }
@@ -108,6 +145,7 @@ impl From<OnIdle> for OnIdleName {
         match on_idle {
             OnIdle::Delete => Self::Delete,
             OnIdle::Pause => Self::Pause,
+            OnIdle::Keep => Self::Keep,
         }
     }
 }
@@ -218,6 +256,8 @@ impl From<CreateSession> for SessionRequest {
             execution_seconds: body.timeouts.execution_seconds,
             paused_seconds: body.timeouts.paused_seconds,
             on_idle: body.on_idle.map(OnIdle::from),
+            on_expiry: body.on_expiry.into(),
+            metadata: body.metadata,
             files: body
                 .files
                 .into_iter()
@@ -256,10 +296,16 @@ pub struct SessionView {
     timeouts: TimeoutsView,
     /// What happens when it was idle for its time.
     on_idle: OnIdleName,
+    /// What happens when it expires.
+    on_expiry: OnExpiryName,
+    /// Its working folder.
+    workdir: String,
     /// What it may reach.
     network: NetworkView,
     /// For finding it again.
     labels: BTreeMap<String, String>,
+    /// What its caller wanted kept with it.
+    metadata: BTreeMap<String, String>,
     /// Where executions run when they name no context.
     default_context: String,
     /// Rises with every change of what is shown here.
@@ -371,8 +417,11 @@ impl SessionView {
                 paused_seconds: spec.timeouts.paused.as_secs_f64(),
             },
             on_idle: spec.on_idle.into(),
+            on_expiry: spec.on_expiry.into(),
+            workdir: spec.workdir.clone(),
             network: NetworkView::from(&snapshot.attributes.network),
             labels: snapshot.attributes.labels.clone(),
+            metadata: spec.metadata.clone(),
             default_context: session.default_context.to_string(),
             generation: snapshot.generation,
             end_reason: over,

@@ -7,12 +7,13 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use jiff::Timestamp;
 use tokio::sync::oneshot;
 
-use super::super::{COMMAND_QUEUE, Command, Refused};
+use super::super::{COMMAND_QUEUE, Command, Refused, instant};
 use super::{Actor, Booted, Context, Done, Verdict};
 use crate::domain::lifecycle::{EndReason, Event, Phase};
-use crate::domain::spec::OnIdle;
+use crate::domain::spec::{OnExpiry, OnIdle};
 use crate::engine::EngineError;
 use crate::kernel::link::Link;
 use crate::store::state::State;
@@ -100,6 +101,39 @@ impl Actor {
         match self.spec.on_idle {
             OnIdle::Delete => self.step(Event::EndRequested(EndReason::Idle)),
             OnIdle::Pause => self.want_pause(),
+            // It has no idle time.
+            OnIdle::Keep => {}
+        }
+    }
+
+    /// When it ends for its age, or is paused instead. What expires while something runs in it, or is frozen, has until the greatest age that it may have.
+    pub(super) fn last_moment(&self) -> Instant {
+        let goes_on = match self.phase {
+            Phase::Ready => self.is_in_use() || self.freezing.is_wanted(),
+            phase => matches!(phase, Phase::Pausing | Phase::Paused | Phase::Resuming),
+        };
+        let waits = self.spec.on_expiry == OnExpiry::Pause && goes_on;
+        if waits { self.expires.max(self.oldest()) } else { self.expires }
+    }
+
+    /// Its last moment has come.
+    pub(super) fn expire(&mut self, now: Instant) {
+        let may_rest = self.phase == Phase::Ready && now < self.oldest();
+        match self.spec.on_expiry {
+            OnExpiry::Pause if may_rest => self.want_pause(),
+            _ => self.step(Event::EndRequested(EndReason::Lifetime)),
+        }
+    }
+
+    /// When it is as old as it may be.
+    fn oldest(&self) -> Instant {
+        instant(self.created_at.saturating_add(self.spec.max_lifetime).unwrap_or(Timestamp::MAX))
+    }
+
+    /// One that has expired and is used again has as much time as it was made for.
+    fn renew(&mut self, now: Instant) {
+        if self.spec.on_expiry == OnExpiry::Pause && self.expires <= now {
+            self.expires = (now + self.spec.timeouts.lifetime).min(self.oldest());
         }
     }
 
@@ -199,6 +233,7 @@ impl Actor {
                 self.connect_again(booted);
                 // Frozen time is no idle time.
                 self.last_active = Instant::now();
+                self.renew(self.last_active);
                 self.step(Event::CellResumed);
             }
             Ok(_) => {}

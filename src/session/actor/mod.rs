@@ -32,7 +32,7 @@ use super::{
 use crate::domain::ids::{ContextId, SessionId};
 use crate::domain::lifecycle::{self, Effect, EndReason, Event, Phase};
 use crate::domain::output::{JsonText, RestartCause, Status, StopStep};
-use crate::domain::spec::{KernelTransport, NewFile, OnGuestLost, SessionSpec};
+use crate::domain::spec::{KernelTransport, NewFile, OnGuestLost, OnIdle, SessionSpec};
 use crate::egress::Gate;
 use crate::engine::{ByteStream, CellName, CellSpec, CellState, Engine, EngineError};
 use crate::kernel::link::LinkError;
@@ -817,10 +817,13 @@ impl Actor {
         let own = match self.phase {
             Phase::Provisioning | Phase::Connecting => self.starting_since + self.settings.start_timeout,
             Phase::Replacing => self.expires.max(Instant::now() + RETRY_FIRST),
-            Phase::Paused => self.paused_deadline().min(self.expires),
+            Phase::Paused => self.paused_deadline().min(self.last_moment()),
             // An answer is under way.
-            Phase::Pausing | Phase::Resuming => self.expires,
-            Phase::Ready => self.idle_deadline().unwrap_or(self.expires).min(self.expires),
+            Phase::Pausing | Phase::Resuming => self.last_moment(),
+            Phase::Ready => {
+                let last = self.last_moment();
+                self.idle_deadline().unwrap_or(last).min(last)
+            }
             Phase::Aborting(_) | Phase::Ending(_) | Phase::Ended(_) => Instant::now() + FAR,
         };
         let is_heard = self.is_heard();
@@ -839,7 +842,7 @@ impl Actor {
 
     fn idle_deadline(&self) -> Option<Instant> {
         let waits = !self.is_in_use() && !self.is_unclaimed && !self.freezing.is_wanted();
-        waits.then(|| self.last_active + self.attributes.idle)
+        (waits && self.spec.on_idle != OnIdle::Keep).then(|| self.last_active + self.attributes.idle)
     }
 
     /// Whether anything runs or waits, in a kernel or beside it.
@@ -864,9 +867,9 @@ impl Actor {
                 self.step(Event::EndRequested(EndReason::StartFailed));
             }
             Phase::Ready | Phase::Replacing | Phase::Pausing | Phase::Paused | Phase::Resuming
-                if now >= self.expires =>
+                if now >= self.last_moment() =>
             {
-                self.step(Event::EndRequested(EndReason::Lifetime))
+                self.expire(now);
             }
             Phase::Ready if self.idle_deadline().is_some_and(|at| now >= at) => self.go_idle(),
             Phase::Paused if now >= self.paused_deadline() => self.step(Event::EndRequested(EndReason::Idle)),
@@ -1062,7 +1065,7 @@ fn wall(at: Instant) -> Timestamp {
 /// What the engine is to know of a session's cell.
 fn cell(name: CellName, session: SessionId, spec: &SessionSpec) -> CellSpec {
     let (image, runtime, data) = (spec.image.clone(), spec.runtime.clone(), spec.data.clone());
-    CellSpec { name, session, image, runtime, resources: spec.resources, data }
+    CellSpec { name, session, image, runtime, resources: spec.resources, data, workdir: spec.workdir.clone() }
 }
 
 fn first_snapshot(spec: &SessionSpec, attributes: &Arc<Attributes>) -> Snapshot {

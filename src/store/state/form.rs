@@ -18,7 +18,7 @@ use crate::domain::lifecycle::EndReason;
 use crate::domain::output::{JsonText, RestartCause};
 use crate::domain::ports::Ports;
 use crate::domain::spec::{
-    KernelTransport, OnGuestLost, OnIdle, OnKernelDeath, OutputLimits, Resources, SessionSpec, Timeouts,
+    self, KernelTransport, OnExpiry, OnGuestLost, OnIdle, OnKernelDeath, OutputLimits, Resources, SessionSpec, Timeouts,
 };
 use crate::store::moment;
 
@@ -267,6 +267,8 @@ struct Spec {
     ports: Ports,
     #[serde(serialize_with = "write_data", deserialize_with = "read_data", default)]
     data: Vec<DataMount>,
+    #[serde(default = "usual_workdir")]
+    workdir: String,
     #[serde(serialize_with = "write_texts", deserialize_with = "read_texts")]
     setup: Arc<[String]>,
     #[serde(with = "KernelDeathForm")]
@@ -275,6 +277,15 @@ struct Spec {
     on_guest_lost: OnGuestLost,
     #[serde(with = "IdleForm", default)]
     on_idle: OnIdle,
+    #[serde(with = "ExpiryForm", default)]
+    on_expiry: OnExpiry,
+    #[serde(default)]
+    metadata: BTreeMap<String, String>,
+}
+
+/// What `workdir` is in a record of a server that knew no other.
+fn usual_workdir() -> String {
+    spec::WORKDIR.to_owned()
 }
 
 fn write_texts<S: Serializer>(texts: &Arc<[String]>, to: S) -> Result<S::Ok, S::Error> {
@@ -367,6 +378,14 @@ enum GuestLostForm {
 #[derive(Serialize, Deserialize)]
 #[serde(remote = "OnIdle", rename_all = "snake_case")]
 enum IdleForm {
+    Delete,
+    Pause,
+    Keep,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(remote = "OnExpiry", rename_all = "snake_case")]
+enum ExpiryForm {
     Delete,
     Pause,
 }

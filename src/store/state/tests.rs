@@ -11,7 +11,7 @@ use crate::domain::output::{
 };
 use crate::domain::packages::{PackagePolicy, Requirement};
 use crate::domain::ports::Ports;
-use crate::domain::spec::{KernelTransport, OnGuestLost, OnIdle, OnKernelDeath, OutputLimits, Resources, Timeouts};
+use crate::domain::spec::{KernelTransport, OnGuestLost, OnExpiry, OnIdle, OnKernelDeath, OutputLimits, Resources, Timeouts};
 
 fn network(rule: &str) -> Network {
     Network { mode: NetworkMode::Allowlist, allow: Rule::parse(rule).unwrap().into() }
@@ -71,6 +71,9 @@ fn record(n: u128) -> SessionRecord {
         on_kernel_death: OnKernelDeath::End,
         on_guest_lost: OnGuestLost::Replace,
         on_idle: OnIdle::Pause,
+        on_expiry: OnExpiry::Pause,
+        metadata: BTreeMap::from([("a b".to_owned(), "c&d".to_owned())]),
+        workdir: "/home/user".to_owned(),
     };
     let context = ContextRecord {
         born: 3,

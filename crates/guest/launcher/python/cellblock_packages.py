@@ -10,7 +10,7 @@ import shutil
 import sys
 import threading
 
-PACKAGES = "/workspace/.packages"
+PACKAGES = os.environ.get("CELLBLOCK_WORKDIR", "/workspace") + "/.packages"
 VERSION = f"python{sys.version_info[0]}.{sys.version_info[1]}"
 SITE = f"{PACKAGES}/lib/{VERSION}/site-packages"
 INDEX = "http://packages.upstream"

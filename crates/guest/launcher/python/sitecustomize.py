@@ -4,7 +4,7 @@ import os
 import sys
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-PACKAGES = "/workspace/.packages"
+PACKAGES = os.environ.get("CELLBLOCK_WORKDIR", "/workspace") + "/.packages"
 SITE = f"{PACKAGES}/lib/python{sys.version_info[0]}.{sys.version_info[1]}/site-packages"
 
 

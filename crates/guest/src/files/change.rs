@@ -181,7 +181,7 @@ pub async fn move_to(from: &Place, to: &Place, overwrite: bool) -> Result<Made, 
     if !from.shares_root_with(to) {
         return match FileType::from_raw_mode(stat.st_mode) {
             FileType::RegularFile => copy_away(from, to, overwrite).await,
-            _ => Err(FileError::Invalid("only files can be moved between /workspace and /tmp")),
+            _ => Err(FileError::Invalid("only files can be moved between the working folder and /tmp")),
         };
     }
     if is_folder && to.path.starts_with(&from.path) {

@@ -94,7 +94,7 @@ impl Roots {
         match (below(&self.workdir), below(&self.tmp)) {
             (Some(path), _) => Ok(workdir(path)),
             (_, Some(path)) => Ok(Place { root: self.tmp.clone(), path, is_in_workdir: false }),
-            _ => Err(FileError::Denied("only /workspace and /tmp, and what is below them, can be reached")),
+            _ => Err(FileError::Denied("only the working folder and /tmp, and what is below them, can be reached")),
         }
     }
 }
