@@ -27,6 +27,7 @@ use crate::metrics::Metrics;
 use crate::service::Service;
 use crate::service::admin::{Admin, Reload};
 use crate::service::audit::{Audit, AuditBounds};
+use crate::service::bearer::Tokens;
 use crate::service::keys::{self, ConfiguredKey, KeyError, KeyHash, KeyRing, Principal, Scope};
 use crate::service::log::LogLevel;
 use crate::service::offer::Offer;
@@ -36,7 +37,7 @@ use crate::session::reconcile;
 use crate::session::reconcile::Reconciler;
 use crate::session::registry::{AfterDrain, Registry};
 use crate::store::state::{self, Left, State, StateError};
-use crate::store::{Archive, ArchiveLimits, installation};
+use crate::store::{Archive, ArchiveLimits, installation, secret};
 use crate::task;
 use crate::traces::{self, Traces};
 use crate::tuning::{self, Reloader, Shown, ceilings, limits, pool_plans, settings};
@@ -177,6 +178,14 @@ pub enum StartError {
     /// The id of this installation can't be had.
     #[error("the file {} can't be used: {source}\n  it says which installation this is; without it, one with a new id is made", path.display())]
     Installation {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// The secret that sessions' tokens are derived from can't be had.
+    #[error("the file {} can't be used: {source}\n  tokens of sessions are derived from it; with a new one, those that were told are none any more", path.display())]
+    Secret {
         /// The file.
         path: PathBuf,
         /// Why.
@@ -327,6 +336,9 @@ impl Plane {
             Service::new(Arc::clone(&registry), Arc::clone(&engine), offer.clone(), pull, archive.clone())
                 .with_keys(Arc::clone(&keys))
                 .with_quotas(Arc::clone(&quotas));
+        if owns_instance {
+            service = service.with_tokens(tokens(config)?);
+        }
         if let Some(log) = &log {
             service = service.logging(log.clone());
         }
@@ -677,6 +689,13 @@ async fn claim(engine: &dyn Engine, config: &Config, installation: InstallationI
         }
         Err(error) => Err(engine_error(config, error)),
     }
+}
+
+/// What sessions' tokens are derived from.
+fn tokens(config: &Config) -> Result<Tokens, StartError> {
+    let folder = &config.server.data_dir;
+    let secret = secret::ensure(folder);
+    secret.map(Tokens::new).map_err(|source| StartError::Secret { path: secret::path_in(folder), source })
 }
 
 fn installation_id(config: &Config) -> Result<InstallationId, StartError> {

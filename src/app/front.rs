@@ -7,6 +7,8 @@ use jiff::Timestamp;
 use super::{Plane, StartError};
 use crate::config::{Config, ForwardedHeader};
 use crate::http::door::{Door, Tries};
+use crate::http::e2b::E2b;
+use crate::http::e2b::way::Way;
 use crate::http::listen::Connections;
 use crate::http::origins::Origins;
 use crate::http::remote::Proxies;
@@ -41,7 +43,15 @@ pub fn app(config: &Config, plane: &Plane) -> App {
         sockets: jupyter::Sockets::default(),
         started: Timestamp::now(),
         mcp: config.doors.mcp.then(|| mcp::Mcp::new(config.doors.mcp_hosts.clone())),
+        e2b: config.doors.e2b.enabled.then(|| E2b {
+            domain: e2b_domain(config),
+            templates: Arc::new(config.doors.e2b.templates.clone()),
+        }),
     }
+}
+
+fn e2b_domain(config: &Config) -> Option<Arc<str>> {
+    Some(config.doors.e2b.domain.as_str()).filter(|domain| !domain.is_empty()).map(Arc::from)
 }
 
 /// What connections may take. Reads the certificate, where there is one.
@@ -61,6 +71,7 @@ pub fn connections(config: &Config) -> Result<Connections, StartError> {
         head_bytes: usize::try_from(server.max_header).unwrap_or(usize::MAX),
         write_time: server.write_timeout,
         ports_domain: Some(server.ports_domain.as_str()).filter(|domain| !domain.is_empty()).map(Arc::from),
+        e2b: config.doors.e2b.enabled.then(|| Way { domain: e2b_domain(config) }),
         plain_from_proxies_only: tls.is_none() && !server.allow_plain_http && !server.listen.ip().is_loopback(),
         tls,
     })

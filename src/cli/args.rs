@@ -327,6 +327,9 @@ pub struct CreateKeyArgs {
     /// It is not valid any more after this long, such as 12h or 90d.
     #[arg(long, value_name = "TIME", value_parser = seconds)]
     pub expires: Option<Duration>,
+    /// Write it as clients of E2B want it, with "e2b_" before the same digits. It is the same key, for all doors.
+    #[arg(long)]
+    pub e2b: bool,
     /// The server.
     #[command(flatten)]
     pub server: ServerArgs,

@@ -10,6 +10,7 @@ use super::problem::Failure;
 use super::text::{escape_line, field, table};
 use super::waiting::while_waiting;
 use crate::config::Environment;
+use crate::service::keys::{E2B_PREFIX, PREFIX};
 
 const KEYS: [&str; 2] = ["v1", "keys"];
 
@@ -39,13 +40,24 @@ async fn create(args: &CreateKeyArgs, json: bool, environment: &Environment) -> 
         body["expires_in_seconds"] = json!(time.as_secs_f64());
     }
     let request = client.request(Method::POST, &KEYS).json(&body);
-    let made = while_waiting("making a key", client.send_json(request)).await?;
+    let mut made = while_waiting("making a key", client.send_json(request)).await?;
+    if args.e2b {
+        made["key"] = in_e2bs_words(&made["key"]);
+    }
     if json {
         return print_json(&made);
     }
     let Some(key) = made["key"].as_str() else { return Err(Failure::Garbled("an answer without a key".to_owned())) };
     eprintln!("{} for tenant {}; the key is shown this once", field(&made, "id"), field(&made, "tenant"));
     print(&format!("{}\n", escape_line(key)))
+}
+
+/// The same key with the prefix that clients of E2B ask for; older ones send no other.
+fn in_e2bs_words(key: &Value) -> Value {
+    match key.as_str().and_then(|key| key.strip_prefix(PREFIX)) {
+        Some(digits) => json!(format!("{E2B_PREFIX}{digits}")),
+        None => key.clone(),
+    }
 }
 
 async fn list(args: &ListKeysArgs, json: bool, environment: &Environment) -> Result<u8, Failure> {
@@ -76,4 +88,22 @@ async fn revoke(args: &RevokeKeysArgs, json: bool, environment: &Environment) ->
         Ok(id.to_owned())
     };
     each(&args.ids, json.then_some("revoked"), act).await
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::service::keys;
+
+    #[test]
+    fn a_key_for_clients_of_e2b_is_the_same_key() {
+        let key = keys::generate().unwrap();
+        let theirs = in_e2bs_words(&json!(key));
+        let theirs = theirs.as_str().unwrap();
+        // What the older of them hold it against: ^e2b_[0-9a-f]+$
+        let digits = theirs.strip_prefix("e2b_").unwrap();
+        assert!(!digits.is_empty() && digits.bytes().all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b)));
+        assert_eq!(keys::hash(theirs), keys::hash(&key));
+        assert_eq!(in_e2bs_words(&Value::Null), Value::Null);
+    }
 }

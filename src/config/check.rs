@@ -13,6 +13,8 @@ use crate::domain::spec::{self, KERNEL_FLOOR, MIB, PoolSize};
 
 /// A container lives at least so long without hearing of a server, which it does when it is asked whether it lives.
 const LEAST_LEASE: Duration = Duration::from_secs(15);
+/// The template that the names of E2B stand for as long as nobody says otherwise.
+const E2B_TEMPLATE: &str = "e2b";
 /// What names of keys, tenants and services are.
 const NAME: &str = "allowed are 1 to 64 letters, digits, \".\", \"_\" and \"-\"";
 
@@ -105,12 +107,37 @@ impl Checker<'_> {
         self.positive(server.request_timeout, "server.request_timeout");
         self.positive(server.ports_timeout, "server.ports_timeout");
         let domain = server.ports_domain.as_str();
-        let is_domain = domain.len() <= 180 && domain.split('.').all(|label| is_label(label, 63));
-        self.require(domain.is_empty() || is_domain, &["server.ports_domain"], || {
+        self.require(domain.is_empty() || is_domain(domain), &["server.ports_domain"], || {
             format!("{domain:?} is not a domain in lower case without a port, such as \"ports.example.com\"")
         });
+        self.e2b(document);
         self.connections(document);
         self.callers(document);
+    }
+
+    fn e2b(&mut self, document: &Document) {
+        let (e2b, ports_domain) = (&document.doors.e2b, document.server.ports_domain.as_str());
+        let domain = e2b.domain.as_str();
+        self.require(domain.is_empty() || is_domain(domain), &["doors.e2b.domain"], || {
+            format!("{domain:?} is not a domain in lower case without a port, such as \"sandboxes.example.com\"")
+        });
+        let is_apart = domain.is_empty() || ports_domain.is_empty() || domain != ports_domain;
+        self.require(is_apart, &["doors.e2b.domain", "server.ports_domain"], || {
+            "hosts of the one are asked for otherwise than those of the other: name two domains".to_owned()
+        });
+        if !e2b.enabled {
+            return;
+        }
+        let enabled = |name: &str| document.templates.get(name).is_some_and(|template| template.enabled);
+        for (alias, template) in &e2b.templates {
+            let key = format!("doors.e2b.templates.{alias}");
+            // What is compiled in stands for a template that an operator may have switched off.
+            let is_left = template == E2B_TEMPLATE && document.templates.contains_key(E2B_TEMPLATE);
+            self.require(enabled(template) || is_left, &[&key], || {
+                let known = document.templates.iter().filter(|(_, section)| section.enabled).map(|(name, _)| name.as_str());
+                format!("there is no template {template:?}; enabled templates: {}", known.collect::<Vec<_>>().join(", "))
+            });
+        }
     }
 
     fn connections(&mut self, document: &Document) {
@@ -688,6 +715,11 @@ pub fn check_log_level(level: &str) -> Result<(), String> {
     Err(format!(
         "{level:?} is not made of off, error, warn, info, debug and trace, such as \"info,cellblock::engine=debug\""
     ))
+}
+
+/// Whether a text is a domain that hosts of one label more fit into.
+fn is_domain(text: &str) -> bool {
+    text.len() <= 180 && text.split('.').all(|label| is_label(label, 63))
 }
 
 /// Whether a text may be part of a container's name and of a DNS label.

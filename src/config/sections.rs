@@ -502,6 +502,20 @@ pub struct Doors {
     /// Names that it may be asked under; none: any.
     #[serde(deserialize_with = "texts")]
     pub mcp_hosts: Vec<String>,
+    /// That for clients of E2B.
+    pub e2b: E2b,
+}
+
+/// The door for clients of E2B.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct E2b {
+    /// Whether it is open.
+    pub enabled: bool,
+    /// Domain whose hosts are its API and its sandboxes, if there is one.
+    pub domain: String,
+    /// Templates by the names that its clients have for them.
+    pub templates: BTreeMap<String, String>,
 }
 
 /// What is counted.

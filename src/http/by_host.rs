@@ -10,15 +10,16 @@ use crate::domain::ids::SessionId;
 pub(super) struct ByHost;
 
 /// Where requests to hosts of the domain go that name no port of a session: there is nothing.
-const NOWHERE: &str = "/nothing-on-this-host";
+pub(super) const NOWHERE: &str = "/nothing-on-this-host";
 
 /// Rewrites a request to a host of the domain; any other stays as it is.
 pub(super) fn bring_in<B>(request: &mut Request<B>, domain: &str) {
-    let Some(label) = host(request).as_deref().and_then(|host| label_in(host, domain).map(str::to_owned)) else {
+    let Some(label) = host_of(request).as_deref().and_then(|host| label_in(host, domain).map(str::to_owned)) else {
         return;
     };
     let uri = request.uri();
-    let path = match port_of(&label) {
+    let named = port_in(&label).and_then(|(port, session)| Some((port, session.parse::<SessionId>().ok()?)));
+    let path = match named {
         Some((port, session)) => {
             let rest = uri.path_and_query().map_or("/", PathAndQuery::as_str);
             // A target such as `*` is no path.
@@ -34,7 +35,7 @@ pub(super) fn bring_in<B>(request: &mut Request<B>, domain: &str) {
 }
 
 /// The host that is asked, in lower case and without a port. Of two that differ, the one of the target counts, as HTTP has it.
-fn host<B>(request: &Request<B>) -> Option<String> {
+pub(super) fn host_of<B>(request: &Request<B>) -> Option<String> {
     let named = request.headers().get(header::HOST).map(HeaderValue::as_bytes);
     let named = named.and_then(|name| std::str::from_utf8(name).ok());
     let host = request.uri().authority().map(|authority| authority.as_str()).or(named)?;
@@ -44,15 +45,21 @@ fn host<B>(request: &Request<B>) -> Option<String> {
 }
 
 /// What stands before the domain; empty for the domain itself.
-fn label_in<'a>(host: &'a str, domain: &str) -> Option<&'a str> {
+pub(super) fn label_in<'a>(host: &'a str, domain: &str) -> Option<&'a str> {
     let before = host.strip_suffix(domain)?;
     if before.is_empty() { Some("") } else { before.strip_suffix('.') }
 }
 
-fn port_of(label: &str) -> Option<(u16, SessionId)> {
-    let (port, session) = label.split_once('-')?;
-    let is_port = !port.starts_with('0') && port.bytes().all(|b| b.is_ascii_digit());
-    Some((port.parse().ok().filter(|_| is_port)?, session.parse().ok()?))
+/// A label that names a port, and what of.
+pub(super) fn port_in(label: &str) -> Option<(u16, &str)> {
+    let (port, named) = label.split_once('-')?;
+    Some((port_of(port)?, named))
+}
+
+/// A port in its one spelling.
+pub(super) fn port_of(text: &str) -> Option<u16> {
+    let is_port = !text.starts_with('0') && text.bytes().all(|b| b.is_ascii_digit());
+    text.parse().ok().filter(|_| is_port)
 }
 
 #[cfg(test)]

@@ -22,8 +22,9 @@ use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use super::by_host;
+use super::by_host::{self, ByHost};
 use super::door::host_of;
+use super::e2b::way::Way;
 use super::problem::{self, Problem};
 use super::remote::Proxies;
 use super::tls::Tls;
@@ -74,6 +75,8 @@ pub struct Connections {
     pub write_time: Duration,
     /// The domain whose hosts are ports of sessions.
     pub ports_domain: Option<Arc<str>>,
+    /// What requests of E2B's clients are told apart by, where they are served.
+    pub e2b: Option<Way>,
     /// Only trusted proxies, and whoever is on this machine, may speak without TLS.
     pub plain_from_proxies_only: bool,
     /// The certificate, where TLS is spoken.
@@ -189,12 +192,15 @@ impl Host {
             Ok(place) => {
                 let held = Held { _place: Some(Arc::new(place)) };
                 let service = TowerToHyperService::new(self.router.clone());
-                let domain = self.connections.ports_domain.clone();
+                let (domain, e2b) = (self.connections.ports_domain.clone(), self.connections.e2b.clone());
                 let answer = move |mut request: Request<Incoming>| {
                     request.extensions_mut().insert(ConnectInfo(peer));
                     request.extensions_mut().insert(held.clone());
                     if let Some(domain) = &domain {
                         by_host::bring_in(&mut request, domain);
+                    }
+                    if let Some(way) = e2b.as_ref().filter(|_| request.extensions().get::<ByHost>().is_none()) {
+                        way.bring_in(&mut request);
                     }
                     service.call(request)
                 };
@@ -328,6 +334,7 @@ mod tests {
             head_bytes: 8192,
             write_time: Duration::from_secs(1),
             ports_domain: None,
+            e2b: None,
             plain_from_proxies_only: true,
             tls: None,
         };

@@ -30,6 +30,7 @@ mod by_host;
 mod crossing;
 pub mod docs;
 pub mod door;
+pub mod e2b;
 pub mod extract;
 mod forward;
 pub mod jupyter;
@@ -88,6 +89,8 @@ pub struct App {
     pub started: Timestamp,
     /// The door for clients of the Model Context Protocol, where it is open.
     pub mcp: Option<mcp::Mcp>,
+    /// The door for clients of E2B, where it is open.
+    pub e2b: Option<e2b::E2b>,
 }
 
 /// How ports of sessions are asked.
@@ -120,10 +123,18 @@ pub fn router(app: App) -> Router {
         None => Router::new(),
     };
     let mcp = if app.mcp.is_some() { mcp::routes() } else { Router::new() };
+    let e2b = match app.e2b {
+        Some(_) => {
+            operations.add(e2b::changes());
+            e2b::routes()
+        }
+        None => Router::new(),
+    };
     let routes = Router::new()
         .merge(v1)
         .merge(jupyter)
         .merge(mcp)
+        .merge(e2b)
         .merge(docs::routes(document))
         .route("/livez", get(livez))
         .route("/readyz", get(readyz))

@@ -9,6 +9,7 @@ use axum::response::{IntoResponse, Response};
 use serde::Serialize;
 use utoipa::ToSchema;
 
+use super::e2b::error::{self, Words};
 use super::rate::{Limit, seconds};
 use crate::domain::spec::FieldError;
 use crate::service::files::FileFault;
@@ -62,6 +63,8 @@ pub enum Form {
     Problem,
     /// As Jupyter Server does: a message, and a reason or none.
     Jupyter,
+    /// As one of E2B's parts does.
+    E2b(Words),
 }
 
 /// One field that is wrong.
@@ -109,6 +112,7 @@ codes! {
     UNAUTHENTICATED "unauthenticated" UNAUTHORIZED "A valid API key is needed" false;
     FORBIDDEN "forbidden" FORBIDDEN "The key does not allow this" false;
     NOT_FOUND "not-found" NOT_FOUND "There is no such thing" false;
+    NOT_IMPLEMENTED "not-implemented" NOT_IMPLEMENTED "This server does not offer it" false;
     METHOD_NOT_ALLOWED "method-not-allowed" METHOD_NOT_ALLOWED "The path does not know this method" false;
     REQUEST_TIMEOUT "request-timeout" REQUEST_TIMEOUT "The body did not arrive in time" true;
     SESSION_NOT_READY "session-not-ready" CONFLICT "The session is not ready" true;
@@ -204,6 +208,7 @@ impl Problem {
             // A structure of texts and numbers: writing it can't fail.
             Form::Problem => ("application/problem+json", serde_json::to_vec(self).unwrap_or_default()),
             Form::Jupyter => ("application/json", self.in_jupyters_words()),
+            Form::E2b(words) => error::written(self, words),
         };
         let mut response = (status, [(header::CONTENT_TYPE, kind)], body).into_response();
         if let Some(seconds) = self.retry_after_seconds {

@@ -37,6 +37,7 @@ use crate::traces::Traces;
 
 pub mod admin;
 pub mod audit;
+pub mod bearer;
 pub mod commands;
 pub mod files;
 pub mod issuing;
@@ -54,6 +55,7 @@ pub mod transfer;
 
 use admin::Admin;
 use audit::Audit;
+use bearer::Tokens;
 use files::FileFault;
 use keys::{KeyRing, Principal};
 use log::LogLevel;
@@ -391,6 +393,8 @@ pub struct Service {
     log: Option<LogLevel>,
     /// Where requests and executions are told as traces, if they are.
     traces: Option<Traces>,
+    /// What sessions' own tokens are derived from.
+    tokens: Tokens,
 }
 
 impl std::fmt::Debug for dyn Engine {
@@ -425,6 +429,7 @@ impl Service {
             audit: None,
             log: None,
             traces: None,
+            tokens: Tokens::passing(),
         }
     }
 

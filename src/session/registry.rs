@@ -498,6 +498,18 @@ impl Registry {
         (!matches!(snapshot.phase, Phase::Ended(_))).then(|| CellName::new(&self.instance, id, snapshot.cells))
     }
 
+    /// A session that is somebody's, whoever's.
+    #[must_use]
+    pub fn claimed_session(&self, id: SessionId) -> Option<Session> {
+        self.inner().sessions.get(&id).cloned()
+    }
+
+    /// All that are somebody's.
+    #[must_use]
+    pub fn claimed_sessions(&self) -> Vec<Session> {
+        self.inner().sessions.values().cloned().collect()
+    }
+
     /// A session, whoever's it is.
     #[must_use]
     pub fn any_session(&self, id: SessionId) -> Option<Session> {

@@ -17,6 +17,7 @@ mod journal;
 mod ledger;
 mod moment;
 mod notebooks;
+pub mod secret;
 pub mod state;
 #[cfg(test)]
 mod tests;

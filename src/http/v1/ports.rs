@@ -20,6 +20,8 @@ use crate::http::forward::{self, Failure};
 use crate::http::listen::Held;
 use crate::http::problem::{self, Problem};
 use crate::http::remote::Remote;
+use crate::service::Error;
+use crate::service::keys::Principal;
 
 /// What of the document is here: the routes take any method, for which a document has no word.
 #[derive(OpenApi)]
@@ -47,17 +49,47 @@ pub(super) fn routes() -> OpenApiRouter<App> {
         (status = "5XX", body = Problem)))]
 pub async fn ask_port(State(app): State<App>, Caller(who): Caller, request: Request) -> Result<Response, Problem> {
     let target = Target::of(&request)?;
+    pass(&app, &who, target, request).await.map_err(|unpassed| match unpassed {
+        Unpassed::Refused(error) => error.into(),
+        Unpassed::Problem(problem) => problem,
+    })
+}
+
+/// Why a request is not passed on.
+pub(in crate::http) enum Unpassed {
+    /// There is no connection.
+    Refused(Error),
+    /// It is not to be, or was not answered.
+    Problem(Problem),
+}
+
+impl From<Problem> for Unpassed {
+    fn from(problem: Problem) -> Self {
+        Self::Problem(problem)
+    }
+}
+
+/// Passes a request on to what a session serves on a port.
+///
+/// # Errors
+/// See [`Unpassed`].
+pub(in crate::http) async fn pass(
+    app: &App,
+    who: &Principal,
+    target: Target,
+    request: Request,
+) -> Result<Response, Unpassed> {
     if [Method::CONNECT, Method::TRACE].contains(request.method()) {
-        return Err(Problem::new(problem::METHOD_NOT_ALLOWED, "CONNECT and TRACE are not passed on"));
+        return Err(Problem::new(problem::METHOD_NOT_ALLOWED, "CONNECT and TRACE are not passed on").into());
     }
     // A browser sends a page's cookies and no key, but says which page it was: not even with a key may another site's open one.
     if request.headers().contains_key(header::UPGRADE) && !app.origins.may_change(request.headers(), request.uri()) {
         let detail = "pages of this origin may not open connections here; server.cors_origins lists those that may";
-        return Err(Problem::new(problem::FORBIDDEN, detail));
+        return Err(Problem::new(problem::FORBIDDEN, detail).into());
     }
-    let stream = app.service.open_port(&who, target.session, target.port).await?;
+    let stream = app.service.open_port(who, target.session, target.port).await.map_err(Unpassed::Refused)?;
     let (mut head, body) = request.into_parts();
-    let place = place(&app, &head, &target);
+    let place = place(app, &head, &target);
     let asked = target.path.clone();
     place.inwards(&mut head.headers);
     head.uri = uri(&target, head.uri.query())?;
@@ -78,7 +110,7 @@ pub async fn ask_port(State(app): State<App>, Caller(who): Caller, request: Requ
 }
 
 /// What is asked for.
-struct Target {
+pub(in crate::http) struct Target {
     session: SessionId,
     port: u16,
     /// Escaped, as it came.
@@ -87,6 +119,11 @@ struct Target {
 }
 
 impl Target {
+    /// A port that is asked under a host, or otherwise as if it were all there is.
+    pub(in crate::http) fn own_host(session: SessionId, port: u16, path: String) -> Self {
+        Self { session, port, path, is_own_host: true }
+    }
+
     /// Out of the path as it came, of which nothing is decoded on the way.
     fn of(request: &Request) -> Result<Self, Problem> {
         let missing = || Problem::new(problem::NOT_FOUND, "there is no such session, or no such port");
