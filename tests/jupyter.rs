@@ -220,7 +220,7 @@ async fn kernelspecs_are_templates(server: Arc<Server>) {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_door_can_be_closed_and_tells_no_key() {
-    let server = Server::start("[jupyter]\nenabled = false\n").await;
+    let server = Server::start("[doors]\njupyter = false\n").await;
     for path in ["/api", "/api/kernels", "/jupyter/api", "/t/x/api"] {
         get(&server, path).await.problem(404, "not-found");
     }
