@@ -76,6 +76,16 @@ impl Server {
         Ok(())
     }
 
+    /// Where it listens.
+    pub fn url(&self) -> &str {
+        &self.url
+    }
+
+    /// A key for all of it.
+    pub fn key(&self) -> &str {
+        self.authorization.trim_start_matches("Bearer ")
+    }
+
     /// Its process.
     pub fn pid(&self) -> i64 {
         self.process.id().into()
