@@ -921,6 +921,7 @@ async fn connections_are_bounded(server: Arc<Server>) {
             }
         }
     }
+    drop(tries);
     assert_eq!((open.len(), refused), (3, 997), "of the kernel");
     assert_eq!(printed(&client.run("print(1)").await, "stdout"), "1\n");
     open.push(client);
