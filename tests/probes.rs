@@ -191,7 +191,7 @@ fn locked(bench: &Bench, image: &str, program: &[&str]) -> ContainerCreateBody {
         runtime: String::new(),
         resources,
     };
-    let volumes = lockdown::Volumes::without_data(bench.engine.guest_volume());
+    let volumes = lockdown::Volumes::only_guest(bench.engine.guest_volume());
     let mut body = lockdown::container(&cell, uid, volumes, &bench.instance, &bench.engine.host_facts());
     body.entrypoint = Some(program.iter().map(ToString::to_string).collect());
     body.attach_stderr = Some(true);

@@ -21,6 +21,7 @@ use crate::domain::lock;
 use crate::domain::packages::{self, Index, PackagePolicy, Requirement};
 use crate::domain::ports::Ports;
 use crate::domain::quota::{Quota, Rate, Share};
+use crate::domain::workspace::WorkspaceOffer;
 use crate::domain::spec::{
     self, KernelTransport, MIB, OutputLimits, PoolPlan, PoolSize, Resources, SessionRequest, Template, Timeouts,
 };
@@ -283,6 +284,8 @@ pub struct Limits {
     pub concurrent_starts: u32,
     /// Contexts of one session.
     pub contexts: u32,
+    /// Workspaces that outlive sessions, of all tenants.
+    pub workspaces: u32,
 }
 
 /// What a tenant may have and do; 0 is no limit.
@@ -294,6 +297,7 @@ pub(super) struct Class {
     #[serde(deserialize_with = "size")]
     pub memory: u64,
     pub executions: u32,
+    pub workspaces: u32,
     #[serde(deserialize_with = "size")]
     pub storage: u64,
     pub cpu_seconds_a_day: u64,
@@ -321,6 +325,7 @@ impl Class {
                 memory_bytes: Some(self.memory).filter(|most| *most > 0),
             },
             executions: Some(self.executions).filter(|most| *most > 0),
+            workspaces: Some(self.workspaces).filter(|most| *most > 0),
             stored_bytes: Some(self.storage).filter(|most| *most > 0),
             cpu_seconds_a_day: Some(self.cpu_seconds_a_day).filter(|most| *most > 0),
             requests: Some(rate).filter(|rate| rate.per_second > 0.0),
@@ -566,6 +571,7 @@ pub(super) struct TemplateSection {
     pub network: Network,
     pub packages: PackageRule,
     pub data: Vec<Data>,
+    pub workspace: Workspace,
     pub ports: Vec<String>,
     pub env: BTreeMap<String, String>,
     pub setup: String,
@@ -684,6 +690,32 @@ pub(super) struct Data {
 impl Data {
     pub(super) fn mount(&self) -> DataMount {
         DataMount { name: self.name.clone(), path: self.path.clone() }
+    }
+}
+
+/// The working folder of a template's sessions.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Workspace {
+    pub kind: WorkspaceKind,
+    #[serde(deserialize_with = "duration")]
+    pub max_age: Duration,
+    #[serde(deserialize_with = "size")]
+    pub quota: u64,
+    pub accept_unenforced: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(super) enum WorkspaceKind {
+    Tmpfs,
+    Volume,
+}
+
+impl Workspace {
+    fn offer(&self) -> Option<WorkspaceOffer> {
+        let offer = WorkspaceOffer { max_age: self.max_age, quota_bytes: Some(self.quota).filter(|bytes| *bytes > 0) };
+        (self.kind == WorkspaceKind::Volume).then_some(offer)
     }
 }
 
@@ -836,6 +868,8 @@ impl TemplateSection {
                 OnIdle::Pause => spec::OnIdle::Pause,
             },
             data: self.data.iter().map(Data::mount).collect(),
+            accept_unlimited_workspace: self.workspace.accept_unenforced,
+            workspace: self.workspace.offer(),
             // What is none was refused before.
             ports: Ports::parse(&self.ports).unwrap_or_default(),
             network: self.network.offer(self.packages.policy()),

@@ -113,6 +113,7 @@ codes! {
     REQUEST_TIMEOUT "request-timeout" REQUEST_TIMEOUT "The body did not arrive in time" true;
     SESSION_NOT_READY "session-not-ready" CONFLICT "The session is not ready" true;
     NAME_IN_USE "name-in-use" CONFLICT "A live session has that name" false;
+    WORKSPACE_IN_USE "workspace-in-use" CONFLICT "Another session has that workspace" true;
     STATE_CONFLICT "state-conflict" CONFLICT "The state does not allow this now" true;
     SESSION_ENDED "session-ended" GONE "The session has ended" false;
     PAYLOAD_TOO_LARGE "payload-too-large" PAYLOAD_TOO_LARGE "The body is too large" false;
@@ -241,6 +242,9 @@ impl From<Error> for Problem {
             Error::NameInUse(None) => Self::new(NAME_IN_USE, format!("{detail}; the key does not allow it")),
             Error::NameInUse(Some(_)) => {
                 Self::new(NAME_IN_USE, format!("{detail}; say \"if_exists\": \"reuse\" to get it"))
+            }
+            Error::WorkspaceInUse(_) => {
+                Self::new(WORKSPACE_IN_USE, format!("{detail}; end that one, or wait for its end"))
             }
             Error::NotReady => Self::new(SESSION_NOT_READY, format!("{detail}; wait with GET …/wait?state=ready")),
             Error::SessionEnded(reason) => {

@@ -26,6 +26,8 @@ pub struct Levels {
     pub cpus: Ceiling,
     /// Bytes of memory promised to them.
     pub memory: Ceiling,
+    /// Workspaces that outlive sessions.
+    pub workspaces: usize,
     /// The pools.
     pub pools: Vec<PoolLevel>,
     /// Sessions of each tenant, where tenants are counted.

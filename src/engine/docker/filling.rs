@@ -89,9 +89,21 @@ pub(super) async fn create_volume(
     name: &str,
     labels: HashMap<String, String>,
 ) -> Result<Volume, EngineError> {
+    create_sized_volume(docker, attempt, name, labels, None).await
+}
+
+/// The same with a quota in bytes. An engine that can't enforce one makes no volume, and answers with [`EngineError::Unexpected`].
+pub(super) async fn create_sized_volume(
+    docker: &Docker,
+    attempt: &'static str,
+    name: &str,
+    labels: HashMap<String, String>,
+    quota_bytes: Option<u64>,
+) -> Result<Volume, EngineError> {
     let request = VolumeCreateRequest {
         name: Some(name.to_owned()),
         driver: Some("local".to_owned()),
+        driver_opts: quota_bytes.map(|bytes| HashMap::from([("size".to_owned(), bytes.to_string())])),
         labels: Some(labels),
         ..VolumeCreateRequest::default()
     };

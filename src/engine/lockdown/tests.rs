@@ -35,7 +35,7 @@ fn cell() -> CellSpec {
 }
 
 fn locked() -> ContainerCreateBody {
-    container(&cell(), UID, Volumes::without_data("cellblock-guest-test-0"), "test", &HostFacts::default())
+    container(&cell(), UID, Volumes::only_guest("cellblock-guest-test-0"), "test", &HostFacts::default())
 }
 
 /// What a guest reports in a container that is locked as it should be; taken from a real one.
@@ -119,7 +119,7 @@ fn the_whole_container() {
 #[test]
 fn the_same_cell_is_the_same_container_and_another_one_is_not() {
     assert_eq!(locked(), locked());
-    let hash = |cell: &CellSpec, volume: &str| spec_hash(cell, Volumes::without_data(volume), &HostFacts::default());
+    let hash = |cell: &CellSpec, volume: &str| spec_hash(cell, Volumes::only_guest(volume), &HostFacts::default());
     let mut other = cell();
     other.resources.pids += 1;
     assert_eq!(hash(&cell(), "v"), hash(&cell(), "v"));
@@ -130,7 +130,7 @@ fn the_same_cell_is_the_same_container_and_another_one_is_not() {
 #[test]
 fn a_machine_changes_only_what_it_must() {
     let on = |host: HostFacts| {
-        let body = container(&cell(), UID, Volumes::without_data("v"), "test", &host);
+        let body = container(&cell(), UID, Volumes::only_guest("v"), "test", &host);
         body.host_config.expect("a host configuration")
     };
     let new = on(HostFacts { cgroup_v2: true, ..HostFacts::default() });
@@ -366,7 +366,7 @@ fn where_users_are_remapped_owners_and_devices_are_those_outside() {
     seen.mounts.extend(bound.map(|(point, fstype)| mount(point, fstype)));
     let remapped = HostFacts { remapped_users: true, uid_offset: 100_000, ..HostFacts::default() };
     let look = |seen: &Report, host: &HostFacts| {
-        let body = container(&cell(), UID, Volumes::without_data("cellblock-guest-test-0"), "test", host);
+        let body = container(&cell(), UID, Volumes::only_guest("cellblock-guest-test-0"), "test", host);
         attest(&body, UID, &as_shown(&body), seen, host, &View::default())
     };
     assert_eq!(look(&seen, &remapped), Vec::<String>::new());
