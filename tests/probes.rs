@@ -185,6 +185,7 @@ fn locked(bench: &Bench, image: &str, program: &[&str]) -> ContainerCreateBody {
     (resources.disk_bytes, resources.tmp_bytes, resources.cpu_millis) = (16 * MIB, 16 * MIB, 500);
     let cell = CellSpec {
         data: vec![],
+        workspace: None,
         name: CellName::new(&bench.instance, session, 0),
         session,
         image: image.to_owned(),

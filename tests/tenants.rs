@@ -15,6 +15,7 @@ use server::{Cell, Server, text};
 
 /// A file of the session.
 const FILE: &str = "file.txt";
+const WORKSPACE: &str = "kept-by-one";
 
 /// What a route is about, which says who may do what with it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -48,6 +49,8 @@ fn routes() -> Vec<(&'static str, &'static str, About, Value)> {
         ("GET", "/v1/templates", Offer, none.clone()),
         ("GET", "/v1/pools", Offer, none.clone()),
         ("GET", "/v1/usage", Offer, none.clone()),
+        ("GET", "/v1/workspaces", List, none.clone()),
+        ("GET", "/v1/workspaces/{name}", Look, none.clone()),
         ("GET", "/v1/sessions", List, none.clone()),
         ("POST", "/v1/sessions", Make, json!({"template": "there-is-none"})),
         ("POST", "/v1/runs", Make, unknown),
@@ -104,6 +107,7 @@ fn routes() -> Vec<(&'static str, &'static str, About, Value)> {
         ("DELETE", "/v1/sessions/{id}/notebook", Change, none.clone()),
         ("DELETE", "/v1/sessions/{id}", Change, none.clone()),
         ("DELETE", "/v1/sessions", EndMany, none.clone()),
+        ("DELETE", "/v1/workspaces/{name}", Change, none.clone()),
         ("POST", "/v1/keys", Operate, key),
         ("GET", "/v1/keys", Operate, none.clone()),
         ("DELETE", "/v1/keys/{id}", Operate, none.clone()),
@@ -302,7 +306,7 @@ struct Things {
 impl Things {
     async fn new(server: &Arc<Server>, owner: &str) -> Self {
         let as_owner = |method, path: &str| server.bare(method, path).bearer_auth(owner);
-        let body = json!({"template": "python", "name": "mine", "labels": {"of": "one"}});
+        let body = json!({"template": "python", "name": "mine", "workspace": WORKSPACE, "labels": {"of": "one"}});
         let made = server.send(as_owner(Method::POST, "/v1/sessions").json(&body)).await;
         assert_eq!(made.status, 201, "{}", made.text);
         let cell = Cell { server: Arc::clone(server), id: text(&made.json["id"]), view: made.json };
@@ -334,13 +338,18 @@ impl Things {
             _ => "{id}",
         };
         let path = route.replace("{id}", id).replace("{context}", &self.context).replace("{number}", &self.blob);
-        let path = path.replace("{port}", "8000").replace("{path}", FILE).replace("{command}", &self.command);
+        let path = path
+            .replace("{port}", "8000")
+            .replace("{name}", WORKSPACE)
+            .replace("{path}", FILE)
+            .replace("{command}", &self.command);
         assert!(!path.contains('{'), "{route} names something that this test has not got");
         path
     }
 
     fn is_told_of_in(&self, text: &str) -> bool {
-        [&self.cell.id, &self.context, &self.execution, &self.command].iter().any(|id| text.contains(id.as_str()))
+        let ids = [&self.cell.id, &self.context, &self.execution, &self.command];
+        ids.iter().any(|id| text.contains(id.as_str())) || text.contains(WORKSPACE)
     }
 }
 
@@ -375,7 +384,7 @@ async fn every_route_of_the_document_answers_each_kind_of_key_as_it_should() {
     let over = keys::generate().unwrap();
     let hash = keys::hash(&over).unwrap();
     let server = Server::start(&format!(
-        "[templates.python]\nports = [\"8000\"]\n[auth]\nfailures = 1000\n[executions]\ninline = \"1KiB\"\n[[keys]]\nname = \"over\"\ntenant = \"one\"\nscopes = [\"sessions\", \"admin\"]\n\
+        "[templates.python]\nports = [\"8000\"]\nworkspace = {{ kind = \"volume\", accept_unenforced = true }}\n[auth]\nfailures = 1000\n[executions]\ninline = \"1KiB\"\n[[keys]]\nname = \"over\"\ntenant = \"one\"\nscopes = [\"sessions\", \"admin\"]\n\
          hash = \"{hash}\"\nexpires_at = \"2020-01-01T00:00:00Z\"\n"
     ))
     .await;

@@ -56,7 +56,10 @@ impl Change {
         let is_meant = self.key.ends_with(".runtime") || self.key.ends_with(".accept_unenforced");
         let is_meant = is_meant || WORKSPACE.iter().any(|field| self.key.ends_with(field));
         // A template that comes or goes asks for nothing of its own, unless it names something.
-        let after = self.after.as_deref().filter(|after| self.before.is_some() || !["\"\"", "[]", "\"tmpfs\"", "\"0MiB\"", "false"].contains(after));
+        let after = self
+            .after
+            .as_deref()
+            .filter(|after| self.before.is_some() || !["\"\"", "[]", "\"tmpfs\"", "\"0MiB\"", "false"].contains(after));
         self.key.starts_with("templates.") && is_meant && after.is_some()
     }
 }

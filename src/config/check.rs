@@ -263,7 +263,8 @@ impl Checker<'_> {
                 "{first} to {last} are {users} users; each of the {sessions} of limits.sessions needs one of its own"
             )
         });
-        let has_workspaces = document.templates.values().any(|t| t.enabled && t.workspace.kind == WorkspaceKind::Volume);
+        let has_workspaces =
+            document.templates.values().any(|t| t.enabled && t.workspace.kind == WorkspaceKind::Volume);
         let workspaces = if has_workspaces { document.limits.workspaces } else { 0 };
         let needed = u64::from(sessions) + u64::from(workspaces);
         self.require(users >= needed, &["engine.uid_last", "engine.uid_first", "limits.workspaces"], || {
@@ -588,7 +589,9 @@ impl Checker<'_> {
         self.require(quota == 0 || quota >= MIB, &[&key("quota")], || {
             "allowed is 1MiB and more, or \"0MiB\" for none".to_owned()
         });
-        self.require(!max_age.is_zero(), &[&key("max_age")], || "allowed is more than nothing, such as \"30d\"".to_owned());
+        self.require(!max_age.is_zero(), &[&key("max_age")], || {
+            "allowed is more than nothing, such as \"30d\"".to_owned()
+        });
         let is_bounded = kind == WorkspaceKind::Tmpfs || quota > 0 || accept_unenforced;
         self.require(is_bounded, &[&key("quota"), &key("accept_unenforced")], || {
             "a workspace of kind \"volume\" without a quota can fill the engine's disk: set quota, such as \"2GiB\", where the host enforces one, or \

@@ -21,10 +21,10 @@ use crate::domain::lock;
 use crate::domain::packages::{self, Index, PackagePolicy, Requirement};
 use crate::domain::ports::Ports;
 use crate::domain::quota::{Quota, Rate, Share};
-use crate::domain::workspace::WorkspaceOffer;
 use crate::domain::spec::{
     self, KernelTransport, MIB, OutputLimits, PoolPlan, PoolSize, Resources, SessionRequest, Template, Timeouts,
 };
+use crate::domain::workspace::WorkspaceOffer;
 
 /// The whole document, all layers merged and templates with what they inherit.
 #[derive(Debug, Clone, Deserialize)]

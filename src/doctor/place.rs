@@ -142,9 +142,10 @@ pub(super) async fn workspace_quota(config: &Config, host: &Host) -> Option<Chec
     offers().next()?;
     Some(match host.lacks_quotas().await {
         Ok(None) => Check::ok(NAME, "the engine enforces their quotas: it has made a volume with one"),
-        Ok(Some(why)) if relying.is_empty() => {
-            Check::weak(NAME, format!("no quota is enforced, which is accepted: sessions can fill the engine's disk ({why})"))
-        }
+        Ok(Some(why)) if relying.is_empty() => Check::weak(
+            NAME,
+            format!("no quota is enforced, which is accepted: sessions can fill the engine's disk ({why})"),
+        ),
         Ok(Some(why)) => {
             let names = relying.join(", ");
             Check::broken(NAME, format!("no quota is enforced, which templates rely on: {names} ({why})")).with(REMEDY)

@@ -464,7 +464,8 @@ impl Registry {
                     let of_run = unfinished.first().map(|(execution, _)| Arc::clone(execution)).filter(|_| is_run);
                     let tenure =
                         record.workspace.map(|held| self.workspaces.go_on(held, id, record.spec.workspace.as_ref()));
-                    let birth = Birth { executions: unfinished, heard, tap, tenure, ..self.birth(record, false, place) };
+                    let birth =
+                        Birth { executions: unfinished, heard, tap, tenure, ..self.birth(record, false, place) };
                     let session = actor::spawn(birth);
                     if let Some(execution) = of_run {
                         session.end_after(execution);

@@ -155,10 +155,8 @@ pub(super) async fn uids(docker: &Docker) -> Result<Vec<(WorkspaceName, u32)>, E
 
 /// Workspaces that have this uid, whoever made them.
 pub(super) async fn with_uid(docker: &Docker, uid: u32) -> Result<Vec<WorkspaceName>, EngineError> {
-    let labels = HashMap::from([
-        (LABEL_ROLE.to_owned(), ROLE_WORKSPACE.to_owned()),
-        (LABEL_UID.to_owned(), uid.to_string()),
-    ]);
+    let labels =
+        HashMap::from([(LABEL_ROLE.to_owned(), ROLE_WORKSPACE.to_owned()), (LABEL_UID.to_owned(), uid.to_string())]);
     let listed = filling::list_volumes(docker, LIST, &labels).await?;
     Ok(listed.into_iter().map(|volume| WorkspaceName::listed(volume.name)).collect())
 }

@@ -10,7 +10,9 @@ use futures_util::stream::{self, BoxStream, StreamExt};
 use serde::de::DeserializeOwned;
 use tokio::net::UnixStream;
 
-use super::protocol::{self, Call, Cell, Failure, Happened, MAX_ANSWER, MAX_REQUEST, Request, Seen, VERSION, Workspace};
+use super::protocol::{
+    self, Call, Cell, Failure, Happened, MAX_ANSWER, MAX_REQUEST, Request, Seen, VERSION, Workspace,
+};
 use crate::domain::ids::InstallationId;
 use crate::engine::{
     ArchiveStream, ByteStream, CellName, CellSpec, DataVolume, Engine, EngineError, EngineEvent, EngineInfo, ImageInfo,

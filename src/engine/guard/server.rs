@@ -18,9 +18,13 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 use tokio_util::sync::CancellationToken;
 
 use super::policy::{Books, Doubt, Policy, Refusal};
-use super::protocol::{self, Call, Cell, Failure, Happened, MAX_ANSWER, MAX_REQUEST, Request, Seen, VERSION, Workspace};
+use super::protocol::{
+    self, Call, Cell, Failure, Happened, MAX_ANSWER, MAX_REQUEST, Request, Seen, VERSION, Workspace,
+};
 use crate::domain::ids::InstallationId;
-use crate::engine::{ByteStream, CellName, CellSpec, Engine, EngineError, ImageInfo, Observed, Pull, WorkspaceName, WorkspaceVolume};
+use crate::engine::{
+    ByteStream, CellName, CellSpec, Engine, EngineError, ImageInfo, Observed, Pull, WorkspaceName, WorkspaceVolume,
+};
 use crate::task;
 
 /// A request has arrived within this time.

@@ -206,7 +206,8 @@ fn compare_state(
     let mut mounts: Vec<_> =
         inspected.mounts.iter().flatten().map(|m| (m.name.clone(), m.destination.clone(), m.rw)).collect();
     let asked_mounts = body.host_config.iter().flat_map(|h| h.mounts.iter().flatten());
-    let mut asked: Vec<_> = asked_mounts.map(|m| (m.source.clone(), m.target.clone(), Some(m.read_only != Some(true)))).collect();
+    let mut asked: Vec<_> =
+        asked_mounts.map(|m| (m.source.clone(), m.target.clone(), Some(m.read_only != Some(true)))).collect();
     // The engine shows them in any order.
     mounts.sort();
     asked.sort();

@@ -31,6 +31,7 @@ fn cell() -> CellSpec {
             open_files: 1024,
         },
         data: vec![],
+        workspace: None,
     }
 }
 
@@ -148,6 +149,31 @@ fn a_cell_that_is_locked_passes() {
         attest(&body, UID, &as_shown(&body), &report(), &HostFacts::default(), &View::default()),
         Vec::<String>::new()
     );
+}
+
+#[test]
+fn a_workspace_that_outlives_the_cell_is_the_one_volume_that_can_be_written() {
+    let volumes = Volumes { workspace: Some("w"), ..Volumes::only_guest("v") };
+    let body = container(&cell(), UID, volumes, "test", &HostFacts::default());
+    let host = body.host_config.clone().expect("a host configuration");
+    let mounts: Vec<_> = host.mounts.iter().flatten().map(|m| (m.target.as_deref(), m.read_only)).collect();
+    assert_eq!(mounts, [(Some("/cellblock"), Some(true)), (Some("/workspace"), Some(false))]);
+    let mut folders: Vec<_> = host.tmpfs.iter().flatten().map(|(point, _)| point.as_str()).collect();
+    folders.sort_unstable();
+    assert_eq!(folders, ["/dev/shm", "/run/cellblock", "/tmp"]);
+    let found = |options: &str| {
+        let mut seen = report();
+        seen.mounts.retain(|mount| mount.point != "/workspace");
+        let options = options.split(',').map(str::to_owned).collect();
+        seen.mounts.push(SeenMount { point: "/workspace".to_owned(), fstype: "ext4".to_owned(), options });
+        attest(&body, UID, &as_shown(&body), &seen, &HostFacts::default(), &View::default())
+    };
+    assert_eq!(found("rw,relatime"), Vec::<String>::new());
+    assert!(found("ro,relatime")[0].starts_with("mount /workspace can be written"));
+    let mut shown = as_shown(&body);
+    shown.mounts.as_mut().expect("mounts")[1].name = Some("another".to_owned());
+    let differences = attest(&body, UID, &shown, &report(), &HostFacts::default(), &View::default());
+    assert!(differences.iter().any(|d| d.starts_with("/Mounts")), "{differences:?}");
 }
 
 /// Each lock is taken away where the engine shows it, and the attestation must name it.
@@ -391,7 +417,7 @@ fn data_is_one_more_mount_that_must_be_there_and_read_only() {
         .to_vec();
     let body_of = |data: [&str; 2]| {
         let data = data.map(str::to_owned);
-        container(&cell, UID, Volumes { guest: "g", data: &data }, "test", &HostFacts::default())
+        container(&cell, UID, Volumes { data: &data, ..Volumes::only_guest("g") }, "test", &HostFacts::default())
     };
     let body = body_of(["maps.1", "words.1"]);
     let mounts = body.host_config.as_ref().and_then(|h| h.mounts.clone()).expect("mounts");

@@ -1,6 +1,6 @@
 //! Workspaces over HTTP.
 
-use axum::extract::{Path, State};
+use axum::extract::State;
 use axum::http::StatusCode;
 use serde::Serialize;
 use utoipa::ToSchema;
@@ -8,7 +8,7 @@ use utoipa::ToSchema;
 use super::sessions::{page_limit, time};
 use crate::domain::ids::WorkspaceId;
 use crate::http::App;
-use crate::http::extract::{Answer, Caller, Params};
+use crate::http::extract::{Answer, Caller, Id, Params};
 use crate::http::problem::Problem;
 use crate::session::workspaces::WorkspaceView as Found;
 
@@ -81,7 +81,7 @@ pub async fn list_workspaces(
 pub async fn get_workspace(
     State(app): State<App>,
     Caller(who): Caller,
-    Path(name): Path<String>,
+    Id(name): Id<String>,
 ) -> Result<Answer<WorkspaceView>, Problem> {
     Ok(Answer(app.service.workspace(&who, &name)?.into()))
 }
@@ -94,7 +94,7 @@ pub async fn get_workspace(
 pub async fn delete_workspace(
     State(app): State<App>,
     Caller(who): Caller,
-    Path(name): Path<String>,
+    Id(name): Id<String>,
 ) -> Result<StatusCode, Problem> {
     app.service.delete_workspace(&who, &name).await?;
     Ok(StatusCode::NO_CONTENT)

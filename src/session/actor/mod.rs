@@ -24,8 +24,8 @@ use super::execution::{End, Execution, Place};
 use super::keeping::Keeping;
 use super::tap::{Silence, Tap, TapBounds};
 use super::visits::Visits;
-use super::workspaces::Tenure;
 use super::wiring::{Act, ActKind, Acted, Settled, Starting, Wiring};
+use super::workspaces::Tenure;
 use super::{
     Attributes, COMMAND_QUEUE, Command, ContextView, Refused, Session, Settings, Snapshot, StartFailure, StartFault,
     instant,

@@ -17,10 +17,10 @@ use crate::domain::egress::NetworkOffer;
 use crate::domain::lifecycle::EndReason;
 use crate::domain::output::{JsonText, RestartCause};
 use crate::domain::ports::Ports;
-use crate::domain::workspace::{WorkspaceOffer, WorkspaceUse};
 use crate::domain::spec::{
     KernelTransport, OnGuestLost, OnIdle, OnKernelDeath, OutputLimits, Resources, SessionSpec, Timeouts,
 };
+use crate::domain::workspace::{WorkspaceOffer, WorkspaceUse};
 use crate::store::moment;
 
 /// Writes a record, but for its id and revision, which have columns of their own.
@@ -330,8 +330,9 @@ fn write_workspace<S: Serializer>(workspace: &Option<WorkspaceUse>, to: S) -> Re
 
 fn read_workspace<'de, D: Deserializer<'de>>(from: D) -> Result<Option<WorkspaceUse>, D::Error> {
     let form = Option::<WorkspaceForm>::deserialize(from)?;
-    Ok(form.map(|WorkspaceForm { name, max_age, quota_bytes }| {
-        WorkspaceUse { name, offer: WorkspaceOffer { max_age, quota_bytes } }
+    Ok(form.map(|WorkspaceForm { name, max_age, quota_bytes }| WorkspaceUse {
+        name,
+        offer: WorkspaceOffer { max_age, quota_bytes },
     }))
 }
 
