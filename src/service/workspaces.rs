@@ -45,7 +45,7 @@ impl Service {
         self.kept().await?;
         let engine = Arc::clone(&self.engine);
         let removal = carry_on("workspace", async move { workspaces.remove_deleted(engine.as_ref()).await });
-        if let Some(Err(error)) = removal.await {
+        for error in removal.await.unwrap_or_default() {
             tracing::warn!(%error, "a deleted workspace is not removed yet; it is tried again");
         }
         Ok(())

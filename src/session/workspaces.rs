@@ -368,17 +368,24 @@ impl Workspaces {
         }
     }
 
-    /// Has the engine remove what was taken from its tenants.
-    ///
-    /// # Errors
-    /// The first one that it does not remove, after which none is tried: the next round does.
-    pub async fn remove_deleted(&self, engine: &dyn Engine) -> Result<(), EngineError> {
+    /// Has the engine remove what was taken from its tenants; answers with why it does not remove what it doesn't. One that is away is not asked for the rest.
+    pub async fn remove_deleted(&self, engine: &dyn Engine) -> Vec<EngineError> {
+        let mut errors = Vec::new();
         for id in self.deleted() {
-            engine.remove_workspace(&WorkspaceName::new(&self.instance, id)).await?;
-            self.entries().remove(&id);
-            self.forget(id);
+            match engine.remove_workspace(&WorkspaceName::new(&self.instance, id)).await {
+                Ok(()) => {
+                    self.entries().remove(&id);
+                    self.forget(id);
+                }
+                Err(error) => {
+                    errors.push(error);
+                    if is_away(&errors) {
+                        break;
+                    }
+                }
+            }
         }
-        Ok(())
+        errors
     }
 }
 
@@ -402,14 +409,22 @@ pub(super) async fn tidy(workspaces: &Workspaces, engine: &dyn Engine) -> Tidied
         }
     };
     for name in there.into_iter().filter(|name| !workspaces.knows(name)) {
+        if is_away(&tidied.errors) {
+            return tidied;
+        }
         match engine.remove_workspace(&name).await {
             Ok(()) => tidied.removed.push(name.to_string()),
             Err(error) => tidied.errors.push(error),
         }
     }
     workspaces.expire(Timestamp::now());
-    tidied.errors.extend(workspaces.remove_deleted(engine).await.err());
+    tidied.errors.extend(workspaces.remove_deleted(engine).await);
     tidied
+}
+
+/// Each of the others would take its whole time as well.
+fn is_away(errors: &[EngineError]) -> bool {
+    errors.iter().any(|error| matches!(error, EngineError::Unavailable { .. } | EngineError::TimedOut { .. }))
 }
 
 fn is_of(entry: &Entry, tenant: &str, name: &str) -> bool {

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 
 use bollard::Docker;
 use bollard::models::{Mount, MountType, MountVolumeOptions, Volume, VolumeCreateRequest};
-use bollard::query_parameters::{ListVolumesOptionsBuilder, RemoveVolumeOptionsBuilder};
+use bollard::query_parameters::{ListContainersOptionsBuilder, ListVolumesOptionsBuilder, RemoveVolumeOptionsBuilder};
 
 use super::super::EngineError;
 use super::client::{self, call};
@@ -59,6 +59,18 @@ impl Filling<'_> {
         let done = filled?;
         removed?;
         Ok(done)
+    }
+
+    /// Removes the helpers of one volume, whatever their age. Nobody may be at it.
+    pub(super) async fn remove_helpers_of(&self, docker: &Docker, volume: &str) -> Result<(), EngineError> {
+        let filters =
+            HashMap::from([("label", filter(&self.labels(self.helper_role))), ("volume", vec![volume.to_owned()])]);
+        let options = ListContainersOptionsBuilder::default().all(true).filters(&filters).build();
+        let listed = call(self.attempt, "helpers", client::INSPECT, docker.list_containers(Some(options))).await?;
+        for id in listed.into_iter().filter_map(|helper| helper.id) {
+            never_started::remove(docker, self.attempt, &id).await?;
+        }
+        Ok(())
     }
 
     /// Removes helpers that a killed process left behind. One that is young may be another process's.

@@ -134,6 +134,11 @@ pub(super) async fn remove(docker: &Docker, instance: &str, name: &WorkspaceName
     if filling::remove_volume(docker, REMOVE, name.as_str()).await? {
         return Ok(());
     }
+    // Who was killed while it was being made has left the helper, which nobody is at any more: what is being made is not removed.
+    filling(instance).remove_helpers_of(docker, name.as_str()).await?;
+    if filling::remove_volume(docker, REMOVE, name.as_str()).await? {
+        return Ok(());
+    }
     Err(EngineError::Conflict { attempt: REMOVE, detail: format!("a cell has {name}") })
 }
 
