@@ -5,13 +5,13 @@
 mod server;
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use futures_util::future::join_all;
 use reqwest::multipart::{Form, Part};
 use reqwest::{Method, RequestBuilder};
 use serde_json::{Value, json};
-use server::{Reply, Server, text};
+use server::{NEVER, Reply, Server, text};
 
 const SETTINGS: &str = r#"
 default_template = "python"
@@ -42,7 +42,8 @@ async fn run(server: &Server, user: &str, code: &str) -> Reply {
     server.send(at(server, "/execute").json(&json!({"user_id": user, "code": code}))).await
 }
 
-async fn start(server: &Server, user: &str) {
+/// Starts a session and answers with its id.
+async fn start(server: &Server, user: &str) -> String {
     let started = form(server, "/start_session", user).await;
     assert_eq!(
         (started.status, &started.json["message"]),
@@ -50,6 +51,7 @@ async fn start(server: &Server, user: &str) {
         "{}",
         started.text
     );
+    started.header("x-cellblock-session").to_owned()
 }
 
 #[track_caller]
@@ -218,7 +220,8 @@ async fn many_start_at_once(server: Arc<Server>) {
     let path = text(&started[0].json["notebook_path"]);
     assert_eq!(run(&server, user, "print(1)").await.json, json!({"output": "1\n"}));
     let notebook = server.send(server.bare(Method::GET, &format!("/t/{}{path}", server.key))).await;
-    assert_eq!((notebook.status, notebook.json["cells"].as_array().unwrap().len()), (200, 1), "{}", notebook.text);
+    let cells = notebook.json["cells"].as_array().unwrap();
+    assert_eq!((notebook.status, cells.len()), (200, 2), "what is imported, and what was run: {}", notebook.text);
     let live = server.get("/v1/sessions").await.json;
     let live = live["sessions"]
         .as_array()
@@ -280,13 +283,24 @@ async fn a_user_is_one_of_its_tenants() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_session_is_found_again_by_the_next_server_and_no_route_is_there_unasked() {
-    let settings = format!("{SETTINGS}[drain]\ncontainers = \"keep\"\n");
+    let settings = format!("{SETTINGS}[drain]\ncontainers = \"keep\"\n[limits]\nsession_retention = \"1s\"\n");
     let server = Server::start(&settings).await;
-    start(&server, "stays").await;
+    let id = start(&server, "stays").await;
     assert_eq!(run(&server, "stays", "x = 7").await.status, 200);
     let server = server.start_again_keeping().await;
     assert_eq!(run(&server, "stays", "x").await.json, json!({"output": "7"}));
     assert_eq!(form(&server, "/end_session", "stays").await.status, 200);
+    let notebook = async |user: &str| {
+        let path = format!("/t/{}/notebook/{user}", server.key);
+        server.send(server.bare(Method::GET, &path)).await
+    };
+    let began = Instant::now();
+    while notebook("stays").await.status == 200 {
+        assert!(began.elapsed() < NEVER, "its session is known for a second only");
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    let kept = notebook(&id).await;
+    assert_eq!((kept.status, &kept.json["metadata"]["cellblock"]["session"]), (200, &json!(id)), "{}", kept.text);
     server.finish().await.unwrap();
 
     let server = Server::start("default_template = \"python\"\n").await;

@@ -65,11 +65,11 @@ pub(super) async fn upload_file(asking: Asking, request: Request) -> Result<Answ
             _ => {}
         }
     }
+    let missing = [("user_id", user.is_none()), ("file", early.is_none() && written.is_none())];
     if let (Some((name, bytes)), Some(user)) = (early, &user) {
         write(&asking, user, name.clone(), bytes).await?;
         written = Some(name);
     }
-    let missing = [("user_id", user.is_none()), ("file", written.is_none())];
     let missing = missing.into_iter().filter(|(_, is_missing)| *is_missing);
     let missing: Vec<_> = missing.map(|(field, _)| Wrong::missing(field, Value::Null)).collect();
     match written {
@@ -139,10 +139,13 @@ impl FromRequestParts<App> for Named {
     }
 }
 
-/// The notebook of the user's session, or of the last one.
+/// The notebook of the user's session, or of the last one as long as that is known. After that, a session's id leads to it.
 pub(super) async fn get_notebook(asking: Asking, Named(user): Named) -> Result<Response, Refusal> {
-    let session = all(&asking, &user)?.pop().ok_or(Error::NotFound("session"))?;
-    let bytes = asking.app.service.notebook(&asking.who, session.id).await?;
+    let id = match all(&asking, &user)?.pop() {
+        Some(session) => session.id,
+        None => user.0.parse().map_err(|_| Error::NotFound("session"))?,
+    };
+    let bytes = asking.app.service.notebook(&asking.who, id).await?;
     let name = format!("attachment; filename*=UTF-8''notebook_{}.ipynb", escape_path(&user.0).replace('/', "%2F"));
     let headers = [(header::CONTENT_TYPE, "application/x-ipynb+json".to_owned()), (header::CONTENT_DISPOSITION, name)];
     Ok((headers, bytes).into_response())

@@ -2,7 +2,8 @@
 
 use std::collections::BTreeMap;
 
-use axum::http::StatusCode;
+use axum::http::{HeaderName, StatusCode};
+use axum::response::{IntoResponse, Response};
 use cellblock_wire::link::escape_path;
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
@@ -19,6 +20,8 @@ use crate::session::registry::Created;
 
 /// The label of a session with its user, where the user's name can stand in one.
 const USER_LABEL: &str = "classic.user_id";
+/// Tells the id of a session that was started: with it the native API knows the session, and its notebook is found when its user is forgotten.
+const SESSION: HeaderName = HeaderName::from_static("x-cellblock-session");
 /// How often a start looks again whose session was ended by another one of the same user, or had its name taken by that.
 const TRIES: usize = 20;
 
@@ -55,12 +58,12 @@ pub(super) async fn ready(asking: &Asking, user: &User) -> Result<Session, Refus
 }
 
 /// Starts a session. The one that the user has is ended first.
-pub(super) async fn start_session(asking: Asking, UserForm(user): UserForm) -> Result<Answer<Value>, Refusal> {
+pub(super) async fn start_session(asking: Asking, UserForm(user): UserForm) -> Result<Response, Refusal> {
     asking.who.require_sessions()?;
     for _ in 0..TRIES {
-        if start(&asking, &user).await? {
-            let path = notebook_path(&user);
-            return Ok(Answer(json!({"message": "Session started successfully", "notebook_path": path})));
+        if let Some(session) = start(&asking, &user).await? {
+            let told = json!({"message": "Session started successfully", "notebook_path": notebook_path(&user)});
+            return Ok(([(SESSION, session.id.to_string())], Answer(told)).into_response());
         }
     }
     let detail =
@@ -69,26 +72,26 @@ pub(super) async fn start_session(asking: Asking, UserForm(user): UserForm) -> R
 }
 
 /// One attempt; nothing has come of it where another request was quicker. Requests that come while a session of the user starts all get that one.
-async fn start(asking: &Asking, user: &User) -> Result<bool, Refusal> {
+async fn start(asking: &Asking, user: &User) -> Result<Option<Session>, Refusal> {
     let service = &asking.app.service;
     let started = match find(asking, user)? {
         Some(session) if matches!(session.phase(), Phase::Provisioning | Phase::Connecting) => {
-            service.started(&session).await
+            service.started(&session).await.map(|()| session)
         }
         Some(session) => {
             service.delete_session(&asking.who, session.id).await?;
-            return Ok(false);
+            return Ok(None);
         }
         None => create(asking, user).await,
     };
     match started {
-        Ok(()) => Ok(true),
-        Err(Error::NameInUse(_) | Error::SessionEnded(EndReason::Deleted)) => Ok(false),
+        Ok(session) => Ok(Some(session)),
+        Err(Error::NameInUse(_) | Error::SessionEnded(EndReason::Deleted)) => Ok(None),
         Err(error) => Err(error.into()),
     }
 }
 
-async fn create(asking: &Asking, user: &User) -> Result<(), Error> {
+async fn create(asking: &Asking, user: &User) -> Result<Session, Error> {
     let Some(door) = &asking.app.classic else { return Err(Error::NotFound("session")) };
     let is_label = !user.0.chars().any(char::is_control);
     let labels = is_label.then(|| (USER_LABEL.to_owned(), user.0.clone()));
@@ -101,8 +104,8 @@ async fn create(asking: &Asking, user: &User) -> Result<(), Error> {
         ..SessionRequest::default()
     };
     let created = asking.app.service.create_session(&asking.who, &request, true, None).await?;
-    let (Created::New(_) | Created::Reused(_)) = created;
-    Ok(())
+    let (Created::New(session) | Created::Reused(session)) = created;
+    Ok(session)
 }
 
 /// Gives a session a new kernel; its files stay.
