@@ -197,6 +197,62 @@ async fn jupyter_door(server: &Arc<Server>, callers: &[(Who, Option<String>)], o
     }
 }
 
+/// Every route of the classic door, about the user `same` of the first tenant, in an order in which the owner can ask for all of them.
+fn classic_routes() -> Vec<(&'static str, &'static str, About)> {
+    use About::{Change, Look};
+    vec![
+        ("POST", "/execute", Change),
+        ("POST", "/install_package", Change),
+        ("POST", "/reset", Change),
+        ("POST", "/upload_file", Change),
+        ("GET", "/notebook/same", Look),
+        ("GET", "/notebook/same/notebook_same.ipynb", Look),
+        ("POST", "/end_session", Change),
+    ]
+}
+
+/// Asks for all of the classic door's routes with every kind of key.
+async fn classic_door(server: &Arc<Server>, callers: &[(Who, Option<String>)]) {
+    let form = [("user_id", "same")];
+    let json = json!({"user_id": "same", "code": "1", "package_name": "x"});
+    let parts = "--b\r\nContent-Disposition: form-data; name=\"user_id\"\r\n\r\nsame\r\n\
+        --b\r\nContent-Disposition: form-data; name=\"file\"; filename=\"f\"\r\n\r\nx\r\n--b--\r\n";
+    let owner = callers.iter().find(|(who, _)| *who == Who::Owner).and_then(|(_, key)| key.as_deref());
+    let start = |key: Option<&str>| server.send(with(server.bare(Method::POST, "/start_session"), key).form(&form));
+    assert_eq!(start(owner).await.status, 200);
+    for (who, key) in callers {
+        match who {
+            Who::Owner | Who::Other => {}
+            Who::Limited => assert_eq!(start(key.as_deref()).await.status, 400, "its key allows another template"),
+            Who::Nobody | Who::Expired | Who::Revoked => assert_eq!(start(key.as_deref()).await.status, 401, "{who:?}"),
+            Who::Reader | Who::OtherReader | Who::Operator => {
+                assert_eq!(start(key.as_deref()).await.status, 403, "{who:?}");
+            }
+        }
+        for (method, path, about) in classic_routes() {
+            let request = with(server.bare(Method::from_bytes(method.as_bytes()).unwrap(), path), key.as_deref());
+            let reply = server.send(match path {
+                "/execute" | "/install_package" => request.json(&json),
+                "/upload_file" => request.header("content-type", "multipart/form-data; boundary=b").body(parts),
+                "/reset" | "/end_session" => request.form(&form),
+                _ => request,
+            });
+            let reply = reply.await;
+            let what = format!("{who:?}: {path}: {} {}", reply.status, reply.text);
+            match expected(*who, about) {
+                // The template has no packages to install.
+                Answer::Granted if path == "/install_package" => assert_eq!(reply.status, 403, "{what}"),
+                Answer::Granted | Answer::Nothing => assert_eq!(reply.status, 200, "{what}"),
+                Answer::Refused(status) => {
+                    assert_eq!(reply.status, status, "{what}");
+                    let detail = text(&reply.json["detail"]);
+                    assert!(!detail.is_empty() && !detail.contains("ses0"), "{what}");
+                }
+            }
+        }
+    }
+}
+
 /// Who asks. The first tenant has everything that paths name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Who {
@@ -386,7 +442,7 @@ async fn every_route_of_the_document_answers_each_kind_of_key_as_it_should() {
     let over = keys::generate().unwrap();
     let hash = keys::hash(&over).unwrap();
     let server = Server::start(&format!(
-        "[templates.python]\nports = [\"8000\"]\n[auth]\nfailures = 1000\n[executions]\ninline = \"1KiB\"\n[[keys]]\nname = \"over\"\ntenant = \"one\"\nscopes = [\"sessions\", \"admin\"]\n\
+        "[templates.python]\nports = [\"8000\"]\n[doors.classic]\nenabled = true\ntemplate = \"python\"\n[auth]\nfailures = 1000\n[executions]\ninline = \"1KiB\"\n[[keys]]\nname = \"over\"\ntenant = \"one\"\nscopes = [\"sessions\", \"admin\"]\n\
          hash = \"{hash}\"\nexpires_at = \"2020-01-01T00:00:00Z\"\n"
     ))
     .await;
@@ -417,6 +473,7 @@ async fn every_route_of_the_document_answers_each_kind_of_key_as_it_should() {
 
     each_route_has_its_row(&server).await;
     jupyter_door(&server, &callers, &owner).await;
+    classic_door(&server, &callers).await;
     let things = Things::new(&server, &owner).await;
     tools_answer_as_routes_do(&server, &things, &callers).await;
     let mut asked = 0;

@@ -502,6 +502,33 @@ pub struct Doors {
     /// Names that it may be asked under; none: any.
     #[serde(deserialize_with = "texts")]
     pub mcp_hosts: Vec<String>,
+    /// The classic routes.
+    pub classic: Classic,
+}
+
+/// The five routes of a sandbox that many have copied, for its clients.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Classic {
+    /// Whether they are there.
+    pub enabled: bool,
+    /// The template of their sessions; empty: the default one.
+    pub template: String,
+    /// What is imported before any code runs, each as it stands behind `import`.
+    #[serde(deserialize_with = "texts")]
+    pub imports: Vec<String>,
+    /// A session without work ends after this long.
+    #[serde(deserialize_with = "duration")]
+    pub idle: Duration,
+}
+
+impl Classic {
+    /// The code that imports what is to be imported, if anything is.
+    #[must_use]
+    pub fn setup(&self) -> Option<String> {
+        let lines: String = self.imports.iter().map(|what| format!("import {what}\n")).collect();
+        Some(lines).filter(|lines| !lines.is_empty())
+    }
 }
 
 /// What is counted.
