@@ -148,7 +148,7 @@ async fn files_and_uid_stay_from_one_session_to_the_next_and_are_nobody_elses() 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_is_not_offered_is_refused_and_says_what_is() {
     let settings = format!(
-        "{SETTINGS}[classes.default]\nworkspaces = 1\n[templates.other]\nimage = \"cellblock/python:latest\"\n{}",
+        "{SETTINGS}[templates.python.pool]\nmin = 1\nmax = 1\n[classes.default]\nworkspaces = 1\n[templates.other]\nimage = \"cellblock/python:latest\"\n{}",
         SETTINGS.replace("python", "other")
     );
     let server = Server::start(&settings).await;
@@ -162,7 +162,15 @@ async fn what_is_not_offered_is_refused_and_says_what_is() {
     }
     assert_eq!(volumes(&server).await, Vec::<String>::new());
 
+    // One that was made ahead has memory of its own for a working folder.
+    let began = Instant::now();
+    while server.get("/v1/pools").await.json["pools"][0]["ready"] != json!(1) {
+        assert!(began.elapsed() < NEVER, "the pool is never full");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
     let cell = server.create(asked("w")).await;
+    assert_eq!((&cell.view["workspace"], &cell.view["source"]), (&json!("w"), &json!("cold")));
+    assert_eq!(volumes(&server).await.len(), 1);
     cell.delete().await;
     let refused = server.post("/v1/sessions", &json!({"template": "other", "workspace": "w"})).await;
     refused.problem(422, "spec-rejected");

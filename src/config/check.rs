@@ -40,13 +40,28 @@ pub(super) fn check(document: &Document, merge: &Merge) -> Vec<Mistake> {
     for (name, template) in &document.templates {
         checker.template(name, template, document.limits.sessions);
     }
+    checker.classic(document);
     checker.mistakes
+}
+
+/// Whether a text is what may stand behind `import`: a module, and another name for it or none.
+fn is_import(text: &str) -> bool {
+    let is_identifier = |name: &str| {
+        !name.starts_with(|c: char| c.is_ascii_digit())
+            && !name.is_empty()
+            && name.chars().all(|c| c == '_' || c.is_ascii_alphanumeric())
+    };
+    let (module, name) = text.split_once(" as ").map_or((text, None), |(module, name)| (module, Some(name)));
+    text.len() <= LONGEST_IMPORT && module.split('.').all(is_identifier) && name.is_none_or(is_identifier)
 }
 
 /// Most that `limits.sessions` may be.
 pub const MOST_SESSIONS: u32 = 10_000;
 /// Most that `limits.workspaces` may be.
 const MOST_WORKSPACES: u32 = 10_000;
+/// The longest import, in bytes, and most of them.
+const LONGEST_IMPORT: usize = 200;
+const MOST_IMPORTS: usize = 64;
 /// The longest path of a unix socket.
 const LONGEST_SOCKET: usize = 107;
 
@@ -156,6 +171,31 @@ impl Checker<'_> {
                 )
             });
         }
+    }
+
+    fn classic(&mut self, document: &Document) {
+        let door = &document.doors.classic;
+        let wrong = door.imports.iter().find(|text| !is_import(text));
+        self.require(
+            wrong.is_none() && door.imports.len() <= MOST_IMPORTS,
+            &["doors.classic.imports"],
+            || match wrong {
+                Some(wrong) => format!("{wrong:?} can't stand behind \"import\": write \"json\" or \"pandas as pd\""),
+                None => format!("{} of them; allowed are {MOST_IMPORTS}", door.imports.len()),
+            },
+        );
+        if !door.enabled {
+            return;
+        }
+        let name = Some(&door.template).filter(|name| !name.is_empty()).unwrap_or(&document.default_template);
+        let template = document.templates.get(name).filter(|template| template.enabled);
+        self.require(template.is_some(), &["doors.classic.template", "default_template"], || {
+            format!("{name:?} is none of the enabled templates")
+        });
+        let Some(most) = template.map(|template| template.maximum.idle) else { return };
+        self.require(!door.idle.is_zero() && door.idle <= most, &["doors.classic.idle"], || {
+            format!("{:?} is not above 0, and up to the most that the template {name:?} allows, {most:?}", door.idle)
+        });
     }
 
     fn keys(&mut self, document: &Document) {

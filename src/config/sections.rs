@@ -461,12 +461,10 @@ impl PackageRule {
     }
 }
 
-/// Jupyter Server's API.
+/// How much there is of Jupyter Server's API.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Jupyter {
-    /// Whether it is there.
-    pub enabled: bool,
     /// What a client has missed is kept for it for this long.
     #[serde(deserialize_with = "duration")]
     pub buffer_time: Duration,
@@ -502,11 +500,40 @@ pub struct Audit {
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Doors {
+    /// Jupyter Server's API.
+    pub jupyter: bool,
     /// That of the Model Context Protocol.
     pub mcp: bool,
     /// Names that it may be asked under; none: any.
     #[serde(deserialize_with = "texts")]
     pub mcp_hosts: Vec<String>,
+    /// The classic routes.
+    pub classic: Classic,
+}
+
+/// The five routes of a sandbox that many have copied, for its clients.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Classic {
+    /// Whether they are there.
+    pub enabled: bool,
+    /// The template of their sessions; empty: the default one.
+    pub template: String,
+    /// What is imported before any code runs, each as it stands behind `import`.
+    #[serde(deserialize_with = "texts")]
+    pub imports: Vec<String>,
+    /// A session without work ends after this long.
+    #[serde(deserialize_with = "duration")]
+    pub idle: Duration,
+}
+
+impl Classic {
+    /// The code that imports what is to be imported, if anything is.
+    #[must_use]
+    pub fn setup(&self) -> Option<String> {
+        let lines: String = self.imports.iter().map(|what| format!("import {what}\n")).collect();
+        Some(lines).filter(|lines| !lines.is_empty())
+    }
 }
 
 /// What is counted.

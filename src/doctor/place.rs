@@ -136,7 +136,8 @@ pub(super) async fn quota(host: &Host, image: &str) -> Check {
 /// Whether the quota of workspaces that outlive sessions is enforced, where there are any.
 pub(super) async fn workspace_quota(config: &Config, host: &Host) -> Option<Check> {
     const NAME: &str = "workspaces";
-    const REMEDY: &str = "put the engine's data on xfs, or ext4 with the feature `project`, mounted with project quotas; or do without: workspace.accept_unenforced = true";
+    const REMEDY: &str =
+        "put the engine's data on xfs that is mounted with pquota, or do without: workspace.accept_unenforced = true";
     let offers = || config.templates.values().filter(|template| template.workspace.is_some());
     let relying: Vec<_> = offers().filter(|t| !t.accept_unlimited_workspace).map(|t| t.name.as_str()).collect();
     offers().next()?;

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use serde::Serialize;
+use serde_json::Value;
 use utoipa::ToSchema;
 
 use super::rate::{Limit, seconds};
@@ -55,13 +56,15 @@ pub struct Problem {
 }
 
 /// How a problem is written.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub enum Form {
     /// As RFC 9457 has it.
     #[default]
     Problem,
     /// As Jupyter Server does: a message, and a reason or none.
     Jupyter,
+    /// As FastAPI does: a `detail`, which is this where it is more than a sentence.
+    Detail(Option<Value>),
 }
 
 /// One field that is wrong.
@@ -198,13 +201,23 @@ impl Problem {
         body.to_string().into_bytes()
     }
 
+    fn as_detail(&self, detail: Option<&Value>) -> Vec<u8> {
+        let sentence = || {
+            let fields = self.errors.iter().map(|field| field.message.as_str());
+            std::iter::once(self.detail.as_str()).chain(fields).collect::<Vec<_>>().join("; ")
+        };
+        let detail = detail.cloned().unwrap_or_else(|| Value::String(sentence()));
+        serde_json::json!({"detail": detail}).to_string().into_bytes()
+    }
+
     /// The whole answer. The body is written here; `request_id` is filled in by then.
     pub(super) fn render(&self) -> Response {
         let status = StatusCode::from_u16(self.status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
-        let (kind, body) = match self.form {
+        let (kind, body) = match &self.form {
             // A structure of texts and numbers: writing it can't fail.
             Form::Problem => ("application/problem+json", serde_json::to_vec(self).unwrap_or_default()),
             Form::Jupyter => ("application/json", self.in_jupyters_words()),
+            Form::Detail(detail) => ("application/json", self.as_detail(detail.as_ref())),
         };
         let mut response = (status, [(header::CONTENT_TYPE, kind)], body).into_response();
         if let Some(seconds) = self.retry_after_seconds {

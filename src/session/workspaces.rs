@@ -346,8 +346,10 @@ impl Workspaces {
     fn give_back(&self, id: WorkspaceId) {
         let mut entries = self.entries();
         let Some(entry) = entries.get_mut(&id) else { return };
+        let was_a_sessions = matches!(entry.holder, Holder::Session(_));
         entry.holder = Holder::Nobody;
-        if entry.may_exist {
+        // What a session has had goes with a round: the next process may go on with that session.
+        if entry.may_exist || was_a_sessions {
             entry.record.last_used = Timestamp::now();
             self.put(&entry.record);
         } else {

@@ -75,7 +75,7 @@ pub(super) fn unconfined(missing: &[String]) -> EngineError {
 /// That a template's workspaces would have no quota, and what may be done about it. `why` is the engine's word.
 pub(super) fn unmet_quota(template: &str, why: &str) -> String {
     format!(
-        "template \"{template}\": workspace.quota is not enforced here ({why}); put the engine's data on xfs, or ext4 with the feature `project`, mounted with project quotas, or do without: workspace.accept_unenforced = true"
+        "template \"{template}\": workspace.quota is not enforced here ({why}); put the engine's data on xfs that is mounted with pquota, or do without: workspace.accept_unenforced = true"
     )
 }
 
