@@ -64,7 +64,7 @@ pub enum Form {
     /// As Jupyter Server does: a message, and a reason or none.
     Jupyter,
     /// As FastAPI does: a `detail`, which is this where it is more than a sentence.
-    Detail(Option<Value>),
+    Detail(Option<Box<Value>>),
 }
 
 /// One field that is wrong.
@@ -217,7 +217,7 @@ impl Problem {
             // A structure of texts and numbers: writing it can't fail.
             Form::Problem => ("application/problem+json", serde_json::to_vec(self).unwrap_or_default()),
             Form::Jupyter => ("application/json", self.in_jupyters_words()),
-            Form::Detail(detail) => ("application/json", self.as_detail(detail.as_ref())),
+            Form::Detail(detail) => ("application/json", self.as_detail(detail.as_deref())),
         };
         let mut response = (status, [(header::CONTENT_TYPE, kind)], body).into_response();
         if let Some(seconds) = self.retry_after_seconds {

@@ -89,7 +89,7 @@ impl From<Vec<Wrong>> for Refusal {
         let detail = Value::Array(wrong.into_iter().map(Wrong::told).collect());
         let problem = Problem::new(problem::INVALID_REQUEST, "the request is not understood");
         let status = StatusCode::UNPROCESSABLE_ENTITY.as_u16();
-        Self(Problem { status, form: Form::Detail(Some(detail)), ..problem })
+        Self(Problem { status, form: Form::Detail(Some(Box::new(detail))), ..problem })
     }
 }
 

@@ -44,8 +44,8 @@ fn essence(kind: &str) -> String {
 fn of_urlencoded(bytes: &[u8]) -> Result<Option<String>, Wrong> {
     let decoded = |text: &str| percent_decode_str(&text.replace('+', " ")).decode_utf8().map(String::from).ok();
     let text = std::str::from_utf8(bytes).map_err(|_| no_text())?;
-    let pairs = text.split('&').map(|pair| pair.split_once('=').unwrap_or((pair, "")));
-    let value = pairs.filter(|(name, _)| decoded(name).as_deref() == Some("user_id")).last();
+    let mut pairs = text.split('&').map(|pair| pair.split_once('=').unwrap_or((pair, "")));
+    let value = pairs.rfind(|(name, _)| decoded(name).as_deref() == Some("user_id"));
     let Some((_, value)) = value.filter(|(_, value)| !value.is_empty()) else { return Ok(None) };
     decoded(value).map(Some).ok_or_else(no_text)
 }
