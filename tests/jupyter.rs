@@ -103,6 +103,10 @@ async fn keys_are_taken_in_every_place(server: Arc<Server>) {
 async fn kernels_are_sessions(server: Arc<Server>) {
     let made = post(&server, "/t/x/api/kernels", json!({})).await;
     assert_eq!(made.status, 403, "another key in the path");
+    let odd = server.send(server.bare(Method::GET, "/api/kernels?%74oken=cb_not_one")).await;
+    is_error(&odd, 403);
+    let refused = server.get("/v1/audit?action=refuse_key").await.text;
+    assert!(refused.contains("/api/kernels") && !refused.contains("cb_not_one"), "{refused}");
     let path = format!("/t/{}/api/kernels", server.key);
     let made = server.send(server.bare(Method::POST, &path)).await;
     assert_eq!(made.status, 201, "{}", made.text);
@@ -178,6 +182,14 @@ async fn documents_are_labels(server: Arc<Server>) {
     assert_eq!(replaced.status, 200, "{}", replaced.text);
     assert_ne!(replaced.json["kernel"]["id"], json!(kernel));
     is_error(&get(&server, &format!("/api/kernels/{kernel}")).await, 404);
+    // One request, and both kernels are in the audit.
+    let native = |id: &str| cellblock::domain::ids::SessionId::from_uuid(id.parse().unwrap()).to_string();
+    let new = text(&replaced.json["kernel"]["id"]);
+    for (action, id) in [("delete_session", &kernel), ("create_session", &new), ("patch_session", &new)] {
+        let found = server.get(&format!("/v1/audit?action={action}&session={}", native(id))).await;
+        let events = found.json["events"].as_array().map(Vec::len);
+        assert_eq!(events, Some(1), "{action}: {}", found.text);
+    }
     is_error(&patch(json!({"kernel": {"id": kernel}})).await, 400);
     assert_eq!(get(&server, &one).await.json["path"], "new.ipynb");
 
@@ -220,7 +232,7 @@ async fn kernelspecs_are_templates(server: Arc<Server>) {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_door_can_be_closed_and_tells_no_key() {
-    let server = Server::start("[jupyter]\nenabled = false\n").await;
+    let server = Server::start("[doors]\njupyter = false\n").await;
     for path in ["/api", "/api/kernels", "/jupyter/api", "/t/x/api"] {
         get(&server, path).await.problem(404, "not-found");
     }
@@ -848,6 +860,17 @@ async fn garbage_is_closed_with_the_right_code(server: Arc<Server>) {
     client.socket.send(text(&message.to_string())).await.unwrap();
     let refused = client.all_of(&subshell).await;
     assert!(one(&refused, "error").content["evalue"].to_string().contains("subshell"));
+    // What would run code that is no execution, and what would give it a place, is answered as refused, and not offered.
+    let evaluate = json!({"type": "request", "seq": 1, "command": "evaluate", "arguments": {"expression": "1"}});
+    for (kind, content) in [("debug_request", evaluate), ("create_subshell_request", json!({}))] {
+        let asked = client.send("control", kind, content, &[]).await;
+        let reply = client.all_of(&asked).await.into_iter().find(|got| got.channel == "control").expect("a reply");
+        assert_eq!((&reply.content["status"], &reply.content["ename"]), (&json!("error"), &json!("invalid-request")));
+    }
+    let info = client.send("shell", "kernel_info_request", json!({}), &[]).await;
+    let info = client.all_of(&info).await;
+    let info = &one(&info, "kernel_info_reply").content;
+    assert!(info.get("debugger").is_none() && !info["supported_features"].to_string().contains("subshell"), "{info}");
     // Header and code that look like JSON's end, or are none of Unicode.
     let odd = client.run("print('\\ud800 \"}]'.encode('utf-8', 'surrogatepass'))\n'\\ud800'").await;
     assert_eq!(one(&odd, "execute_reply").content["status"], "ok");

@@ -7,6 +7,7 @@
 //! A missed target is said, and is no failure: it is for people to judge on a machine they know.
 
 mod engine;
+mod far;
 mod figures;
 mod files;
 mod measure;
@@ -88,6 +89,9 @@ async fn bench() -> Result<()> {
         let server = Server::start(measure::SMALL).await?;
         measure::hundreds(&server, &mut figures).await?;
         server.stop().await?;
+    }
+    if is_chosen("far") {
+        far::far(&mut figures).await?;
     }
     if is_chosen("stream") {
         measure::stream(&engine, &mut figures).await?;

@@ -1,7 +1,7 @@
 //! A Cellblock server of the bench's own, on a free port, and requests to it.
 
 use std::fs;
-use std::net::{Ipv4Addr, TcpListener};
+use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -74,6 +74,16 @@ impl Server {
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
         Ok(())
+    }
+
+    /// Where it listens.
+    pub fn address(&self) -> Result<SocketAddr> {
+        Ok(self.url.trim_start_matches("http://").parse()?)
+    }
+
+    /// Sends all requests that follow to another address, which leads to it.
+    pub fn reach_by(&mut self, address: SocketAddr) {
+        self.url = format!("http://{address}");
     }
 
     /// Its process.

@@ -33,7 +33,7 @@ pub fn app(config: &Config, plane: &Plane) -> App {
         proxies: Proxies::new(server.trusted_proxies.clone(), header),
         origins: Origins::new(&server.cors_origins),
         ports: Ports { within: server.ports_timeout, is_tls: server.tls_cert_file.is_some() },
-        jupyter: config.jupyter.enabled.then(|| jupyter::Bounds {
+        jupyter: config.doors.jupyter.then(|| jupyter::Bounds {
             message: usize::try_from(config.jupyter.max_message).unwrap_or(usize::MAX),
             of_session: config.jupyter.connections_per_session as usize,
             of_tenant: config.jupyter.connections_per_tenant as usize,

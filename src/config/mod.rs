@@ -66,7 +66,7 @@ pub struct Config {
     pub egress: Egress,
     /// Where packages come from.
     pub packages: Packages,
-    /// Jupyter Server's API.
+    /// How much there is of Jupyter Server's API.
     pub jupyter: Jupyter,
     /// Which doors are open beside the native API's.
     pub doors: Doors,

@@ -456,12 +456,10 @@ impl PackageRule {
     }
 }
 
-/// Jupyter Server's API.
+/// How much there is of Jupyter Server's API.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Jupyter {
-    /// Whether it is there.
-    pub enabled: bool,
     /// What a client has missed is kept for it for this long.
     #[serde(deserialize_with = "duration")]
     pub buffer_time: Duration,
@@ -497,6 +495,8 @@ pub struct Audit {
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Doors {
+    /// Jupyter Server's API.
+    pub jupyter: bool,
     /// That of the Model Context Protocol.
     pub mcp: bool,
     /// Names that it may be asked under; none: any.

@@ -11,7 +11,7 @@ use uuid::Uuid;
 use super::asking::{Asking, Loose, Named, Refusal};
 use super::kernels::{self, Model, Wanted};
 use crate::http::extract::Answer;
-use crate::service::SessionPatch;
+use crate::service::{SessionPatch, trail};
 use crate::session::{Session, fresh};
 
 /// What the labels of such a session begin with; its id follows, and which of its words it is.
@@ -143,6 +143,7 @@ async fn with_kernel(asking: &Asking, wanted: WithKernel, opened: &Opened) -> Re
     if let Some(id) = wanted.id {
         let gone = |_| Refusal::malformed(format!("No such kernel: {id}"));
         let kernel = kernels::find(asking, &id).map_err(gone)?;
+        trail::note_action("patch_session");
         return relabel(asking, &kernel, |labels| labels.extend(opened.labels())).await;
     }
     let labels = opened.labels().into();
@@ -184,8 +185,17 @@ pub(super) async fn patch_session(
         let kernel = relabel(&asking, &kernel, |labels| labels.extend(opened.labels())).await?;
         return Ok(Answer(opened.view(&kernel)));
     }
-    let new = with_kernel(&asking, wanted, &opened).await?;
-    asking.app.service.delete_session(&asking.who, kernel.id).await?;
+    // What is done to each of the two kernels is in the audit by itself.
+    let action = if wanted.id.is_some() { "patch_session" } else { "create_session" };
+    let new = trail::apart(action, with_kernel(&asking, wanted, &opened), Refusal::outcome).await?;
+    let end = async { Ok(asking.app.service.delete_session(&asking.who, kernel.id).await?) };
+    match trail::apart("delete_session", end, Refusal::outcome).await {
+        // It may have ended by itself.
+        Err(refusal) if refusal.outcome().1 != StatusCode::NOT_FOUND.as_u16() => return Err(refusal),
+        _ => {}
+    }
+    // The request itself is about the one that stays.
+    let new = asking.app.service.session(&asking.who, new.id)?;
     Ok(Answer(opened.view(&new)))
 }
 

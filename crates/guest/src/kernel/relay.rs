@@ -182,7 +182,7 @@ impl Relay {
 
     /// Judges a message from another channel: each of them goes on, if need be with a shorter content.
     pub fn reply(&mut self, channel: Channel, message: Incoming) -> Option<Out> {
-        if channel == Channel::Shell
+        if matches!(channel, Channel::Shell | Channel::Control)
             && message.msg_type.ends_with("_reply")
             && let Some(at) = self.executions.iter().position(|e| e.id == message.parent_id)
         {
