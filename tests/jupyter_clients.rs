@@ -55,20 +55,20 @@ async fn kernels_behind_the_door_pass_what_they_pass_alone() {
 }
 
 async fn python_suite(server: Arc<Server>) {
-    // Our launcher keeps no history: see `docs/JUPYTER.md`.
-    passes_what_it_passes_alone(&server, "python", 20).await;
+    // Kernels of Python are started without a history: `docs/JUPYTER.md`.
+    passes_what_it_passes_alone(&server, "python", 20, "test_history").await;
 }
 
 async fn bash_suite(server: Arc<Server>) {
-    passes_what_it_passes_alone(&server, "bash", 5).await;
+    passes_what_it_passes_alone(&server, "bash", 5, "nothing").await;
 }
 
 async fn r_suite(server: Arc<Server>) {
-    passes_what_it_passes_alone(&server, "r", 14).await;
+    passes_what_it_passes_alone(&server, "r", 14, "nothing").await;
 }
 
 async fn deno_suite(server: Arc<Server>) {
-    passes_what_it_passes_alone(&server, "deno", 12).await;
+    passes_what_it_passes_alone(&server, "deno", 12, "nothing").await;
 }
 
 /// What came of each test of the suite, and of each part of one.
@@ -76,7 +76,9 @@ type Outcomes = BTreeMap<String, String>;
 
 /// The baseline is the same kernel of the same image, started by jupyter_client beside the suite in a container without any of our programs. So what a kernel
 /// fails by itself is found anew in each run, with the versions in the image, and is written down nowhere.
-async fn passes_what_it_passes_alone(server: &Server, language: &str, at_least: usize) {
+///
+/// `unless` is the one test that is known to fail behind the door, and must.
+async fn passes_what_it_passes_alone(server: &Server, language: &str, at_least: usize, unless: &str) {
     let alone = suite_alone(language).await;
     let mut command = python("kernel_suite.py");
     command.args([language, &server.url, &server.key]);
@@ -84,13 +86,14 @@ async fn passes_what_it_passes_alone(server: &Server, language: &str, at_least: 
     let passed = |outcomes: &Outcomes| outcomes.values().filter(|outcome| *outcome == "passed").count();
     println!("{language}: {} pass alone, {} behind the door", passed(&alone), passed(&behind));
     assert!(passed(&alone) >= at_least, "the baseline is no baseline: {alone:#?}");
-    let worse: Vec<_> = alone
+    let (known, worse): (Vec<_>, Vec<_>) = alone
         .iter()
         .filter(|(_, outcome)| *outcome == "passed")
         .filter(|(test, _)| behind.get(*test).is_none_or(|outcome| outcome != "passed"))
         .map(|(test, _)| format!("{test}: {}", behind.get(test).map_or("not run", String::as_str)))
-        .collect();
+        .partition(|failed| failed.starts_with(unless));
     assert!(worse.is_empty(), "{language} passes these alone, and not behind the door:\n{}", worse.join("\n"));
+    assert_eq!(known.is_empty(), unless == "nothing", "{unless} passes behind the door now: say so here, and in docs/JUPYTER.md");
 }
 
 async fn suite_alone(language: &str) -> Outcomes {

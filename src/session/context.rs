@@ -699,7 +699,7 @@ impl Context {
 
     /// The next execution is told that its kernel is another one.
     pub(super) fn tell_replaced(&mut self, cause: RestartCause) {
-        self.tell_state("restarting");
+        self.tell_restart();
         self.replaced = Some(cause);
     }
 
@@ -893,8 +893,10 @@ impl Context {
         match over {
             Some(reason) => self.notices.push(Notice::Died(reason)),
             None => {
-                if cause != RestartCause::Requested {
-                    self.tell_state("restarting");
+                if cause == RestartCause::Requested {
+                    self.note_restart();
+                } else {
+                    self.tell_restart();
                 }
                 self.boot(now, self.making.pace.boot);
             }
