@@ -279,6 +279,13 @@ async fn errors_abort_what_follows(server: Arc<Server>) {
     assert_eq!(types(&aborted), ["status", "execute_reply", "status"]);
     assert_eq!(one(&aborted, "execute_reply").content["status"], "aborted");
     assert_eq!(printed(&client.run("print('again')").await, "stdout"), "again\n");
+
+    // Who asks once it has heard of the error, as clients do that wait for no more than that, knows what it does.
+    client.run("import time; get_ipython().events.register('post_run_cell', lambda *_: time.sleep(0.5))").await;
+    client.execute("1/0").await;
+    while client.got().await.msg_type != "error" {}
+    let all = client.run("print('all the same')").await;
+    assert_eq!(printed(&all, "stdout"), "all the same\n", "{:?}", types(&all));
 }
 
 async fn input_finds_its_asker(server: Arc<Server>) {

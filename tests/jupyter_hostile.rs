@@ -173,7 +173,10 @@ async fn compared(server: &Server, told: &[Got], broken: &mut Vec<String>) -> Va
             broken.push(what.to_owned());
         }
     };
-    must(reply.content["status"] == if record["status"] == "ok" { "ok" } else { "error" }, "the reply has another status");
+    must(
+        reply.content["status"] == if record["status"] == "ok" { "ok" } else { "error" },
+        "the reply has another status",
+    );
     must(told[0].content["execution_state"] == "busy", "it did not begin with being busy");
     let count = |wanted: &dyn Fn(&Got) -> bool| told.iter().filter(|got| wanted(got)).count();
     must(count(&|got| got.msg_type == "execute_reply") == 1, "not one reply");

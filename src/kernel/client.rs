@@ -173,7 +173,12 @@ mod tests {
         let ours: Value = serde_json::from_slice(&sent.parts[0]).unwrap();
         assert_eq!((&ours["msg_id"], &ours["subshell_id"]), (&"ours".into(), &"s1".into()));
 
-        let of_kernel = [r#"{"msg_id":"k","msg_type":"status","session":"of the kernel"}"#, r#"{"msg_id":"ours"}"#, "{}", r#"{"a":1}"#];
+        let of_kernel = [
+            r#"{"msg_id":"k","msg_type":"status","session":"of the kernel"}"#,
+            r#"{"msg_id":"ours"}"#,
+            "{}",
+            r#"{"a":1}"#,
+        ];
         let of_kernel = of_kernel.map(|part| Bytes::from_static(part.as_bytes()));
         let (id, told) = retold(&of_kernel, Some(&header.text), Some("new")).unwrap();
         assert_eq!((id.as_str(), &told[1][..]), ("new", header.text.0.as_bytes()));

@@ -76,7 +76,12 @@ impl Client {
     }
 
     /// The same with another key.
-    pub async fn open_with(server: &Server, key: &str, (kernel, query): (&str, &str), is_v1: bool) -> Result<Self, u16> {
+    pub async fn open_with(
+        server: &Server,
+        key: &str,
+        (kernel, query): (&str, &str),
+        is_v1: bool,
+    ) -> Result<Self, u16> {
         let url = format!("{}/api/kernels/{kernel}/channels{query}", server.url.replace("http", "ws"));
         let mut request = url.into_client_request().expect("a request");
         let headers = request.headers_mut();
