@@ -358,6 +358,16 @@ async fn messages_find_their_askers(server: Arc<Server>) {
     let header = two.execute("print('two')").await;
     let all = two.all_of(&header).await;
     assert_eq!(one(&all, "execute_reply").content["status"], "ok");
+    // Nor does a name in a header make anybody somebody else: whose key it is stands in the audit.
+    let forged =
+        json!({"msg_id": "f", "msg_type": "execute_request", "session": one_client.session, "username": "admin"});
+    let parts = ["shell", &forged.to_string(), "{}", "{}", "{\"code\": \"1\"}"].map(|part| part.as_bytes().to_vec());
+    two.socket.send(tungstenite::Message::Binary(v1_frame(&parts))).await.unwrap();
+    assert_eq!(one(&two.all_of(&forged).await, "execute_reply").content["status"], "ok");
+    let audit = server.get("/v1/audit?action=create_execution").await;
+    let events = audit.json["events"].as_array().expect("events");
+    assert!(!events.is_empty() && events.iter().all(|event| event["tenant"] == "default"), "{}", audit.text);
+    assert!(!audit.text.contains("admin"), "{}", audit.text);
     let header = one_client.execute("print('one')").await;
     let mut heard = Vec::new();
     while heard.last().is_none_or(|got: &Got| !(got.parent == header && got.msg_type == "execute_reply")) {
@@ -651,10 +661,24 @@ async fn a_connection_ends_with_its_key(server: Arc<Server>) {
 async fn connections_are_bounded(server: Arc<Server>) {
     let (kernel, other) = (kernel(&server).await, kernel(&server).await);
     let mut open = Vec::new();
-    for _ in 0..4 {
-        open.push(Client::open(&server, &kernel, "", false).await);
+    let mut client = Client::open(&server, &kernel, "", false).await;
+    // A thousand at once, or nearly: all but a few are told why not, and who is there goes on.
+    let tries = (0..1000).map(|_| Client::try_open(&server, &kernel, "", false));
+    let mut tries = futures_util::stream::iter(tries).buffer_unordered(100);
+    let mut refused = 0;
+    while let Some(tried) = tries.next().await {
+        match tried {
+            Ok(client) => open.push(client),
+            Err(status) => {
+                assert_eq!(status, 429);
+                refused += 1;
+            }
+        }
     }
-    assert!(matches!(Client::try_open(&server, &kernel, "", false).await, Err(429)), "of the kernel");
+    drop(tries);
+    assert_eq!((open.len(), refused), (3, 997), "of the kernel");
+    assert_eq!(printed(&client.run("print(1)").await, "stdout"), "1\n");
+    open.push(client);
     for _ in 0..4 {
         open.push(Client::open(&server, &other, "", false).await);
     }
@@ -688,7 +712,29 @@ async fn output_is_cut_in_pieces_and_said_to_be(server: Arc<Server>) {
     assert!(pieces.iter().sum::<usize>() >= 512 * 1024, "{pieces:?}");
     let said = printed(&all, "stderr");
     assert!(said.contains("of 50000001 bytes of stdout were left out"), "{said}");
+    let omitted: usize = said.split(' ').find_map(|word| word.parse().ok()).expect("a number");
+    assert_eq!(pieces.iter().sum::<usize>() + omitted, 50_000_001, "{said}");
     assert_eq!(delete(&server, &format!("/api/kernels/{kernel}")).await, 204);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn output_arrives_whole_up_to_its_limit() {
+    // As much as there may be.
+    let output = "[template_defaults.output]\ntext = \"8MiB\"\ntotal = \"10MiB\"\n";
+    let server = Server::start(&format!("{SETTINGS}{output}")).await;
+    let kernel = kernel(&server).await;
+    let mut client = Client::open(&server, &kernel, "?session_id=mine", true).await;
+    for times in [800_000, 5_000_000] {
+        let all = client.run(&format!("print('0123456789' * {times})")).await;
+        let of_text = |got: &Got| got.content["text"].as_str().map(str::len);
+        assert!(all.iter().filter_map(of_text).all(|length| length <= 256 * 1024), "{:?}", types(&all));
+        let (whole, said) = (printed(&all, "stdout"), printed(&all, "stderr"));
+        let omitted: usize = said.split(' ').find_map(|word| word.parse().ok()).unwrap_or_default();
+        assert_eq!((whole.len() + omitted, said.is_empty()), (10 * times + 1, times == 800_000), "{said}");
+        assert!(whole.len() > 7 << 20 && whole.ends_with("9\n"), "{}", whole.len());
+        assert!(omitted > 0 || whole.as_bytes().chunks(10).all(|ten| ten == b"0123456789" || ten == b"\n"));
+    }
+    server.finish().await.unwrap_or_else(|left| panic!("{left}"));
 }
 
 async fn who_never_reads_is_cut_off(server: Arc<Server>) {

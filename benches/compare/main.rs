@@ -10,6 +10,7 @@ mod engine;
 mod far;
 mod figures;
 mod files;
+mod jupyter;
 mod measure;
 mod report;
 mod server;
@@ -83,6 +84,11 @@ async fn bench() -> Result<()> {
     if is_chosen("pool") {
         let server = Server::start(measure::POOL).await?;
         measure::pool(&server, &mut figures).await?;
+        server.stop().await?;
+    }
+    if is_chosen("jupyter") {
+        let server = Server::start(jupyter::SETTINGS).await?;
+        jupyter::jupyter(&server, &mut figures).await?;
         server.stop().await?;
     }
     if is_chosen("hundreds") {

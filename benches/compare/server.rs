@@ -86,6 +86,16 @@ impl Server {
         self.url = format!("http://{address}");
     }
 
+    /// What its routes stand under.
+    pub fn url(&self) -> &str {
+        &self.url
+    }
+
+    /// A key for all of it.
+    pub fn key(&self) -> &str {
+        self.authorization.trim_start_matches("Bearer ")
+    }
+
     /// Its process.
     pub fn pid(&self) -> i64 {
         self.process.id().into()

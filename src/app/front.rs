@@ -11,7 +11,7 @@ use crate::http::listen::Connections;
 use crate::http::origins::Origins;
 use crate::http::remote::Proxies;
 use crate::http::tls::Tls;
-use crate::http::{App, Bounds, Ports, jupyter, mcp};
+use crate::http::{App, Bounds, Ports, classic, jupyter, mcp};
 
 /// What handlers work with.
 #[must_use]
@@ -41,6 +41,11 @@ pub fn app(config: &Config, plane: &Plane) -> App {
         sockets: jupyter::Sockets::default(),
         started: Timestamp::now(),
         mcp: config.doors.mcp.then(|| mcp::Mcp::new(config.doors.mcp_hosts.clone())),
+        classic: config.doors.classic.enabled.then(|| {
+            let door = &config.doors.classic;
+            let template = Some(door.template.clone()).filter(|template| !template.is_empty());
+            Arc::new(classic::Classic { template, setup: door.setup(), idle: door.idle })
+        }),
     }
 }
 

@@ -10,6 +10,7 @@ use uuid::Uuid;
 
 use super::asking::{Asking, Loose, Named, Refusal};
 use super::kernels::{self, Model, Wanted};
+use super::{contents, kernelspecs};
 use crate::http::extract::Answer;
 use crate::service::{SessionPatch, trail};
 use crate::session::{Session, fresh};
@@ -129,8 +130,18 @@ pub(super) async fn create_session(asking: Asking, Loose(body): Loose<Body>) -> 
         return Ok(created(&asking, opened, &kernel));
     }
     let opened = Opened { id: fresh(), path, name: body.name.unwrap_or_default(), kind };
-    let kernel = with_kernel(&asking, body.kernel.unwrap_or_default(), &opened).await?;
+    let wanted = beside_its_files(&asking, body.kernel.unwrap_or_default(), &opened.path)?;
+    let kernel = with_kernel(&asking, wanted, &opened).await?;
     Ok(created(&asking, opened, &kernel))
+}
+
+/// A document that stands in a session's folder is opened with that session's kernel, where its files are, if it is one of the kind that is wanted.
+fn beside_its_files(asking: &Asking, wanted: WithKernel, path: &str) -> Result<WithKernel, Refusal> {
+    let Some((folder, _)) = path.split_once('/').filter(|_| wanted.id.is_none()) else { return Ok(wanted) };
+    let template = wanted.name.as_ref().map(|name| kernelspecs::template_of(&asking.app.service, name));
+    let is_meant = |session: &Session| template.as_ref().is_none_or(|template| *template == session.spec.template);
+    let found = contents::session_of(asking, folder)?.filter(is_meant);
+    Ok(found.map_or(wanted, |session| WithKernel { id: Some(kernels::id_of(&session)), name: None }))
 }
 
 fn created(asking: &Asking, opened: Opened, kernel: &Session) -> Response {

@@ -12,6 +12,7 @@ use axum::extract::{Request, State};
 use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::response::sse::{Event, KeepAlive, Sse};
 use axum::response::{IntoResponse, Response};
+use bytes::BytesMut;
 use cellblock_wire::files::{Archive, Event as Change, Watch};
 use futures_util::stream::{self, Stream};
 use http_body_util::BodyExt;
@@ -147,9 +148,7 @@ pub async fn upload_files(
         Problem::new(problem::UNSUPPORTED_MEDIA_TYPE, "send a form as multipart/form-data, or one file with PUT")
     })?;
     let untaken = Arc::new(AtomicUsize::new(0));
-    let source =
-        Sparing { source: request.into_body().into_data_stream(), untaken: Arc::clone(&untaken), rests: false };
-    let mut form = Multipart::new(source, boundary);
+    let mut form = Multipart::new(Sparing::new(request.into_body(), &untaken), boundary);
     let mut files = Vec::new();
     loop {
         let next = tokio::time::timeout(STALLED, form.next_field()).await;
@@ -170,7 +169,7 @@ pub async fn upload_files(
 }
 
 /// Writes one file of a form. Its pieces are handed over, since the form itself lives only here.
-async fn write_field(
+pub(in crate::http) async fn write_field(
     app: &App,
     who: &crate::service::keys::Principal,
     id: SessionId,
@@ -214,21 +213,28 @@ async fn write_field(
     Ok(FileView::of(&stat).with_hash(written.sha256))
 }
 
-fn stalled() -> Problem {
+pub(in crate::http) fn stalled() -> Problem {
     Problem::new(problem::REQUEST_TIMEOUT, "nothing of the form came for 30 s")
 }
 
-fn broken(error: &multer::Error) -> Problem {
+pub(in crate::http) fn broken(error: &multer::Error) -> Problem {
     let error: String = error.to_string().chars().take(200).collect();
     Problem::new(problem::INVALID_REQUEST, format!("the form is not understood: {error}"))
 }
 
 /// A form's body, a piece at a time: its reader would otherwise take all that there is, and hold it.
-struct Sparing {
+pub(in crate::http) struct Sparing {
     source: BodyDataStream,
     /// Bytes that were read since the reader has given something on.
     untaken: Arc<AtomicUsize>,
     rests: bool,
+}
+
+impl Sparing {
+    /// A body, and what its reader sets to nothing whenever it has given something on.
+    pub(in crate::http) fn new(body: RawBody, untaken: &Arc<AtomicUsize>) -> Self {
+        Self { source: body.into_data_stream(), untaken: Arc::clone(untaken), rests: false }
+    }
 }
 
 impl Stream for Sparing {
@@ -269,24 +275,40 @@ pub async fn watch_files(
     let recursive = params.parse::<bool>("recursive", "true or false")?.unwrap_or_default();
     let asked = Watch { path: params.get("path").unwrap_or_default().to_owned(), recursive };
     let pieces = app.service.watch_files(&who, id, &asked).await?;
-    let events = stream::unfold((pieces, Vec::new()), |(mut pieces, mut buffer)| async move {
-        let event = next_event(&mut pieces, &mut buffer).await?;
-        Some((Ok::<_, Infallible>(told(event)), (pieces, buffer)))
+    let events = stream::unfold((pieces, Lines::default()), |(mut pieces, mut lines)| async move {
+        let event = next_event(&mut pieces, &mut lines).await?;
+        Some((Ok::<_, Infallible>(told(event)), (pieces, lines)))
     });
     Ok(Sse::new(events).keep_alive(KeepAlive::new().interval(PING).text("ping")).into_response())
 }
 
 /// The next event of a guest's. What is none ends the stream.
-async fn next_event(pieces: &mut Pieces, buffer: &mut Vec<u8>) -> Option<Change> {
+async fn next_event(pieces: &mut Pieces, lines: &mut Lines) -> Option<Change> {
     loop {
-        if let Some(end) = buffer.iter().position(|byte| *byte == b'\n') {
-            let line: Vec<u8> = buffer.drain(..=end).collect();
+        if let Some(line) = lines.next() {
             return serde_json::from_slice(&line).ok();
         }
-        if buffer.len() > MAX_LINE {
+        if lines.buffer.len() > MAX_LINE {
             return None;
         }
-        buffer.extend_from_slice(&pieces.frame().await?.ok()?.into_data().ok()?);
+        lines.buffer.extend_from_slice(&pieces.frame().await?.ok()?.into_data().ok()?);
+    }
+}
+
+/// Lines that come in pieces, however small: each byte is looked at once.
+#[derive(Default)]
+struct Lines {
+    buffer: BytesMut,
+    /// Bytes at its beginning that hold no line's end.
+    looked: usize,
+}
+
+impl Lines {
+    fn next(&mut self) -> Option<BytesMut> {
+        let looked = std::mem::replace(&mut self.looked, self.buffer.len());
+        let end = looked + self.buffer[looked..].iter().position(|byte| *byte == b'\n')? + 1;
+        self.looked = 0;
+        Some(self.buffer.split_to(end))
     }
 }
 
@@ -304,4 +326,37 @@ fn told(change: Change) -> Event {
     };
     // A structure of texts and numbers: writing it can't fail.
     Event::default().event(name).data(serde_json::to_string(&view).unwrap_or_default())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lines_are_the_same_in_whatever_pieces_they_come() {
+        let text = b"{\"a\": 1}\n\n{}\nrest";
+        for step in 1..text.len() {
+            let (mut lines, mut seen) = (Lines::default(), Vec::new());
+            for piece in text.chunks(step) {
+                lines.buffer.extend_from_slice(piece);
+                seen.extend(std::iter::from_fn(|| lines.next()).map(|line| line.to_vec()));
+            }
+            assert_eq!(seen, [&b"{\"a\": 1}\n"[..], b"\n", b"{}\n"], "in pieces of {step}");
+            assert_eq!(&lines.buffer[..], b"rest");
+        }
+    }
+
+    #[test]
+    fn many_lines_in_one_piece_and_a_line_in_many_pieces_cost_no_more_than_their_length() {
+        let began = std::time::Instant::now();
+        let mut lines = Lines::default();
+        lines.buffer.extend_from_slice(&[b'\n'; 1 << 20]);
+        assert_eq!(std::iter::from_fn(|| lines.next()).count(), 1 << 20);
+        for _ in 0..200_000 {
+            lines.buffer.extend_from_slice(b"x");
+            assert!(lines.next().is_none());
+        }
+        // What looks at all of it again, or moves it, takes minutes.
+        assert!(began.elapsed() < std::time::Duration::from_secs(5), "{:?}", began.elapsed());
+    }
 }

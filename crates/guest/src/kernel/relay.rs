@@ -408,6 +408,19 @@ mod tests {
     }
 
     #[test]
+    fn what_is_asked_on_control_has_its_cap_and_leaves_nothing() {
+        for channel in [Channel::Shell, Channel::Control] {
+            let mut relay = Relay::default();
+            relay.sent("c", Some(CAP));
+            assert_eq!(short(&relay.iopub(print("c", &"a".repeat(1000)), ROOM)), ["a".repeat(300)]);
+            let reply = message("kernel_info_reply", "c", &json!({"status": "ok"}));
+            assert!(relay.reply(channel, reply).is_some() && relay.executions.len() == 1, "its idle is still to come");
+            relay.iopub(idle("c"), ROOM);
+            assert!(relay.executions.is_empty(), "{channel:?}");
+        }
+    }
+
+    #[test]
     fn text_above_the_cap_comes_as_head_gap_tail_idle() {
         let mut relay = Relay::default();
         relay.sent("e", Some(CAP));
