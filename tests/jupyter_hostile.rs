@@ -13,7 +13,6 @@ mod server;
 mod watch;
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fmt::Write as _;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -24,7 +23,8 @@ use serde_json::{Value, json};
 use server::{Case, Server, text};
 use watch::{Canary, shortened, untruths};
 
-/// What is set below, and what a busy machine may add: the end of a kernel, and the answer's way.
+const SETTINGS: &str = "default_template = \"python\"\n[executions]\ninterrupt_grace = \"1s\"\n";
+/// What is set above, and what a busy machine may add: the end of a kernel, and the answer's way.
 const GRACE: f64 = 1.0;
 const SLACK: f64 = 8.0;
 /// A new kernel, on a busy machine.
@@ -32,38 +32,50 @@ const NEXT: Duration = Duration::from_secs(25);
 /// The time limit of cells in other languages than Python, in seconds.
 const LIMIT: f64 = 2.0;
 
-/// A template for each limit that cells have: a Jupyter client can't ask for one.
+/// A template for each limit that cells of Python have: a Jupyter client can't ask for one.
 fn settings(rows: &[Row]) -> String {
-    let mut settings = "default_template = \"python\"\n[executions]\ninterrupt_grace = \"1s\"\n".to_owned();
-    let mut template = |name: &str, image: &str, memory: u64, limit: f64| {
-        let _ = write!(
-            settings,
-            "[templates.{name}]\nimage = \"cellblock/{image}:latest\"\n[templates.{name}.default]\nexecution = \"{limit}s\"\nmemory = \"{memory}MiB\"\ndisk = \"16MiB\"\ntmp = \"16MiB\"\npids = 64\n"
-        );
-    };
     let limits: BTreeMap<String, &Row> = rows.iter().map(|row| (template_of(row), row)).collect();
-    for (name, row) in limits {
-        template(&name, "python", row.memory_mb, row.limit);
-    }
-    for language in languages::all() {
-        template(&format!("hostile-{}", language.image), language.image, 512, LIMIT);
-    }
-    settings
+    let templates =
+        limits.into_iter().map(|(name, row)| template(&name, "python", "python3", row.memory_mb, row.limit));
+    std::iter::once(SETTINGS.to_owned()).chain(templates).collect()
+}
+
+/// A template for each of the other languages.
+fn settings_of_others() -> String {
+    let of = |language: languages::Language| {
+        let (image, kernelspec) = (language.image, language.kernelspec);
+        template(&format!("hostile-{image}"), image, kernelspec, 512, LIMIT)
+    };
+    // What is printed without end is more than this in that time, on a busy machine too.
+    let output = "[template_defaults.output]\ntext = \"64KiB\"\n".to_owned();
+    [SETTINGS.to_owned(), output].into_iter().chain(languages::all().map(of)).collect()
+}
+
+fn template(name: &str, image: &str, kernelspec: &str, memory: u64, limit: f64) -> String {
+    format!(
+        "[templates.{name}]\nimage = \"cellblock/{image}:latest\"\nkernelspec = \"{kernelspec}\"\n[templates.{name}.default]\nexecution = \"{limit}s\"\nmemory = \"{memory}MiB\"\ndisk = \"16MiB\"\ntmp = \"16MiB\"\npids = 64\n"
+    )
 }
 
 fn template_of(row: &Row) -> String {
     format!("hostile-{}-{}", row.limit, row.memory_mb)
 }
 
-/// Python's cells, without those that ask for what Jupyter's messages have no words for.
-fn rows() -> Vec<Row> {
-    cells::all().into_iter().filter(|row| row.request == json!({})).collect()
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn hostile_cells_of_python_that_speak_behind_the_door() {
+    hostile_cells_of_python(cells::that_speak()).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn hostile_cells_of_python_behind_the_door() {
-    let rows = rows();
-    assert!(rows.len() >= 100, "{}", rows.len());
+#[ignore = "minutes, for what tests/hostile_code.rs runs by another door; make soak runs it"]
+async fn all_hostile_cells_of_python_behind_the_door() {
+    hostile_cells_of_python(cells::all()).await;
+}
+
+/// Runs them, without those that ask for what Jupyter's messages have no words for.
+async fn hostile_cells_of_python(mut rows: Vec<Row>) {
+    rows.retain(|row| row.request == json!({}));
+    assert!(rows.len() >= 70, "{}", rows.len());
     let server = Server::start(&settings(&rows)).await;
     let case = |row: Row| -> Case { (row.name, Box::pin(a_row_holds(Arc::clone(&server), row))) };
     let cases = rows.into_iter().map(case).collect();
@@ -72,7 +84,7 @@ async fn hostile_cells_of_python_behind_the_door() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn hostile_cells_of_other_languages_behind_the_door() {
-    let server = Server::start(&settings(&[])).await;
+    let server = Server::start(&settings_of_others()).await;
     let mut cases: Vec<Case> = Vec::new();
     for language in languages::all() {
         for deed in language.deeds {
@@ -167,16 +179,14 @@ impl Notebook {
 async fn compared(server: &Server, told: &[Got], broken: &mut Vec<String>) -> Value {
     let reply = told.iter().find(|got| got.msg_type == "execute_reply").expect("a reply");
     let id = reply.msg_id.strip_suffix("-reply").expect("the id of an execution");
-    let record = server.ended(id).await;
+    let record = server.execution(id).await;
     let mut must = |holds: bool, what: &str| {
         if !holds {
             broken.push(what.to_owned());
         }
     };
-    must(
-        reply.content["status"] == if record["status"] == "ok" { "ok" } else { "error" },
-        "the reply has another status",
-    );
+    let (replied, ran) = (text(&reply.content["status"]), text(&record["status"]));
+    must((replied == "ok") == (ran == "ok"), &format!("the reply says {replied} of what ended with {ran}"));
     must(told[0].content["execution_state"] == "busy", "it did not begin with being busy");
     let count = |wanted: &dyn Fn(&Got) -> bool| told.iter().filter(|got| wanted(got)).count();
     must(count(&|got| got.msg_type == "execute_reply") == 1, "not one reply");
@@ -235,7 +245,8 @@ async fn a_deed_is_survived(server: Arc<Server>, image: &'static str, works: &'s
         broken.push(format!("it ended with {status}, not {}", deed.ends));
     }
     let hit = record["limits_hit"].as_array().cloned().unwrap_or_default();
-    if let Some(limit) = deed.hits.filter(|limit| !hit.contains(&json!(limit))) {
+    let is_late = |limit: &str| limit == "memory" && status == "timeout";
+    if let Some(limit) = deed.hits.filter(|limit| !hit.contains(&json!(limit)) && !is_late(limit)) {
         broken.push(format!("it hit {hit:?}, not {limit}"));
     }
     if deed.spoils {

@@ -119,6 +119,8 @@ struct Place {
     left_at: Instant,
     /// The newest message that it is known to have.
     has: u64,
+    /// The newest message that it was told.
+    told: u64,
     /// It has also what it could be told of the time before the first message that was kept for it.
     is_whole: bool,
 }
@@ -143,6 +145,15 @@ impl Inner {
         self.bytes -= message.size();
         self.gone += 1;
         true
+    }
+
+    /// Takes it that a listener wants nothing again of the kernels before this one that it was told.
+    fn lets_go(&mut self, asker: &Asker) {
+        let replaced = self.replaced;
+        if let Some(place) = self.listeners.get_mut(asker).filter(|place| place.is_whole) {
+            place.has = place.has.max(replaced.min(place.told));
+            self.trim();
+        }
     }
 
     fn forget_left(&mut self, time: Duration) {
@@ -222,15 +233,20 @@ impl Tap {
             return None;
         }
         let (last, gone) = (inner.last(), inner.gone);
+        if is_there {
+            // It may have taken leave just now, which is on its way.
+            inner.lets_go(&asker);
+        }
         let place = inner.listeners.entry(asker.clone()).or_insert(Place {
             number: None,
             left_at: Instant::now(),
             has: last,
+            told: last,
             is_whole: false,
         });
         place.number = Some(number);
         if place.has < gone {
-            (place.has, place.is_whole) = (last, false);
+            (place.has, place.told, place.is_whole) = (last, last, false);
         }
         let (next, is_whole) = (place.has, place.is_whole);
         self.is_open.store(true, Ordering::Relaxed);
@@ -334,6 +350,9 @@ impl Listener {
                 messages.push(Arc::clone(message));
             }
         }
+        if let Some(place) = inner.listeners.get_mut(&self.asker) {
+            place.told = self.next;
+        }
         if matches!(self.asker, Asker::Nameless(_)) {
             // It can't come back for anything.
             self.tap.has(&mut inner, &self.asker, self.next);
@@ -365,10 +384,8 @@ impl Listener {
     /// drops what it had of it and opens another connection, and would do so for ever if it were told once more.
     pub fn takes_leave(&self) {
         let mut inner = self.tap.inner();
-        let place = inner.listeners.get(&self.asker).filter(|place| place.number == Some(self.number));
-        if place.is_some_and(|place| place.is_whole) {
-            let replaced = inner.replaced.min(self.next);
-            self.tap.has(&mut inner, &self.asker, replaced);
+        if inner.listeners.get(&self.asker).is_some_and(|place| place.number == Some(self.number)) {
+            inner.lets_go(&self.asker);
         }
     }
 
@@ -436,7 +453,10 @@ mod tests {
         first.takes_leave();
         drop((first, cut));
         assert_eq!(ids(tap.listen(Some("a"), 9).unwrap().try_hear(usize::MAX)), ["3"]);
-        assert_eq!(ids(tap.listen(Some("b"), 9).unwrap().try_hear(usize::MAX)), ["1", "2", "3"], "it was cut off");
+        let mut cut = tap.listen(Some("b"), 9).unwrap();
+        assert_eq!(ids(cut.try_hear(usize::MAX)), ["1", "2", "3"], "it was cut off");
+        let mut again = tap.listen(Some("b"), 9).unwrap();
+        assert_eq!(ids(again.try_hear(usize::MAX)), ["3"], "it was there still, as far as is known");
     }
 
     #[tokio::test]

@@ -4,6 +4,8 @@
 pub struct Language {
     /// The folder of its image.
     pub image: &'static str,
+    /// The name of its kernel there.
+    pub kernelspec: &'static str,
     /// Prints 42.
     pub works: &'static str,
     /// What its cells do.
@@ -18,7 +20,7 @@ pub struct Deed {
     pub code: &'static str,
     /// How its execution may end: one word, or several with ` or ` between.
     pub ends: &'static str,
-    /// The limit that it must be said to have hit.
+    /// The limit that it must be said to have hit, unless its time was over before.
     pub hits: Option<&'static str>,
     /// It leaves a kernel that can't run anything until it is replaced.
     pub spoils: bool,
@@ -70,7 +72,7 @@ fn bash() -> Language {
             .spoils_its_kernel(),
         deed("prints what is no text", "head -c 5000 /dev/urandom; echo", "ok or error or kernel_died or timeout"),
     ];
-    Language { image: "bash", works: "echo 42", deeds }
+    Language { image: "bash", kernelspec: "bash", works: "echo 42", deeds }
 }
 
 fn r() -> Language {
@@ -80,14 +82,14 @@ fn r() -> Language {
         deed("suspends interrupts", "suspendInterrupts(repeat {})", "timeout"),
         deed("forks until it can't", "repeat parallel::mcparallel(Sys.sleep(60))", "error or timeout or kernel_died")
             .hits("pids"),
-        deed("takes memory", "all <- list(); repeat all[[length(all) + 1]] <- rep(1, 1e7)", "oom or error")
+        deed("takes memory", "all <- list(); repeat all[[length(all) + 1]] <- rep(1, 1e7)", "oom or error or timeout")
             .hits("memory"),
         deed(
             "prints without end",
             "repeat cat('0123456789012345678901234567890123456789\\n')",
             "timeout or oom or kernel_died",
         ),
-        deed("calls itself without end", "f <- function() f(); f()", "error"),
+        deed("calls itself without end", "f <- function() f(); f()", "ok or error"),
         deed("kills its kernel", "tools::pskill(Sys.getpid(), 9)", "kernel_died"),
         deed("stops itself", "tools::pskill(Sys.getpid(), 19)", "timeout"),
         deed("leaves", "quit('no', 3)", "kernel_died or error or ok"),
@@ -106,7 +108,7 @@ fn r() -> Language {
         deed("prints what is no text", "cat(rawToChar(as.raw(128:255)))", "ok or error or kernel_died or timeout"),
         deed("sleeps past its limit", "Sys.sleep(60)", "timeout"),
     ];
-    Language { image: "r", works: "cat(42)", deeds }
+    Language { image: "r", kernelspec: "ir", works: "cat(42)", deeds }
 }
 
 /// A loop that never waits lets Deno send nothing, so that its end is told late.
@@ -121,8 +123,12 @@ fn deno() -> Language {
             "error or timeout or kernel_died",
         )
         .hits("pids"),
-        deed("takes memory", "const all = []; while (true) all.push(new Uint8Array(1 << 24).fill(1))", "oom or error")
-            .hits("memory"),
+        deed(
+            "takes memory",
+            "const all = []; while (true) all.push(new Uint8Array(1 << 24).fill(1))",
+            "oom or error or timeout",
+        )
+        .hits("memory"),
         deed(
             "prints without end",
             "while (true) { console.log('0123456789'.repeat(100)); await new Promise(r => setTimeout(r)); }",
@@ -139,5 +145,5 @@ fn deno() -> Language {
         deed("a promise that never comes", "await new Promise(() => {})", "ok or error or timeout or kernel_died"),
         deed("a regular expression that explodes", "/(a+)+$/.test('a'.repeat(40) + 'b')", "timeout"),
     ];
-    Language { image: "deno", works: "console.log(42)", deeds }
+    Language { image: "deno", kernelspec: "deno", works: "console.log(42)", deeds }
 }

@@ -210,6 +210,8 @@ impl Context {
         let (only, parent) = match (channel, heard) {
             (Channel::Iopub, Some((_, parent))) => (None, Some(parent)),
             (_, Some((asker, parent))) => (Some(asker), Some(parent)),
+            // Of what has ended, nobody is told that it is busy, or ends once more.
+            (Channel::Iopub, None) if late.is_some() && msg_type == "status" => return,
             (Channel::Iopub, None) if late.is_some() => (None, late),
             // What nobody here has asked for is published under its own parent.
             (Channel::Iopub, None) if !is_ours => (None, None),
