@@ -1438,3 +1438,17 @@ async fn wait_for_end(session: &Session) {
 pub fn is_retryable(fault: StartFault) -> bool {
     !matches!(fault, StartFault::KernelFailed | StartFault::SetupFailed | StartFault::EngineRefused)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_code_that_is_told_has_the_expressions_behind_it() {
+        let expressions = [("b", "open('b')"), ("a", "1 + 1")];
+        let user_expressions = expressions.map(|(name, text)| (name.to_owned(), text.to_owned())).into();
+        let request = ExecuteRequest { code: "x = 1".to_owned(), ..ExecuteRequest::default() };
+        assert_eq!(all_code(&request), "x = 1");
+        assert_eq!(all_code(&ExecuteRequest { user_expressions, ..request }), "x = 1\n1 + 1\nopen('b')");
+    }
+}
