@@ -199,8 +199,9 @@ async fn events_come_as_they_happen_and_again(server: Arc<Server>) {
     assert_eq!(streamed.last().unwrap().data["command"]["exit_code"], 4);
 
     let listed = server.get(&cell.path("/commands")).await.json;
-    assert_eq!(listed["commands"].as_array().unwrap().len(), 2, "{listed}");
-    assert_eq!(listed["commands"][0]["argv"][1], "-c");
+    let told: Vec<_> =
+        listed["commands"].as_array().unwrap().iter().map(|told| (&told["argv"][1], &told["exit_code"])).collect();
+    assert_eq!(told, [(&json!("-c"), &json!(0)), (&json!("-c"), &json!(4))], "the oldest first: {listed}");
     cell.delete().await;
 }
 
@@ -299,12 +300,12 @@ async fn a_whole_tree_ends_with_its_command(server: Arc<Server>) {
 
 async fn signals_reach_the_group(server: Arc<Server>) {
     let cell = cell(&server).await;
-    let line = "trap 'echo one; exit 5' USR1; echo ready; while :; do sleep 0.05; done";
+    let line = "trap 'echo one; exit 5' USR1; echo ready; sleep 1000";
     let path = begin(&cell, json!({"command": line})).await;
     until_output(&server, &path, "ready").await;
     assert_eq!(server.post(&format!("{path}/signal"), &json!({"signal": "SIGUSR1"})).await.status, 204);
     let ran = ended(&server, &path).await;
-    // The sleep in its group has the signal too, so that nothing holds the trap up.
+    // The sleep in its group has the signal too: the shell waits for it before it does what the trap says.
     assert_eq!((&ran["exit_code"], &ran["stdout"]), (&json!(5), &json!("ready\none\n")), "{ran}");
     let path = begin(&cell, json!({"argv": ["sleep", "1000"]})).await;
     assert_eq!(server.post(&format!("{path}/signal"), &json!({"signal": "SIGKILL"})).await.status, 204);
@@ -560,7 +561,7 @@ async fn a_hundred_followers_that_never_read_cost_nobody_else(server: Arc<Server
         futures_util::stream::iter((0..100).map(|_| follower())).buffer_unordered(20).collect().await;
     let began = Instant::now();
     let mut slowest = Duration::ZERO;
-    while began.elapsed() < Duration::from_secs(10) {
+    while began.elapsed() < Duration::from_secs(6) {
         let asked = Instant::now();
         tokio::time::timeout(Duration::from_secs(20), cell.works()).await.expect("an answer beside them");
         slowest = slowest.max(asked.elapsed());
