@@ -76,6 +76,7 @@ impl Front {
             ports: Ports { within: NEVER, is_tls: false },
             jupyter: None,
             mcp: None,
+            classic: None,
             sockets: http::jupyter::Sockets::default(),
             started: jiff::Timestamp::now(),
         };

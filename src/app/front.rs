@@ -11,7 +11,7 @@ use crate::http::listen::Connections;
 use crate::http::origins::Origins;
 use crate::http::remote::Proxies;
 use crate::http::tls::Tls;
-use crate::http::{App, Bounds, Ports, jupyter, mcp};
+use crate::http::{App, Bounds, Ports, classic, jupyter, mcp};
 
 /// What handlers work with.
 #[must_use]
@@ -33,7 +33,7 @@ pub fn app(config: &Config, plane: &Plane) -> App {
         proxies: Proxies::new(server.trusted_proxies.clone(), header),
         origins: Origins::new(&server.cors_origins),
         ports: Ports { within: server.ports_timeout, is_tls: server.tls_cert_file.is_some() },
-        jupyter: config.jupyter.enabled.then(|| jupyter::Bounds {
+        jupyter: config.doors.jupyter.then(|| jupyter::Bounds {
             message: usize::try_from(config.jupyter.max_message).unwrap_or(usize::MAX),
             of_session: config.jupyter.connections_per_session as usize,
             of_tenant: config.jupyter.connections_per_tenant as usize,
@@ -41,6 +41,11 @@ pub fn app(config: &Config, plane: &Plane) -> App {
         sockets: jupyter::Sockets::default(),
         started: Timestamp::now(),
         mcp: config.doors.mcp.then(|| mcp::Mcp::new(config.doors.mcp_hosts.clone())),
+        classic: config.doors.classic.enabled.then(|| {
+            let door = &config.doors.classic;
+            let template = Some(door.template.clone()).filter(|template| !template.is_empty());
+            Arc::new(classic::Classic { template, setup: door.setup(), idle: door.idle })
+        }),
     }
 }
 

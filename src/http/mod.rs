@@ -27,6 +27,7 @@ use crate::traces::{Trace, Traces};
 
 pub mod admin;
 mod by_host;
+pub mod classic;
 mod crossing;
 pub mod docs;
 pub mod door;
@@ -88,6 +89,8 @@ pub struct App {
     pub started: Timestamp,
     /// The door for clients of the Model Context Protocol, where it is open.
     pub mcp: Option<mcp::Mcp>,
+    /// The classic routes, where they are on.
+    pub classic: Option<Arc<classic::Classic>>,
 }
 
 /// How ports of sessions are asked.
@@ -120,10 +123,18 @@ pub fn router(app: App) -> Router {
         None => Router::new(),
     };
     let mcp = if app.mcp.is_some() { mcp::routes() } else { Router::new() };
+    let classic = match app.classic {
+        Some(_) => {
+            operations.add(classic::changes());
+            classic::routes()
+        }
+        None => Router::new(),
+    };
     let routes = Router::new()
         .merge(v1)
         .merge(jupyter)
         .merge(mcp)
+        .merge(classic)
         .merge(docs::routes(document))
         .route("/livez", get(livez))
         .route("/readyz", get(readyz))

@@ -28,6 +28,7 @@ use crate::session::execution::{Execution, ExecutionRequest, OnTimeout, Stdin};
 use crate::session::once::{Begun, MAX_KEYS, Made, NotOnce, Once, Reservation};
 use crate::session::pool::PoolView;
 use crate::session::registry::{Asked, CreateRefused, Created, Registry};
+use crate::session::workspaces::HoldRefused;
 use crate::session::{ContextView, GateView, Patch, Refused, Session, StartFailure, StartFault, fresh};
 use crate::store::Archive;
 use crate::store::state::Lasting;
@@ -51,6 +52,7 @@ pub mod quotas;
 mod refusals;
 pub mod trail;
 pub mod transfer;
+pub mod workspaces;
 
 use admin::Admin;
 use audit::Audit;
@@ -101,6 +103,9 @@ pub enum Error {
     /// The tenant has a live session of that name; which, if the key allows to know of it.
     #[error("a live session{} has that name", .0.map(|id| format!(", {id},")).unwrap_or_default())]
     NameInUse(Option<SessionId>),
+    /// Another session has the workspace, or is about to; which, if it is one already.
+    #[error("the workspace is in use by {}", .0.map_or_else(|| "a session that is being created".to_owned(), |id| format!("the session {id}")))]
+    WorkspaceInUse(Option<SessionId>),
     /// The session is still starting.
     #[error("the session is still starting")]
     NotReady,
@@ -145,10 +150,10 @@ pub enum Error {
         retry_after: Duration,
     },
     /// Too much is on its way to callers.
-    #[error("too many notebooks are being fetched")]
+    #[error("too many notebooks and contents are being fetched")]
     NotebooksBusy,
     /// Too much is on its way to the tenant's callers.
-    #[error("too many of the tenant's notebooks are being fetched; read those first")]
+    #[error("too many of the tenant's notebooks and contents are being fetched; read those first")]
     OwnNotebooksBusy,
     /// The kernel had no time for a question.
     #[error("the kernel did not answer within {0:?}; it may be running code")]
@@ -239,6 +244,7 @@ impl From<CreateRefused> for Error {
             CreateRefused::OverShare(exceeded) => Self::OverQuota { exceeded, retry_after: LATER },
             // Who may know which, is decided where the key is known.
             CreateRefused::NameInUse(_) => Self::NameInUse(None),
+            CreateRefused::Workspace(refused) => workspaces::not_held(refused),
             CreateRefused::Draining => Self::Draining,
         }
     }
@@ -286,7 +292,19 @@ pub struct ContextRequest {
     pub cwd: Option<String>,
 }
 
-/// A notebook on its way to a caller. It has its part of the memory for notebooks until the last piece of it is gone.
+/// Room for an answer in memory.
+#[derive(Debug)]
+pub struct Room(Place<Arc<str>>);
+
+impl Room {
+    /// The answer, which gives the room back when it is taken.
+    #[must_use]
+    pub fn with(self, bytes: impl Into<Bytes>) -> Bytes {
+        Bytes::from_owner(Fetched { bytes: bytes.into(), _room: self.0 })
+    }
+}
+
+/// A notebook, or something else that is told whole, on its way to a caller. It has its part of the memory for those until the last piece of it is gone.
 struct Fetched {
     bytes: Bytes,
     _room: Place<Arc<str>>,
@@ -346,6 +364,8 @@ pub struct Usage {
     pub quota: Quota,
     /// What it holds.
     pub held: Held,
+    /// Its workspaces.
+    pub workspaces: usize,
     /// Executions that run or wait.
     pub executions: u32,
     /// Bytes of its blobs and notebooks.
@@ -561,7 +581,8 @@ impl Service {
             lasting => lasting,
         };
         let refused = |refused| self.not_created(who, refused);
-        let asked = Asked { reuse: request.reuse, lasting, once, files: &request.files };
+        let workspaces = quota.workspaces;
+        let asked = Asked { reuse: request.reuse, lasting, once, files: &request.files, workspaces };
         let created = match self.registry.find(tenant, &spec, asked).await.map_err(refused)? {
             Some(created) => created,
             None => {
@@ -590,6 +611,9 @@ impl Service {
             CreateRefused::NameInUse(id) => {
                 let session = self.registry.session(&who.tenant, id);
                 Error::NameInUse(session.filter(|session| who.admits(&session.spec.template)).map(|session| session.id))
+            }
+            CreateRefused::Workspace(HoldRefused::OfTemplate(template)) if !who.admits(&template) => {
+                workspaces::of_another_template()
             }
             refused => refused.into(),
         }
@@ -998,14 +1022,22 @@ impl Service {
         self.require_notebook(who, id)?;
         let archive = self.archive.as_ref().ok_or(Error::NotFound("notebook"))?;
         let bytes = archive.notebook(&who.tenant, id).await.ok_or(Error::NotFound("notebook"))?;
+        Ok(self.room(who, bytes.len() as u64)?.with(bytes))
+    }
+
+    /// Room for an answer that is in memory until it is taken.
+    ///
+    /// # Errors
+    /// There is none, or none for its tenant.
+    pub fn room(&self, who: &Principal, bytes: u64) -> Result<Room, Error> {
         // One that is larger than a tenant's part has that to itself.
         let (_, most) = NOTEBOOK_ROOM;
-        let share = (bytes.len() / 1024 + 1).min(most);
-        let room = self.notebook_room.take(Arc::clone(&who.tenant), share, most).map_err(|full| match full {
+        let share = usize::try_from(bytes / 1024 + 1).unwrap_or(most).min(most);
+        let room = self.notebook_room.take(Arc::clone(&who.tenant), share, most);
+        room.map(Room).map_err(|full| match full {
             NoPlace::OfOne => Error::OwnNotebooksBusy,
             NoPlace::All => Error::NotebooksBusy,
-        })?;
-        Ok(Bytes::from_owner(Fetched { bytes, _room: room }))
+        })
     }
 
     /// Forgets a session's notebook.
@@ -1046,6 +1078,7 @@ impl Service {
             tenant: Arc::clone(&who.tenant),
             quota: self.quotas.of(&who.tenant),
             held: self.registry.held(&who.tenant),
+            workspaces: self.registry.workspaces().count(&who.tenant),
             executions: used.executions,
             stored_bytes: self.stored(&who.tenant),
             cpu_today: used.cpu,

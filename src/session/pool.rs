@@ -146,7 +146,9 @@ impl Shelf {
             && own.network.packages == spec.network.packages
             && own.network.initial.is_open() == spec.network.initial.is_open()
             && own.data == spec.data
-            && own.ports == spec.ports;
+            && own.ports == spec.ports
+            // What was made ahead has a working folder of its own.
+            && spec.workspace.is_none();
         let kernel = own.kernelspec == spec.kernelspec
             && own.transport == spec.transport
             && own.output == spec.output

@@ -105,6 +105,8 @@ struct Inner {
     bytes: usize,
     listeners: HashMap<Asker, Place>,
     silence: Option<Silence>,
+    /// The newest message when the kernel was last replaced.
+    replaced: u64,
     /// Somebody waits to forget who has left.
     is_watched: bool,
 }
@@ -195,6 +197,12 @@ impl Tap {
         let last = inner.last();
         drop(inner);
         self.version.send_replace(last);
+    }
+
+    /// Takes note that the kernel is replaced: what was told so far is of the one before.
+    pub(super) fn is_replaced(&self) {
+        let mut inner = self.inner();
+        inner.replaced = inner.last();
     }
 
     /// Says that nothing more comes.
@@ -353,6 +361,17 @@ impl Listener {
         }
     }
 
+    /// It leaves of its own will, and may come back. Of the kernel before this one it hears nothing again that it was told: who is told that a kernel is replaced
+    /// drops what it had of it and opens another connection, and would do so for ever if it were told once more.
+    pub fn takes_leave(&self) {
+        let mut inner = self.tap.inner();
+        let place = inner.listeners.get(&self.asker).filter(|place| place.number == Some(self.number));
+        if place.is_some_and(|place| place.is_whole) {
+            let replaced = inner.replaced.min(self.next);
+            self.tap.has(&mut inner, &self.asker, replaced);
+        }
+    }
+
     /// The number of the newest message that it was told.
     #[must_use]
     pub fn told(&self) -> u64 {
@@ -396,6 +415,27 @@ mod tests {
             None => Vec::new(),
             other => panic!("{other:?}"),
         }
+    }
+
+    #[test]
+    fn who_takes_leave_hears_nothing_again_of_a_kernel_that_was_replaced() {
+        let tap = Tap::new(BOUNDS);
+        let mut first = tap.listen(Some("a"), 9).unwrap();
+        let mut cut = tap.listen(Some("b"), 9).unwrap();
+        [&mut first, &mut cut].map(Listener::is_made_whole);
+        (1..=2).for_each(|n| tap.tell(message(n, None)));
+        tap.is_replaced();
+        tap.tell(message(3, None));
+        assert_eq!(ids(first.try_hear(1)), ["1"]);
+        first.takes_leave();
+        drop(first);
+        let mut first = tap.listen(Some("a"), 9).unwrap();
+        assert_eq!(ids(first.try_hear(usize::MAX)), ["2", "3"], "what it was never told is told");
+        assert_eq!(ids(cut.try_hear(usize::MAX)), ["1", "2", "3"]);
+        first.takes_leave();
+        drop((first, cut));
+        assert_eq!(ids(tap.listen(Some("a"), 9).unwrap().try_hear(usize::MAX)), ["3"]);
+        assert_eq!(ids(tap.listen(Some("b"), 9).unwrap().try_hear(usize::MAX)), ["1", "2", "3"], "it was cut off");
     }
 
     #[tokio::test]

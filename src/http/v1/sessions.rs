@@ -54,6 +54,9 @@ pub struct CreateSession {
     pub(super) timeouts: TimeoutRequest,
     /// What happens when it was idle for its time; the template's word when absent.
     pub(super) on_idle: Option<OnIdleName>,
+    /// The name of a workspace of yours, which is its working folder, outlives it, and is made at its first use; for templates that have them. One session has it
+    /// at a time. A working folder of its own when absent.
+    pub(super) workspace: Option<String>,
     /// What it may reach.
     #[serde(deserialize_with = "object")]
     pub(super) network: NetworkRequest,
@@ -223,6 +226,7 @@ impl From<CreateSession> for SessionRequest {
                 .into_iter()
                 .map(|file| NewFile { path: file.path, content: file.content_base64 })
                 .collect(),
+            workspace: body.workspace,
             network: body.network.into(),
             packages: body.packages,
         }
@@ -256,6 +260,8 @@ pub struct SessionView {
     timeouts: TimeoutsView,
     /// What happens when it was idle for its time.
     on_idle: OnIdleName,
+    /// The workspace that is its working folder, if that outlives it.
+    workspace: Option<String>,
     /// What it may reach.
     network: NetworkView,
     /// For finding it again.
@@ -371,6 +377,7 @@ impl SessionView {
                 paused_seconds: spec.timeouts.paused.as_secs_f64(),
             },
             on_idle: spec.on_idle.into(),
+            workspace: spec.workspace.as_ref().map(|workspace| workspace.name.clone()),
             network: NetworkView::from(&snapshot.attributes.network),
             labels: snapshot.attributes.labels.clone(),
             default_context: session.default_context.to_string(),
