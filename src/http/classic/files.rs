@@ -1,22 +1,25 @@
 //! Files of a user: the upload, which is written as it comes, and the notebook.
 
-use std::sync::Arc;
+use std::pin::Pin;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::task::{Context, Poll};
 
+use axum::body::{Body as RawBody, BodyDataStream};
 use axum::extract::{FromRequestParts, RawPathParams, Request};
 use axum::http::header;
 use axum::http::request::Parts;
 use axum::response::{IntoResponse, Response};
 use bytes::{Bytes, BytesMut};
 use cellblock_wire::link::escape_path;
-use futures_util::stream;
+use futures_util::stream::{self, Stream};
 use multer::{Field, Multipart};
 use serde_json::{Value, json};
 
 use super::asking::{Asking, MAX_USER, Refusal, User, Wrong};
 use super::sessions::{all, ready};
 use crate::http::App;
-use crate::http::extract::Answer;
+use crate::http::extract::{Answer, discard};
 use crate::http::problem::{self, Problem};
 use crate::http::v1::transfers::{Sparing, broken, stalled, write_field};
 use crate::service::Error;
@@ -35,8 +38,32 @@ pub(super) async fn upload_file(asking: Asking, request: Request) -> Result<Answ
     let Ok(boundary) = multer::parse_boundary(kind) else {
         return Err(["user_id", "file"].map(|field| Wrong::missing(field, Value::Null)).to_vec().into());
     };
+    let body = Shared(Arc::new(Mutex::new(request.into_body().into_data_stream())));
+    let answer = take(&asking, RawBody::from_stream(body.clone()), boundary).await;
+    if answer.is_err() {
+        // These clients look for an answer once they have sent all.
+        discard(&mut RawBody::from_stream(body), asking.app.bounds).await;
+    }
+    answer
+}
+
+/// A body of which another may take the rest.
+#[derive(Clone)]
+struct Shared(Arc<Mutex<BodyDataStream>>);
+
+impl Stream for Shared {
+    type Item = Result<Bytes, axum::Error>;
+
+    fn poll_next(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        // Only one reads at a time, and a body that has panicked is read no more.
+        let mut body = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        Pin::new(&mut *body).poll_next(cx)
+    }
+}
+
+async fn take(asking: &Asking, body: RawBody, boundary: String) -> Result<Answer<Value>, Refusal> {
     let untaken = Arc::new(AtomicUsize::new(0));
-    let mut form = Multipart::new(Sparing::new(request.into_body(), &untaken), boundary);
+    let mut form = Multipart::new(Sparing::new(body, &untaken), boundary);
     let (mut user, mut early, mut written) = (None, None, None);
     loop {
         let next = tokio::time::timeout(STALLED, form.next_field()).await.map_err(|_| stalled())?;
@@ -53,7 +80,7 @@ pub(super) async fn upload_file(asking: Asking, request: Request) -> Result<Answ
             }
             (Some("file"), Some(user)) => {
                 let name = file_name(&field)?;
-                let session = ready(&asking, user).await?;
+                let session = ready(asking, user).await?;
                 write_field(&asking.app, &asking.who, session.id, name.clone(), field, &untaken).await?;
                 written = Some(name);
             }
@@ -67,7 +94,7 @@ pub(super) async fn upload_file(asking: Asking, request: Request) -> Result<Answ
     }
     let missing = [("user_id", user.is_none()), ("file", early.is_none() && written.is_none())];
     if let (Some((name, bytes)), Some(user)) = (early, &user) {
-        write(&asking, user, name.clone(), bytes).await?;
+        write(asking, user, name.clone(), bytes).await?;
         written = Some(name);
     }
     let missing = missing.into_iter().filter(|(_, is_missing)| *is_missing);
