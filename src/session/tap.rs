@@ -434,12 +434,13 @@ mod tests {
         }
     }
 
-    #[test]
-    fn who_takes_leave_hears_nothing_again_of_a_kernel_that_was_replaced() {
+    #[tokio::test]
+    async fn who_takes_leave_hears_nothing_again_of_a_kernel_that_was_replaced() {
         let tap = Tap::new(BOUNDS);
         let mut first = tap.listen(Some("a"), 9).unwrap();
         let mut cut = tap.listen(Some("b"), 9).unwrap();
-        [&mut first, &mut cut].map(Listener::is_made_whole);
+        first.is_made_whole();
+        cut.is_made_whole();
         (1..=2).for_each(|n| tap.tell(message(n, None)));
         tap.is_replaced();
         tap.tell(message(3, None));
