@@ -15,6 +15,8 @@ use server::{Reply, Server, text};
 
 const SETTINGS: &str = r#"
 default_template = "python"
+[server]
+max_body = "5MiB"
 [doors.classic]
 enabled = true
 template = "classic"
@@ -29,6 +31,9 @@ disk = "16MiB"
 tmp = "16MiB"
 execution = "3s"
 "#;
+
+/// Bytes of a body in these tests.
+const MAX_BODY: usize = 5 << 20;
 
 fn at(server: &Server, path: &str) -> RequestBuilder {
     server.bare(Method::POST, &format!("/t/{}{path}", server.key))
@@ -162,7 +167,7 @@ async fn what_is_no_form_is_told(server: Arc<Server>) {
     assert_eq!(wrong(&body("application/json", "").await), pairs(&[("missing", "")]));
     let long = "u".repeat(257);
     assert_eq!(wrong(&form(&server, "/start_session", &long).await), pairs(&[("string_too_long", "user_id")]));
-    let huge = at(&server, "/start_session").form(&[("user_id", "x".repeat(20 << 20))]);
+    let huge = at(&server, "/start_session").form(&[("user_id", "x".repeat(MAX_BODY + 100))]);
     is_detail(&server.send(huge).await, 413);
     let broken = at(&server, "/start_session").header("content-type", "multipart/form-data; boundary=b");
     assert_eq!(wrong(&server.send(broken.body("--b\r\nContent-Disp")).await), pairs(&[("form_invalid", "")]));
@@ -184,12 +189,12 @@ async fn uploads_stay_in_their_folder(server: Arc<Server>) {
     assert_eq!((sent.status, &sent.json["file_path"]), (200, &json!("/workspace/ä b.txt")), "{}", sent.text);
     let after = send(Form::new().part("file", part("early.txt")).text("user_id", "files")).await;
     assert_eq!(after.status, 200, "{}", after.text);
-    // More than a body may have elsewhere would be: it goes through as it comes, and ends at the session's disk.
+    // More than a body may have elsewhere: it goes through as it comes, and ends at the session's disk.
     let large = Part::bytes(vec![b'x'; 14 << 20]).file_name("large");
     assert_eq!(send(Form::new().text("user_id", "files").part("file", large)).await.status, 200);
-    let full = Part::bytes(vec![b'x'; 30 << 20]).file_name("full");
+    let full = Part::bytes(vec![b'x'; 6 << 20]).file_name("full");
     is_detail(&send(Form::new().text("user_id", "files").part("file", full)).await, 507);
-    let early = Part::bytes(vec![b'x'; 17 << 20]).file_name("early");
+    let early = Part::bytes(vec![b'x'; MAX_BODY + 1000]).file_name("early");
     is_detail(&send(Form::new().part("file", early).text("user_id", "files")).await, 413);
     for name in ["../../etc/passwd", "/etc/passwd", "a/b", "a\\b", "..", "."] {
         assert_eq!(

@@ -8,8 +8,8 @@ mod server;
 
 use std::sync::Arc;
 
-use futures_util::SinkExt;
-use jupyter::{Client, Frame, Got, asks, delete, get, kernel, one, post, printed, types};
+use futures_util::{SinkExt, StreamExt};
+use jupyter::{Client, Frame, Got, asks, delete, get, kernel, one, post, printed, types, v1_frame};
 use reqwest::Method;
 use serde_json::{Value, json};
 use server::{NEVER, Reply, Server, text};

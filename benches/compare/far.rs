@@ -3,6 +3,8 @@
 //! The way is a relay on loopback. What a TCP connection has under way and not acknowledged is bounded, as Linux bounds it (`tcp_wmem`); without
 //! that a long way would cost a raw copy nothing.
 
+#![expect(clippy::disallowed_methods, reason = "a panic of the bench ends it, and tasks of its own end with it")]
+
 use std::collections::VecDeque;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::Arc;

@@ -434,8 +434,8 @@ mod tests {
         }
     }
 
-    #[test]
-    fn who_takes_leave_hears_nothing_again_of_a_kernel_that_was_replaced() {
+    #[tokio::test]
+    async fn who_takes_leave_hears_nothing_again_of_a_kernel_that_was_replaced() {
         let tap = Tap::new(BOUNDS);
         let mut first = tap.listen(Some("a"), 9).unwrap();
         let mut cut = tap.listen(Some("b"), 9).unwrap();

@@ -1,5 +1,5 @@
 //! Workspaces that outlive sessions: whose each is, which session has it, and when it goes. Values behind a lock; what is asked of the engine is asked by a
-//! session's task, and by the reconciler ([`tidy`]).
+//! session's task, and by the reconciler (`tidy`).
 //!
 //! A record is put before the engine is asked for the volume, and goes when the volume was seen to be gone; so the next process knows every volume that may
 //! exist. Which session has one is not in it: that stands in the session's own record.
@@ -263,7 +263,7 @@ impl Workspaces {
         entries.values().find(|entry| is_of(entry, tenant, name) && entry.is_shown()).map(Entry::view)
     }
 
-    /// Takes a workspace from its tenant; [`tidy`] removes it.
+    /// Takes a workspace from its tenant; [`Workspaces::remove_deleted`] removes it.
     ///
     /// # Errors
     /// See [`DeleteRefused`].

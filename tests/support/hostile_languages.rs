@@ -80,8 +80,7 @@ fn r() -> Language {
         deed("a loop without end", "while (TRUE) {}", "timeout"),
         deed("ignores interrupts", "while (TRUE) tryCatch(repeat {}, interrupt = function(e) NULL)", "timeout"),
         deed("suspends interrupts", "suspendInterrupts(repeat {})", "timeout"),
-        deed("forks until it can't", "repeat parallel::mcparallel(Sys.sleep(60))", "error or timeout or kernel_died")
-            .hits("pids"),
+        deed("forks until it can't", "repeat parallel::mcparallel(Sys.sleep(60))", "error or timeout or kernel_died"),
         deed("takes memory", "all <- list(); repeat all[[length(all) + 1]] <- rep(1, 1e7)", "oom or error or timeout")
             .hits("memory"),
         deed(

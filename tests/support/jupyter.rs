@@ -193,7 +193,7 @@ impl Client {
     }
 }
 
-fn v1_frame(parts: &[Vec<u8>]) -> bytes::Bytes {
+pub fn v1_frame(parts: &[Vec<u8>]) -> bytes::Bytes {
     let mut frame = (parts.len() as u64 + 1).to_le_bytes().to_vec();
     let mut at = 8 * (parts.len() as u64 + 2);
     frame.extend(at.to_le_bytes());
