@@ -2,7 +2,7 @@
 //! there is such a sandbox, and who asks, is not looked at here.
 //!
 //! A request for a sandbox is brought to a folder of routes of its port's own, so that logs, metrics and the audit know what it is; the sandbox goes along as an
-//! [`Aim`]. Without one those routes answer nothing.
+//! `Aim`. Without one those routes answer nothing.
 
 use std::sync::Arc;
 
