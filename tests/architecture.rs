@@ -20,7 +20,7 @@ const LAYERS: [(&str, &[&str]); 20] = [
     ("egress", &["domain", "task", "metrics", "kernel", "store"]),
     ("session", &["domain", "task", "metrics", "traces", "egress", "engine", "kernel", "store"]),
     ("service", &["domain", "task", "places", "metrics", "traces", "engine", "kernel", "session", "store"]),
-    ("http", &["domain", "task", "places", "metrics", "traces", "session", "service"]),
+    ("http", &["domain", "task", "places", "json", "metrics", "traces", "session", "service"]),
     ("config", &["domain"]),
     ("cli", &["domain", "config"]),
     ("tuning", &["domain", "config", "http", "service", "session"]),
