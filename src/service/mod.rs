@@ -52,6 +52,7 @@ pub mod quotas;
 mod refusals;
 pub mod trail;
 pub mod transfer;
+pub mod watches;
 
 use admin::Admin;
 use audit::Audit;
@@ -61,6 +62,7 @@ use keys::{KeyRing, Principal};
 use log::LogLevel;
 use offer::Offer;
 use quotas::{LATER, Quotas, RateState, Running};
+use watches::Watches;
 
 /// Longest wait that a caller may ask for.
 pub const MAX_WAIT: Duration = Duration::from_secs(300);
@@ -395,6 +397,8 @@ pub struct Service {
     traces: Option<Traces>,
     /// What sessions' own tokens are derived from.
     tokens: Tokens,
+    /// What has changed in folders and waits for who comes for it.
+    watches: Watches,
 }
 
 impl std::fmt::Debug for dyn Engine {
@@ -430,6 +434,7 @@ impl Service {
             log: None,
             traces: None,
             tokens: Tokens::passing(),
+            watches: Watches::default(),
         }
     }
 
