@@ -116,7 +116,8 @@ impl Link {
     /// See [`LinkError`].
     pub async fn make_folder(&self, path: &str) -> Result<Made, LinkError> {
         let attempt = "make a folder";
-        let made: Made = self.order_file(attempt, "/files/mkdir", &At { path: path.to_owned(), attributes: false }, SHORT).await?;
+        let made: Made =
+            self.order_file(attempt, "/files/mkdir", &At { path: path.to_owned(), attributes: false }, SHORT).await?;
         checked(attempt, made.stat.clone())?;
         Ok(made)
     }
@@ -211,7 +212,10 @@ fn odd(attempt: &str, detail: &str) -> LinkError {
 fn is_plain(stat: &Stat) -> bool {
     let is_tag = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'-';
     let is_long = |text: &String| text.len() > MAX_PATH;
-    !is_long(&stat.path) && !stat.target.as_ref().is_some_and(is_long) && (1..=128).contains(&stat.etag.len()) && stat.etag.bytes().all(is_tag)
+    !is_long(&stat.path)
+        && !stat.target.as_ref().is_some_and(is_long)
+        && (1..=128).contains(&stat.etag.len())
+        && stat.etag.bytes().all(is_tag)
 }
 
 fn checked(attempt: &str, stat: Stat) -> Result<Stat, LinkError> {

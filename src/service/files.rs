@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use cellblock_wire::files::{
-    Archive, At, Conditions, Delete, Known, List, Listing, Made, Move, Opened, Part, Read, Stat, Unpacked, Upload, Watch,
-    Write, Written,
+    Archive, At, Conditions, Delete, Known, List, Listing, Made, Move, Opened, Part, Read, Stat, Unpacked, Upload,
+    Watch, Write, Written,
 };
 use futures_util::Stream;
 use tokio::sync::oneshot;

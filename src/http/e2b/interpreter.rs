@@ -25,7 +25,6 @@ pub(super) fn routes() -> Router<App> {
         .route("/contexts", get(unbuilt).post(unbuilt))
         .route("/contexts/{id}/restart", post(unbuilt))
         .route("/contexts/{id}", delete(unbuilt))
-        .route("/", any(nothing_there))
         .route("/{*rest}", any(nothing_there))
 }
 
@@ -34,7 +33,7 @@ async fn health(_: Aimed) -> &'static str {
     "\"OK\""
 }
 
-async fn nothing_there(_: ByTrafficToken) -> Refusal {
+pub(super) async fn nothing_there(_: ByTrafficToken) -> Refusal {
     Refusal::of_interpreter(Problem::new(problem::NOT_FOUND, "there is no such path here; docs/E2B.md lists all"))
 }
 

@@ -75,7 +75,9 @@ impl Aimed {
         let token = one(&parts.headers, header);
         let who = token.and_then(|token| self.app.service.bearer(&self.session, purpose, token));
         let Some(who) = who else {
-            let detail = format!("the header {header} does not hold the token that this sandbox's create or connect answered with");
+            let detail = format!(
+                "the header {header} does not hold the token that this sandbox's create or connect answered with"
+            );
             return Err(unknown(&self.app, parts, parts.headers.contains_key(header), detail));
         };
         self.known(parts, who)
@@ -140,7 +142,10 @@ impl FromRequestParts<App> for ByAgentToken {
     async fn from_request_parts(parts: &mut Parts, app: &App) -> Result<Self, Refusal> {
         let aimed = Aimed::from_request_parts(parts, app).await?;
         let id = aimed.session.id;
-        aimed.opened_by(parts, Purpose::Agent, &ACCESS_TOKEN).map(Self).map_err(|problem| gone_or(problem, id, Refusal::of_agent))
+        aimed
+            .opened_by(parts, Purpose::Agent, &ACCESS_TOKEN)
+            .map(Self)
+            .map_err(|problem| gone_or(problem, id, Refusal::of_agent))
     }
 }
 
@@ -153,7 +158,10 @@ impl FromRequestParts<App> for ForRpc {
     async fn from_request_parts(parts: &mut Parts, app: &App) -> Result<Self, Refusal> {
         let aimed = Aimed::from_request_parts(parts, app).await?;
         let id = aimed.session.id;
-        aimed.opened_by(parts, Purpose::Agent, &ACCESS_TOKEN).map(Self).map_err(|problem| gone_or(problem, id, Refusal::of_rpc))
+        aimed
+            .opened_by(parts, Purpose::Agent, &ACCESS_TOKEN)
+            .map(Self)
+            .map_err(|problem| gone_or(problem, id, Refusal::of_rpc))
     }
 }
 

@@ -26,7 +26,9 @@ pub(super) fn write(file: impl AsFd, attributes: &BTreeMap<String, String>) -> R
             Errno::OPNOTSUPP | Errno::PERM | Errno::ACCESS => {
                 FileError::Invalid("this session's file system keeps no attributes of files")
             }
-            Errno::RANGE | Errno::TOOBIG | Errno::INVAL => FileError::Invalid("an attribute's name or value is too long, or none"),
+            Errno::RANGE | Errno::TOOBIG | Errno::INVAL => {
+                FileError::Invalid("an attribute's name or value is too long, or none")
+            }
             errno => failed("written")(errno),
         })?;
     }
@@ -75,7 +77,8 @@ mod tests {
         let folder = std::env::temp_dir().join(format!("cellblock-attributes-{}", std::process::id()));
         std::fs::create_dir_all(folder.join("a")).unwrap();
         let file = std::fs::File::create(folder.join("a/x")).unwrap();
-        let said = BTreeMap::from([("e2b.author".to_owned(), "me".to_owned()), ("e2b.empty".to_owned(), String::new())]);
+        let said =
+            BTreeMap::from([("e2b.author".to_owned(), "me".to_owned()), ("e2b.empty".to_owned(), String::new())]);
         match write(&file, &said) {
             Ok(()) => {}
             // Where the tests run it may be so.

@@ -70,7 +70,10 @@ fn with_target(told: wire::Stat, root: &OwnedFd, path: &Path) -> wire::Stat {
     let target = link.and_then(|link| readlinkat(link, "", Vec::new()));
     let there = open_beneath(root, path, OFlags::PATH | OFlags::CLOEXEC, Links::Follow).and_then(fstat);
     wire::Stat {
-        target: target.ok().and_then(|target| target.into_string().ok()).filter(|target| target.len() <= wire::MAX_PATH),
+        target: target
+            .ok()
+            .and_then(|target| target.into_string().ok())
+            .filter(|target| target.len() <= wire::MAX_PATH),
         target_kind: there.ok().map(|stat| entry(String::new(), &stat).kind),
         ..told
     }

@@ -208,7 +208,11 @@ async fn take_form(
             continue;
         }
         // The query names one file; several are named by themselves, folders and all.
-        let path = if query.path.is_empty() { field.file_name().map(unquoted).unwrap_or_default() } else { query.path.clone() };
+        let path = if query.path.is_empty() {
+            field.file_name().map(unquoted).unwrap_or_default()
+        } else {
+            query.path.clone()
+        };
         if path.is_empty() {
             return Err(wrong("a part of the form has no file name, and there is no ?path="));
         }

@@ -224,7 +224,8 @@ mod tests {
 
     #[test]
     fn entries_are_told_as_e2bs_agent_tells_them() {
-        let stat = Stat { kind: Kind::File, size: 5_000_000_000, mode: 0o644, modified: 1_500_000_000, ..Stat::default() };
+        let stat =
+            Stat { kind: Kind::File, size: 5_000_000_000, mode: 0o644, modified: 1_500_000_000, ..Stat::default() };
         let told = entry(&stat, "/home/user/a.txt".to_owned());
         let expected = json!({
             "name": "a.txt", "path": "/home/user/a.txt", "type": "FILE_TYPE_FILE", "size": "5000000000", "mode": 420,

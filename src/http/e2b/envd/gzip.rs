@@ -148,9 +148,8 @@ mod tests {
         assert_eq!(is_on(&HeaderMap::new()), Ok(false));
         assert_eq!((is_on(&headers("identity")), is_on(&headers("GZIP"))), (Ok(false), Ok(true)));
         assert!(is_on(&headers("br")).is_err() && is_on(&headers("gzip, gzip")).is_err());
-        let wants = |value: &'static str| {
-            is_wanted(&HeaderMap::from_iter([(header::ACCEPT_ENCODING, value.parse().unwrap())]))
-        };
+        let wants =
+            |value: &'static str| is_wanted(&HeaderMap::from_iter([(header::ACCEPT_ENCODING, value.parse().unwrap())]));
         assert!(wants("gzip") && !wants("gzip, deflate") && !wants("br") && !is_wanted(&HeaderMap::new()));
     }
 }

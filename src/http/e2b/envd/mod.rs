@@ -55,7 +55,6 @@ pub(super) fn routes() -> Router<App> {
         .route("/files", get(files::read).post(files::write))
         .merge(filesystem::routes())
         .merge(process::routes())
-        .route("/", any(nothing_there))
         .route("/{*rest}", any(nothing_there))
 }
 
@@ -74,7 +73,7 @@ async fn health(_: Aimed) -> StatusCode {
     StatusCode::NO_CONTENT
 }
 
-async fn nothing_there(_: ByAgentToken) -> Refusal {
+pub(super) async fn nothing_there(_: ByAgentToken) -> Refusal {
     Refusal::of_agent(Problem::new(problem::NOT_FOUND, "there is no such path here; docs/E2B.md lists all"))
 }
 
@@ -138,7 +137,9 @@ fn check_rpc_user(headers: &HeaderMap) -> Result<(), Fault> {
 fn check_user(name: &str) -> Result<(), String> {
     match name {
         "" | USER => Ok(()),
-        other => Err(format!("invalid username: {other:.40?}; everything in this server's sandboxes is \"{USER}\", and nobody in them is root")),
+        other => Err(format!(
+            "invalid username: {other:.40?}; everything in this server's sandboxes is \"{USER}\", and nobody in them is root"
+        )),
     }
 }
 

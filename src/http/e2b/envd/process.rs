@@ -250,7 +250,12 @@ async fn update(ForRpc(sandbox): ForRpc, headers: HeaderMap, body: Body) -> Resu
         if !command.told.tty {
             return Err(Fault::new(Code::InvalidArgument, "the process has no terminal").into());
         }
-        sandbox.app.service.resize_command(&sandbox.who, sandbox.id(), command.id, size).await.map_err(Not::of(&sandbox))
+        sandbox
+            .app
+            .service
+            .resize_command(&sandbox.who, sandbox.id(), command.id, size)
+            .await
+            .map_err(Not::of(&sandbox))
     };
     updated.await.map(|()| connect::answer(json!({}))).map_err(Not::plain)
 }
@@ -277,9 +282,10 @@ async fn write(sandbox: &Sandbox, command: &Command, mut bytes: Bytes, close: bo
 /// The process that is meant.
 async fn find(sandbox: &Sandbox, which: &messages::Which) -> Result<Command, Not> {
     let known = sandbox.app.service.commands(&sandbox.who, sandbox.id()).await.map_err(Not::of(sandbox))?;
-    let meant = known.into_iter().filter(|command| which.means(command)).max_by_key(|command| {
-        (command.told.end.is_none(), command.told.started_at_ms)
-    });
+    let meant = known
+        .into_iter()
+        .filter(|command| which.means(command))
+        .max_by_key(|command| (command.told.end.is_none(), command.told.started_at_ms));
     meant.ok_or_else(|| unknown(which).into())
 }
 

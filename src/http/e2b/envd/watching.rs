@@ -143,7 +143,8 @@ async fn create(ForRpc(sandbox): ForRpc, headers: HeaderMap, body: Body) -> Resu
         let Watching { path, recursive, include_entry } = asked(&sandbox, &headers, body).await?;
         let folder = place(&sandbox, &path)?;
         let watch = Watch { path: folder.clone(), recursive };
-        let id = sandbox.app.service.begin_watch(&sandbox.who, sandbox.id(), &watch).await.map_err(Not::of(&sandbox))?;
+        let id =
+            sandbox.app.service.begin_watch(&sandbox.who, sandbox.id(), &watch).await.map_err(Not::of(&sandbox))?;
         // What it is to be told by goes with its id, so that nothing but the watch itself is kept.
         let entries = if include_entry { "e" } else { "n" };
         Ok(json!({"watcherId": format!("{id}.{entries}.{folder}")}))

@@ -207,11 +207,20 @@ mod tests {
         assert_eq!(sent.input.bytes(false).unwrap(), "hi");
         let typed = input(json!({"process": {"tag": "x"}, "input": {"pty": "aGk="}}));
         assert_eq!(typed.input.bytes(false).unwrap_err().code, Code::InvalidArgument);
-        for piece in [json!({"start": {"process": {"pid": 7}}}), json!({"data": {"input": {"stdin": ""}}}), json!({"keepalive": {}})] {
+        for piece in [
+            json!({"start": {"process": {"pid": 7}}}),
+            json!({"data": {"input": {"stdin": ""}}}),
+            json!({"keepalive": {}}),
+        ] {
             assert!(serde_json::from_value::<StreamInput>(piece).is_ok());
         }
         assert!(serde_json::from_value::<StreamInput>(json!({})).is_err());
-        for wrong in [json!({}), json!({"process": {}}), json!({"process": {"pid": -1}}), json!({"process": {"pid": 1, "tag": "x"}})] {
+        for wrong in [
+            json!({}),
+            json!({"process": {}}),
+            json!({"process": {"pid": -1}}),
+            json!({"process": {"pid": 1, "tag": "x"}}),
+        ] {
             assert!(serde_json::from_value::<Of>(wrong.clone()).is_err(), "{wrong}");
         }
     }
