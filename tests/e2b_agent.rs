@@ -98,14 +98,16 @@ fn enveloped(length: u32, message: &[u8]) -> Vec<u8> {
 
 /// A form of files, as E2B's clients write it.
 fn form(request: RequestBuilder, names: &[&str]) -> RequestBuilder {
-    let part = |name: &&str| format!("--x\r\nContent-Disposition: form-data; name=\"file\"; filename=\"{name}\"\r\n\r\nx\r\n");
+    let part =
+        |name: &&str| format!("--x\r\nContent-Disposition: form-data; name=\"file\"; filename=\"{name}\"\r\n\r\nx\r\n");
     let body: String = names.iter().map(part).chain(["--x--\r\n".to_owned()]).collect();
     request.header("content-type", "multipart/form-data; boundary=x").body(body)
 }
 
 /// How long a body would be that is one whole envelope.
 fn whole_of(body: &[u8]) -> usize {
-    body.split_first_chunk::<5>().map_or(0, |(head, _)| 5 + u32::from_be_bytes([head[1], head[2], head[3], head[4]]) as usize)
+    body.split_first_chunk::<5>()
+        .map_or(0, |(head, _)| 5 + u32::from_be_bytes([head[1], head[2], head[3], head[4]]) as usize)
 }
 
 fn envelope(message: &Value) -> Vec<u8> {
@@ -184,7 +186,8 @@ async fn tokens_and_headers_of_others_open_nothing(server: Arc<Server>) {
     // A second name of a sandbox makes none of both.
     let forged = one.ask(Method::POST, list, &two.token).header("E2b-Sandbox-Id", &two.cell.id).json(&json!({}));
     assert_eq!(server.send(forged).await.status, 400);
-    let forged = one.ask(Method::GET, "/files?path=a&signature=v1_x", "").header("host", format!("49983-{}.x", two.cell.id));
+    let forged =
+        one.ask(Method::GET, "/files?path=a&signature=v1_x", "").header("host", format!("49983-{}.x", two.cell.id));
     assert_eq!(server.send(forged).await.status, 401);
     // Somebody else's process is none here.
     let started = two.cell.background("import subprocess; subprocess.run(['sleep', '1000'])").await;
@@ -212,9 +215,22 @@ async fn paths_lead_nowhere_else(server: Arc<Server>) {
         let encoded: String = url::form_urlencoded::byte_serialize(path.as_bytes()).collect();
         server.send(sandbox.ask(Method::GET, &format!("/files?path={encoded}"), &sandbox.token)).await
     };
-    for path in ["/etc/passwd", "../../etc/passwd", "out/passwd", "/tmp/out", "/proc/self/environ", "/home/user/../../proc/1/mem", "~root/x", "a\0b"] {
+    for path in [
+        "/etc/passwd",
+        "../../etc/passwd",
+        "out/passwd",
+        "/tmp/out",
+        "/proc/self/environ",
+        "/home/user/../../proc/1/mem",
+        "~root/x",
+        "a\0b",
+    ] {
         let refused = read(path).await;
-        assert!(matches!(refused.status, 400 | 403 | 404) && !refused.text.contains("root:"), "{path}: {}", refused.text);
+        assert!(
+            matches!(refused.status, 400 | 403 | 404) && !refused.text.contains("root:"),
+            "{path}: {}",
+            refused.text
+        );
         let said = sandbox.rpc("/filesystem.Filesystem/Remove", json!({"path": path})).await;
         assert!(said.status == 200 || said.json["code"] != "internal", "{path}: {}", said.text);
     }
@@ -255,9 +271,11 @@ async fn frames_are_what_they_say(server: Arc<Server>) {
     ] {
         let end = sandbox.stream("/process.Process/Start", body.clone()).await;
         assert_eq!(end["error"]["code"], code, "{end}");
-        let end = sandbox.stream("/filesystem.Filesystem/WatchDir", body.clone()).await;
-        let is_message = code == "invalid_argument" && body.len() == whole_of(&body);
-        assert!(is_message || end["error"]["code"] == code, "{end}");
+        // What is whole may be understood otherwise there.
+        if body.len() != whole_of(&body) {
+            let end = sandbox.stream("/filesystem.Filesystem/WatchDir", body.clone()).await;
+            assert_eq!(end["error"]["code"], code, "{end}");
+        }
         let end = sandbox.stream("/process.Process/StreamInput", body.clone()).await;
         // Who says nothing at all has said all.
         assert_eq!(end["error"].is_object(), !body.is_empty(), "{end}");
@@ -267,23 +285,25 @@ async fn frames_are_what_they_say(server: Arc<Server>) {
     // A client stream, in one go.
     let cat = sandbox.ask(Method::POST, "/process.Process/Start", &sandbox.token);
     let cat = cat.header("content-type", "application/connect+json");
-    let cat = tokio::spawn(cat.body(envelope(&json!({"process": {"cmd": "cat"}, "tag": "cat"}))).send());
-    let known = async || sandbox.rpc("/process.Process/List", json!({})).await.json;
-    while known().await["processes"].as_array().unwrap().iter().all(|process| process["tag"] != "cat") {
-        tokio::time::sleep(Duration::from_millis(50)).await;
-    }
+    let cat = cat.body(envelope(&json!({"process": {"cmd": "cat"}, "tag": "cat"}))).send().await.unwrap();
     let which = json!({"process": {"tag": "cat"}});
-    let messages = [json!({"start": which}), json!({"data": {"input": {"stdin": "aGVs"}}}), json!({"keepalive": {}}), json!({"data": {"input": {"stdin": "bG8="}}})];
+    let messages = [
+        json!({"start": which}),
+        json!({"data": {"input": {"stdin": "aGVs"}}}),
+        json!({"keepalive": {}}),
+        json!({"data": {"input": {"stdin": "bG8="}}}),
+    ];
     let sent = sandbox.stream("/process.Process/StreamInput", messages.iter().flat_map(envelope).collect()).await;
     assert_eq!(sent, json!({}));
     assert_eq!(sandbox.rpc("/process.Process/CloseStdin", which).await.status, 200);
-    let told = cat.await.unwrap().unwrap().text().await.unwrap();
-    assert!(told.contains("exit status 0") && (told.contains("aGVsbG8=") || told.contains("aGVs")), "{told}");
+    let told = cat.text().await.unwrap();
+    assert!(told.contains("exit status 0") && told.contains("aGVs"), "{told}");
 }
 
 async fn who_never_reads_is_cut_off(server: Arc<Server>) {
     let sandbox = Sandbox::new(&server).await;
-    let body = envelope(&json!({"process": {"cmd": "/bin/sh", "args": ["-c", "yes | head -c 300000000"]}, "tag": "yes"}));
+    let body =
+        envelope(&json!({"process": {"cmd": "/bin/sh", "args": ["-c", "yes | head -c 300000000"]}, "tag": "yes"}));
     let address = server.url.strip_prefix("http://").unwrap().to_owned();
     let head = format!(
         "POST /process.Process/Start HTTP/1.1\r\nhost: {address}\r\ne2b-sandbox-id: {}\r\ne2b-sandbox-port: 49983\r\nx-access-token: {}\r\n\
@@ -306,7 +326,10 @@ async fn who_never_reads_is_cut_off(server: Arc<Server>) {
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
     drop(lazy);
-    assert_eq!(sandbox.stream("/process.Process/Start", envelope(&json!({"process": {"cmd": "true"}}))).await, json!({}));
+    assert_eq!(
+        sandbox.stream("/process.Process/Start", envelope(&json!({"process": {"cmd": "true"}}))).await,
+        json!({})
+    );
 }
 
 async fn what_is_wrong_is_said(server: Arc<Server>) {
@@ -317,8 +340,16 @@ async fn what_is_wrong_is_said(server: Arc<Server>) {
         (post("/files").header("content-type", sized).body("x"), 400, "?path="),
         (post("/files?path=a").header("content-type", "text/plain").body("x"), 400, "multipart"),
         (post("/files?path=a").header("content-type", sized).header("content-encoding", "br").body("x"), 400, "gzip"),
-        (post("/files?path=a").header("content-type", sized).header("content-encoding", "gzip").body("no gzip"), 400, "broke off"),
-        (post("/files?path=a").header("content-type", sized).header("x-metadata-a", "x".repeat(5000)).body("x"), 400, "4096"),
+        (
+            post("/files?path=a").header("content-type", sized).header("content-encoding", "gzip").body("no gzip"),
+            400,
+            "broke off",
+        ),
+        (
+            post("/files?path=a").header("content-type", sized).header("x-metadata-a", "x".repeat(5000)).body("x"),
+            400,
+            "4096",
+        ),
         (post("/files?path=a&username=root").header("content-type", sized).body("x"), 401, "root"),
         (sandbox.ask(Method::GET, "/files?path=", &sandbox.token), 400, ""),
         (sandbox.ask(Method::GET, "/nothing", &sandbox.token), 404, "docs/E2B.md"),
@@ -329,7 +360,8 @@ async fn what_is_wrong_is_said(server: Arc<Server>) {
     }
     let refused = server.send(form(post("/files"), &["same", "./same"])).await;
     assert_eq!((refused.status, &refused.json["code"]), (400, &json!(400)), "{}", refused.text);
-    let root = sandbox.ask(Method::POST, "/process.Process/List", &sandbox.token).header("authorization", "Basic cm9vdDo=");
+    let root =
+        sandbox.ask(Method::POST, "/process.Process/List", &sandbox.token).header("authorization", "Basic cm9vdDo=");
     let refused = server.send(root.json(&json!({}))).await;
     assert_eq!((refused.status, &refused.json["code"]), (401, &json!("unauthenticated")), "{}", refused.text);
     let envs = server.send(sandbox.ask(Method::GET, "/envs", &sandbox.token)).await;

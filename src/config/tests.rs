@@ -73,7 +73,8 @@ fn default_file_and_sections_have_the_same_keys() {
     leaves.insert(key_of("server.listen"), leaves[&key_of("server.listen")].clone());
     read(&leaves).unwrap();
     // What is a name there, is one of the operator's own here.
-    let is_named_freely = |key: &&super::source::Key| key[0] == "templates" || dotted(key).starts_with("doors.e2b.templates.");
+    let is_named_freely =
+        |key: &&super::source::Key| key[0] == "templates" || dotted(key).starts_with("doors.e2b.templates.");
     for key in leaves.keys().filter(|key| !is_named_freely(key)) {
         let mut fewer = leaves.clone();
         fewer.remove(key);

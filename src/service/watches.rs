@@ -256,11 +256,18 @@ mod tests {
         let watches = Watches::default();
         let (_, kept) = watches.begin(session(1)).unwrap();
         let event = |length| Event::Modified { path: "x".repeat(length) };
+        let state = |kept: &Kept| {
+            let waiting = kept.lock();
+            (waiting.events.len(), waiting.is_lost)
+        };
         (0..5000).for_each(|_| kept.put(event(1)));
-        assert_eq!((kept.lock().events.len(), kept.lock().is_lost), (MAX_WAITING.0, true));
-        kept.lock().events.clear();
-        (kept.lock().bytes, kept.lock().is_lost) = (0, false);
+        assert_eq!(state(&kept), (MAX_WAITING.0, true));
+        {
+            let mut waiting = kept.lock();
+            waiting.events.clear();
+            (waiting.bytes, waiting.is_lost) = (0, false);
+        }
         (0..200).for_each(|_| kept.put(event(4000)));
-        assert_eq!((kept.lock().events.len(), kept.lock().is_lost), (131, true));
+        assert_eq!(state(&kept), (131, true));
     }
 }

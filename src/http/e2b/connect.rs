@@ -175,14 +175,12 @@ pub(super) struct Serving {
     pub(super) keepalive: Option<(Duration, serde_json::Value)>,
     /// It is broken off, connection and all, when this is over: see [`super::sandbox::Sandbox::gone`].
     pub(super) gone: Pin<Box<dyn Future<Output = ()> + Send>>,
-    /// Is done when the deadline has come while the caller was still there: a process is ended then, which a caller that merely leaves does not do.
-    pub(super) on_deadline: Option<Box<dyn FnOnce() + Send>>,
 }
 
 impl Serving {
     /// One that is kept until its events end, or the sandbox goes.
     pub(super) fn until(gone: impl Future<Output = ()> + Send + 'static) -> Self {
-        Self { deadline: None, keepalive: None, gone: Box::pin(gone), on_deadline: None }
+        Self { deadline: None, keepalive: None, gone: Box::pin(gone) }
     }
 }
 
@@ -230,7 +228,7 @@ impl Sending {
         if self.is_over {
             return None;
         }
-        let Serving { deadline, keepalive, gone, on_deadline } = &mut self.serving;
+        let Serving { deadline, keepalive, gone } = &mut self.serving;
         let deadline = *deadline;
         let late = async move {
             match deadline {
@@ -255,9 +253,6 @@ impl Sending {
             }
             () = late => {
                 self.is_over = true;
-                if let Some(act) = on_deadline.take() {
-                    act();
-                }
                 let fault = Fault::new(Code::DeadlineExceeded, "the time that the request had is over");
                 Some(Ok(end(Some(&fault))))
             }
@@ -294,9 +289,6 @@ fn end(fault: Option<&Fault>) -> Bytes {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
-    use std::sync::atomic::{AtomicBool, Ordering};
-
     use axum::http::HeaderValue;
     use serde_json::Value;
 
@@ -384,34 +376,16 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_deadline_ends_the_answer_and_what_it_is_about() {
-        let is_ended = Arc::new(AtomicBool::new(false));
-        let told = Arc::clone(&is_ended);
+    async fn a_deadline_ends_the_answer() {
         let serving = Serving {
             deadline: Some(Instant::now() + 5 * SECOND),
             keepalive: Some((2 * SECOND, json!({"event": {"keepalive": {}}}))),
-            on_deadline: Some(Box::new(move || told.store(true, Ordering::Relaxed))),
             ..never()
         };
         let (found, is_whole) = heard(stream(serving, stream::pending())).await;
         let flags: Vec<_> = found.iter().map(|(flags, _)| *flags).collect();
         assert_eq!((flags, is_whole), (vec![0, 0, 2], true), "two signs of life within five seconds, then the end");
         assert_eq!(found[2].1["error"]["code"], "deadline_exceeded");
-        assert!(is_ended.load(Ordering::Relaxed));
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn who_leaves_before_the_deadline_ends_nothing() {
-        let is_ended = Arc::new(AtomicBool::new(false));
-        let told = Arc::clone(&is_ended);
-        let serving = Serving {
-            deadline: Some(Instant::now() + SECOND),
-            on_deadline: Some(Box::new(move || told.store(true, Ordering::Relaxed))),
-            ..never()
-        };
-        drop(stream(serving, stream::pending()));
-        tokio::time::sleep(2 * SECOND).await;
-        assert!(!is_ended.load(Ordering::Relaxed));
     }
 
     #[tokio::test(start_paused = true)]

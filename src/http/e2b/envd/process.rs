@@ -14,6 +14,7 @@ use axum::routing::post;
 use bytes::Bytes;
 use cellblock_wire::commands::MAX_STDIN;
 use serde_json::{Value, json};
+use tokio::time::Instant;
 
 use super::super::connect::{self, Envelopes, Serving, answer_stream};
 use super::super::error::{Code, Fault, Refusal};
@@ -44,7 +45,7 @@ pub(super) fn routes() -> Router<App> {
         .route("/process.Process/Update", post(update))
 }
 
-/// Starts a process and tells what it does. It goes on when nobody listens any more; when the caller's time is over, it is ended.
+/// Starts a process and tells what it does. It goes on when nobody listens any more, and is ended when the caller's time is over, whether or not anybody does then.
 async fn start(ForRpc(sandbox): ForRpc, request: Request) -> Result<Response, Refusal> {
     let headers = request.headers().clone();
     let envelopes = Envelopes::of(request, sandbox.app.bounds.body_time)?;
@@ -53,7 +54,8 @@ async fn start(ForRpc(sandbox): ForRpc, request: Request) -> Result<Response, Re
         let deadline = connect::deadline(&headers)?;
         let asked: Start = envelopes.only().await?;
         let cwd = asked.process.cwd.clone().unwrap_or_default();
-        let wanted = wanted(&sandbox, asked)?;
+        let wanted =
+            CommandRequest { timeout_seconds: deadline.map(|at| left(&sandbox, at)), ..wanted(&sandbox, asked)? };
         let started = sandbox.app.service.start_command(&sandbox.who, sandbox.id(), wanted, None).await;
         let (command, follow) = started.map_err(|error| without_folder(error, &cwd)).map_err(Not::of(&sandbox))?;
         Ok((deadline, command, follow))
@@ -62,14 +64,14 @@ async fn start(ForRpc(sandbox): ForRpc, request: Request) -> Result<Response, Re
         Ok(begun) => begun,
         Err(not) => return Not::streamed(not),
     };
-    let (service, who, id) = (sandbox.app.service.clone(), sandbox.who.clone(), sandbox.id());
-    let ended = command.id;
-    let serving = Serving {
-        deadline,
-        on_deadline: Some(Box::new(move || service.end_command_unheard(&who, id, ended))),
-        ..serving(&sandbox, &headers)
-    };
+    let serving = Serving { deadline, ..serving(&sandbox, &headers) };
     Ok(connect::stream(serving, events::of(&command, follow)))
+}
+
+/// The time that a process has, in seconds: a caller's, but no more than there may be.
+fn left(sandbox: &Sandbox, deadline: Instant) -> f64 {
+    let asked = deadline.saturating_duration_since(Instant::now()).max(Duration::from_millis(1));
+    asked.min(sandbox.session.spec.max_execution).as_secs_f64()
 }
 
 /// What a caller wants to be started.
