@@ -7,8 +7,10 @@
 //! A missed target is said, and is no failure: it is for people to judge on a machine they know.
 
 mod engine;
+mod far;
 mod figures;
 mod files;
+mod jupyter;
 mod measure;
 mod report;
 mod server;
@@ -84,10 +86,18 @@ async fn bench() -> Result<()> {
         measure::pool(&server, &mut figures).await?;
         server.stop().await?;
     }
+    if is_chosen("jupyter") {
+        let server = Server::start(jupyter::SETTINGS).await?;
+        jupyter::jupyter(&server, &mut figures).await?;
+        server.stop().await?;
+    }
     if is_chosen("hundreds") {
         let server = Server::start(measure::SMALL).await?;
         measure::hundreds(&server, &mut figures).await?;
         server.stop().await?;
+    }
+    if is_chosen("far") {
+        far::far(&mut figures).await?;
     }
     if is_chosen("stream") {
         measure::stream(&engine, &mut figures).await?;

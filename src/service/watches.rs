@@ -5,6 +5,7 @@ use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use bytes::BytesMut;
 use cellblock_wire::files::{Event, Watch};
 use http_body_util::BodyExt;
 use tokio_util::sync::CancellationToken;
@@ -29,23 +30,39 @@ const FORGOTTEN: Duration = Duration::from_secs(3600);
 #[derive(Debug)]
 pub struct Changes {
     pieces: Pieces,
-    buffer: Vec<u8>,
+    lines: Lines,
 }
 
 impl Changes {
     /// The next event; nothing behind the last, and what is none counts as that. Safe to drop and call again.
     pub async fn next(&mut self) -> Option<Event> {
         loop {
-            if let Some(end) = self.buffer.iter().position(|byte| *byte == b'\n') {
-                let line: Vec<u8> = self.buffer.drain(..=end).collect();
+            if let Some(line) = self.lines.next() {
                 return serde_json::from_slice(&line).ok();
             }
-            if self.buffer.len() > MAX_LINE {
+            if self.lines.buffer.len() > MAX_LINE {
                 return None;
             }
             let piece = self.pieces.frame().await?.ok()?.into_data().ok()?;
-            self.buffer.extend_from_slice(&piece);
+            self.lines.buffer.extend_from_slice(&piece);
         }
+    }
+}
+
+/// Lines that come in pieces, however small: each byte is looked at once.
+#[derive(Debug, Default)]
+struct Lines {
+    buffer: BytesMut,
+    /// Bytes at its beginning that hold no line's end.
+    looked: usize,
+}
+
+impl Lines {
+    fn next(&mut self) -> Option<BytesMut> {
+        let looked = std::mem::replace(&mut self.looked, self.buffer.len());
+        let end = looked + self.buffer[looked..].iter().position(|byte| *byte == b'\n')? + 1;
+        self.looked = 0;
+        Some(self.buffer.split_to(end))
     }
 }
 
@@ -168,7 +185,7 @@ impl Service {
     /// See [`Error`].
     pub async fn changes(&self, who: &Principal, id: SessionId, asked: &Watch) -> Result<Changes, Error> {
         let pieces = self.watch_files(who, id, asked).await?;
-        Ok(Changes { pieces, buffer: Vec::new() })
+        Ok(Changes { pieces, lines: Lines::default() })
     }
 
     /// Begins to keep what changes in a folder, from the moment on at which this answers.
@@ -269,5 +286,33 @@ mod tests {
         }
         (0..200).for_each(|_| kept.put(event(4000)));
         assert_eq!(state(&kept), (131, true));
+    }
+
+    #[test]
+    fn lines_are_the_same_in_whatever_pieces_they_come() {
+        let text = b"{\"a\": 1}\n\n{}\nrest";
+        for step in 1..text.len() {
+            let (mut lines, mut seen) = (Lines::default(), Vec::new());
+            for piece in text.chunks(step) {
+                lines.buffer.extend_from_slice(piece);
+                seen.extend(std::iter::from_fn(|| lines.next()).map(|line| line.to_vec()));
+            }
+            assert_eq!(seen, [&b"{\"a\": 1}\n"[..], b"\n", b"{}\n"], "in pieces of {step}");
+            assert_eq!(&lines.buffer[..], b"rest");
+        }
+    }
+
+    #[test]
+    fn many_lines_in_one_piece_and_a_line_in_many_pieces_cost_no_more_than_their_length() {
+        let began = std::time::Instant::now();
+        let mut lines = Lines::default();
+        lines.buffer.extend_from_slice(&[b'\n'; 1 << 20]);
+        assert_eq!(std::iter::from_fn(|| lines.next()).count(), 1 << 20);
+        for _ in 0..200_000 {
+            lines.buffer.extend_from_slice(b"x");
+            assert!(lines.next().is_none());
+        }
+        // What looks at all of it again, or moves it, takes minutes.
+        assert!(began.elapsed() < std::time::Duration::from_secs(5), "{:?}", began.elapsed());
     }
 }
