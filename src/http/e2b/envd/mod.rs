@@ -15,6 +15,7 @@ use super::Change;
 use super::connect::{self, Serving};
 use super::error::{Code, Fault, Refusal};
 use super::sandbox::{Aimed, ByAgentToken, Sandbox};
+use crate::domain::ids::SessionId;
 use crate::http::App;
 use crate::http::extract::Answer;
 use crate::http::problem::{self, Problem};
@@ -79,7 +80,7 @@ pub(super) async fn nothing_there(_: ByAgentToken) -> Refusal {
 
 /// Why something is not done: the sandbox is gone, which is no answer of an RPC, or a fault, which is.
 enum Not {
-    Gone(Refusal),
+    Gone(SessionId),
     Done(Fault),
 }
 
@@ -93,7 +94,7 @@ impl Not {
     fn of(sandbox: &Sandbox) -> impl Fn(Error) -> Self {
         let id = sandbox.id();
         move |error| match error {
-            Error::SessionEnded(_) | Error::NotFound("session") => Self::Gone(Refusal::sandbox_missing(Some(id))),
+            Error::SessionEnded(_) | Error::NotFound("session") => Self::Gone(id),
             error => Self::Done(error.into()),
         }
     }
@@ -101,7 +102,7 @@ impl Not {
     /// As the one answer of an RPC.
     fn plain(self) -> Refusal {
         match self {
-            Self::Gone(refusal) => refusal,
+            Self::Gone(id) => Refusal::sandbox_missing(Some(id)),
             Self::Done(fault) => Refusal::of_rpc(fault),
         }
     }
@@ -109,7 +110,7 @@ impl Not {
     /// As the end of an answer that streams.
     fn streamed(self) -> Result<Response, Refusal> {
         match self {
-            Self::Gone(refusal) => Err(refusal),
+            Self::Gone(id) => Err(Refusal::sandbox_missing(Some(id))),
             Self::Done(fault) => {
                 let serving = Serving::until(std::future::pending());
                 Ok(connect::stream(serving, stream::iter([Err(fault)])))

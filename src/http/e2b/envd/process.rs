@@ -199,12 +199,12 @@ async fn stream_input(ForRpc(sandbox): ForRpc, request: Request) -> Result<Respo
     };
     let taken = tokio::select! {
         taken = taken => taken,
-        () = sandbox.gone() => Err(Not::Gone(Refusal::sandbox_missing(Some(sandbox.id())))),
+        () = sandbox.gone() => Err(Not::Gone(sandbox.id())),
     };
     match taken {
         Ok(answer) => Ok(answer_stream(Ok(answer))),
         Err(Not::Done(fault)) => Ok(answer_stream::<Value>(Err(fault))),
-        Err(Not::Gone(refusal)) => Err(refusal),
+        Err(Not::Gone(id)) => Err(Refusal::sandbox_missing(Some(id))),
     }
 }
 
