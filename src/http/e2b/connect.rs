@@ -34,6 +34,8 @@ const END: u8 = 2;
 /// An idle stream is kept alive by a message after this long, if nobody says otherwise; and within what may be said.
 const KEEPALIVE: Duration = Duration::from_secs(50);
 const KEEPALIVES: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(600));
+/// The end of a request comes within this time behind its only message, or is not waited for.
+const ENDING: Duration = Duration::from_millis(100);
 /// Most digits of a deadline, by the protocol.
 const DEADLINE_DIGITS: usize = 10;
 
@@ -149,7 +151,10 @@ impl Envelopes {
     /// # Errors
     /// Those of [`Envelopes::next`], and when there is none.
     pub(super) async fn only<T: DeserializeOwned>(mut self) -> Result<T, Fault> {
-        self.next().await?.ok_or_else(|| Fault::new(Code::InvalidArgument, "the request has no message"))
+        let message = self.next().await?;
+        // The end of the body is taken too, or the connection would be closed behind a short answer, just when its client sends the next request on it.
+        let _ = tokio::time::timeout(ENDING, self.body.next()).await;
+        message.ok_or_else(|| Fault::new(Code::InvalidArgument, "the request has no message"))
     }
 }
 

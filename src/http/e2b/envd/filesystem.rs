@@ -55,8 +55,10 @@ struct Moving {
 
 /// Reads what an RPC asks for.
 pub(super) async fn asked<T: DeserializeOwned>(sandbox: &Sandbox, headers: &HeaderMap, body: Body) -> Result<T, Fault> {
+    // Read first: a connection with something unread on it is closed behind the answer.
+    let asked = connect::unary(body, sandbox.app.bounds).await?;
     check_rpc_user(headers)?;
-    connect::unary(body, sandbox.app.bounds).await
+    Ok(asked)
 }
 
 /// Where a path leads.

@@ -50,9 +50,9 @@ async fn start(ForRpc(sandbox): ForRpc, request: Request) -> Result<Response, Re
     let headers = request.headers().clone();
     let envelopes = Envelopes::of(request, sandbox.app.bounds.body_time)?;
     let begun = async {
+        let asked: Start = envelopes.only().await?;
         check_rpc_user(&headers)?;
         let deadline = connect::deadline(&headers)?;
-        let asked: Start = envelopes.only().await?;
         let cwd = asked.process.cwd.clone().unwrap_or_default();
         let wanted =
             CommandRequest { timeout_seconds: deadline.map(|at| left(&sandbox, at)), ..wanted(&sandbox, asked)? };
@@ -118,9 +118,9 @@ async fn connect_to(ForRpc(sandbox): ForRpc, request: Request) -> Result<Respons
     let headers = request.headers().clone();
     let envelopes = Envelopes::of(request, sandbox.app.bounds.body_time)?;
     let found = async {
+        let asked: Connect = envelopes.only().await?;
         check_rpc_user(&headers)?;
         let deadline = connect::deadline(&headers)?;
-        let asked: Connect = envelopes.only().await?;
         let command = find(&sandbox, &asked.process).await?;
         let newest = command.told.last_seq;
         // Of one that has ended, the end is told again.
@@ -150,8 +150,8 @@ fn serving(sandbox: &Sandbox, headers: &HeaderMap) -> Serving {
 /// Processes that run.
 async fn list(ForRpc(sandbox): ForRpc, headers: HeaderMap, body: Body) -> Result<Response, Refusal> {
     let listed = async {
-        check_rpc_user(&headers)?;
         let Value::Object(_) = connect::unary(body, sandbox.app.bounds).await? else { return Err(no_message().into()) };
+        check_rpc_user(&headers)?;
         let known = sandbox.app.service.commands(&sandbox.who, sandbox.id()).await.map_err(Not::of(&sandbox))?;
         let running = known.iter().filter(|command| command.told.end.is_none());
         Ok(json!({"processes": running.map(messages::process).collect::<Vec<_>>()}))
@@ -165,8 +165,8 @@ fn no_message() -> Fault {
 
 async fn send_input(ForRpc(sandbox): ForRpc, headers: HeaderMap, body: Body) -> Result<Response, Refusal> {
     let sent = async {
-        check_rpc_user(&headers)?;
         let asked: SendInput = connect::unary(body, sandbox.app.bounds).await?;
+        check_rpc_user(&headers)?;
         let command = find_running(&sandbox, &asked.process).await?;
         write(&sandbox, &command, asked.input.bytes(command.told.tty)?, false).await
     };
@@ -210,8 +210,8 @@ async fn stream_input(ForRpc(sandbox): ForRpc, request: Request) -> Result<Respo
 
 async fn close_stdin(ForRpc(sandbox): ForRpc, headers: HeaderMap, body: Body) -> Result<Response, Refusal> {
     let closed = async {
-        check_rpc_user(&headers)?;
         let asked: Of = connect::unary(body, sandbox.app.bounds).await?;
+        check_rpc_user(&headers)?;
         let command = find_running(&sandbox, &asked.process).await?;
         if command.told.tty {
             let detail = "a terminal has no end of its own to close; send it the character for that, 0x04";
@@ -228,8 +228,8 @@ async fn close_stdin(ForRpc(sandbox): ForRpc, headers: HeaderMap, body: Body) ->
 
 async fn send_signal(ForRpc(sandbox): ForRpc, headers: HeaderMap, body: Body) -> Result<Response, Refusal> {
     let sent = async {
-        check_rpc_user(&headers)?;
         let asked: SendSignal = connect::unary(body, sandbox.app.bounds).await?;
+        check_rpc_user(&headers)?;
         let signal = asked.signal.name()?;
         let command = find_running(&sandbox, &asked.process).await?;
         match sandbox.app.service.signal_command(&sandbox.who, sandbox.id(), command.id, signal).await {
@@ -244,8 +244,8 @@ async fn send_signal(ForRpc(sandbox): ForRpc, headers: HeaderMap, body: Body) ->
 /// Gives a terminal another size.
 async fn update(ForRpc(sandbox): ForRpc, headers: HeaderMap, body: Body) -> Result<Response, Refusal> {
     let updated = async {
-        check_rpc_user(&headers)?;
         let asked: Update = connect::unary(body, sandbox.app.bounds).await?;
+        check_rpc_user(&headers)?;
         let command = find_running(&sandbox, &asked.process).await?;
         let Some(pty) = asked.pty else { return Ok(()) };
         let size = pty.size()?;

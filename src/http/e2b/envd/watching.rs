@@ -98,9 +98,9 @@ async fn watch(ForRpc(sandbox): ForRpc, request: Request) -> Result<Response, Re
     let headers = request.headers().clone();
     let envelopes = Envelopes::of(request, sandbox.app.bounds.body_time)?;
     let begun = async {
+        let Watching { path, recursive, include_entry } = envelopes.only().await?;
         check_rpc_user(&headers)?;
         let deadline = connect::deadline(&headers)?;
-        let Watching { path, recursive, include_entry } = envelopes.only().await?;
         let folder = place(&sandbox, &path)?;
         let asked = Watch { path: folder.clone(), recursive };
         let changes = sandbox.app.service.changes(&sandbox.who, sandbox.id(), &asked).await;
