@@ -154,9 +154,11 @@ async fn a_client_hears_that_its_sandbox_is_killed(server: Arc<Server>) {
     let mut out = client.stdout.take().unwrap();
     let said = tokio::task::spawn_blocking(move || {
         let mut said = [0; 5];
-        out.read_exact(&mut said).map(|()| said)
+        // It stays open, or who writes to it is ended for that.
+        out.read_exact(&mut said).map(|()| (said, out))
     });
-    assert_eq!(&said.await.unwrap().unwrap(), b"waits");
+    let (said, _out) = said.await.unwrap().unwrap();
+    assert_eq!(&said, b"waits");
     assert_eq!(server.delete(&format!("/v1/sessions/{}", sandbox.cell.id)).await.status, 200);
     let ran = tokio::task::spawn_blocking(move || client.wait_with_output()).await.unwrap().unwrap();
     assert!(ran.status.success(), "{}", String::from_utf8_lossy(&ran.stderr));
