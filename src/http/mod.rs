@@ -33,6 +33,7 @@ pub mod docs;
 pub mod door;
 pub mod e2b;
 pub mod extract;
+mod form;
 mod forward;
 pub mod jupyter;
 mod lapse;

@@ -45,9 +45,9 @@ impl Link {
     ///
     /// # Errors
     /// See [`LinkError`].
-    pub async fn stat_file(&self, path: &str) -> Result<Stat, LinkError> {
+    pub async fn stat_file(&self, asked: &At) -> Result<Stat, LinkError> {
         let attempt = "look at a file";
-        let stat = self.look(attempt, &about("/files/stat", &At { path: path.to_owned() }), SHORT).await?;
+        let stat = self.look(attempt, &about("/files/stat", asked), SHORT).await?;
         checked(attempt, stat)
     }
 
@@ -116,7 +116,8 @@ impl Link {
     /// See [`LinkError`].
     pub async fn make_folder(&self, path: &str) -> Result<Made, LinkError> {
         let attempt = "make a folder";
-        let made: Made = self.order_file(attempt, "/files/mkdir", &At { path: path.to_owned() }, SHORT).await?;
+        let made: Made =
+            self.order_file(attempt, "/files/mkdir", &At { path: path.to_owned(), attributes: false }, SHORT).await?;
         checked(attempt, made.stat.clone())?;
         Ok(made)
     }
@@ -210,7 +211,11 @@ fn odd(attempt: &str, detail: &str) -> LinkError {
 /// Whether an entry is what a guest may tell. Tags go into headers.
 fn is_plain(stat: &Stat) -> bool {
     let is_tag = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'-';
-    stat.path.len() <= MAX_PATH && (1..=128).contains(&stat.etag.len()) && stat.etag.bytes().all(is_tag)
+    let is_long = |text: &String| text.len() > MAX_PATH;
+    !is_long(&stat.path)
+        && !stat.target.as_ref().is_some_and(is_long)
+        && (1..=128).contains(&stat.etag.len())
+        && stat.etag.bytes().all(is_tag)
 }
 
 fn checked(attempt: &str, stat: Stat) -> Result<Stat, LinkError> {

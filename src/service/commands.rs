@@ -30,6 +30,8 @@ use crate::session::{Refused, Session, fresh};
 const MAX_ARGUMENTS: usize = 4096;
 /// Longest command line, in bytes: all arguments together. A single one may be no longer than a process takes.
 const MAX_LINE: usize = 128 * 1024;
+/// Longest tag, in bytes: the guest keeps no longer one.
+const MAX_TAG: usize = 256;
 /// Longest path of a folder, in bytes.
 const MAX_CWD: usize = 1024;
 /// Most bytes of a terminal's output that are kept for whoever attaches later.
@@ -81,6 +83,8 @@ pub struct CommandRequest {
     pub env: BTreeMap<String, String>,
     /// Where; the working folder when absent.
     pub cwd: Option<String>,
+    /// That may be anywhere in the container, where the command itself can go anyway.
+    pub is_cwd_free: bool,
     /// Its time limit; by default the session's for an execution, and for what nobody waits for the most that may be.
     pub timeout_seconds: Option<f64>,
     /// What it finds on its stdin.
@@ -91,6 +95,8 @@ pub struct CommandRequest {
     pub tty: Option<Size>,
     /// Nobody waits for its end.
     pub is_background: bool,
+    /// What somebody wants to know it by.
+    pub tag: Option<String>,
 }
 
 /// A command of a session, as its guest tells of it.
@@ -528,7 +534,10 @@ fn resolve(spec: &SessionSpec, request: &CommandRequest) -> Result<(StartCommand
     }
     spec::check_env(&request.env, &mut errors);
     check_program(&request.program, &mut errors);
-    check_folder(request.cwd.as_deref(), &spec.workdir, &mut errors);
+    check_folder(request, &spec.workdir, &mut errors);
+    if let Some(tag) = request.tag.as_ref().filter(|tag| tag.is_empty() || tag.len() > MAX_TAG) {
+        errors.push(FieldError::new("/tag", format!("{} bytes; allowed are 1 to {MAX_TAG}", tag.len())));
+    }
     if let Some(size) = request.tty {
         check_size(size, "/tty", &mut errors);
     }
@@ -559,7 +568,7 @@ fn resolve(spec: &SessionSpec, request: &CommandRequest) -> Result<(StartCommand
         stdin,
         text_bytes: if request.tty.is_some() { SCROLLBACK } else { text_bytes },
         tty: request.tty,
-        tag: None,
+        tag: request.tag.clone(),
     };
     // Its id comes with it.
     let length = serde_json::to_vec(&start).map_or(usize::MAX, |written| written.len() + 64);
@@ -596,10 +605,10 @@ fn check_program(program: &Program, errors: &mut Vec<FieldError>) {
 }
 
 /// A path below the working folder or that of temporary files, or relative to the former, that does not climb.
-fn check_folder(cwd: Option<&str>, workdir: &str, errors: &mut Vec<FieldError>) {
-    let Some(cwd) = cwd else { return };
+fn check_folder(request: &CommandRequest, workdir: &str, errors: &mut Vec<FieldError>) {
+    let Some(cwd) = request.cwd.as_deref() else { return };
     let below = |root: &str| cwd.strip_prefix(root).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'));
-    let is_in = !cwd.starts_with('/') || [workdir, TMP_DIR].into_iter().any(below);
+    let is_in = request.is_cwd_free || !cwd.starts_with('/') || [workdir, TMP_DIR].into_iter().any(below);
     let climbs = cwd.split('/').any(|part| part == "..");
     if cwd.is_empty() || cwd.len() > MAX_CWD || cwd.contains('\0') || !is_in || climbs {
         let message = format!(
@@ -633,17 +642,20 @@ mod tests {
 
     #[test]
     fn folders_are_below_the_roots() {
-        let is_allowed = |cwd: &str| {
+        let check = |cwd: &str, is_cwd_free| {
             let mut errors = Vec::new();
-            check_folder(Some(cwd), "/workspace", &mut errors);
+            let request = CommandRequest { cwd: Some(cwd.to_owned()), is_cwd_free, ..CommandRequest::default() };
+            check_folder(&request, "/workspace", &mut errors);
             errors.is_empty()
         };
+        let is_allowed = |cwd: &str| check(cwd, false);
         for allowed in ["a", "a/b", ".", "/workspace", "/workspace/a", "/tmp", "/tmp/x y/é"] {
             assert!(is_allowed(allowed), "{allowed}");
         }
         for refused in ["", "/", "/etc", "..", "a/../..", "/workspace/../etc", "/workspaces", "/tmpx", "a\0b"] {
             assert!(!is_allowed(refused), "{refused}");
         }
+        assert!(check("/", true) && check("/usr/bin", true) && !check("/usr/..", true) && !check("", true));
     }
 
     #[test]

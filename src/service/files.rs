@@ -1,11 +1,12 @@
 //! The files of a session: who may, what is asked of the guest, and what its refusals are to a caller. Paths are checked by the guest, which alone can.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use bytes::Bytes;
 use cellblock_wire::files::{
-    Archive, Conditions, Delete, Known, List, Listing, Made, Move, Opened, Part, Read, Stat, Unpacked, Upload, Watch,
-    Write, Written,
+    Archive, At, Conditions, Delete, Known, List, Listing, Made, Move, Opened, Part, Read, Stat, Unpacked, Upload,
+    Watch, Write, Written,
 };
 use futures_util::Stream;
 use tokio::sync::oneshot;
@@ -109,6 +110,8 @@ pub struct WriteFile {
     pub conditions: Conditions,
     /// It can go on when it breaks off: the upload's name, where this part begins, and whether it is the last one.
     pub part: Option<(String, u64, bool)>,
+    /// All attributes that it has then, by name. Code inside can change them.
+    pub attributes: BTreeMap<String, String>,
 }
 
 /// A file is there.
@@ -145,8 +148,16 @@ impl Service {
     /// # Errors
     /// See [`Error`].
     pub async fn stat_file(&self, who: &Principal, id: SessionId, path: &str) -> Result<Stat, Error> {
+        self.stat_file_with(who, id, &At { path: path.to_owned(), attributes: false }).await
+    }
+
+    /// The same, with its attributes if they are asked for.
+    ///
+    /// # Errors
+    /// See [`Error`].
+    pub async fn stat_file_with(&self, who: &Principal, id: SessionId, asked: &At) -> Result<Stat, Error> {
         let visit = self.look(who, id).await?;
-        visit.link.stat_file(path).await.map_err(|error| refused(id, error))
+        visit.link.stat_file(asked).await.map_err(|error| refused(id, error))
     }
 
     /// The bytes of a file, as they come. A link that breaks ends them with an error.
@@ -179,7 +190,7 @@ impl Service {
         who.require_sessions()?;
         let held = self.carry(who, id).await?;
         let link = &held.visit.link;
-        let WriteFile { path, mode, size, sha256, conditions, part } = asked;
+        let WriteFile { path, mode, size, sha256, conditions, part, attributes } = asked;
         if let Some(sha256) = sha256.clone() {
             let known = Known { path: path.clone(), sha256: sha256.clone(), conditions: conditions.clone() };
             // Before anything is read, so that whoever waits to be told to go on need not send it.
@@ -192,7 +203,7 @@ impl Service {
         // Of a part only the guest has all of it.
         let expected = sha256.clone().filter(|_| whole);
         let part = part.map(|(upload, offset, is_last)| Part { upload, offset, is_last, sha256 });
-        let write = Write { path, mode, size, conditions, part };
+        let write = Write { path, mode, size, conditions, part, attributes };
         let (pieces, told) = transfer::send(body, expected);
         let (written, found) = sent(id, link.write_file(&write, pieces), told).await?;
         let Written { stat, is_new, received, sha256 } = written;

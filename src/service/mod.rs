@@ -53,6 +53,7 @@ pub mod quotas;
 mod refusals;
 pub mod trail;
 pub mod transfer;
+pub mod watches;
 pub mod workspaces;
 
 use admin::Admin;
@@ -63,6 +64,7 @@ use keys::{KeyRing, Principal};
 use log::LogLevel;
 use offer::Offer;
 use quotas::{LATER, Quotas, RateState, Running};
+use watches::Watches;
 
 /// Longest wait that a caller may ask for.
 pub const MAX_WAIT: Duration = Duration::from_secs(300);
@@ -415,6 +417,8 @@ pub struct Service {
     traces: Option<Traces>,
     /// What sessions' own tokens are derived from.
     tokens: Tokens,
+    /// What has changed in folders and waits for who comes for it.
+    watches: Watches,
 }
 
 impl std::fmt::Debug for dyn Engine {
@@ -450,6 +454,7 @@ impl Service {
             log: None,
             traces: None,
             tokens: Tokens::passing(),
+            watches: Watches::default(),
         }
     }
 

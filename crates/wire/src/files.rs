@@ -20,6 +20,8 @@
 //!
 //! A body that breaks off leaves nothing, unless its upload is one that can go on.
 
+use std::collections::BTreeMap;
+
 use serde::{Deserialize, Serialize};
 
 /// Where temporary files go in every container.
@@ -64,6 +66,15 @@ pub struct Stat {
     pub modified: i64,
     /// Tells this state of it from others: letters, digits and `-`.
     pub etag: String,
+    /// Of a link: where it leads, as it says itself.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub target: Option<String>,
+    /// Of a link: what is there, as far as it stays below the folder.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub target_kind: Option<Kind>,
+    /// Its attributes by name, where they were asked for.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub attributes: BTreeMap<String, String>,
 }
 
 /// What must be the case for something to be done.
@@ -120,6 +131,9 @@ pub struct List {
     /// Only what comes after this path, which an earlier listing has ended with.
     #[serde(default)]
     pub after: Option<String>,
+    /// With their attributes.
+    #[serde(default)]
+    pub attributes: bool,
 }
 
 /// What is in a folder: each folder before what is in it, names in the order of their bytes.
@@ -139,6 +153,9 @@ pub struct Listing {
 pub struct At {
     /// The path.
     pub path: String,
+    /// With its attributes.
+    #[serde(default)]
+    pub attributes: bool,
 }
 
 /// A part of a file.
@@ -215,6 +232,9 @@ pub struct Write {
     /// It can go on when it breaks off.
     #[serde(default)]
     pub part: Option<Part>,
+    /// All attributes that it has then, by name: extended attributes below `user.`.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub attributes: BTreeMap<String, String>,
 }
 
 /// A part of an upload that can go on.
@@ -341,6 +361,9 @@ pub enum Event {
         /// It is a folder.
         #[serde(default)]
         is_folder: bool,
+        /// It came with all that is in it, and may have taken another one's place.
+        #[serde(default)]
+        is_whole: bool,
     },
     /// Something has changed.
     Modified {

@@ -1,7 +1,6 @@
 //! Files of a user: the upload, which is written as it comes, and the notebook.
 
 use std::pin::Pin;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll};
 
@@ -13,18 +12,17 @@ use axum::response::{IntoResponse, Response};
 use bytes::{Bytes, BytesMut};
 use cellblock_wire::link::escape_path;
 use futures_util::stream::{self, Stream};
-use multer::{Field, Multipart};
+use multer::Field;
 use serde_json::{Value, json};
 
 use super::asking::{Asking, MAX_USER, Refusal, User, Wrong};
 use super::sessions::{all, ready};
 use crate::http::App;
 use crate::http::extract::{Answer, discard};
+use crate::http::form::Form;
 use crate::http::problem::{self, Problem};
-use crate::http::v1::transfers::{Sparing, broken, stalled, write_field};
 use crate::service::Error;
 use crate::service::files::WriteFile;
-use crate::service::transfer::STALLED;
 
 /// The working folder of sessions.
 const FOLDER: &str = "/workspace";
@@ -34,12 +32,12 @@ const MAX_NAME: usize = 255;
 /// Writes a file into the working folder of the user's session.
 pub(super) async fn upload_file(asking: Asking, request: Request) -> Result<Answer<Value>, Refusal> {
     asking.who.require_sessions()?;
-    let kind = request.headers().get(header::CONTENT_TYPE).and_then(|kind| kind.to_str().ok()).unwrap_or_default();
-    let Ok(boundary) = multer::parse_boundary(kind) else {
+    let (parts, body) = request.into_parts();
+    let body = Shared(Arc::new(Mutex::new(body.into_data_stream())));
+    let Ok(form) = Form::open(&parts.headers, body.clone()) else {
         return Err(["user_id", "file"].map(|field| Wrong::missing(field, Value::Null)).to_vec().into());
     };
-    let body = Shared(Arc::new(Mutex::new(request.into_body().into_data_stream())));
-    let answer = take(&asking, RawBody::from_stream(body.clone()), boundary).await;
+    let answer = take(&asking, form).await;
     if answer.is_err() {
         // These clients look for an answer once they have sent all.
         discard(&mut RawBody::from_stream(body), asking.app.bounds).await;
@@ -61,17 +59,12 @@ impl Stream for Shared {
     }
 }
 
-async fn take(asking: &Asking, body: RawBody, boundary: String) -> Result<Answer<Value>, Refusal> {
-    let untaken = Arc::new(AtomicUsize::new(0));
-    let mut form = Multipart::new(Sparing::new(body, &untaken), boundary);
+async fn take(asking: &Asking, mut form: Form) -> Result<Answer<Value>, Refusal> {
     let (mut user, mut early, mut written) = (None, None, None);
-    loop {
-        let next = tokio::time::timeout(STALLED, form.next_field()).await.map_err(|_| stalled())?;
-        let Some(field) = next.map_err(|error| broken(&error))? else { break };
-        untaken.store(0, Ordering::Relaxed);
+    while let Some(field) = form.next().await? {
         match (field.name(), &user) {
             (Some("user_id"), None) => {
-                let text = collect(field, 4 * MAX_USER, &untaken).await?;
+                let text = collect(&form, field, 4 * MAX_USER).await?;
                 let text = String::from_utf8(text.into()).map_err(|_| vec![Wrong::missing("user_id", Value::Null)])?;
                 user = Some(User::parse(text).map_err(|wrong| vec![wrong])?);
             }
@@ -81,13 +74,14 @@ async fn take(asking: &Asking, body: RawBody, boundary: String) -> Result<Answer
             (Some("file"), Some(user)) => {
                 let name = file_name(&field)?;
                 let session = ready(asking, user).await?;
-                write_field(&asking.app, &asking.who, session.id, name.clone(), field, &untaken).await?;
+                let asked = WriteFile { path: name.clone(), ..WriteFile::default() };
+                form.write(&asking.app, (&asking.who, session.id), asked, field).await?;
                 written = Some(name);
             }
             // Whose it is comes behind it: until then it is here, and no larger than any other body.
             (Some("file"), None) => {
                 let name = file_name(&field)?;
-                early = Some((name, collect(field, asking.app.bounds.body, &untaken).await?));
+                early = Some((name, collect(&form, field, asking.app.bounds.body).await?));
             }
             _ => {}
         }
@@ -109,12 +103,9 @@ async fn take(asking: &Asking, body: RawBody, boundary: String) -> Result<Answer
 }
 
 /// The bytes of a field that may have so many.
-async fn collect(mut field: Field<'_>, most: usize, untaken: &AtomicUsize) -> Result<Bytes, Refusal> {
+async fn collect(form: &Form, mut field: Field<'static>, most: usize) -> Result<Bytes, Refusal> {
     let mut bytes = BytesMut::new();
-    loop {
-        let piece = tokio::time::timeout(STALLED, field.chunk()).await.map_err(|_| stalled())?;
-        let Some(piece) = piece.map_err(|error| broken(&error))? else { return Ok(bytes.freeze()) };
-        untaken.store(0, Ordering::Relaxed);
+    while let Some(piece) = form.piece(&mut field).await? {
         if bytes.len() + piece.len() > most {
             let detail =
                 format!("this field may have {most} bytes here; a file that comes behind its user_id may have more");
@@ -122,6 +113,7 @@ async fn collect(mut field: Field<'_>, most: usize, untaken: &AtomicUsize) -> Re
         }
         bytes.extend_from_slice(&piece);
     }
+    Ok(bytes.freeze())
 }
 
 async fn write(asking: &Asking, user: &User, path: String, bytes: Bytes) -> Result<(), Refusal> {

@@ -15,8 +15,10 @@ pub(super) const SHOULD_RETRY: HeaderName = HeaderName::from_static("should-retr
 /// How a problem is written here.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Words {
-    /// `{"code": status, "message": …, "error_code": …}`: the control API's, and the agent's outside of RPC.
+    /// `{"code": status, "message": …, "error_code": …}`: the control API's.
     Numbered,
+    /// `{"code": status, "message": …}`: the agent's outside of RPC.
+    Agent,
     /// `{"code": "not_found", "message": …}`: an RPC with one answer.
     Connect(Code),
     /// A sentence: the code interpreter's.
@@ -138,7 +140,7 @@ impl Refusal {
             "spec-rejected" | "is-a-directory" | "not-a-directory" => StatusCode::BAD_REQUEST.as_u16(),
             _ => problem.status,
         };
-        Self(Problem { status, form: Form::E2b(Words::Numbered), ..problem })
+        Self(Problem { status, form: Form::E2b(Words::Agent), ..problem })
     }
 
     /// One of an RPC with one answer.
@@ -259,6 +261,7 @@ pub(in crate::http) fn written(problem: &Problem, words: Words) -> (&'static str
     let body = match words {
         Words::Text => return ("text/plain; charset=utf-8", message(problem).into_bytes()),
         Words::Numbered => json!({"code": problem.status, "message": message(problem), "error_code": problem.code}),
+        Words::Agent => json!({"code": problem.status, "message": message(problem)}),
         Words::Connect(code) => json!({"code": code.word(), "message": message(problem)}),
         Words::Gateway { sandbox, port } => {
             let mut body = json!({"message": problem.detail, "code": problem.status});

@@ -29,7 +29,6 @@ use axum::routing::any;
 use super::App;
 use super::problem::{self, Problem};
 
-#[allow(dead_code, reason = "the rooms that stream are built on it")]
 mod connect;
 mod control;
 mod envd;

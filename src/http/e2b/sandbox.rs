@@ -7,7 +7,7 @@ use axum::http::request::Parts;
 use axum::http::{HeaderMap, HeaderName};
 
 use super::error::Refusal;
-use super::way::Aim;
+use super::way::{AGENT_PORT, Aim};
 use crate::domain::ids::SessionId;
 use crate::domain::lifecycle::Phase;
 use crate::http::App;
@@ -24,7 +24,7 @@ pub(super) const LABEL_TEMPLATE: &str = "e2b.template";
 /// Label, `true`: what is asked of it while it is paused resumes it.
 pub(super) const LABEL_AUTO_RESUME: &str = "e2b.auto-resume";
 /// The agent's token.
-const ACCESS_TOKEN: HeaderName = HeaderName::from_static("x-access-token");
+pub(super) const ACCESS_TOKEN: HeaderName = HeaderName::from_static("x-access-token");
 /// The token for everything else that a sandbox serves.
 pub(super) const TRAFFIC_TOKEN: HeaderName = HeaderName::from_static("e2b-traffic-access-token");
 
@@ -63,27 +63,28 @@ impl FromRequestParts<App> for Aimed {
 }
 
 impl Aimed {
+    /// One that was found by whose token has signed a request; nothing if it does not run.
+    pub(super) fn signed(app: &App, session: Session) -> Result<Self, Refusal> {
+        let aim = Aim { sandbox: session.id.to_string(), port: AGENT_PORT, by_host: false };
+        let refusal = Refusal::sandbox_missing(Some(session.id));
+        if is_there(&session) { Ok(Self { app: app.clone(), session, aim }) } else { Err(refusal) }
+    }
+
     /// The same once a token was shown. `Err` is for its room to put into words.
     fn opened_by(self, parts: &Parts, purpose: Purpose, header: &HeaderName) -> Result<Sandbox, Problem> {
         let token = one(&parts.headers, header);
         let who = token.and_then(|token| self.app.service.bearer(&self.session, purpose, token));
         let Some(who) = who else {
-            // It counts as a key that was tried, if one was.
-            let refused = self.app.door.admit_key(parts, None, parts.headers.contains_key(header)).err();
             let detail = format!(
                 "the header {header} does not hold the token that this sandbox's create or connect answered with"
             );
-            let refused = refused.unwrap_or_else(|| Problem::new(problem::UNAUTHENTICATED, ""));
-            return Err(match refused.code {
-                "unauthenticated" => Problem { detail, ..refused },
-                _ => refused,
-            });
+            return Err(unknown(&self.app, parts, parts.headers.contains_key(header), detail));
         };
         self.known(parts, who)
     }
 
     /// The same for somebody who is known otherwise.
-    fn known(self, parts: &Parts, who: Principal) -> Result<Sandbox, Problem> {
+    pub(super) fn known(self, parts: &Parts, who: Principal) -> Result<Sandbox, Problem> {
         let Self { app, session, aim } = self;
         trail::note_caller(&who);
         if let (Some(state), Some(slot)) = (app.service.request(&who)?, parts.extensions.get::<Slot>()) {
@@ -93,6 +94,16 @@ impl Aimed {
         // Notes it for the audit, and looks once more whether it is theirs.
         let session = app.service.session(&who, session.id)?;
         Ok(Sandbox { app, who, session, port: aim.port, by_host: aim.by_host })
+    }
+}
+
+/// Why somebody is nobody. It counts as a key that was tried, if one was.
+pub(super) fn unknown(app: &App, parts: &Parts, is_guess: bool, detail: impl Into<String>) -> Problem {
+    let refused = app.door.admit_key(parts, None, is_guess).err();
+    let refused = refused.unwrap_or_else(|| Problem::new(problem::UNAUTHENTICATED, ""));
+    match refused.code {
+        "unauthenticated" => Problem { detail: detail.into(), ..refused },
+        _ => refused,
     }
 }
 
@@ -173,7 +184,7 @@ impl FromRequestParts<App> for ByTrafficToken {
     }
 }
 
-fn gone_or(problem: Problem, id: SessionId, otherwise: impl FnOnce(Problem) -> Refusal) -> Refusal {
+pub(super) fn gone_or(problem: Problem, id: SessionId, otherwise: impl FnOnce(Problem) -> Refusal) -> Refusal {
     match problem.code {
         "not-found" | "session-ended" => Refusal::sandbox_missing(Some(id)),
         _ => otherwise(problem),

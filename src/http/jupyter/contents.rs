@@ -228,7 +228,7 @@ async fn folder(asking: &Asking, place: &Place, stat: &Stat, look: &Look) -> Res
         return Ok(Answer(model).into_response());
     }
     let mut entries = Vec::new();
-    let mut asked = List { path: place.path.clone(), depth: 1, limit: MAX_LISTED, after: None };
+    let mut asked = List { path: place.path.clone(), depth: 1, limit: MAX_LISTED, ..List::default() };
     loop {
         let listing = asking.app.service.list_files(&asking.who, place.session.id, &asked).await;
         let listing = listing.map_err(|error| refused(error, &place.told(&place.path)))?;

@@ -142,7 +142,7 @@ fn text(id: SessionId, path: &str, (first, size): (u64, u64), bytes: &[u8]) -> C
 }
 
 async fn folder(call: &Call, id: SessionId, path: String) -> Result<CallToolResult, Problem> {
-    let asked = List { path: path.clone(), depth: 1, limit: MAX_LISTED, after: None };
+    let asked = List { path: path.clone(), depth: 1, limit: MAX_LISTED, ..List::default() };
     let listing = call.service.list_files(&call.asked.who, id, &asked).await?;
     let line = |entry: &cellblock_wire::files::Stat| match entry.kind {
         Kind::Directory => format!("{}/", entry.path),

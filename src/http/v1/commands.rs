@@ -316,6 +316,7 @@ fn command_request(body: CreateCommand) -> Result<CommandRequest, Problem> {
         max_output_bytes: body.max_output_bytes,
         is_background: body.background || body.tty.is_some(),
         tty: body.tty.map(Size::from),
+        ..CommandRequest::default()
     })
 }
 

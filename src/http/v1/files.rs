@@ -176,6 +176,7 @@ pub async fn list_files(
         depth: within("depth", "1 to 32", MAX_DEPTH, 1)?,
         limit: within("limit", "1 to 2000", MAX_LISTED, PAGE)?,
         after: params.get("cursor").map(str::to_owned),
+        attributes: false,
     };
     let listing = app.service.list_files(&who, id, &asked).await?;
     let last = listing.entries.last().map(|entry| entry.path.clone());
@@ -328,6 +329,7 @@ pub async fn write_file(
         sha256: digest(&params, &headers)?,
         conditions: conditions(&headers)?,
         part: part.clone(),
+        ..WriteFile::default()
     };
     let written = app.service.write_file(&who, id, asked, body.into_data_stream()).await;
     let FileWritten { stat, is_new, received, sha256 } = match written {

@@ -184,6 +184,12 @@ impl Log {
     /// Frames of the events after number `after`, and of new ones as they come, to the last one; or only of those that are there.
     pub fn follow(self: &Arc<Self>, after: u64, is_waiting: bool) -> impl Stream<Item = Bytes> + Send + use<> {
         let changed = self.changed.subscribe();
+        let mut inner = self.lock();
+        // Who asks from the newest event on has heard of it: what comes now is no part of that.
+        if after == inner.next() - 1 {
+            inner.told = inner.told.max(after);
+        }
+        drop(inner);
         let state = (Arc::clone(self), changed, after.saturating_add(1));
         futures_util::stream::unfold(state, move |(log, mut changed, mut next)| async move {
             loop {
@@ -428,6 +434,19 @@ mod tests {
 
     fn text(frames: &[Frame<NumberedCommandEvent>]) -> Vec<u8> {
         frames.iter().flat_map(|frame| frame.parts.iter().flatten().copied()).collect()
+    }
+
+    #[tokio::test]
+    async fn who_asks_from_now_on_hears_what_comes() {
+        let (log, _) = log(Keep::HeadAndTail(1000));
+        log.output(OUT, b"before");
+        let (.., newest) = log.totals();
+        let mut events = Box::pin(log.follow(newest, true));
+        log.output(OUT, b"after");
+        let mut decoder = Decoder::default();
+        decoder.push(&events.next().await.unwrap());
+        let frame: Frame<NumberedCommandEvent> = decoder.next_frame().unwrap().unwrap();
+        assert_eq!((frame.head.seq, text(&[frame])), (newest + 1, b"after".to_vec()));
     }
 
     proptest! {

@@ -34,7 +34,10 @@ impl Guest {
                 let asked: wire::List = about(query)?;
                 Ok(json(&list::list(&self.place(&asked.path)?, &asked).await?))
             }
-            (&Method::GET, "stat") => Ok(json(&list::stat(&self.place(&about::<wire::At>(query)?.path)?)?)),
+            (&Method::GET, "stat") => {
+                let asked: wire::At = about(query)?;
+                Ok(json(&list::stat_of(&self.place(&asked.path)?, asked.attributes)?))
+            }
             (&Method::GET, "content") => self.read_file(&about(query)?),
             (&Method::PUT, "content") => self.write_file(about(query)?, body).await,
             (&Method::POST, "known") => self.is_known(read_json(body).await?).await,
@@ -107,6 +110,7 @@ impl Guest {
 
     fn put_in_place(&self, place: &Place, upload: Upload, asked: &wire::Write, sha256: Option<String>) -> Answered {
         let received = upload.size;
+        upload.describe(&asked.attributes)?;
         let (stat, entry, is_new) = upload.finish(asked.mode, &asked.conditions)?;
         if let Some(path) = place.in_workdir() {
             self.kernels.files().uploaded([(path.to_owned(), Stamp::from(&stat))]);

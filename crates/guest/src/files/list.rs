@@ -1,18 +1,18 @@
 //! What is in a folder, in the order of names, a page at a time: each folder comes before what is in it. Holds no more names than it tells.
 
-use std::collections::BinaryHeap;
+use std::collections::{BTreeMap, BinaryHeap};
 use std::ffi::{OsStr, OsString};
 use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use cellblock_wire::files::{self as wire, Kind, Listing, MAX_DEPTH, MAX_LISTED};
-use rustix::fs::{AtFlags, Dir, FileType, OFlags, fstat, openat, statat};
+use rustix::fs::{AtFlags, Dir, FileType, OFlags, fstat, openat, readlinkat, statat};
 use rustix::io::Errno;
 
 use super::look::Stamp;
 use super::path::{FOLDER, FOLDER_OR_LINK, Links, Place, RelativePath, open_beneath};
-use super::{FileError, failed, is_hidden};
+use super::{FileError, attributes, failed, is_hidden};
 
 /// Names that are looked at in one go.
 const PAUSE: usize = 256;
@@ -29,7 +29,7 @@ pub(super) fn entry(path: String, stat: &rustix::fs::Stat) -> wire::Stat {
     };
     let Stamp { size, modified, changed, inode } = Stamp::from(stat);
     let etag = format!("{inode:x}-{size:x}-{:x}-{:x}", modified as u64, changed as u64);
-    wire::Stat { path, kind, size, mode: stat.st_mode & 0o7777, modified, etag }
+    wire::Stat { path, kind, size, mode: stat.st_mode & 0o7777, modified, etag, ..wire::Stat::default() }
 }
 
 /// What is there. A link itself, not what it leads to.
@@ -50,7 +50,33 @@ pub fn stat(place: &Place) -> Result<wire::Stat, FileError> {
             statat(&folder, name, AtFlags::SYMLINK_NOFOLLOW).map_err(failed("looked at"))?
         }
     };
-    Ok(entry(place.shown(&place.path).unwrap_or_default(), &stat))
+    let told = entry(place.shown(&place.path).unwrap_or_default(), &stat);
+    Ok(if told.kind == Kind::Symlink { with_target(told, &place.root()?, &place.path) } else { told })
+}
+
+/// The same, with its attributes if they are asked for.
+///
+/// # Errors
+/// See [`stat`].
+pub fn stat_of(place: &Place, with_attributes: bool) -> Result<wire::Stat, FileError> {
+    let told = stat(place)?;
+    let attributes = if with_attributes { attributes::read(place.root()?, &place.path) } else { BTreeMap::new() };
+    Ok(wire::Stat { attributes, ..told })
+}
+
+/// A link with where it leads, as far as that can be told.
+fn with_target(told: wire::Stat, root: &OwnedFd, path: &Path) -> wire::Stat {
+    let link = open_beneath(root, path, OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC, Links::Follow);
+    let target = link.and_then(|link| readlinkat(link, "", Vec::new()));
+    let there = open_beneath(root, path, OFlags::PATH | OFlags::CLOEXEC, Links::Follow).and_then(fstat);
+    wire::Stat {
+        target: target
+            .ok()
+            .and_then(|target| target.into_string().ok())
+            .filter(|target| target.len() <= wire::MAX_PATH),
+        target_kind: there.ok().map(|stat| entry(String::new(), &stat).kind),
+        ..told
+    }
 }
 
 /// What is in a folder; of something else, that itself.
@@ -78,12 +104,20 @@ pub async fn list(place: &Place, asked: &wire::List) -> Result<Listing, FileErro
             listing.omitted += 1;
             continue;
         };
-        bytes += shown.len();
+        let mut told = entry(shown, &stat);
+        if told.kind == Kind::Symlink {
+            told = with_target(told, &walk.root, &path);
+        }
+        if asked.attributes {
+            told.attributes = attributes::read(&walk.root, &path);
+        }
+        bytes += told.attributes.iter().map(|(name, value)| name.len() + value.len()).sum::<usize>();
+        bytes += told.path.len() + told.target.as_ref().map_or(0, String::len);
         if listing.entries.len() == limit || bytes > MAX_PATHS {
             listing.truncated = true;
             break;
         }
-        listing.entries.push(entry(shown, &stat));
+        listing.entries.push(told);
     }
     listing.omitted += walk.omitted;
     Ok(listing)

@@ -20,6 +20,7 @@ use rustix::fs::{fstatvfs, statvfs};
 use rustix::io::Errno;
 
 pub mod api;
+mod attributes;
 pub mod change;
 pub mod list;
 pub mod look;

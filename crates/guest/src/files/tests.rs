@@ -160,7 +160,7 @@ async fn a_page_goes_on_where_the_last_one_ended() {
     for limit in 1..6 {
         let (mut told, mut after) = (Vec::new(), None);
         loop {
-            let asked = List { depth: 9, limit, after, path: String::new() };
+            let asked = List { depth: 9, limit, after, ..List::default() };
             let page = list::list(&room.place(""), &asked).await.unwrap();
             assert!(page.entries.len() <= limit);
             told.extend(page.entries.into_iter().map(|entry| entry.path));

@@ -227,7 +227,7 @@ impl Watcher {
                 return;
             }
             if tells && !path.as_os_str().is_empty() {
-                batch.tell(&self.place, &inner, |path| Event::Created { path, is_folder });
+                batch.tell(&self.place, &inner, |path| Event::Created { path, is_folder, is_whole: false });
             }
             if is_folder
                 && let Ok(folder) = open_beneath(root, &inner, FOLDER, Links::Refuse)
@@ -273,7 +273,10 @@ impl Batch {
                     }
                 }
                 Some((_, from, true)) => self.tell(place, &from, |path| Event::Deleted { path }),
-                _ if !hidden => self.tell(place, &path, |path| Event::Created { path, is_folder }),
+                from if !hidden => {
+                    let is_whole = from.is_some();
+                    self.tell(place, &path, |path| Event::Created { path, is_folder, is_whole });
+                }
                 _ => {}
             }
             return;
@@ -287,7 +290,7 @@ impl Batch {
             if is_folder {
                 self.added.push(path.clone());
             }
-            self.tell(place, &path, |path| Event::Created { path, is_folder });
+            self.tell(place, &path, |path| Event::Created { path, is_folder, is_whole: false });
         } else if flags.contains(ReadFlags::DELETE) {
             self.modified.remove(&path);
             self.tell(place, &path, |path| Event::Deleted { path });
@@ -333,7 +336,7 @@ async fn poll(root: &OwnedFd, place: &Place, recursive: bool, lines: &Lines) -> 
         for (path, state) in &now {
             let path = path.clone();
             match before.get(&path) {
-                None => tell(lines, &Event::Created { path, is_folder: state.1 }).await?,
+                None => tell(lines, &Event::Created { path, is_folder: state.1, is_whole: false }).await?,
                 Some(old) if old != state => tell(lines, &Event::Modified { path }).await?,
                 Some(_) => {}
             }

@@ -1,5 +1,6 @@
 //! A file that is written beside its place and put there whole. Unless finished, it disappears.
 
+use std::collections::BTreeMap;
 use std::ffi::{OsStr, OsString};
 use std::os::fd::{AsFd, OwnedFd};
 
@@ -10,7 +11,7 @@ use rustix::fs::{
 use rustix::io::Errno;
 
 use super::path::Place;
-use super::{FileError, failed, hidden_name, list};
+use super::{FileError, attributes, failed, hidden_name, list};
 
 /// Permissions of a new file.
 const NEW: u32 = 0o644;
@@ -109,6 +110,14 @@ impl Upload {
             self.size += wrote as u64;
         }
         Ok(())
+    }
+
+    /// Says what it is beside its bytes.
+    ///
+    /// # Errors
+    /// When that can't be kept.
+    pub(super) fn describe(&self, attributes: &BTreeMap<String, String>) -> Result<(), FileError> {
+        attributes::write(&self.file, attributes)
     }
 
     /// Puts the file in its place, and says how it stands there, and whether nothing stood there before.

@@ -1,23 +1,33 @@
 //! What E2B's agent in a sandbox (envd) answers: its routes in one place, its users, and what is audited of them.
 
+use std::collections::BTreeMap;
+
 use axum::Router;
 use axum::http::header::AUTHORIZATION;
 use axum::http::{HeaderMap, Method, StatusCode};
+use axum::response::Response;
 use axum::routing::{any, get};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
+use futures_util::stream;
 
 use super::Change;
+use super::connect::{self, Serving};
 use super::error::{Code, Fault, Refusal};
-use super::sandbox::{Aimed, ByAgentToken};
+use super::sandbox::{Aimed, ByAgentToken, Sandbox};
+use crate::domain::ids::SessionId;
 use crate::http::App;
+use crate::http::extract::Answer;
 use crate::http::problem::{self, Problem};
+use crate::service::Error;
 
 mod files;
 mod filesystem;
-#[allow(dead_code, reason = "the rooms beside it are built on it")]
+mod gzip;
 mod paths;
 mod process;
+mod signature;
+mod watching;
 
 /// Who everything in a sandbox is.
 pub(super) const USER: &str = "user";
@@ -42,6 +52,7 @@ pub(super) const SIGNED_CHANGES: [Change; 1] = [(Method::POST, "/files", "write_
 pub(super) fn routes() -> Router<App> {
     Router::new()
         .route("/health", get(health))
+        .route("/envs", get(envs))
         .route("/files", get(files::read).post(files::write))
         .merge(filesystem::routes())
         .merge(process::routes())
@@ -53,6 +64,11 @@ pub(super) fn signed_routes() -> Router<App> {
     Router::new().route("/files", get(files::read_signed).post(files::write_signed))
 }
 
+/// The environment of everything in it.
+async fn envs(ByAgentToken(sandbox): ByAgentToken) -> Answer<BTreeMap<String, String>> {
+    Answer(sandbox.session.spec.env.clone())
+}
+
 /// Whether the sandbox runs; clients ask without a token.
 async fn health(_: Aimed) -> StatusCode {
     StatusCode::NO_CONTENT
@@ -62,7 +78,47 @@ pub(super) async fn nothing_there(_: ByAgentToken) -> Refusal {
     Refusal::of_agent(Problem::new(problem::NOT_FOUND, "there is no such path here; docs/E2B.md lists all"))
 }
 
-#[allow(dead_code, reason = "the rooms of RPCs are built on it")]
+/// Why something is not done: the sandbox is gone, which is no answer of an RPC, or a fault, which is.
+enum Not {
+    Gone(SessionId),
+    Done(Fault),
+}
+
+impl From<Fault> for Not {
+    fn from(fault: Fault) -> Self {
+        Self::Done(fault)
+    }
+}
+
+impl Not {
+    fn of(sandbox: &Sandbox) -> impl Fn(Error) -> Self {
+        let id = sandbox.id();
+        move |error| match error {
+            Error::SessionEnded(_) | Error::NotFound("session") => Self::Gone(id),
+            error => Self::Done(error.into()),
+        }
+    }
+
+    /// As the one answer of an RPC.
+    fn plain(self) -> Refusal {
+        match self {
+            Self::Gone(id) => Refusal::sandbox_missing(Some(id)),
+            Self::Done(fault) => Refusal::of_rpc(fault),
+        }
+    }
+
+    /// As the end of an answer that streams.
+    fn streamed(self) -> Result<Response, Refusal> {
+        match self {
+            Self::Gone(id) => Err(Refusal::sandbox_missing(Some(id))),
+            Self::Done(fault) => {
+                let serving = Serving::until(std::future::pending());
+                Ok(connect::stream(serving, stream::iter([Err(fault)])))
+            }
+        }
+    }
+}
+
 /// Holds the user that an RPC names against the one there is.
 fn check_rpc_user(headers: &HeaderMap) -> Result<(), Fault> {
     let Some(given) = headers.get(AUTHORIZATION) else { return Ok(()) };
@@ -78,7 +134,6 @@ fn check_rpc_user(headers: &HeaderMap) -> Result<(), Fault> {
     }
 }
 
-#[allow(dead_code, reason = "the rooms below are built on it")]
 /// Holds a user that a request names against the one there is.
 fn check_user(name: &str) -> Result<(), String> {
     match name {
