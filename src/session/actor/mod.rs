@@ -235,6 +235,7 @@ pub(super) fn spawn(birth: Birth) -> Session {
         created_at: actor.created_at,
         is_warm: actor.leaving.is_warm,
         by_language: Arc::default(),
+        in_a_row: Arc::default(),
         gate: Arc::clone(&actor.gate),
         commands: commands_in,
         wishes: wishes_in,
@@ -277,6 +278,7 @@ pub(super) fn ended(record: SessionRecord, reason: EndReason, gate: Arc<Gate>) -
         created_at: record.created_at,
         is_warm: record.is_warm,
         by_language: Arc::default(),
+        in_a_row: Arc::default(),
         gate,
         commands,
         wishes,
@@ -978,6 +980,7 @@ impl Actor {
             language: context.language().to_owned(),
             kernelspec: context.kernelspec.clone(),
             is_default: id == self.default_context,
+            cwd: context.cwd().unwrap_or(&self.spec.workdir).to_owned(),
             queued: context.queued(),
             created_at: context.created_at,
         })
