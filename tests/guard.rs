@@ -18,9 +18,9 @@ use std::time::{Duration, Instant};
 use bollard::models::ContainerCreateBody;
 use bollard::query_parameters::CreateContainerOptionsBuilder;
 use cellblock::domain::ids::SessionId;
+use cellblock::domain::spec::WORKDIR;
 use cellblock::domain::spec::{MIB, Resources};
 use cellblock::engine::guard::{Guard, GuardEngine, Needs, Permitted, Policy, bind};
-use cellblock::domain::spec::WORKDIR;
 use cellblock::engine::{ByteStream, CellName, CellSpec, Engine, EngineError, Pull};
 use cellblock::task;
 use engine_docker::{Bench, IMAGE, on_docker, real_guest, scripted_guest};
@@ -52,7 +52,13 @@ impl Drop for Guarded {
 
 fn policy(bench: &Bench) -> Policy {
     let most = Resources { memory_bytes: 512 * MIB, ..engine_suite::resources() };
-    let permitted = |image: &str| Permitted { image: image.to_owned(), runtime: String::new(), most, data: vec![], workdir: WORKDIR.to_owned() };
+    let permitted = |image: &str| Permitted {
+        image: image.to_owned(),
+        runtime: String::new(),
+        most,
+        data: vec![],
+        workdir: WORKDIR.to_owned(),
+    };
     // The second one is what the suite looks for in vain.
     let with_data = Permitted { data: vec![engine_suite::data()], ..permitted(IMAGE) };
     policy_of(&bench.instance, vec![permitted(IMAGE), permitted("cellblock-no-such-image:none"), with_data])
@@ -264,7 +270,13 @@ fn as_json(cell: &CellSpec) -> Value {
 /// A guard before an engine without containers, which counts what it is asked.
 async fn before_a_fake(change: impl FnOnce(&mut Policy)) -> (Guarded, Arc<FakeEngine>) {
     let most = engine_suite::resources();
-    let listed = Permitted { image: engine_fake::IMAGE.to_owned(), runtime: String::new(), most, data: vec![], workdir: WORKDIR.to_owned() };
+    let listed = Permitted {
+        image: engine_fake::IMAGE.to_owned(),
+        runtime: String::new(),
+        most,
+        data: vec![],
+        workdir: WORKDIR.to_owned(),
+    };
     let mut policy = policy_of("fake", vec![listed]);
     change(&mut policy);
     let fake = Arc::new(FakeEngine::new("fake"));
@@ -275,7 +287,15 @@ async fn before_a_fake(change: impl FnOnce(&mut Policy)) -> (Guarded, Arc<FakeEn
 fn fake_cell() -> CellSpec {
     let session = SessionId::from_uuid(Uuid::now_v7());
     let (name, image) = (CellName::new("fake", session, 0), "sha256:fake".to_owned());
-    CellSpec { name, session, image, runtime: String::new(), resources: engine_suite::resources(), data: vec![], workdir: WORKDIR.to_owned() }
+    CellSpec {
+        name,
+        session,
+        image,
+        runtime: String::new(),
+        resources: engine_suite::resources(),
+        data: vec![],
+        workdir: WORKDIR.to_owned(),
+    }
 }
 
 fn unavailable<T>(outcome: Result<T, EngineError>, word: &str) {

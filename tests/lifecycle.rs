@@ -16,7 +16,7 @@ use std::time::Duration;
 use bench::{Bench, INSTANCE, NEVER, bounded, cell_of};
 use cellblock::domain::lifecycle::{EndReason, Phase};
 use cellblock::domain::output::{RestartCause, Status, StopStep};
-use cellblock::domain::spec::{OnGuestLost, OnIdle, OnKernelDeath, SessionRequest};
+use cellblock::domain::spec::{OnExpiry, OnGuestLost, OnIdle, OnKernelDeath, SessionRequest};
 use cellblock::engine::{CellName, CellState, Engine, EngineError};
 use cellblock::service::keys::Principal;
 use cellblock::service::{Error, ExecuteRequest};
@@ -762,6 +762,40 @@ async fn idleness_ends_a_session_or_pauses_it_and_ends_it_later() {
     let began = std::time::Instant::now();
     assert_eq!(end_of(&session).await, EndReason::Idle);
     assert!(began.elapsed() >= Duration::from_millis(600), "{:?}", began.elapsed());
+    assert_eq!(bench.cells().await, 0);
+}
+
+#[tokio::test]
+async fn a_session_that_is_kept_rests_when_it_expires_and_has_its_time_again_when_it_is_used() {
+    let short = Duration::from_millis(400);
+    let bench = Bench::with(|_, template| {
+        (template.default_timeouts.idle, template.default_timeouts.lifetime) = (short / 4, short);
+        template.max_timeouts.lifetime = 8 * short;
+    });
+    let request = SessionRequest {
+        on_idle: Some(OnIdle::Keep),
+        on_expiry: OnExpiry::Pause,
+        metadata: [("a b".to_owned(), "c&d".to_owned())].into(),
+        ..SessionRequest::default()
+    };
+    let began = std::time::Instant::now();
+    let created = bounded(bench.service.create_session(&bench.who, &request, true, None)).await.unwrap();
+    let (Created::New(session) | Created::Reused(session)) = created;
+    assert_eq!(session.spec.metadata, request.metadata);
+    assert_eq!(session.snapshot().idle_deadline, None, "idleness is nothing to it");
+    // What runs is not cut off by it.
+    let running = bench.start(&session, "hang", 10.0).await.unwrap();
+    tokio::time::sleep(2 * short).await;
+    assert_eq!((session.phase(), running.status()), (Phase::Ready, Status::Running));
+    bench.service.cancel(&bench.who, running.id).unwrap();
+    bounded(running.ended()).await;
+    bounded(session.wait_for(|s| s.phase == Phase::Paused)).await;
+    assert_eq!(bench.run(&session, "hello", 5.0).await.status(), Status::Ok);
+    let again = session.snapshot();
+    assert!(again.expires_at > jiff::Timestamp::now() && again.phase == Phase::Ready, "{again:?}");
+    bounded(session.wait_for(|s| s.phase == Phase::Paused)).await;
+    assert_eq!(end_of(&session).await, EndReason::Lifetime);
+    assert!(began.elapsed() >= 8 * short, "it is as old as it may be: {:?}", began.elapsed());
     assert_eq!(bench.cells().await, 0);
 }
 

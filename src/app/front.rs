@@ -43,10 +43,11 @@ pub fn app(config: &Config, plane: &Plane) -> App {
         sockets: jupyter::Sockets::default(),
         started: Timestamp::now(),
         mcp: config.doors.mcp.then(|| mcp::Mcp::new(config.doors.mcp_hosts.clone())),
-        e2b: config.doors.e2b.enabled.then(|| E2b {
-            domain: e2b_domain(config),
-            templates: Arc::new(config.doors.e2b.templates.clone()),
-        }),
+        e2b: config
+            .doors
+            .e2b
+            .enabled
+            .then(|| E2b { domain: e2b_domain(config), templates: Arc::new(config.doors.e2b.templates.clone()) }),
     }
 }
 

@@ -134,8 +134,12 @@ impl Checker<'_> {
             // What is compiled in stands for a template that an operator may have switched off.
             let is_left = template == E2B_TEMPLATE && document.templates.contains_key(E2B_TEMPLATE);
             self.require(enabled(template) || is_left, &[&key], || {
-                let known = document.templates.iter().filter(|(_, section)| section.enabled).map(|(name, _)| name.as_str());
-                format!("there is no template {template:?}; enabled templates: {}", known.collect::<Vec<_>>().join(", "))
+                let known =
+                    document.templates.iter().filter(|(_, section)| section.enabled).map(|(name, _)| name.as_str());
+                format!(
+                    "there is no template {template:?}; enabled templates: {}",
+                    known.collect::<Vec<_>>().join(", ")
+                )
             });
         }
     }

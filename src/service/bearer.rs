@@ -65,7 +65,8 @@ impl Tokens {
     pub fn of(&self, purpose: Purpose, session: SessionId) -> String {
         let prefix = purpose.prefix();
         // HMAC takes a key of any length, so there is always one.
-        let mac = Hmac::<Sha256>::new_from_slice(&self.0).map(|mac| mac.chain_update(prefix).chain_update(session.uuid()));
+        let mac =
+            Hmac::<Sha256>::new_from_slice(&self.0).map(|mac| mac.chain_update(prefix).chain_update(session.uuid()));
         let digest = mac.map(|mac| mac.finalize().into_bytes().to_vec()).unwrap_or_default();
         digest.iter().fold(prefix.to_owned(), |token, byte| format!("{token}{byte:02x}"))
     }

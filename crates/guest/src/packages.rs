@@ -46,7 +46,8 @@ mod tests {
     #[test]
     fn what_is_there_already_stays() {
         let env = |pairs: &[(&str, &str)]| pairs.iter().map(|(n, v)| ((*n).to_owned(), (*v).to_owned())).collect();
-        let found: BTreeMap<String, String> = with(env(&[("A", "b")]), Path::new(WORKDIR), Some("/bin".to_owned()), None);
+        let found: BTreeMap<String, String> =
+            with(env(&[("A", "b")]), Path::new(WORKDIR), Some("/bin".to_owned()), None);
         let expected = [("A", "b"), ("PATH", "/bin:/workspace/.packages/bin"), ("PYTHONPATH", "/cellblock/python")];
         assert_eq!(found, env(&expected));
         let own = env(&[("PATH", "/own"), ("PYTHONPATH", "/mine")]);

@@ -73,7 +73,8 @@ impl Policy {
         if of_runtime.is_empty() {
             return rejected(format!("the guard has no template with this image and runtime {:?}", cell.runtime));
         }
-        let of_data: Vec<_> = of_runtime.into_iter().filter(|t| t.data == cell.data && t.workdir == cell.workdir).collect();
+        let of_data: Vec<_> =
+            of_runtime.into_iter().filter(|t| t.data == cell.data && t.workdir == cell.workdir).collect();
         if of_data.is_empty() {
             return rejected("the guard has no template with this image, runtime, data and working folder".to_owned());
         }

@@ -14,9 +14,9 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::domain::data::DataMount;
-use crate::domain::spec::WORKDIR;
 use crate::domain::ids::InstallationId;
 use crate::domain::spec::Resources;
+use crate::domain::spec::WORKDIR;
 use crate::engine::{
     CellName, CellSpec, CellState, EngineError, EngineEvent, EngineEventKind, Observed, Promised, Pull,
 };
@@ -153,7 +153,19 @@ impl Cell {
     pub(super) fn read(self, instance: &str) -> Option<CellSpec> {
         let name = name(self.name, instance)?;
         let session = name.session(instance).filter(|session| session.to_string() == self.session)?;
-        let Self { image, runtime, cpu_millis, memory_bytes, disk_bytes, tmp_bytes, pids, open_files, data, workdir, .. } = self;
+        let Self {
+            image,
+            runtime,
+            cpu_millis,
+            memory_bytes,
+            disk_bytes,
+            tmp_bytes,
+            pids,
+            open_files,
+            data,
+            workdir,
+            ..
+        } = self;
         let resources = Resources { cpu_millis, memory_bytes, disk_bytes, tmp_bytes, pids, open_files };
         let data = data.into_iter().map(|Data { name, path }| DataMount { name, path }).collect();
         let workdir = workdir.unwrap_or_else(|| WORKDIR.to_owned());

@@ -4,7 +4,6 @@
 //! ends with an envelope that says how.
 
 use std::pin::Pin;
-use std::task::Poll;
 use std::time::Duration;
 
 use axum::body::{Body, BodyDataStream, Bytes};

@@ -115,7 +115,11 @@ impl Refusal {
     pub fn of_control(problem: impl Into<Problem>) -> Self {
         let problem = problem.into();
         let status = match problem.code {
-            "spec-rejected" | "setup-failed" | "image-rejected" | "install-failed" | "unsupported-media-type"
+            "spec-rejected"
+            | "setup-failed"
+            | "image-rejected"
+            | "install-failed"
+            | "unsupported-media-type"
             | "idempotency-mismatch" => StatusCode::BAD_REQUEST.as_u16(),
             "session-ended" => StatusCode::NOT_FOUND.as_u16(),
             "kernel-failed" | "engine-refused" | "isolation-unverified" | "start-timed-out" | "guest-unreachable" => {
@@ -155,7 +159,8 @@ impl Refusal {
     /// There is no such sandbox, or it is over or rests: all the same to whoever is outside.
     #[must_use]
     pub fn sandbox_missing(sandbox: Option<SessionId>) -> Self {
-        let problem = Problem { retry_after_seconds: None, ..Problem::new(problem::NOT_FOUND, "The sandbox was not found") };
+        let problem =
+            Problem { retry_after_seconds: None, ..Problem::new(problem::NOT_FOUND, "The sandbox was not found") };
         Self::of_gateway(problem, Words::Gateway { sandbox, port: None })
     }
 
@@ -173,7 +178,10 @@ impl Refusal {
     /// What E2B's API has and this server has not.
     #[must_use]
     pub fn unbuilt(what: &str) -> Problem {
-        Problem::new(problem::NOT_IMPLEMENTED, format!("{what} is not offered by this server; docs/E2B.md lists what is"))
+        Problem::new(
+            problem::NOT_IMPLEMENTED,
+            format!("{what} is not offered by this server; docs/E2B.md lists what is"),
+        )
     }
 
     /// The same with another status.

@@ -29,12 +29,14 @@ use axum::routing::any;
 use super::App;
 use super::problem::{self, Problem};
 
+#[allow(dead_code, reason = "the rooms that stream are built on it")]
 mod connect;
 mod control;
 mod envd;
 pub mod error;
 mod interpreter;
 mod ports;
+#[allow(dead_code, reason = "the rooms behind it are built on it")]
 mod sandbox;
 pub mod way;
 
@@ -51,6 +53,7 @@ pub struct E2b {
 
 impl E2b {
     /// The template that a client means.
+    #[allow(dead_code, reason = "the control API is built on it")]
     fn template<'a>(&'a self, name: &'a str) -> &'a str {
         self.templates.get(name).map_or(name, String::as_str)
     }
@@ -64,7 +67,12 @@ pub(super) fn routes() -> Router<App> {
         .nest(way::AGENT, envd::routes())
         .merge(envd::signed_routes())
         .nest(way::INTERPRETER, interpreter::routes())
-        .nest(way::PORTS, ports::routes())
+        .merge(ports::routes())
+        // Nested routers do not have what ends with their prefix and a slash.
+        .route(&format!("{}/", way::CONTROL), any(nothing_there))
+        .route(&format!("{}/", way::AGENT), any(envd::nothing_there))
+        .route(&format!("{}/", way::INTERPRETER), any(interpreter::nothing_there))
+        .route(&format!("{}/", way::SANDBOXES), any(async || sandbox::no_aim()))
         .route(&format!("{}/{{*rest}}", way::SANDBOXES), any(async || sandbox::no_aim()))
         .layer(middleware::from_fn(say_whether_to_retry))
 }

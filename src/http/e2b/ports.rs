@@ -13,7 +13,8 @@ use crate::http::v1::ports::{self, Unpassed};
 use crate::service::Error;
 
 pub(super) fn routes() -> Router<App> {
-    Router::new().route("/", any(ask)).route("/{*rest}", any(ask))
+    // A nested router would not have what ends with the prefix and a slash.
+    Router::new().route(&format!("{PORTS}/"), any(ask)).route(&format!("{PORTS}/{{*rest}}"), any(ask))
 }
 
 async fn ask(State(app): State<App>, request: Request) -> Result<Response, Refusal> {
@@ -24,9 +25,7 @@ async fn ask(State(app): State<App>, request: Request) -> Result<Response, Refus
         head.headers.remove(name);
     }
     let Sandbox { who, session, port, .. } = &sandbox;
-    // Routes below a prefix lose it; this one is whole again.
-    let path = head.extensions.get::<axum::extract::OriginalUri>().map_or_else(|| head.uri.clone(), |uri| uri.0.clone());
-    let path = path.path().strip_prefix(PORTS).filter(|rest| rest.starts_with('/')).unwrap_or("/").to_owned();
+    let path = head.uri.path().strip_prefix(PORTS).filter(|rest| rest.starts_with('/')).unwrap_or("/").to_owned();
     let target = ports::Target::own_host(session.id, *port, path);
     let passed = ports::pass(&app, who, target, Request::from_parts(head, body)).await;
     passed.map(IntoResponse::into_response).map_err(|unpassed| match unpassed {

@@ -70,7 +70,9 @@ impl Aimed {
         let Some(who) = who else {
             // It counts as a key that was tried, if one was.
             let refused = self.app.door.admit_key(parts, None, parts.headers.contains_key(header)).err();
-            let detail = format!("the header {header} does not hold the token that this sandbox's create or connect answered with");
+            let detail = format!(
+                "the header {header} does not hold the token that this sandbox's create or connect answered with"
+            );
             let refused = refused.unwrap_or_else(|| Problem::new(problem::UNAUTHENTICATED, ""));
             return Err(match refused.code {
                 "unauthenticated" => Problem { detail, ..refused },
@@ -129,7 +131,10 @@ impl FromRequestParts<App> for ByAgentToken {
     async fn from_request_parts(parts: &mut Parts, app: &App) -> Result<Self, Refusal> {
         let aimed = Aimed::from_request_parts(parts, app).await?;
         let id = aimed.session.id;
-        aimed.opened_by(parts, Purpose::Agent, &ACCESS_TOKEN).map(Self).map_err(|problem| gone_or(problem, id, Refusal::of_agent))
+        aimed
+            .opened_by(parts, Purpose::Agent, &ACCESS_TOKEN)
+            .map(Self)
+            .map_err(|problem| gone_or(problem, id, Refusal::of_agent))
     }
 }
 
@@ -142,7 +147,10 @@ impl FromRequestParts<App> for ForRpc {
     async fn from_request_parts(parts: &mut Parts, app: &App) -> Result<Self, Refusal> {
         let aimed = Aimed::from_request_parts(parts, app).await?;
         let id = aimed.session.id;
-        aimed.opened_by(parts, Purpose::Agent, &ACCESS_TOKEN).map(Self).map_err(|problem| gone_or(problem, id, Refusal::of_rpc))
+        aimed
+            .opened_by(parts, Purpose::Agent, &ACCESS_TOKEN)
+            .map(Self)
+            .map_err(|problem| gone_or(problem, id, Refusal::of_rpc))
     }
 }
 

@@ -166,7 +166,15 @@ mod tests {
 
     #[test]
     fn requests_without_headers_are_not_touched() {
-        for path in ["/health", "/livez", "/v1/sessions", "/files?signature=x", "/v2/sandboxes", "/e2b/api/sandboxes", "/e2b/boxes"] {
+        for path in [
+            "/health",
+            "/livez",
+            "/v1/sessions",
+            "/files?signature=x",
+            "/v2/sandboxes",
+            "/e2b/api/sandboxes",
+            "/e2b/boxes",
+        ] {
             assert_eq!(by_headers(path, &[]), (path.to_owned(), None));
         }
     }

@@ -11,7 +11,9 @@ use crate::domain::output::{
 };
 use crate::domain::packages::{PackagePolicy, Requirement};
 use crate::domain::ports::Ports;
-use crate::domain::spec::{KernelTransport, OnGuestLost, OnExpiry, OnIdle, OnKernelDeath, OutputLimits, Resources, Timeouts};
+use crate::domain::spec::{
+    KernelTransport, OnExpiry, OnGuestLost, OnIdle, OnKernelDeath, OutputLimits, Resources, Timeouts,
+};
 
 fn network(rule: &str) -> Network {
     Network { mode: NetworkMode::Allowlist, allow: Rule::parse(rule).unwrap().into() }

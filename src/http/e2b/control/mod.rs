@@ -27,7 +27,7 @@ pub(super) const CHANGES: [Change; 11] = [
 
 /// The routes, without the prefix that they have in one of their two places.
 pub(super) fn routes() -> Router<App> {
-    let routes: [(&str, MethodRouter<App>); 18] = [
+    let routes: [(&str, MethodRouter<App>); 13] = [
         ("/sandboxes", get(unbuilt).post(unbuilt)),
         ("/v2/sandboxes", get(unbuilt).post(unbuilt)),
         ("/sandboxes/{id}", get(unbuilt).delete(unbuilt)),
@@ -41,13 +41,14 @@ pub(super) fn routes() -> Router<App> {
         ("/sandboxes/{id}/fork", post(unbuilt)),
         ("/snapshots", get(unbuilt)),
         ("/templates/{id}", delete(unbuilt)),
-        ("/sandboxes/{id}/{*rest}", any(nothing_there)),
-        ("/v2/{*rest}", any(nothing_there)),
-        ("/v3/{*rest}", any(nothing_there)),
-        ("/templates", any(nothing_there)),
-        ("/templates/{id}/{*rest}", any(nothing_there)),
     ];
-    routes.into_iter().fold(Router::new(), |router, (path, methods)| router.route(path, methods.fallback(no_method)))
+    // What else clients of E2B may ask for, so that they are told in words that they know.
+    let others = ["/sandboxes/{id}/{*rest}", "/v2/{*rest}", "/v3/{*rest}", "/templates", "/templates/{id}/{*rest}"];
+    let with = |router: Router<App>, (path, methods): (&str, MethodRouter<App>)| {
+        router.route(path, methods.fallback(no_method))
+    };
+    let routes = routes.into_iter().fold(Router::new(), with);
+    others.into_iter().fold(routes, |router, path| router.route(path, any(nothing_there)))
 }
 
 async fn no_method() -> Refusal {

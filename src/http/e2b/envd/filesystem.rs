@@ -8,22 +8,13 @@ use super::super::sandbox::ForRpc;
 use crate::http::App;
 
 /// Its methods.
-const METHODS: [&str; 9] = [
-    "Stat",
-    "ListDir",
-    "MakeDir",
-    "Move",
-    "Remove",
-    "WatchDir",
-    "CreateWatcher",
-    "GetWatcherEvents",
-    "RemoveWatcher",
-];
+const METHODS: [&str; 9] =
+    ["Stat", "ListDir", "MakeDir", "Move", "Remove", "WatchDir", "CreateWatcher", "GetWatcherEvents", "RemoveWatcher"];
 
 pub(super) fn routes() -> Router<App> {
-    METHODS.iter().fold(Router::new(), |router, method| {
-        router.route(&format!("/filesystem.Filesystem/{method}"), post(unbuilt))
-    })
+    METHODS
+        .iter()
+        .fold(Router::new(), |router, method| router.route(&format!("/filesystem.Filesystem/{method}"), post(unbuilt)))
 }
 
 async fn unbuilt(_: ForRpc) -> Refusal {

@@ -3,7 +3,7 @@
 use axum::Router;
 use axum::http::header::AUTHORIZATION;
 use axum::http::{HeaderMap, Method, StatusCode};
-use axum::routing::{any, get, post};
+use axum::routing::{any, get};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
 
@@ -15,6 +15,7 @@ use crate::http::problem::{self, Problem};
 
 mod files;
 mod filesystem;
+#[allow(dead_code, reason = "the rooms beside it are built on it")]
 mod paths;
 mod process;
 
@@ -44,7 +45,6 @@ pub(super) fn routes() -> Router<App> {
         .route("/files", get(files::read).post(files::write))
         .merge(filesystem::routes())
         .merge(process::routes())
-        .route("/", any(nothing_there))
         .route("/{*rest}", any(nothing_there))
 }
 
@@ -58,10 +58,11 @@ async fn health(_: Aimed) -> StatusCode {
     StatusCode::NO_CONTENT
 }
 
-async fn nothing_there(_: ByAgentToken) -> Refusal {
+pub(super) async fn nothing_there(_: ByAgentToken) -> Refusal {
     Refusal::of_agent(Problem::new(problem::NOT_FOUND, "there is no such path here; docs/E2B.md lists all"))
 }
 
+#[allow(dead_code, reason = "the rooms of RPCs are built on it")]
 /// Holds the user that an RPC names against the one there is.
 fn check_rpc_user(headers: &HeaderMap) -> Result<(), Fault> {
     let Some(given) = headers.get(AUTHORIZATION) else { return Ok(()) };
@@ -77,11 +78,14 @@ fn check_rpc_user(headers: &HeaderMap) -> Result<(), Fault> {
     }
 }
 
+#[allow(dead_code, reason = "the rooms below are built on it")]
 /// Holds a user that a request names against the one there is.
 fn check_user(name: &str) -> Result<(), String> {
     match name {
         "" | USER => Ok(()),
-        other => Err(format!("invalid username: {other:.40?}; everything in this server's sandboxes is \"{USER}\", and nobody in them is root")),
+        other => Err(format!(
+            "invalid username: {other:.40?}; everything in this server's sandboxes is \"{USER}\", and nobody in them is root"
+        )),
     }
 }
 

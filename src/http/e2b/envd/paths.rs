@@ -17,7 +17,9 @@ pub(super) fn absolute(home: &str, path: &str) -> Result<String, String> {
     let (start, rest) = match from_home {
         Some(rest) => (home, rest),
         None if path.starts_with('/') => ("", path),
-        None if path.starts_with('~') => return Err(format!("{path:.60?} names another user's home; there is one user")),
+        None if path.starts_with('~') => {
+            return Err(format!("{path:.60?} names another user's home; there is one user"));
+        }
         None => (home, path),
     };
     let mut names: Vec<&str> = Vec::new();

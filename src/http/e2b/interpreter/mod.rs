@@ -39,7 +39,6 @@ pub(super) fn routes() -> Router<App> {
         .route("/contexts", get(list_contexts).post(create_context))
         .route("/contexts/{id}/restart", post(restart_context))
         .route("/contexts/{id}", delete(delete_context))
-        .route("/", any(nothing_there))
         .route("/{*rest}", any(nothing_there))
 }
 
@@ -48,7 +47,7 @@ async fn health(_: Aimed) -> &'static str {
     "\"OK\""
 }
 
-async fn nothing_there(_: ByTrafficToken) -> Refusal {
+pub(super) async fn nothing_there(_: ByTrafficToken) -> Refusal {
     Refusal::of_interpreter(Problem::new(problem::NOT_FOUND, "there is no such path here; docs/E2B.md lists all"))
 }
 

@@ -1,0 +1,41 @@
+"""Runs E2B's own Python clients, as they come, against a server: `clients.py URL KEY CASE`. Ends with 0 if the client got what it should.
+
+They find the server by the environment alone, as programs do that are moved. A case is a function of this module; what it asserts is what E2B's programs rely on."""
+
+import importlib.metadata
+import os
+import sys
+
+
+def surroundings(url, key):
+    """The three variables that move a program, and nothing else of E2B's."""
+    for name in [name for name in os.environ if name.startswith("E2B_")]:
+        del os.environ[name]
+    os.environ.update(E2B_API_URL=url, E2B_SANDBOX_URL=url, E2B_API_KEY=key)
+
+
+def versions(_key):
+    assert importlib.metadata.version("e2b") == "2.63.0"
+    assert importlib.metadata.version("e2b-code-interpreter") == "2.11.5"
+
+
+def a_wrong_key_is_told_as_one(_key):
+    import e2b
+
+    for name in ("base", "code-interpreter-v1"):
+        try:
+            e2b.Sandbox.create(name, api_key="e2b_" + "0" * 64)
+        except e2b.AuthenticationException as error:
+            assert "key" in str(error), error
+        else:
+            raise AssertionError("a wrong key was taken")
+
+
+def main():
+    url, key, case = sys.argv[1:]
+    surroundings(url, key)
+    globals()[case](key)
+
+
+if __name__ == "__main__":
+    main()
