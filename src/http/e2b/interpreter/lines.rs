@@ -224,8 +224,7 @@ async fn result(sandbox: &Sandbox, execution: &Execution, output: &RichOutput) -
                     None => extra.insert(mime.clone(), content),
                 };
             }
-            // Writing into a string cannot fail.
-            Err(unfit) => drop(writeln!(left_out, "[a result's {mime} is left out: {unfit}]")),
+            Err(unfit) => left_out.push_str(&format!("[a result's {mime} is left out: {unfit}]\n")),
         }
     }
     let is_main_result = output.kind == ResultKind::ExecuteResult;
@@ -307,7 +306,7 @@ fn push_ascii(out: &mut String, json: &str) {
         let Some(other) = rest.chars().next() else { break };
         for unit in other.encode_utf16(&mut [0; 2]) {
             // Writing into a string cannot fail.
-            drop(write!(out, "\\u{unit:04x}"));
+            let _ = write!(out, "\\u{unit:04x}");
         }
         rest = &rest[other.len_utf8()..];
     }
