@@ -114,13 +114,11 @@ def show_saved(module):
 
 def load_ipython_extension(shell):
     formatter = shell.display_formatter
-    for kind, module, name, tell in (
-        (DataFormatter, "pandas", "DataFrame", frame_data),
-        (DataFormatter, "pandas.core.frame", "DataFrame", frame_data),
-        (ChartFormatter, "matplotlib.figure", "Figure", chart_data),
-    ):
-        mime = kind.format_type.default_value
-        if mime not in formatter.formatters:
-            formatter.formatters[mime] = kind(parent=formatter)
-        formatter.formatters[mime].for_type_by_name(module, name, tell)
-    sys.meta_path.insert(0, Patching("PIL.Image", show_saved))
+    for kind in (DataFormatter, ChartFormatter):
+        formatter.formatters[kind.format_type.default_value] = kind(parent=formatter)
+    # Methods, since IPython's own settings for figures take away what is registered for them.
+    sys.meta_path[:0] = [
+        Patching("pandas.core.frame", lambda module: setattr(module.DataFrame, "_repr_e2b_data_", frame_data)),
+        Patching("matplotlib.figure", lambda module: setattr(module.Figure, "_repr_e2b_chart_", chart_data)),
+        Patching("PIL.Image", show_saved),
+    ]

@@ -29,8 +29,8 @@ use crate::store::content_text;
 
 /// A silent execution says that it lives this often.
 const KEEPALIVE: Duration = Duration::from_secs(5);
-/// What is lost with its sandbox is told once the sandbox is seen to be gone, or after this long.
-const GONE_IS_SEEN: Duration = Duration::from_secs(1);
+/// What ended with its sandbox is told as that: whether the sandbox goes is seen within this time.
+const GONE_IS_SEEN: Duration = Duration::from_millis(300);
 /// MIME types that have fields of their own, and those.
 const FIELDS: [(&str, &str); 14] = [
     ("text/plain", "text"),
@@ -196,7 +196,8 @@ impl Telling {
     /// The last lines; none when its sandbox has gone with it.
     async fn end(&mut self) -> Option<Vec<Line>> {
         let status = self.execution.status();
-        if status == Status::Lost && tokio::time::timeout(GONE_IS_SEEN, self.gone.as_mut()).await.is_ok() {
+        let may_be_gone = matches!(status, Status::Lost | Status::Cancelled);
+        if may_be_gone && tokio::time::timeout(GONE_IS_SEEN, self.gone.as_mut()).await.is_ok() {
             return None;
         }
         self.is_over = true;
