@@ -73,7 +73,7 @@ impl Sandbox {
         let ran = tokio::task::spawn_blocking(move || command.output()).await.unwrap().unwrap();
         println!("{script} {case}: {}", String::from_utf8_lossy(&ran.stdout));
         let said = String::from_utf8_lossy(&ran.stderr);
-        assert!(ran.status.success(), "{script}, {case}: {said}");
+        assert!(ran.status.success(), "{script}, {case}: {}: {said}", ran.status);
     }
 
     async fn python(&self, case: &str) {
@@ -147,8 +147,6 @@ async fn what_is_wrong_is_said(server: Arc<Server>) {
         assert_eq!(refused.status, status, "{body}: {}", refused.text);
         assert!(refused.text.contains(word) && refused.header("content-type").starts_with("text/plain"), "{}", refused.text);
     }
-    let large = vec![b' '; 17 * 1024 * 1024];
-    assert_eq!(server.send(sandbox.ask(Method::POST, "/execute").body(large)).await.status, 413);
     let refused = server.send(sandbox.ask(Method::DELETE, &format!("/contexts/{own}"))).await;
     assert_eq!(refused.status, 409, "the first context stays: {}", refused.text);
     // Newer clients may say more; older ones leave out what they do not want.
@@ -159,6 +157,8 @@ async fn what_is_wrong_is_said(server: Arc<Server>) {
     let code = "x = []\nfor _ in range(120): x = [x]\nfrom IPython.display import display\ndisplay({'application/json': x, 'text/plain': 'deep'}, raw=True)";
     let ran = sandbox.run(&json!({"code": code})).await;
     assert!(ran[1]["text"] == "deep" && ran[1].get("json").is_none(), "{ran:?}");
+    let large = vec![b' '; 17 * 1024 * 1024];
+    assert_eq!(server.send(sandbox.ask(Method::POST, "/execute").body(large)).await.status, 413);
 }
 
 async fn an_execution_ends_when_its_caller_leaves(server: Arc<Server>) {

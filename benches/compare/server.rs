@@ -76,6 +76,11 @@ impl Server {
         Ok(())
     }
 
+    /// Its address and its key.
+    pub fn way_in(&self) -> (&str, &str) {
+        (&self.url, self.authorization.trim_start_matches("Bearer "))
+    }
+
     /// Its process.
     pub fn pid(&self) -> i64 {
         self.process.id().into()

@@ -175,7 +175,7 @@ def variables_are_an_executions_own(sandbox):
     envs = {"MINE": value, "HOME": "/elsewhere"}
     reads = {
         "python": ("import os\nprint(os.environ.get('MINE', 'none') + '|' + os.environ['HOME'], end='')", str),
-        "javascript": ("await Deno.stdout.write(new TextEncoder().encode((Deno.env.get('MINE') ?? 'none') + '|' + Deno.env.get('HOME')))", str),
+        "javascript": ("console.log((Deno.env.get('MINE') ?? 'none') + '|' + Deno.env.get('HOME'))", lambda text: text.removesuffix("\n")),
         "bash": ("printf '%s|%s' \"${MINE-none}\" \"$HOME\"", str.strip),
         "r": ("cat(Sys.getenv('MINE', 'none'), Sys.getenv('HOME'), sep='|')", str),
     }
