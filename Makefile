@@ -58,6 +58,7 @@ lint: ## formatting, clippy, documentation, licences, shell
 
 .PHONY: bench
 bench: images server ## measure: starts, executions, boots, memory (release build, real containers); BENCH names some
+	scripts/test-kernel bench
 	cargo bench --locked --bench compare -- $(BENCH)
 
 .PHONY: soak

@@ -335,10 +335,8 @@ impl Plane {
         let mut service =
             Service::new(Arc::clone(&registry), Arc::clone(&engine), offer.clone(), pull, archive.clone())
                 .with_keys(Arc::clone(&keys))
-                .with_quotas(Arc::clone(&quotas));
-        if owns_instance {
-            service = service.with_tokens(tokens(config)?);
-        }
+                .with_quotas(Arc::clone(&quotas))
+                .with_tokens(tokens(config, owns_instance)?);
         if let Some(log) = &log {
             service = service.logging(log.clone());
         }
@@ -354,8 +352,7 @@ impl Plane {
             DrainContainers::Keep if owns_instance => AfterDrain::Keep,
             _ => AfterDrain::Remove,
         };
-        let drain = CancellationToken::new();
-        let mut reconciler = None;
+        let (drain, mut reconciler) = (CancellationToken::new(), None);
         if let Some(installation) = installation {
             let own = Arc::new(Reconciler::new(Arc::clone(&engine), Arc::clone(&registry), installation));
             own.round().await.map_err(|e| engine_error(config, e))?;
@@ -691,8 +688,11 @@ async fn claim(engine: &dyn Engine, config: &Config, installation: InstallationI
     }
 }
 
-/// What sessions' tokens are derived from.
-fn tokens(config: &Config) -> Result<Tokens, StartError> {
+/// What sessions' tokens are derived from: of who keeps nothing, for as long as it runs.
+fn tokens(config: &Config, is_kept: bool) -> Result<Tokens, StartError> {
+    if !is_kept {
+        return Ok(Tokens::passing());
+    }
     let folder = &config.server.data_dir;
     let secret = secret::ensure(folder);
     secret.map(Tokens::new).map_err(|source| StartError::Secret { path: secret::path_in(folder), source })

@@ -536,6 +536,35 @@ async fn a_terminal_is_one(server: Arc<Server>) {
     assert_eq!(closes(last).await.0, 1001);
 }
 
+/// Callers that follow a flood and never read hold a small part of the session's link each, so code runs beside them as if they were not there.
+async fn a_hundred_followers_that_never_read_cost_nobody_else(server: Arc<Server>) {
+    let cell = cell(&server).await;
+    let flood = "yes%20xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx";
+    let mut terminal = open(&server, &cell.path(&format!("/terminal?command={flood}")), None).await.unwrap();
+    let (_, words) = shows(&mut terminal, "xxx").await;
+    let events = format!("{}{}", server.url, cell.path(&format!("/commands/{}/events", text(&words[0]["command_id"]))));
+    // Over HTTP/2, whose windows say how much waits on the caller's side; sockets would take megabytes.
+    let client = || {
+        let client = reqwest::Client::builder().http2_prior_knowledge().no_proxy();
+        client.http2_initial_stream_window_size(64 * 1024).build().unwrap()
+    };
+    let clients = [client(), client()];
+    let following = (0..100).map(|n| clients[n % 2].get(&events).bearer_auth(&server.key).send());
+    let unread: Vec<reqwest::Response> =
+        futures_util::stream::iter(following).buffer_unordered(20).map(Result::unwrap).collect().await;
+    assert!(unread.len() == 100 && unread.iter().all(|response| response.status() == 200));
+    let began = Instant::now();
+    let mut slowest = Duration::ZERO;
+    while began.elapsed() < Duration::from_secs(10) {
+        let asked = Instant::now();
+        tokio::time::timeout(Duration::from_secs(20), cell.works()).await.expect("an answer beside them");
+        slowest = slowest.max(asked.elapsed());
+    }
+    println!("the slowest execution beside a hundred followers: {slowest:?}");
+    drop((unread, terminal));
+    cell.delete().await;
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn commands_and_terminals() {
     let server = Server::start(SETTINGS).await;
@@ -551,6 +580,7 @@ async fn commands_and_terminals() {
         a_sweep_says_that_it_was_one,
         a_pause_is_no_time_of_a_commands,
         five_hundred_commands_a_hundred_at_once,
+        a_hundred_followers_that_never_read_cost_nobody_else,
         a_terminal_is_one,
     );
     server.run_and_finish(2, cases).await;

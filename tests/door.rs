@@ -501,7 +501,7 @@ failure_window = "1h"
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_greedy_and_the_disguised() {
     let server = Server::start(CEILINGS).await;
-    let cases = cases![server; one_address_does_not_keep_others_out, all_places_can_be_taken_and_come_back, addresses_are_believed_from_proxies_only];
+    let cases = cases![server; one_address_does_not_keep_others_out, a_websocket_keeps_its_place, all_places_can_be_taken_and_come_back, addresses_are_believed_from_proxies_only];
     server.run_and_finish(1, cases).await;
 }
 
@@ -548,6 +548,27 @@ async fn one_address_does_not_keep_others_out(server: Arc<Server>) {
     }
     drop((held, crowd));
     let_in_again(&server, greedy).await;
+}
+
+/// What is no HTTP any more keeps its place for as long as it lasts.
+async fn a_websocket_keeps_its_place(server: Arc<Server>) {
+    let (caller, cell) = (from(5), server.cell().await);
+    let held = take(&server, caller, 5).await;
+    let upgrade = format!(
+        "Authorization: Bearer {}\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n",
+        server.key
+    );
+    let mut terminal = connect(&server, caller).await;
+    terminal.write_all(get(&cell.path("/terminal"), &upgrade).as_bytes()).await.unwrap();
+    let mut begun = [0; 12];
+    terminal.read_exact(&mut begun).await.unwrap();
+    assert_eq!(&begun, b"HTTP/1.1 101");
+    let refused = ask(&server, caller, get("/livez", "")).await;
+    assert!(refused.starts_with("HTTP/1.1 429 "), "{refused}");
+    drop(terminal);
+    let_in_again(&server, caller).await;
+    drop(held);
+    cell.delete().await;
 }
 
 async fn all_places_can_be_taken_and_come_back(server: Arc<Server>) {

@@ -17,7 +17,7 @@ use server::{Cell, Reply, Server, text};
 
 const AGENT: &str = "49983";
 const INTERPRETER: &str = "49999";
-const SETTINGS: &str = "[doors.e2b]\ndomain = \"boxes.test\"\n";
+const SETTINGS: &str = "[e2b]\ndomain = \"boxes.test\"\n";
 
 /// A session that is a sandbox, and the tokens that its creator would have been told.
 struct Sandbox {
@@ -193,7 +193,7 @@ async fn home_is_where_e2bs_programs_take_it_for(server: Arc<Server>) {
     let expected =
         "/home/user /home/user here user\n/home/user user git curl\n/opt/venv/bin/python /opt/venv/bin/python3 user\n";
     assert_eq!(ran["stdout"], expected, "{ran}");
-    let read = server.get(&format!("/v1/sessions/{}/files/content?path=/home/user/a.txt", sandbox.cell.id)).await;
+    let read = server.get(&format!("/v1/sessions/{}/files/a.txt", sandbox.cell.id)).await;
     assert_eq!((read.status, read.text.as_str()), (200, "here"));
     let commands = format!("/v1/sessions/{}/commands", sandbox.cell.id);
     let ran = server.post(&commands, &json!({"argv": ["pwd"], "cwd": "/home/user"})).await;

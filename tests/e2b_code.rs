@@ -17,7 +17,7 @@ use reqwest::{Method, RequestBuilder};
 use serde_json::{Value, json};
 use server::{Cell, NEVER, Server, text};
 
-const SETTINGS: &str = "[doors.e2b]\ndomain = \"boxes.test\"\n[executions]\ninline = \"64KiB\"\n";
+const SETTINGS: &str = "[e2b]\ndomain = \"boxes.test\"\n[executions]\ninline = \"64KiB\"\n";
 
 /// A session that is a sandbox, and the tokens that its creator would have been told.
 struct Sandbox {

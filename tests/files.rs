@@ -792,6 +792,58 @@ async fn executions_go_on_while_files_are_on_their_way(server: Arc<Server>) {
     assert!(most < Duration::from_secs(5), "{most:?}");
 }
 
+/// A tenant whose uploads stand still has its part of the places and no more.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn one_tenant_leaves_places_for_others() {
+    const OF_SESSION: usize = 8;
+    let server = Server::start_with_tenants(SETTINGS).await;
+    let create = || server.create(json!({"template": "small"}));
+    let cells = [create().await, create().await, create().await, create().await];
+    let standing = async |cell: &Cell, number: usize| {
+        let mut stream = TcpStream::connect(server.url.trim_start_matches("http://")).await.unwrap();
+        let head = format!(
+            "PUT {} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {}\r\nContent-Type: application/octet-stream\r\nContent-Length: 1000\r\n\r\nbegun",
+            at(cell, &format!("standing-{number}")),
+            server.key
+        );
+        stream.write_all(head.as_bytes()).await.unwrap();
+        stream
+    };
+    let until = async |cell: &Cell, wanted: u16| {
+        let asking = async {
+            loop {
+                let reply = put(cell, "one-more", "x").await;
+                if reply.status == wanted {
+                    return reply;
+                }
+            }
+        };
+        tokio::time::timeout(NEVER, asking).await.unwrap_or_else(|_| panic!("no {wanted}"))
+    };
+    let mut held = Vec::new();
+    for cell in &cells[..3] {
+        for number in 0..OF_SESSION {
+            held.push(standing(cell, number).await);
+        }
+        let refused = until(cell, if held.len() < 24 { 429 } else { 503 }).await;
+        refused.problem(refused.status, if held.len() < 24 { "queue-full" } else { "at-capacity" });
+    }
+    let refused = put(&cells[3], "a", "x").await;
+    assert_eq!(refused.problem(503, "at-capacity")["retryable"], true);
+    assert!(!refused.header("retry-after").is_empty());
+    let theirs = server.send(server.foreign(Method::POST, "/v1/sessions").json(&json!({"template": "small"}))).await;
+    let path = format!("/v1/sessions/{}/files/a", text(&theirs.json["id"]));
+    let sent = server.send(server.foreign(Method::PUT, &path).body("x")).await;
+    assert_eq!(sent.status, 201, "{}", sent.text);
+    drop(held);
+    assert_eq!(until(&cells[3], 201).await.status, 201);
+    server.send(server.foreign(Method::DELETE, &format!("/v1/sessions/{}", text(&theirs.json["id"])))).await;
+    for cell in cells {
+        cell.delete().await;
+    }
+    server.finish().await.unwrap();
+}
+
 /// In a process of its own, whose memory is looked at.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn much_goes_through_in_little_memory() {

@@ -103,6 +103,10 @@ async fn keys_are_taken_in_every_place(server: Arc<Server>) {
 async fn kernels_are_sessions(server: Arc<Server>) {
     let made = post(&server, "/t/x/api/kernels", json!({})).await;
     assert_eq!(made.status, 403, "another key in the path");
+    let odd = server.send(server.bare(Method::GET, "/api/kernels?%74oken=cb_not_one")).await;
+    is_error(&odd, 403);
+    let refused = server.get("/v1/audit?action=refuse_key").await.text;
+    assert!(refused.contains("/api/kernels") && !refused.contains("cb_not_one"), "{refused}");
     let path = format!("/t/{}/api/kernels", server.key);
     let made = server.send(server.bare(Method::POST, &path)).await;
     assert_eq!(made.status, 201, "{}", made.text);
@@ -178,6 +182,14 @@ async fn documents_are_labels(server: Arc<Server>) {
     assert_eq!(replaced.status, 200, "{}", replaced.text);
     assert_ne!(replaced.json["kernel"]["id"], json!(kernel));
     is_error(&get(&server, &format!("/api/kernels/{kernel}")).await, 404);
+    // One request, and both kernels are in the audit.
+    let native = |id: &str| cellblock::domain::ids::SessionId::from_uuid(id.parse().unwrap()).to_string();
+    let new = text(&replaced.json["kernel"]["id"]);
+    for (action, id) in [("delete_session", &kernel), ("create_session", &new), ("patch_session", &new)] {
+        let found = server.get(&format!("/v1/audit?action={action}&session={}", native(id))).await;
+        let events = found.json["events"].as_array().map(Vec::len);
+        assert_eq!(events, Some(1), "{action}: {}", found.text);
+    }
     is_error(&patch(json!({"kernel": {"id": kernel}})).await, 400);
     assert_eq!(get(&server, &one).await.json["path"], "new.ipynb");
 
@@ -202,6 +214,7 @@ async fn kernelspecs_are_templates(server: Arc<Server>) {
         ("bash", "bash"),
         ("data", "python"),
         ("deno", "typescript"),
+        ("e2b", "python"),
         ("polyglot", "python"),
         ("python", "python"),
         ("python3", "python"),
@@ -220,7 +233,7 @@ async fn kernelspecs_are_templates(server: Arc<Server>) {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_door_can_be_closed_and_tells_no_key() {
-    let server = Server::start("[jupyter]\nenabled = false\n").await;
+    let server = Server::start("[doors]\njupyter = false\n").await;
     for path in ["/api", "/api/kernels", "/jupyter/api", "/t/x/api"] {
         get(&server, path).await.problem(404, "not-found");
     }
@@ -592,6 +605,16 @@ async fn messages_find_their_askers(server: Arc<Server>) {
     let header = two.execute("print('two')").await;
     let all = two.all_of(&header).await;
     assert_eq!(one(&all, "execute_reply").content["status"], "ok");
+    // Nor does a name in a header make anybody somebody else: whose key it is stands in the audit.
+    let forged =
+        json!({"msg_id": "f", "msg_type": "execute_request", "session": one_client.session, "username": "admin"});
+    let parts = ["shell", &forged.to_string(), "{}", "{}", "{\"code\": \"1\"}"].map(|part| part.as_bytes().to_vec());
+    two.socket.send(tungstenite::Message::Binary(v1_frame(&parts))).await.unwrap();
+    assert_eq!(one(&two.all_of(&forged).await, "execute_reply").content["status"], "ok");
+    let audit = server.get("/v1/audit?action=create_execution").await;
+    let events = audit.json["events"].as_array().expect("events");
+    assert!(!events.is_empty() && events.iter().all(|event| event["tenant"] == "default"), "{}", audit.text);
+    assert!(!audit.text.contains("admin"), "{}", audit.text);
     let header = one_client.execute("print('one')").await;
     let mut heard = Vec::new();
     while heard.last().is_none_or(|got: &Got| !(got.parent == header && got.msg_type == "execute_reply")) {
@@ -848,6 +871,17 @@ async fn garbage_is_closed_with_the_right_code(server: Arc<Server>) {
     client.socket.send(text(&message.to_string())).await.unwrap();
     let refused = client.all_of(&subshell).await;
     assert!(one(&refused, "error").content["evalue"].to_string().contains("subshell"));
+    // What would run code that is no execution, and what would give it a place, is answered as refused, and not offered.
+    let evaluate = json!({"type": "request", "seq": 1, "command": "evaluate", "arguments": {"expression": "1"}});
+    for (kind, content) in [("debug_request", evaluate), ("create_subshell_request", json!({}))] {
+        let asked = client.send("control", kind, content, &[]).await;
+        let reply = client.all_of(&asked).await.into_iter().find(|got| got.channel == "control").expect("a reply");
+        assert_eq!((&reply.content["status"], &reply.content["ename"]), (&json!("error"), &json!("invalid-request")));
+    }
+    let info = client.send("shell", "kernel_info_request", json!({}), &[]).await;
+    let info = client.all_of(&info).await;
+    let info = &one(&info, "kernel_info_reply").content;
+    assert!(info.get("debugger").is_none() && !info["supported_features"].to_string().contains("subshell"), "{info}");
     // Header and code that look like JSON's end, or are none of Unicode.
     let odd = client.run("print('\\ud800 \"}]'.encode('utf-8', 'surrogatepass'))\n'\\ud800'").await;
     assert_eq!(one(&odd, "execute_reply").content["status"], "ok");
@@ -874,10 +908,24 @@ async fn a_connection_ends_with_its_key(server: Arc<Server>) {
 async fn connections_are_bounded(server: Arc<Server>) {
     let (kernel, other) = (kernel(&server).await, kernel(&server).await);
     let mut open = Vec::new();
-    for _ in 0..4 {
-        open.push(Client::open(&server, &kernel, "", false).await);
+    let mut client = Client::open(&server, &kernel, "", false).await;
+    // A thousand at once, or nearly: all but a few are told why not, and who is there goes on.
+    let tries = (0..1000).map(|_| Client::try_open(&server, &kernel, "", false));
+    let mut tries = futures_util::stream::iter(tries).buffer_unordered(100);
+    let mut refused = 0;
+    while let Some(tried) = tries.next().await {
+        match tried {
+            Ok(client) => open.push(client),
+            Err(status) => {
+                assert_eq!(status, 429);
+                refused += 1;
+            }
+        }
     }
-    assert!(matches!(Client::try_open(&server, &kernel, "", false).await, Err(429)), "of the kernel");
+    drop(tries);
+    assert_eq!((open.len(), refused), (3, 997), "of the kernel");
+    assert_eq!(printed(&client.run("print(1)").await, "stdout"), "1\n");
+    open.push(client);
     for _ in 0..4 {
         open.push(Client::open(&server, &other, "", false).await);
     }
@@ -911,7 +959,29 @@ async fn output_is_cut_in_pieces_and_said_to_be(server: Arc<Server>) {
     assert!(pieces.iter().sum::<usize>() >= 512 * 1024, "{pieces:?}");
     let said = printed(&all, "stderr");
     assert!(said.contains("of 50000001 bytes of stdout were left out"), "{said}");
+    let omitted: usize = said.split(' ').find_map(|word| word.parse().ok()).expect("a number");
+    assert_eq!(pieces.iter().sum::<usize>() + omitted, 50_000_001, "{said}");
     assert_eq!(delete(&server, &format!("/api/kernels/{kernel}")).await, 204);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn output_arrives_whole_up_to_its_limit() {
+    // As much as there may be.
+    let output = "[template_defaults.output]\ntext = \"8MiB\"\ntotal = \"10MiB\"\n";
+    let server = Server::start(&format!("{SETTINGS}{output}")).await;
+    let kernel = kernel(&server).await;
+    let mut client = Client::open(&server, &kernel, "?session_id=mine", true).await;
+    for times in [800_000, 5_000_000] {
+        let all = client.run(&format!("print('0123456789' * {times})")).await;
+        let of_text = |got: &Got| got.content["text"].as_str().map(str::len);
+        assert!(all.iter().filter_map(of_text).all(|length| length <= 256 * 1024), "{:?}", types(&all));
+        let (whole, said) = (printed(&all, "stdout"), printed(&all, "stderr"));
+        let omitted: usize = said.split(' ').find_map(|word| word.parse().ok()).unwrap_or_default();
+        assert_eq!((whole.len() + omitted, said.is_empty()), (10 * times + 1, times == 800_000), "{said}");
+        assert!(whole.len() > 7 << 20 && whole.ends_with("9\n"), "{}", whole.len());
+        assert!(omitted > 0 || whole.as_bytes().chunks(10).all(|ten| ten == b"0123456789" || ten == b"\n"));
+    }
+    server.finish().await.unwrap_or_else(|left| panic!("{left}"));
 }
 
 async fn who_never_reads_is_cut_off(server: Arc<Server>) {

@@ -73,6 +73,7 @@ async fn ports() {
         case!(a_hostile_server_costs_its_own_request_only),
         case!(redirections_stay_within_the_port),
         case!(a_websocket_is_passed_through_to_programs_and_not_to_pages),
+        case!(a_websocket_ends_with_the_key_that_has_opened_it),
         case!(a_host_of_its_own_has_its_own_paths_and_never_the_api),
         case!(a_caller_that_leaves_takes_the_connection_along),
     ];
@@ -246,6 +247,29 @@ async fn a_websocket_is_passed_through_to_programs_and_not_to_pages(server: &Arc
     assert!(head.starts_with("http/1.1 403") && body.contains("forbidden"), "{head}\n{body}");
     let (head, _) = raw_answer(server, &format!("GET {}", cell.path("/ports/8000/")), "Upgrade: h2c\r\n").await;
     assert!(head.starts_with("http/1.1 200"), "no other protocol is passed on: {head}");
+}
+
+async fn a_websocket_ends_with_the_key_that_has_opened_it(server: &Arc<Server>, cell: &Cell) {
+    let asked = json!({"name": "brief", "tenant": "default", "scopes": ["sessions"]});
+    let key = server.post("/v1/keys", &asked).await;
+    assert_eq!(key.status, 201, "{}", key.text);
+    let target = format!("GET {}", cell.path("/ports/8002/socket"));
+    let mut ours = raw(server, &target, UPGRADE).await;
+    let mut theirs = TcpStream::connect(address(server)).await.unwrap();
+    let request =
+        format!("{target} HTTP/1.1\r\nHost: api.test\r\nX-API-Key: {}\r\n{UPGRADE}\r\n", text(&key.json["key"]));
+    theirs.write_all(request.as_bytes()).await.unwrap();
+    for stream in [&mut ours, &mut theirs] {
+        let head = head_of(stream).await;
+        assert!(head.starts_with("http/1.1 101"), "{head}");
+        stream.write_all(b"x").await.unwrap();
+        assert_eq!(stream.read_u8().await.unwrap(), b'x');
+    }
+    assert_eq!(server.delete(&format!("/v1/keys/{}", text(&key.json["id"]))).await.status, 204);
+    let end = tokio::time::timeout(Duration::from_secs(5), theirs.read(&mut [0; 8])).await;
+    assert!(matches!(end, Ok(Ok(0) | Err(_))), "{end:?}");
+    ours.write_all(b"y").await.unwrap();
+    assert_eq!(ours.read_u8().await.unwrap(), b'y', "that of another key goes on");
 }
 
 async fn a_host_of_its_own_has_its_own_paths_and_never_the_api(server: &Arc<Server>, cell: &Cell) {

@@ -76,6 +76,7 @@ impl Front {
             ports: Ports { within: NEVER, is_tls: false },
             jupyter: None,
             mcp: None,
+            e2b: None,
             sockets: http::jupyter::Sockets::default(),
             started: jiff::Timestamp::now(),
         };
@@ -86,6 +87,7 @@ impl Front {
             head_bytes: 16 * 1024,
             write_time: patience,
             ports_domain: None,
+            e2b: None,
             plain_from_proxies_only: false,
             tls: None,
         };

@@ -139,6 +139,13 @@ fn jupyter_routes() -> Vec<(&'static str, &'static str, About, Value)> {
         ("POST", "/api/kernels/{kernel}/restart", Change, none.clone()),
         ("GET", "/api/sessions/{session}", Look, none.clone()),
         ("PATCH", "/api/sessions/{session}", Change, json!({"name": "renamed"})),
+        ("GET", "/api/contents", List, none.clone()),
+        ("GET", "/api/contents/{kernel}", Look, none.clone()),
+        ("PUT", "/api/contents/{kernel}/a.txt", Change, json!({"type": "file", "format": "text", "content": "x"})),
+        ("GET", "/api/contents/{kernel}/a.txt", Look, none.clone()),
+        ("POST", "/api/contents/{kernel}", Change, json!({"copy_from": "{kernel}/a.txt"})),
+        ("PATCH", "/api/contents/{kernel}/a.txt", Change, json!({"path": "{kernel}/b.txt"})),
+        ("DELETE", "/api/contents/{kernel}/b.txt", Change, none.clone()),
         ("DELETE", "/api/sessions/{session}", Change, none.clone()),
         ("DELETE", "/api/kernels/{another}", Change, none),
     ]
@@ -154,6 +161,9 @@ async fn jupyter_door(server: &Arc<Server>, callers: &[(Who, Option<String>)], o
     let document = make("/api/sessions", json!({"path": "p", "type": "notebook", "kernel": {"name": "python"}})).await;
     let (session, kernel) = (text(&document["id"]), text(&document["kernel"]["id"]));
     let another = text(&make("/api/kernels", json!({"name": "python"})).await["id"]);
+    let file = server.bare(Method::PUT, &format!("/api/contents/{kernel}/a.txt")).bearer_auth(owner);
+    let file = file.json(&json!({"type": "file", "format": "text", "content": "x"}));
+    assert_eq!(server.send(file).await.status, 201);
     for (who, key) in callers {
         for (at, (method, route, about, body)) in jupyter_routes().into_iter().enumerate() {
             // In all the places where it is, one after the other.
@@ -162,7 +172,8 @@ async fn jupyter_door(server: &Arc<Server>, callers: &[(Who, Option<String>)], o
             let path = path.replace("{name}", if *who == Who::Limited { "data" } else { "python" });
             let method = Method::from_bytes(method.as_bytes()).unwrap();
             let request = with(server.bare(method, &format!("{base}{path}")), key.as_deref());
-            let reply = server.send(if body.is_null() { request } else { request.json(&body) }).await;
+            let body = body.to_string().replace("{kernel}", &kernel);
+            let reply = server.send(if body == "null" { request } else { request.body(body) }).await;
             let what = format!("{who:?}: {route}: {} {}", reply.status, reply.text);
             let allowed: &[u16] = match (expected(*who, about), about) {
                 (Answer::Refused(401), _) => &[403],
@@ -175,7 +186,7 @@ async fn jupyter_door(server: &Arc<Server>, callers: &[(Who, Option<String>)], o
                 (Answer::Nothing, _) => &[200],
                 // A connection is asked for otherwise.
                 (Answer::Granted, _) if route.ends_with("/channels") => &[400],
-                (Answer::Granted, _) => &[200, 204],
+                (Answer::Granted, _) => &[200, 201, 204],
             };
             assert!(allowed.contains(&reply.status), "{what}");
             let may_hear = matches!(expected(*who, about), Answer::Granted | Answer::Refused(422));

@@ -12,7 +12,7 @@ use crate::measure::say;
 use crate::server::Server;
 
 /// What the server has for it.
-pub const SETTINGS: &str = "[doors.e2b]\n[templates.e2b.pool]\nmin = 2\nmax = 2\n";
+pub const SETTINGS: &str = "[templates.e2b.pool]\nmin = 2\nmax = 2\n";
 const ROUNDS: &str = "20";
 const SCRIPT: &str = include_str!("e2b.py");
 /// What the client may take more than the library alone, which also reads the whole answer at once; it is mostly the client's own time.
@@ -27,9 +27,8 @@ pub async fn e2b(server: &Server, figures: &mut Figures) -> Result<()> {
         return Ok(());
     }
     say("E2B's client");
-    let (url, key) = server.way_in();
     let mut command = Command::new(python);
-    command.args(["-c", SCRIPT, url, key, ROUNDS]).stdin(Stdio::null()).stderr(Stdio::inherit()).kill_on_drop(true);
+    command.args(["-c", SCRIPT, server.url(), server.key(), ROUNDS]).stdin(Stdio::null()).stderr(Stdio::inherit()).kill_on_drop(true);
     let done = command.output().await?;
     if !done.status.success() {
         return Err(format!("E2B's client ended with {}", done.status).into());

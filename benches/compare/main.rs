@@ -8,8 +8,10 @@
 
 mod e2b;
 mod engine;
+mod far;
 mod figures;
 mod files;
+mod jupyter;
 mod measure;
 mod report;
 mod server;
@@ -85,10 +87,18 @@ async fn bench() -> Result<()> {
         measure::pool(&server, &mut figures).await?;
         server.stop().await?;
     }
+    if is_chosen("jupyter") {
+        let server = Server::start(jupyter::SETTINGS).await?;
+        jupyter::jupyter(&server, &mut figures).await?;
+        server.stop().await?;
+    }
     if is_chosen("hundreds") {
         let server = Server::start(measure::SMALL).await?;
         measure::hundreds(&server, &mut figures).await?;
         server.stop().await?;
+    }
+    if is_chosen("far") {
+        far::far(&mut figures).await?;
     }
     if is_chosen("stream") {
         measure::stream(&engine, &mut figures).await?;

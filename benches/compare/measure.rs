@@ -45,7 +45,7 @@ pub fn say(what: &str) {
 }
 
 /// The same things in a random order.
-fn shuffled<T: Copy, const N: usize>(mut things: [T; N]) -> Result<[T; N]> {
+pub fn shuffled<T: Copy, const N: usize>(mut things: [T; N]) -> Result<[T; N]> {
     for last in (1..N).rev() {
         let random = getrandom::u64().map_err(|error| error.to_string())?;
         things.swap(last, random as usize % (last + 1));

@@ -1,7 +1,7 @@
 //! A Cellblock server of the bench's own, on a free port, and requests to it.
 
 use std::fs;
-use std::net::{Ipv4Addr, TcpListener};
+use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -76,9 +76,24 @@ impl Server {
         Ok(())
     }
 
-    /// Its address and its key.
-    pub fn way_in(&self) -> (&str, &str) {
-        (&self.url, self.authorization.trim_start_matches("Bearer "))
+    /// Where it listens.
+    pub fn address(&self) -> Result<SocketAddr> {
+        Ok(self.url.trim_start_matches("http://").parse()?)
+    }
+
+    /// Sends all requests that follow to another address, which leads to it.
+    pub fn reach_by(&mut self, address: SocketAddr) {
+        self.url = format!("http://{address}");
+    }
+
+    /// What its routes stand under.
+    pub fn url(&self) -> &str {
+        &self.url
+    }
+
+    /// A key for all of it.
+    pub fn key(&self) -> &str {
+        self.authorization.trim_start_matches("Bearer ")
     }
 
     /// Its process.

@@ -35,7 +35,7 @@ pub fn app(config: &Config, plane: &Plane) -> App {
         proxies: Proxies::new(server.trusted_proxies.clone(), header),
         origins: Origins::new(&server.cors_origins),
         ports: Ports { within: server.ports_timeout, is_tls: server.tls_cert_file.is_some() },
-        jupyter: config.jupyter.enabled.then(|| jupyter::Bounds {
+        jupyter: config.doors.jupyter.then(|| jupyter::Bounds {
             message: usize::try_from(config.jupyter.max_message).unwrap_or(usize::MAX),
             of_session: config.jupyter.connections_per_session as usize,
             of_tenant: config.jupyter.connections_per_tenant as usize,
@@ -43,16 +43,15 @@ pub fn app(config: &Config, plane: &Plane) -> App {
         sockets: jupyter::Sockets::default(),
         started: Timestamp::now(),
         mcp: config.doors.mcp.then(|| mcp::Mcp::new(config.doors.mcp_hosts.clone())),
-        e2b: config
-            .doors
-            .e2b
-            .enabled
-            .then(|| E2b { domain: e2b_domain(config), templates: Arc::new(config.doors.e2b.templates.clone()) }),
+        e2b: config.doors.e2b.then(|| {
+            let templates = Arc::new(config.e2b.templates.clone());
+            E2b { domain: e2b_domain(config), templates }
+        }),
     }
 }
 
 fn e2b_domain(config: &Config) -> Option<Arc<str>> {
-    Some(config.doors.e2b.domain.as_str()).filter(|domain| !domain.is_empty()).map(Arc::from)
+    Some(config.e2b.domain.as_str()).filter(|domain| !domain.is_empty()).map(Arc::from)
 }
 
 /// What connections may take. Reads the certificate, where there is one.
@@ -72,7 +71,7 @@ pub fn connections(config: &Config) -> Result<Connections, StartError> {
         head_bytes: usize::try_from(server.max_header).unwrap_or(usize::MAX),
         write_time: server.write_timeout,
         ports_domain: Some(server.ports_domain.as_str()).filter(|domain| !domain.is_empty()).map(Arc::from),
-        e2b: config.doors.e2b.enabled.then(|| Way { domain: e2b_domain(config) }),
+        e2b: config.doors.e2b.then(|| Way { domain: e2b_domain(config) }),
         plain_from_proxies_only: tls.is_none() && !server.allow_plain_http && !server.listen.ip().is_loopback(),
         tls,
     })

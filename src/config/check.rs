@@ -116,21 +116,21 @@ impl Checker<'_> {
     }
 
     fn e2b(&mut self, document: &Document) {
-        let (e2b, ports_domain) = (&document.doors.e2b, document.server.ports_domain.as_str());
+        let (e2b, ports_domain) = (&document.e2b, document.server.ports_domain.as_str());
         let domain = e2b.domain.as_str();
-        self.require(domain.is_empty() || is_domain(domain), &["doors.e2b.domain"], || {
+        self.require(domain.is_empty() || is_domain(domain), &["e2b.domain"], || {
             format!("{domain:?} is not a domain in lower case without a port, such as \"sandboxes.example.com\"")
         });
         let is_apart = domain.is_empty() || ports_domain.is_empty() || domain != ports_domain;
-        self.require(is_apart, &["doors.e2b.domain", "server.ports_domain"], || {
+        self.require(is_apart, &["e2b.domain", "server.ports_domain"], || {
             "hosts of the one are asked for otherwise than those of the other: name two domains".to_owned()
         });
-        if !e2b.enabled {
+        if !document.doors.e2b {
             return;
         }
         let enabled = |name: &str| document.templates.get(name).is_some_and(|template| template.enabled);
         for (alias, template) in &e2b.templates {
-            let key = format!("doors.e2b.templates.{alias}");
+            let key = format!("e2b.templates.{alias}");
             // What is compiled in stands for a template that an operator may have switched off.
             let is_left = template == E2B_TEMPLATE && document.templates.contains_key(E2B_TEMPLATE);
             self.require(enabled(template) || is_left, &[&key], || {

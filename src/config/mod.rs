@@ -27,7 +27,7 @@ pub use change::Change;
 pub use check::{MOST_SESSIONS, check_log_level, proxy_of};
 pub use environment::Environment;
 pub use sections::{
-    Audit, Auth, Doors, Drain, DrainContainers, Egress, EngineSection, Executions, ForwardedHeader, GuardSection,
+    Audit, Auth, Doors, Drain, DrainContainers, E2b, Egress, EngineSection, Executions, ForwardedHeader, GuardSection,
     Guest, Jupyter, KeySection, Limits, Log, LogFormat, MetricsSection, Packages, PullPolicy, Server, Traces,
 };
 pub use source::{Mistake, Mistakes, Source};
@@ -66,10 +66,12 @@ pub struct Config {
     pub egress: Egress,
     /// Where packages come from.
     pub packages: Packages,
-    /// Jupyter Server's API.
+    /// How much there is of Jupyter Server's API.
     pub jupyter: Jupyter,
     /// Which doors are open beside the native API's.
     pub doors: Doors,
+    /// What clients of E2B find.
+    pub e2b: E2b,
     /// Who has asked for what.
     pub audit: Audit,
     /// What is counted.
@@ -241,6 +243,7 @@ impl From<sections::Document> for Config {
             packages: document.packages,
             jupyter: document.jupyter,
             doors: document.doors,
+            e2b: document.e2b,
             audit: document.audit,
             metrics: document.metrics,
             traces: document.traces,

@@ -47,6 +47,7 @@ pub(super) struct Document {
     pub packages: Packages,
     pub jupyter: Jupyter,
     pub doors: Doors,
+    pub e2b: E2b,
     pub audit: Audit,
     pub metrics: MetricsSection,
     pub traces: Traces,
@@ -456,12 +457,10 @@ impl PackageRule {
     }
 }
 
-/// Jupyter Server's API.
+/// How much there is of Jupyter Server's API.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Jupyter {
-    /// Whether it is there.
-    pub enabled: bool,
     /// What a client has missed is kept for it for this long.
     #[serde(deserialize_with = "duration")]
     pub buffer_time: Duration,
@@ -497,24 +496,24 @@ pub struct Audit {
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Doors {
+    /// Jupyter Server's API.
+    pub jupyter: bool,
     /// That of the Model Context Protocol.
     pub mcp: bool,
     /// Names that it may be asked under; none: any.
     #[serde(deserialize_with = "texts")]
     pub mcp_hosts: Vec<String>,
     /// That for clients of E2B.
-    pub e2b: E2b,
+    pub e2b: bool,
 }
 
-/// The door for clients of E2B.
+/// What clients of E2B find.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct E2b {
-    /// Whether it is open.
-    pub enabled: bool,
-    /// Domain whose hosts are its API and its sandboxes, if there is one.
+    /// Domain whose hosts are the API and sandboxes, if there is one.
     pub domain: String,
-    /// Templates by the names that its clients have for them.
+    /// Templates by the names that clients have for them.
     pub templates: BTreeMap<String, String>,
 }
 

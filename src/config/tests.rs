@@ -73,7 +73,8 @@ fn default_file_and_sections_have_the_same_keys() {
     leaves.insert(key_of("server.listen"), leaves[&key_of("server.listen")].clone());
     read(&leaves).unwrap();
     // What is a name there, is one of the operator's own here.
-    let is_named_freely = |key: &&Key| key[0] == "templates" || dotted(key).starts_with("doors.e2b.templates.");
+    let is_named_freely =
+        |key: &&super::source::Key| key[0] == "templates" || dotted(key).starts_with("e2b.templates.");
     for key in leaves.keys().filter(|key| !is_named_freely(key)) {
         let mut fewer = leaves.clone();
         fewer.remove(key);
@@ -336,16 +337,8 @@ fn an_admin_listener_beyond_loopback_must_be_meant_and_is_apart() {
 #[test]
 fn rules_between_keys() {
     for (text, key, words) in [
-        (
-            "default_template = 'none'",
-            "default_template",
-            "enabled templates: bash, data, deno, e2b, polyglot, python, r",
-        ),
-        (
-            "templates.data.enabled = false",
-            "default_template",
-            "enabled templates: bash, deno, e2b, polyglot, python, r",
-        ),
+        ("default_template = 'none'", "default_template", "templates: bash, data, deno, e2b, polyglot, python, r"),
+        ("templates.data.enabled = false", "default_template", "templates: bash, deno, e2b, polyglot, python, r"),
         ("engine.uid_last = 40009", "engine.uid_last", "40000 to 40009 are 10 users"),
         ("engine.host = 'ssh://x'", "engine.host", "is none of unix:///path"),
         ("engine.tls_cert_dir = '/c'", "engine.tls_cert_dir", "for an engine over TCP"),
@@ -375,13 +368,6 @@ fn rules_between_keys() {
         ("templates.data.ports = ['80', '90-80']", "templates.data.ports", "90-80"),
         ("server.ports_domain = 'Ports.example'", "server.ports_domain", "lower case"),
         ("server.ports_domain = '.example'", "server.ports_domain", "lower case"),
-        ("doors.e2b.domain = 'Boxes.example'", "doors.e2b.domain", "lower case"),
-        ("doors.e2b.domain = 'a.example'\nserver.ports_domain = 'a.example'", "doors.e2b.domain", "two domains"),
-        ("doors.e2b.templates.base = 'none'", "doors.e2b.templates.base", "enabled templates: bash"),
-        ("templates.data.workdir = '/usr/lib'", "templates.data.workdir", "system's"),
-        ("templates.data.workdir = '/home'", "templates.data.workdir", "system's"),
-        ("templates.data.workdir = '/home/a/b'", "templates.data.workdir", "two names"),
-        ("templates.data.workdir = '/home/../x'", "templates.data.workdir", "absolute"),
         ("server.ports_timeout = '0s'", "server.ports_timeout", "longer than zero"),
         ("templates.data.data = [{name = 'a', path = '/usr/x'}]", "templates.data.data", "system's"),
         ("templates.data.data = [{name = 'a b', path = '/mnt/x'}]", "templates.data.data", "not the name"),
@@ -424,6 +410,29 @@ fn rules_between_keys() {
         let found = mistakes(text, &[]);
         assert!(found.iter().any(|(k, m)| k == key && m.contains(words)), "{text}: {found:#?}");
     }
+}
+
+#[test]
+fn rules_of_what_e2bs_clients_find_and_of_working_folders() {
+    for (text, key, words) in [
+        ("e2b.domain = 'Boxes.example'", "e2b.domain", "lower case"),
+        ("e2b.domain = 'a.example'\nserver.ports_domain = 'a.example'", "e2b.domain", "two domains"),
+        ("e2b.templates.base = 'none'", "e2b.templates.base", "enabled templates: bash"),
+        ("templates.data.workdir = '/usr/lib'", "templates.data.workdir", "system's"),
+        ("templates.data.workdir = '/home'", "templates.data.workdir", "system's"),
+        ("templates.data.workdir = '/home/a/b'", "templates.data.workdir", "two names"),
+        ("templates.data.workdir = '/home/../x'", "templates.data.workdir", "absolute"),
+    ] {
+        let found = mistakes(text, &[]);
+        assert!(found.iter().any(|(k, m)| k == key && m.contains(words)), "{text}: {found:#?}");
+    }
+    for fine in
+        ["e2b.domain = 'boxes.example'", "templates.data.workdir = '/home/user'", "templates.data.workdir = '/srv'"]
+    {
+        assert_eq!(mistakes(fine, &[]), [], "{fine}");
+    }
+    // Its own template may be off: then its names lead nowhere, and others that are configured lead where they say.
+    assert_eq!(mistakes("templates.e2b.enabled = false", &[]), []);
 }
 
 #[test]

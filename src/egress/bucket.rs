@@ -22,6 +22,12 @@ impl Bucket {
         self.take_at(Instant::now())
     }
 
+    /// Whether as much is in it as there can be.
+    pub(super) fn is_full(&self) -> bool {
+        let level = self.level.lock().unwrap_or_else(PoisonError::into_inner);
+        level.0 + level.1.elapsed().as_secs_f64() * self.per_second >= self.most
+    }
+
     fn take_at(&self, now: Instant) -> bool {
         // Every change is a single assignment, so a panic leaves nothing half done.
         let mut level = self.level.lock().unwrap_or_else(PoisonError::into_inner);

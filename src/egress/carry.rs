@@ -8,7 +8,7 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
-use crate::domain::egress::hello::{self, Look};
+use crate::domain::egress::hello::{FirstWords, Look};
 
 /// Bytes that are read at once.
 const PIECE: usize = 64 * 1024;
@@ -118,10 +118,12 @@ async fn pump_checked(
     name: Option<&str>,
 ) -> Result<(), Stop> {
     let Some(name) = name else { return pump(from, to, meter, moved).await };
-    let mut begun = Vec::new();
+    let (mut begun, mut words, mut seen) = (Vec::new(), FirstWords::default(), 0);
     loop {
         let is_over = from.read_buf(&mut begun).await? == 0;
-        match hello::look(&begun) {
+        let look = words.look(&begun[seen..]);
+        seen = begun.len();
+        match look {
             Look::More if !is_over => continue,
             Look::Name(meant) if !meant.trim_end_matches('.').eq_ignore_ascii_case(name) => {
                 return Err(Stop::WrongName);

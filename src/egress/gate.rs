@@ -13,8 +13,10 @@ use tokio_util::sync::CancellationToken;
 
 use super::bucket::Bucket;
 use super::carry::{Ended, Meter, carry};
-use super::packages::Remarks;
+use super::held::Room;
+use super::packages::{PAGES_OF_SESSION, Remarks};
 use super::reach::{NotReached, Reached};
+use super::telling::{Budget, Pace};
 use super::{Egress, Refusal};
 use crate::domain::egress::{Host, Network, NetworkOffer, PACKAGES, Upstream};
 use crate::domain::ids::SessionId;
@@ -31,10 +33,8 @@ const KEPT_AFTER: usize = 20;
 const UNDER_WAY: usize = 2 * MAX_WAITING;
 /// Connections of one session that are looked up and dialled at once; others wait for their turn.
 const REACHING: usize = 6;
-/// Audit events of one session: so many at once …
-const AUDIT_BURST: f64 = 100.0;
-/// … and so many a second.
-const AUDIT_PER_SECOND: f64 = 0.5;
+/// Audit events of one session, of connections that were made and of refusals each.
+const AUDIT_PACE: Pace = Pace { burst: 100.0, per_second: 0.5 };
 /// Longest text of a guest's that is shown or kept, in characters.
 const MAX_SHOWN: usize = 256;
 
@@ -87,11 +87,13 @@ pub struct Gate {
     /// Connections whose names are looked up, or that are dialled.
     reaching: Semaphore,
     pace: Bucket,
-    audit_budget: Bucket,
+    audit_budget: Budget,
     sent: AtomicU64,
     received: AtomicU64,
     /// Why packages were not given.
     remarks: Arc<Remarks>,
+    /// For pages of the index that the session has not read.
+    pages: Room,
     inner: Mutex<Inner>,
 }
 
@@ -202,10 +204,11 @@ impl Gate {
             under_way: Arc::new(Semaphore::new(UNDER_WAY)),
             reaching: Semaphore::new(REACHING),
             pace: Bucket::new(a_minute, a_minute / 60.0),
-            audit_budget: Bucket::new(AUDIT_BURST, AUDIT_PER_SECOND),
+            audit_budget: Budget::new(AUDIT_PACE),
             sent: AtomicU64::new(0),
             received: AtomicU64::new(0),
             remarks: Arc::default(),
+            pages: Room::of(PAGES_OF_SESSION),
             inner: Mutex::new(inner),
             egress,
             session,
@@ -280,17 +283,7 @@ impl Gate {
         let made = async {
             let host = host?;
             let admission = self.admit(&host, port)?;
-            let reached = match &admission.admitted {
-                Admitted::Plain => {
-                    let within = self.egress.0.settings.connect_timeout;
-                    // Names that nobody answers for would keep the lookups of all sessions busy.
-                    let turn = tokio::time::timeout(within, self.reaching.acquire()).await;
-                    let _turn = turn.map_err(|_| Refusal::Unreachable(host.clone(), port))?;
-                    self.egress.reach(&host, port).await?
-                }
-                Admitted::Upstream(upstream) => self.egress.reach_upstream(upstream).await?,
-                Admitted::Packages(policy) => self.egress.reach_packages(policy.clone(), Arc::clone(&self.remarks)),
-            };
+            let reached = self.reach(&host, port, &admission.admitted).await?;
             // The rules may be others by now.
             match admission.cut.is_cancelled() {
                 true => Err(Refusal::NotAllowed(host, port).into()),
@@ -309,6 +302,22 @@ impl Gate {
                 // A guest that does not hear it forgets the connection by itself.
                 let _ = link.refuse_egress(id, &refused).await;
                 drop(place);
+            }
+        }
+    }
+
+    async fn reach(&self, host: &Host, port: u16, admitted: &Admitted) -> Result<Reached, NotReached> {
+        match admitted {
+            Admitted::Plain => {
+                let within = self.egress.0.settings.connect_timeout;
+                // Names that nobody answers for would keep the lookups of all sessions busy.
+                let turn = tokio::time::timeout(within, self.reaching.acquire()).await;
+                let _turn = turn.map_err(|_| Refusal::Unreachable(host.clone(), port))?;
+                self.egress.reach(host, port).await
+            }
+            Admitted::Upstream(upstream) => self.egress.reach_upstream(upstream).await,
+            Admitted::Packages(policy) => {
+                Ok(self.egress.reach_packages(policy.clone(), Arc::clone(&self.remarks), self.pages.clone()))
             }
         }
     }
@@ -345,6 +354,7 @@ impl Gate {
 
     async fn carry(&self, link: &Link, id: u64, number: u64, admission: Admission<'_>, reached: Reached) {
         let shared = &self.egress.0;
+        let Reached { stream, until: _until, .. } = reached;
         let (out, into) = (|bytes| shared.metrics.egress_sent(bytes), |bytes| shared.metrics.egress_received(bytes));
         let (sent_most, received_most) = (shared.settings.sent_bytes, shared.settings.received_bytes);
         let sent = Meter { own: AtomicU64::new(0), session: &self.sent, most: sent_most, count: &out };
@@ -352,7 +362,7 @@ impl Gate {
         let ended = match link.open_egress(id).await {
             Ok(tunnel) => {
                 let (idle, cut) = (shared.settings.idle_timeout, &admission.cut);
-                carry((tunnel, reached.stream), (&sent, &received), admission.name.as_deref(), idle, cut).await
+                carry((tunnel, stream), (&sent, &received), admission.name.as_deref(), idle, cut).await
             }
             // Whoever asked for it has gone, or the link has.
             Err(_) => Ended::Broken,
@@ -377,6 +387,7 @@ impl Gate {
             None => format!("{host}:{port}"),
         };
         let status = refusal.as_ref().map(Refusal::status);
+        let is_refused = refusal.is_some();
         let mut inner = self.inner();
         *(if refusal.is_some() { &mut inner.refused } else { &mut inner.made }) += 1;
         let decision = Decision { at, host, port, address, refusal, ended: None, sent: 0, received: 0 };
@@ -386,11 +397,12 @@ impl Gate {
             inner.first += 1;
         }
         let number = inner.first + inner.decisions.len() as u64 - 1;
-        if !(self.audit_budget.take() && self.egress.0.audit_budget.take()) {
+        let tenant = Arc::clone(&inner.tenant);
+        if !(self.audit_budget.take(is_refused) && self.egress.0.audit_budgets.take(&tenant, is_refused)) {
             inner.untold += 1;
             return number;
         }
-        let (untold, tenant) = (std::mem::take(&mut inner.untold), Arc::clone(&inner.tenant));
+        let untold = std::mem::take(&mut inner.untold);
         drop(inner);
         if untold > 0 {
             let before = format!("{untold} more before this, which were too many to be told");
@@ -419,4 +431,40 @@ impl Gate {
 /// A guest's text, fit to be shown.
 fn shown(text: &str) -> String {
     text.chars().take(MAX_SHOWN).flat_map(char::escape_default).take(MAX_SHOWN).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::egress::{Outside, Resolver, Settings, SystemDialer};
+    use std::sync::atomic::AtomicUsize;
+    use std::time::Duration;
+
+    /// Never answers, and counts who asks.
+    #[derive(Default)]
+    struct Mute(AtomicUsize);
+
+    #[async_trait::async_trait]
+    impl Resolver for Mute {
+        async fn resolve(&self, _: &str) -> std::io::Result<Vec<IpAddr>> {
+            self.0.fetch_add(1, Ordering::Relaxed);
+            std::future::pending().await
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_session_has_so_many_names_looked_up_at_once() {
+        let mute = Arc::new(Mute::default());
+        let outside = Outside { resolver: Arc::clone(&mute) as _, dialer: Arc::new(SystemDialer) };
+        let connect_timeout = Duration::from_secs(10);
+        let settings = Settings { connect_timeout, ..Egress::none().0.settings.clone() };
+        let egress = Egress::new(settings, Default::default(), outside, crate::metrics::Metrics::new(), None);
+        let id = SessionId::from_uuid(uuid::Uuid::from_u128(1));
+        let gate = Gate::new(egress, id, Arc::from("one"), Network::default(), &NetworkOffer::default());
+        let host = Host::Name("mute.example.org".to_owned());
+        let asking = (0..4 * REACHING).map(|_| gate.reach(&host, 443, &Admitted::Plain));
+        let all = futures_util::future::join_all(asking);
+        let early = tokio::time::timeout(connect_timeout / 2, all).await;
+        assert!(early.is_err() && mute.0.load(Ordering::Relaxed) == REACHING, "{:?}", mute.0);
+    }
 }

@@ -20,23 +20,23 @@ use crate::store::state::State;
 mod bucket;
 mod carry;
 pub mod gate;
+mod held;
 mod outside;
 mod packages;
 mod reach;
+mod telling;
 mod trust;
 mod upstream;
 mod veil;
 
-use bucket::Bucket;
 pub use gate::{Decision, Gate, GateView};
 pub use outside::addresses_of;
 pub use outside::{Dialer, Outside, Resolver, Stream, SystemDialer, SystemResolver};
+use telling::{Budgets, Pace};
 pub use trust::Trust;
 
-/// Audit events of all sessions together: so many at once …
-const AUDIT_BURST: f64 = 1000.0;
-/// … and so many a second.
-const AUDIT_PER_SECOND: f64 = 10.0;
+/// Audit events of a tenant's sessions together, of connections that were made and of refusals each.
+const AUDIT_PACE: Pace = Pace { burst: 1000.0, per_second: 10.0 };
 
 /// Bounds, and what of the world is not to be reached though it may be public.
 #[derive(Debug, Clone)]
@@ -171,7 +171,7 @@ struct Shared {
     trust: Trust,
     packages: packages::Shared,
     places: Arc<Semaphore>,
-    audit_budget: Bucket,
+    audit_budgets: Budgets,
     metrics: Metrics,
     /// Where decisions are kept, if they are.
     state: Option<State>,
@@ -188,14 +188,13 @@ impl Egress {
     #[must_use]
     pub fn new(settings: Settings, trust: Trust, outside: Outside, metrics: Metrics, state: Option<State>) -> Self {
         let places = Arc::new(Semaphore::new(settings.connections));
-        let audit_budget = Bucket::new(AUDIT_BURST, AUDIT_PER_SECOND);
         Self(Arc::new(Shared {
             settings,
             outside,
             trust,
             packages: packages::Shared::new(),
             places,
-            audit_budget,
+            audit_budgets: Budgets::new(AUDIT_PACE),
             metrics,
             state,
         }))
@@ -233,5 +232,25 @@ impl Egress {
                 || self.0.outside.dialer.is_own(*address)
         };
         meant.iter().flatten().any(is_denied).then(|| Refusal::Denied(host.clone()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_denied_is_denied_through_a_translator_too() {
+        let deny = vec!["93.184.216.0/24".parse().unwrap()];
+        let settings = Settings { deny, ..Egress::none().0.settings.clone() };
+        let egress = Egress::new(settings, Trust::default(), Outside::default(), Metrics::new(), None);
+        let host = Host::Name("a.example.org".to_owned());
+        let why = |address: &str| egress.why_not(&host, address.parse().unwrap());
+        for denied in ["93.184.216.34", "::ffff:93.184.216.34", "64:ff9b::93.184.216.34", "64:ff9b::5db8:d8ff"] {
+            assert_eq!(why(denied), Some(Refusal::Denied(host.clone())), "{denied}");
+        }
+        for free in ["93.184.217.34", "64:ff9b::93.184.217.34", "2606:2800::1"] {
+            assert_eq!(why(free), None, "{free}");
+        }
     }
 }

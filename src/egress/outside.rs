@@ -2,7 +2,7 @@
 
 use std::fmt;
 use std::io;
-use std::net::{IpAddr, SocketAddr, UdpSocket};
+use std::net::{IpAddr, SocketAddr, ToSocketAddrs, UdpSocket};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -10,6 +10,8 @@ use async_trait::async_trait;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
 use tokio::sync::Semaphore;
+
+use crate::task;
 
 /// Names that are looked up at once: the system's resolver takes a thread each.
 const LOOKUPS: usize = 32;
@@ -69,25 +71,37 @@ impl fmt::Debug for Outside {
 }
 
 /// The system's own resolver.
-pub struct SystemResolver(Semaphore);
+pub struct SystemResolver(Arc<Semaphore>);
 
 impl Default for SystemResolver {
     fn default() -> Self {
-        Self(Semaphore::new(LOOKUPS))
+        Self(Arc::new(Semaphore::new(LOOKUPS)))
     }
 }
 
 #[async_trait]
 impl Resolver for SystemResolver {
     async fn resolve(&self, name: &str) -> io::Result<Vec<IpAddr>> {
-        let look = async {
-            let _place = self.0.acquire().await.map_err(io::Error::other)?;
-            // With a dot at its end it is that name, and not one of a search list below it.
-            let found = tokio::net::lookup_host((format!("{name}."), 0)).await?;
-            Ok(found.map(|address| address.ip()).collect())
-        };
+        // With a dot at its end it is that name, and not one of a search list below it.
+        let name = format!("{name}.");
+        let look = look_up(Arc::clone(&self.0), move || Ok((name.as_str(), 0).to_socket_addrs()?.collect::<Vec<_>>()));
+        let look = async { Ok(look.await?.into_iter().map(|address| address.ip()).collect()) };
         tokio::time::timeout(LOOKUP_TIME, look).await.map_err(|_| io::Error::from(io::ErrorKind::TimedOut))?
     }
+}
+
+/// Looks up on a thread, of which there are so many. A place is taken until the thread is done, whether or not anybody waits for it any more.
+async fn look_up<T: Send + 'static>(
+    places: Arc<Semaphore>,
+    look: impl FnOnce() -> io::Result<T> + Send + 'static,
+) -> io::Result<T> {
+    let place = places.acquire_owned().await.map_err(io::Error::other)?;
+    let looked = task::blocking(move || {
+        let found = look();
+        drop(place);
+        found
+    });
+    looked.await.unwrap_or_else(|| Err(io::Error::other("the lookup failed")))
 }
 
 /// The addresses of an operator's `host:port`, as far as they can be told.
@@ -123,6 +137,18 @@ impl Dialer for SystemDialer {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[tokio::test]
+    async fn a_lookup_that_nobody_waits_for_keeps_its_place_until_it_is_done() {
+        let places = Arc::new(Semaphore::new(1));
+        let (go, may_go) = std::sync::mpsc::channel::<()>();
+        let slow = look_up(Arc::clone(&places), move || may_go.recv().map_err(io::Error::other));
+        assert!(tokio::time::timeout(Duration::from_millis(50), slow).await.is_err());
+        assert_eq!(places.available_permits(), 0, "its thread still runs");
+        go.send(()).unwrap();
+        let place = tokio::time::timeout(Duration::from_secs(10), places.acquire()).await;
+        assert!(place.is_ok(), "it gives its place back");
+    }
 
     #[test]
     fn this_machine_knows_itself() {

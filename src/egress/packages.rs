@@ -22,8 +22,10 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use sha2::Sha256;
+use tokio_util::sync::CancellationToken;
 use url::Url;
 
+use super::held::{Held, Patience, Room};
 use super::reach::Reached;
 use super::{Egress, Refusal};
 use crate::domain::egress::Host;
@@ -36,8 +38,12 @@ const BETWEEN: usize = 64 * 1024;
 const MAX_HEAD: usize = 16 * 1024;
 /// Largest page of a project that is read, in bytes: those of the largest projects have a few MiB.
 const MAX_PAGE: usize = 32 * 1024 * 1024;
-/// Pages that are held at once, of all sessions.
+/// Pages that are fetched and read here at once, of all sessions.
 const PAGES: usize = 8;
+/// Bytes of pages that wait for cells to read them, of all sessions …
+const HELD: usize = 8 * MAX_PAGE;
+/// … and of one, those that are being fetched for it included: each of these counts as the largest.
+pub(super) const PAGES_OF_SESSION: usize = 2 * MAX_PAGE;
 /// The index answers within this time, and has told a page within it.
 const ANSWER_TIME: Duration = Duration::from_secs(30);
 /// Connections to an index that are kept for the next page.
@@ -47,7 +53,7 @@ const MAX_REMARKS: (usize, usize) = (20, 400);
 /// How pages are told (PEP 691).
 const JSON: &str = "application/vnd.pypi.simple.v1+json";
 
-type Body = Either<Full<Bytes>, Incoming>;
+type Body = Either<Full<Bytes>, Either<Held, Incoming>>;
 type Asking = SendRequest<Empty<Bytes>>;
 
 /// What is shared between the sessions.
@@ -56,6 +62,7 @@ pub(super) struct Shared {
     key: Option<[u8; 32]>,
     spare: Mutex<HashMap<String, Vec<Asking>>>,
     pages: tokio::sync::Semaphore,
+    held: Room,
 }
 
 impl Shared {
@@ -63,7 +70,7 @@ impl Shared {
     pub(super) fn new() -> Self {
         let mut key = [0; 32];
         let key = getrandom::fill(&mut key).ok().map(|()| key);
-        Self { key, spare: Mutex::default(), pages: tokio::sync::Semaphore::new(PAGES) }
+        Self { key, spare: Mutex::default(), pages: tokio::sync::Semaphore::new(PAGES), held: Room::of(HELD) }
     }
 
     fn mac(&self, place: &str) -> Option<Hmac<Sha256>> {
@@ -146,16 +153,28 @@ struct Asked {
     egress: Egress,
     policy: PackagePolicy,
     remarks: Arc<Remarks>,
+    /// For pages that the session has not read.
+    room: Room,
+    patience: Patience,
 }
 
 impl Egress {
     /// A connection to the index, as a policy lets it be seen. What comes back for the cell takes HTTP/1.1 requests in the clear.
-    pub(super) fn reach_packages(&self, policy: PackagePolicy, remarks: Arc<Remarks>) -> Reached {
+    pub(super) fn reach_packages(&self, policy: PackagePolicy, remarks: Arc<Remarks>, room: Room) -> Reached {
         let (cell, here) = tokio::io::duplex(BETWEEN);
-        let asked = Arc::new(Asked { egress: self.clone(), policy, remarks });
-        // It ends with the cell's connection.
-        task::spawn("packages", serve(asked, here));
-        Reached { stream: Box::new(cell), address: None }
+        let patience = Patience::default();
+        let asked = Arc::new(Asked { egress: self.clone(), policy, remarks, room, patience: patience.clone() });
+        let over = CancellationToken::new();
+        let is_over = over.clone();
+        // It ends with the cell's connection, even while it waits for the index, and with a cell that does not read.
+        task::spawn("packages", async move {
+            tokio::select! {
+                () = serve(asked, here) => {}
+                () = is_over.cancelled() => {}
+                () = patience.is_over() => {}
+            }
+        });
+        Reached { stream: Box::new(cell), address: None, until: Some(over.drop_guard()) }
     }
 }
 
@@ -171,7 +190,7 @@ async fn serve(asked: Arc<Asked>, cell: tokio::io::DuplexStream) {
 }
 
 impl Asked {
-    async fn answer(&self, request: Request<Incoming>) -> Response<Body> {
+    async fn answer(self: &Arc<Self>, request: Request<Incoming>) -> Response<Body> {
         if request.method() != Method::GET {
             return said(StatusCode::METHOD_NOT_ALLOWED, "the index of packages is asked with GET");
         }
@@ -187,7 +206,7 @@ impl Asked {
         })
     }
 
-    async fn page(&self, name: &str) -> Result<Response<Body>, NotGiven> {
+    async fn page(self: &Arc<Self>, name: &str) -> Result<Response<Body>, NotGiven> {
         let name =
             normal(name).ok_or_else(|| NotGiven(StatusCode::NOT_FOUND, "this is no name of a package".to_owned()))?;
         if !self.policy.admits(&name) {
@@ -197,15 +216,30 @@ impl Asked {
         let index = &self.egress.0.settings.index;
         let broken = |_| NotGiven(StatusCode::SERVICE_UNAVAILABLE, "the server is closing".to_owned());
         let late = |_| self.failed("did not answer in time");
+        let unread =
+            || NotGiven(StatusCode::SERVICE_UNAVAILABLE, "pages that were asked for before are not read".to_owned());
+        let own = tokio::time::timeout(ANSWER_TIME, self.room.take(MAX_PAGE)).await;
+        let mut own = own.ok().flatten().ok_or_else(unread)?;
         let place = tokio::time::timeout(ANSWER_TIME, self.egress.0.packages.pages.acquire()).await;
         let _place = place.map_err(late)?.map_err(broken)?;
         let bytes = tokio::time::timeout(ANSWER_TIME, self.fetch_page(index, &name)).await.map_err(late)??;
-        let page: Page =
-            serde_json::from_slice(&bytes).map_err(|_| self.failed("sent what is no page of a project"))?;
-        drop(bytes);
-        let page = self.filter(index, &name, page)?;
-        let text = serde_json::to_string(&page).map_err(|_| self.failed("sent what is no page of a project"))?;
-        Ok(written(JSON, text))
+        let asked = Arc::clone(self);
+        let text = task::blocking(move || asked.told(&name, &bytes)).await;
+        let text = text.unwrap_or_else(|| Err(self.failed("sent what can't be read")))?;
+        own.shrink(text.len());
+        let all = self.egress.0.packages.held.try_take(text.len()).ok_or_else(unread)?;
+        let held = Held::new(text, self.patience.clone(), [own, all]);
+        let mut response = Response::new(Either::Right(Either::Left(held)));
+        response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static(JSON));
+        Ok(response)
+    }
+
+    /// A page of the index as it is told. One of many megabytes keeps a CPU busy.
+    fn told(&self, name: &str, page: &[u8]) -> Result<String, NotGiven> {
+        let no_page = |_| self.failed("sent what is no page of a project");
+        let page = self.filter(&self.egress.0.settings.index, name, serde_json::from_slice(page).map_err(no_page)?)?;
+        let text = serde_json::to_string(&page).map_err(no_page)?;
+        if text.len() > MAX_PAGE { Err(self.failed("has a page that is too long")) } else { Ok(text) }
     }
 
     async fn fetch_page(&self, index: &Index, name: &str) -> Result<Bytes, NotGiven> {
@@ -312,7 +346,7 @@ impl Asked {
             let reason = format!("the file of {} {} {size}; allowed are {most} (packages.size)", wheel.0, wheel.1);
             return Err(NotGiven(StatusCode::FORBIDDEN, reason));
         }
-        let mut told = Response::new(Either::Right(response.into_body()));
+        let mut told = Response::new(Either::Right(Either::Right(response.into_body())));
         told.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/octet-stream"));
         Ok(told)
     }
@@ -406,6 +440,68 @@ mod tests {
         assert_eq!(one.unseal(&path.replace("/b-1.0", "/c-1.0")), None);
         for wrong in ["/files/", "/files//x", "/files/zz/x", "/simple/x/", "", "/files/é/x"] {
             assert_eq!(one.unseal(wrong), None, "{wrong}");
+        }
+    }
+
+    /// A world in which every connection is made, and nobody says anything on it.
+    #[derive(Default)]
+    struct Silence(Mutex<Vec<tokio::io::DuplexStream>>);
+
+    #[async_trait::async_trait]
+    impl crate::egress::Dialer for Silence {
+        async fn dial(&self, _: std::net::SocketAddr) -> io::Result<Box<dyn crate::egress::Stream>> {
+            let (near, far) = tokio::io::duplex(BETWEEN);
+            self.0.lock().unwrap().push(far);
+            Ok(Box::new(near))
+        }
+
+        fn is_own(&self, _: std::net::IpAddr) -> bool {
+            false
+        }
+    }
+
+    #[tokio::test]
+    async fn what_is_done_for_a_connection_ends_with_it() {
+        use tokio::io::AsyncWriteExt;
+        let settings = crate::egress::Settings {
+            index: Index {
+                host: "index.example.org".to_owned(),
+                port: 443,
+                path: String::new(),
+                file_hosts: Vec::new(),
+            },
+            connect_timeout: Duration::from_secs(60),
+            ..Egress::none().0.settings.clone()
+        };
+        let silence = Arc::new(Silence::default());
+        let outside = crate::egress::Outside { resolver: Arc::new(Fixed), dialer: Arc::clone(&silence) as _ };
+        let egress = Egress::new(settings, Default::default(), outside, crate::metrics::Metrics::new(), None);
+        let (remarks, room) = (Arc::<Remarks>::default(), Room::of(PAGES_OF_SESSION));
+        let mut reached = egress.reach_packages(PackagePolicy::Any, Arc::clone(&remarks), room.clone());
+        // A second request behind the first one: a server that has it does not look whether the connection is still there.
+        let request = b"GET /simple/numpy/ HTTP/1.1\r\nhost: packages.upstream\r\n\r\n";
+        reached.stream.write_all(&request.repeat(2)).await.unwrap();
+        while silence.0.lock().unwrap().is_empty() {
+            tokio::task::yield_now().await;
+        }
+        assert!(room.try_take(PAGES_OF_SESSION).is_none(), "a page is on its way");
+        drop(reached);
+        let ended = async {
+            while Arc::strong_count(&remarks) > 1 {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        };
+        assert!(tokio::time::timeout(ANSWER_TIME / 3, ended).await.is_ok(), "it goes on without anybody");
+        assert!(room.try_take(PAGES_OF_SESSION).is_some());
+    }
+
+    /// Every name has one address.
+    struct Fixed;
+
+    #[async_trait::async_trait]
+    impl crate::egress::Resolver for Fixed {
+        async fn resolve(&self, _: &str) -> io::Result<Vec<std::net::IpAddr>> {
+            Ok(vec![[93, 184, 216, 34].into()])
         }
     }
 

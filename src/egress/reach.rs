@@ -8,6 +8,7 @@ use std::time::Duration;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::time::Instant;
+use tokio_util::sync::DropGuard;
 
 use super::{Egress, Refusal, Stream};
 use crate::domain::egress::Host;
@@ -23,6 +24,8 @@ const MAX_ANSWER: usize = 8 * 1024;
 pub(super) struct Reached {
     pub(super) stream: Box<dyn Stream>,
     pub(super) address: Option<IpAddr>,
+    /// What is done here for the connection ends when this is dropped, whatever it is at.
+    pub(super) until: Option<DropGuard>,
 }
 
 /// Why there is none, and the address that is to blame, where there is one.
@@ -54,7 +57,7 @@ impl Egress {
                 self.judge(host, &[*address])?;
             }
             return match through(proxy, host, port).await {
-                Ok(stream) => Ok(Reached { stream: Box::new(stream), address: None }),
+                Ok(stream) => Ok(Reached { stream: Box::new(stream), address: None, until: None }),
                 Err(error) => {
                     tracing::debug!(%host, port, %error, "the proxy made no connection");
                     Err(unreachable().into())
@@ -69,7 +72,7 @@ impl Egress {
             let share: Duration = left / u32::try_from(tried.len() - at).unwrap_or(1);
             let dialled = self.0.outside.dialer.dial(SocketAddr::new(*address, port));
             if let Ok(Ok(stream)) = tokio::time::timeout(share, dialled).await {
-                return Ok(Reached { stream, address: Some(*address) });
+                return Ok(Reached { stream, address: Some(*address), until: None });
             }
         }
         Err(NotReached { refusal: unreachable(), address: addresses.first().copied() })

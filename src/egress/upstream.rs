@@ -16,6 +16,7 @@ use hyper::service::service_fn;
 use hyper::{Method, Request, Response, StatusCode, Uri};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::sync::Mutex;
+use tokio_util::sync::CancellationToken;
 
 use super::reach::{NotReached, Reached};
 use super::veil::{Secrets, Veiled};
@@ -32,7 +33,7 @@ const MAX_SECRET: u64 = 16 * 1024;
 /// Headers of a request or an answer.
 const MAX_HEADERS: usize = 100;
 /// What is between two hops only (RFC 9110, section 7.6.1), or says how long a body is, or how it is packed: that is said anew.
-const NOT_PASSED_ON: [HeaderName; 11] = [
+const NOT_PASSED_ON: [HeaderName; 13] = [
     header::CONNECTION,
     HeaderName::from_static("keep-alive"),
     HeaderName::from_static("proxy-connection"),
@@ -44,6 +45,9 @@ const NOT_PASSED_ON: [HeaderName; 11] = [
     header::HOST,
     header::EXPECT,
     header::ACCEPT_ENCODING,
+    // Some servers take the path from there instead.
+    HeaderName::from_static("x-original-url"),
+    HeaderName::from_static("x-rewrite-url"),
 ];
 
 type Body = Either<Full<Bytes>, Veiled>;
@@ -68,7 +72,7 @@ impl Egress {
             told()
         })?;
         let reached = self.reach(&Host::Name(upstream.host.clone()), upstream.port).await;
-        let Reached { stream, address } = reached.map_err(|not| NotReached {
+        let Reached { stream, address, .. } = reached.map_err(|not| NotReached {
             refusal: match not.refusal {
                 Refusal::NotPublic(_, what) => Refusal::NotPublic(alias(), what),
                 Refusal::Denied(_) => Refusal::Denied(alias()),
@@ -84,9 +88,16 @@ impl Egress {
         let secrets = Arc::new(Secrets::of(value.as_bytes()));
         let asked = Asked { upstream: upstream.clone(), header, value, secrets, server: Mutex::new(server) };
         let (cell, here) = tokio::io::duplex(BETWEEN);
-        // It ends with the cell's connection.
-        task::spawn("upstream", serve(Arc::new(asked), here));
-        Ok(Reached { stream: Box::new(cell), address })
+        let over = CancellationToken::new();
+        let is_over = over.clone();
+        // It ends with the cell's connection, even while it waits for the upstream.
+        task::spawn("upstream", async move {
+            tokio::select! {
+                () = serve(Arc::new(asked), here) => {}
+                () = is_over.cancelled() => {}
+            }
+        });
+        Ok(Reached { stream: Box::new(cell), address, until: Some(over.drop_guard()) })
     }
 
     async fn speak(&self, upstream: &Upstream, stream: Box<dyn Stream>) -> io::Result<SendRequest<Incoming>> {
@@ -216,14 +227,33 @@ impl Asked {
     }
 }
 
-/// Whether a path, however it is written, has a part that leads up.
+/// Whether a path, however it is written, has a part that leads up, or something that servers cut paths off at or leave out.
 fn leads_up(path: &str) -> bool {
-    let mut decoded = path.to_ascii_lowercase();
+    let mut decoded = path.as_bytes().to_vec();
     // What is decoded once more by somebody is to lead nowhere either.
     for _ in 0..3 {
-        decoded = decoded.replace("%25", "%").replace("%2e", ".").replace("%2f", "/").replace("%5c", "\\");
+        decoded = percent_decoded(&decoded);
     }
-    decoded.split(['/', '\\']).any(|part| part == ".." || part == "." || part.starts_with("..;"))
+    let leads = |part: &[u8]| {
+        // Some servers take parameters of a part off it, and some the spaces around it.
+        let name = part.split(|byte| *byte == b';').next().unwrap_or_default().trim_ascii();
+        matches!(name, b"." | b"..")
+    };
+    // What is no UTF-8 some read as what it is not: `%c0%ae` is a dot to them.
+    let is_odd = std::str::from_utf8(&decoded).is_err() || decoded.iter().any(u8::is_ascii_control);
+    is_odd || decoded.split(|byte| matches!(byte, b'/' | b'\\')).any(leads)
+}
+
+fn percent_decoded(path: &[u8]) -> Vec<u8> {
+    let digit = |at: usize| path.get(at).and_then(|byte| char::from(*byte).to_digit(16));
+    let (mut decoded, mut at) = (Vec::with_capacity(path.len()), 0);
+    while let Some(&byte) = path.get(at) {
+        let escaped = digit(at + 1).zip(digit(at + 2)).filter(|_| byte == b'%');
+        let byte = escaped.map_or(byte, |(high, low)| (high * 16 + low) as u8);
+        decoded.push(byte);
+        at += if escaped.is_some() { 3 } else { 1 };
+    }
+    decoded
 }
 
 fn pass_on(headers: &mut HeaderMap) {
@@ -264,10 +294,34 @@ mod tests {
             "/a\\..\\x",
             "/./x",
             "/..;/x",
+            "/..%3b/x",
+            "/..%3Bv=1/x",
+            "/.%3b/x",
+            "/..%253b/x",
+            "/..%00/x",
+            "/x%00",
+            "/..%09/x",
+            "/..%20/x",
+            "/x%0d%0aHost:%20y",
+            "/%c0%ae%c0%ae/x",
+            "/a%ff/x",
         ] {
             assert!(leads_up(path), "{path}");
         }
-        for path in ["/", "/v1/chat", "/a..b", "/...", "/a%2fb", "/.well-known/x", "/~x"] {
+        for path in [
+            "/",
+            "/v1/chat",
+            "/a..b",
+            "/...",
+            "/a%2fb",
+            "/.well-known/x",
+            "/~x",
+            "/a;b=1/c",
+            "/a%3bb",
+            "/gr%c3%bc%c3%9fe",
+            "/a%20b",
+            "/100%",
+        ] {
             assert!(!leads_up(path), "{path}");
         }
     }

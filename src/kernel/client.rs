@@ -82,6 +82,21 @@ pub fn retold(parts: &[Bytes], parent: Option<&JsonText>, msg_id: Option<&str>) 
     Some((msg_id, fixed.into_iter().chain(buffers.iter().cloned()).collect()))
 }
 
+/// What a kernel says of itself, without what clients would try in vain: debuggers and subshells run code outside of executions.
+#[must_use]
+pub fn without_side_doors(content: &Bytes) -> Bytes {
+    let Some(mut told) =
+        protocol::read_object(content).and_then(|text| serde_json::from_str::<Map<_, _>>(&text.0).ok())
+    else {
+        return content.clone();
+    };
+    told.remove("debugger");
+    if let Some(Value::Array(features)) = told.get_mut("supported_features") {
+        features.retain(|feature| !["debugger", "kernel subshells"].map(Value::from).contains(feature));
+    }
+    Bytes::from(Value::Object(told).to_string())
+}
+
 fn fit(part: &[u8]) -> Option<Bytes> {
     protocol::read_object(part).map(|text| Bytes::from(text.0))
 }
@@ -134,6 +149,14 @@ mod tests {
         }
         let long = format!(r#"{{"msg_id": "a", "msg_type": "x", "y": "{}"}}"#, "z".repeat(MAX_HEADER));
         assert!(ClientHeader::read(long.as_bytes()).is_err());
+    }
+
+    #[test]
+    fn a_kernel_says_nothing_of_what_clients_can_not_have() {
+        let told = br#"{"status":"ok","debugger":true,"supported_features":["debugger","kernel subshells","x"]}"#;
+        let told: Value = serde_json::from_slice(&without_side_doors(&Bytes::from_static(told))).unwrap();
+        assert_eq!(told, serde_json::json!({"status": "ok", "supported_features": ["x"]}));
+        assert_eq!(without_side_doors(&Bytes::from_static(b"[")), "[");
     }
 
     #[test]

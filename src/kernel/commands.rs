@@ -4,9 +4,11 @@ use bytes::{Bytes, BytesMut};
 use cellblock_wire::commands::{CommandView, NumberedCommandEvent, Size, StartCommand, StdinTaken};
 use cellblock_wire::frame::{self, Frame};
 use cellblock_wire::link::Signal;
+use cellblock_wire::tunnel::Tunnel;
 use http_body_util::{BodyExt, Empty};
 use hyper::Method;
 use hyper::body::Incoming;
+use tokio::io::AsyncReadExt;
 
 use super::link::{Asked, Link, LinkError, REQUEST_TIMEOUT, json_body};
 
@@ -47,11 +49,21 @@ impl Link {
     /// # Errors
     /// See [`LinkError`].
     pub async fn follow_command(&self, id: &str, after: u64, is_waiting: bool) -> Result<CommandEvents, LinkError> {
-        let path = format!("/commands/{id}/events?after={after}&follow={}", u8::from(is_waiting));
-        let asked = Asked { attempt: FOLLOW, method: Method::GET, path: &path, within: Some(REQUEST_TIMEOUT) };
-        let body = Empty::new().map_err(|never: std::convert::Infallible| match never {});
-        let response = self.exchange(asked, body).await?;
-        Ok(CommandEvents { body: response.into_body(), decoder: frame::Decoder::limited(MAX_EVENT) })
+        let query = format!("after={after}&follow={}", u8::from(is_waiting));
+        let path = format!("/commands/{id}/follow?{query}");
+        let asked = Asked { attempt: FOLLOW, method: Method::POST, path: &path, within: Some(REQUEST_TIMEOUT) };
+        let source = match self.narrow_tunnel(asked).await {
+            Ok(tunnel) => Source::Tunnel(Box::new(tunnel), BytesMut::new()),
+            // A guest of an earlier version knows no other way than the one without a window of its own; or there is no such command.
+            Err(LinkError::Refused { refusal, .. }) if refusal.code == "not-found" => {
+                let path = format!("/commands/{id}/events?{query}");
+                let asked = Asked { attempt: FOLLOW, method: Method::GET, path: &path, within: Some(REQUEST_TIMEOUT) };
+                let body = Empty::new().map_err(|never: std::convert::Infallible| match never {});
+                Source::Body(self.exchange(asked, body).await?.into_body())
+            }
+            Err(error) => return Err(error),
+        };
+        Ok(CommandEvents { source, decoder: frame::Decoder::limited(MAX_EVENT) })
     }
 
     /// Writes to a command's stdin; says how much of it was taken.
@@ -91,12 +103,39 @@ impl Link {
 
 /// Longest event of a command, in bytes: a piece of its output and a head.
 const MAX_EVENT: usize = 512 * 1024;
+/// Bytes that are read at once.
+const READ: usize = 16 * 1024;
 
 /// The stream of a command's events.
 #[derive(Debug)]
 pub struct CommandEvents {
-    body: Incoming,
+    source: Source,
     decoder: frame::Decoder,
+}
+
+#[derive(Debug)]
+enum Source {
+    /// With what of it is being read.
+    Tunnel(Box<Tunnel<Incoming>>, BytesMut),
+    Body(Incoming),
+}
+
+impl Source {
+    /// What comes next; nothing at the end, or where it breaks off. Safe to drop and call again.
+    async fn next(&mut self) -> Option<Bytes> {
+        match self {
+            Self::Tunnel(tunnel, read) => {
+                read.reserve(READ);
+                let is_more = tunnel.read_buf(read).await.is_ok_and(|bytes| bytes > 0);
+                is_more.then(|| read.split().freeze())
+            }
+            Self::Body(body) => loop {
+                if let Ok(data) = body.frame().await?.ok()?.into_data() {
+                    return Some(data);
+                }
+            },
+        }
+    }
 }
 
 impl CommandEvents {
@@ -110,13 +149,9 @@ impl CommandEvents {
             if let Some(event) = self.decoder.next_frame().map_err(|e| broken(e.to_string()))? {
                 return Ok(Some(event));
             }
-            match self.body.frame().await {
-                None | Some(Err(_)) => return Ok(None),
-                Some(Ok(part)) => {
-                    if let Some(data) = part.data_ref() {
-                        self.decoder.push(data);
-                    }
-                }
+            match self.source.next().await {
+                Some(data) => self.decoder.push(&data),
+                None => return Ok(None),
             }
         }
     }

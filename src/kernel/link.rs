@@ -327,6 +327,15 @@ impl Link {
         Ok(beginning.join(self.exchange(asked, outgoing).await?.into_body()))
     }
 
+    /// The same with a window of [`tunnel::NARROW`].
+    ///
+    /// # Errors
+    /// See [`LinkError`].
+    pub async fn narrow_tunnel(&self, asked: Asked<'_>) -> Result<Tunnel<Incoming>, LinkError> {
+        let (beginning, outgoing) = tunnel::begin();
+        Ok(beginning.join_narrow(self.exchange(asked, outgoing).await?.into_body()))
+    }
+
     /// Asks with a small JSON body for a small JSON answer.
     ///
     /// # Errors

@@ -41,15 +41,15 @@ impl Service {
         self.registry.executions_of(session.id).into_iter().filter(is_own).collect()
     }
 
-    /// All that can be told of an execution, from its record.
+    /// All that can be told of an execution, from its record as it is now. What comes later is heard from the kernel.
     pub async fn retell(&self, who: &Principal, execution: &Execution) -> Vec<Message> {
-        let mut blobs = HashMap::new();
-        for (number, mime) in execution.blobs() {
+        let (events, mut blobs) = (execution.events_after(0), HashMap::new());
+        for (number, mime) in Execution::blobs(&events) {
             if let Some(text) = self.blob_text(who, execution, number, &mime).await {
                 blobs.insert(number, text);
             }
         }
-        execution.retold(&blobs)
+        execution.retold(&events, &blobs)
     }
 
     /// A long content as it stands in a message; nothing when it is not kept any more.

@@ -148,10 +148,10 @@ pub enum Error {
         retry_after: Duration,
     },
     /// Too much is on its way to callers.
-    #[error("too many notebooks are being fetched")]
+    #[error("too many notebooks and contents are being fetched")]
     NotebooksBusy,
     /// Too much is on its way to the tenant's callers.
-    #[error("too many of the tenant's notebooks are being fetched; read those first")]
+    #[error("too many of the tenant's notebooks and contents are being fetched; read those first")]
     OwnNotebooksBusy,
     /// The kernel had no time for a question.
     #[error("the kernel did not answer within {0:?}; it may be running code")]
@@ -289,7 +289,19 @@ pub struct ContextRequest {
     pub cwd: Option<String>,
 }
 
-/// A notebook on its way to a caller. It has its part of the memory for notebooks until the last piece of it is gone.
+/// Room for an answer in memory.
+#[derive(Debug)]
+pub struct Room(Place<Arc<str>>);
+
+impl Room {
+    /// The answer, which gives the room back when it is taken.
+    #[must_use]
+    pub fn with(self, bytes: impl Into<Bytes>) -> Bytes {
+        Bytes::from_owner(Fetched { bytes: bytes.into(), _room: self.0 })
+    }
+}
+
+/// A notebook, or something else that is told whole, on its way to a caller. It has its part of the memory for those until the last piece of it is gone.
 struct Fetched {
     bytes: Bytes,
     _room: Place<Arc<str>>,
@@ -1004,14 +1016,22 @@ impl Service {
         self.require_notebook(who, id)?;
         let archive = self.archive.as_ref().ok_or(Error::NotFound("notebook"))?;
         let bytes = archive.notebook(&who.tenant, id).await.ok_or(Error::NotFound("notebook"))?;
+        Ok(self.room(who, bytes.len() as u64)?.with(bytes))
+    }
+
+    /// Room for an answer that is in memory until it is taken.
+    ///
+    /// # Errors
+    /// There is none, or none for its tenant.
+    pub fn room(&self, who: &Principal, bytes: u64) -> Result<Room, Error> {
         // One that is larger than a tenant's part has that to itself.
         let (_, most) = NOTEBOOK_ROOM;
-        let share = (bytes.len() / 1024 + 1).min(most);
-        let room = self.notebook_room.take(Arc::clone(&who.tenant), share, most).map_err(|full| match full {
+        let share = usize::try_from(bytes / 1024 + 1).unwrap_or(most).min(most);
+        let room = self.notebook_room.take(Arc::clone(&who.tenant), share, most);
+        room.map(Room).map_err(|full| match full {
             NoPlace::OfOne => Error::OwnNotebooksBusy,
             NoPlace::All => Error::NotebooksBusy,
-        })?;
-        Ok(Bytes::from_owner(Fetched { bytes, _room: room }))
+        })
     }
 
     /// Forgets a session's notebook.
@@ -1443,4 +1463,18 @@ async fn wait_for_end(session: &Session) {
 #[must_use]
 pub fn is_retryable(fault: StartFault) -> bool {
     !matches!(fault, StartFault::KernelFailed | StartFault::SetupFailed | StartFault::EngineRefused)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_code_that_is_told_has_the_expressions_behind_it() {
+        let expressions = [("b", "open('b')"), ("a", "1 + 1")];
+        let user_expressions = expressions.map(|(name, text)| (name.to_owned(), text.to_owned())).into();
+        let request = ExecuteRequest { code: "x = 1".to_owned(), ..ExecuteRequest::default() };
+        assert_eq!(all_code(&request), "x = 1");
+        assert_eq!(all_code(&ExecuteRequest { user_expressions, ..request }), "x = 1\n1 + 1\nopen('b')");
+    }
 }

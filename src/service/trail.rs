@@ -103,6 +103,14 @@ impl Trail {
         Arc::new(Self { origin, audit, trace, told: Mutex::default(), is_over: false.into() })
     }
 
+    /// Of a part of the same request, which is an event of its own.
+    fn part(&self, action: &str) -> Arc<Self> {
+        let (origin, told) = (Origin { action: Some(action.into()), ..self.origin.clone() }, self.lock());
+        let told = Told { tenant: told.tenant.clone(), key: told.key, ..Told::default() };
+        let (audit, trace) = (self.audit.clone(), self.trace.clone());
+        Arc::new(Self { origin, audit, trace, told: Mutex::new(told), is_over: false.into() })
+    }
+
     /// Works on the request.
     pub async fn follow<T>(self: &Arc<Self>, work: impl Future<Output = T>) -> T {
         TRAIL.scope(Arc::clone(self), work).await
@@ -201,6 +209,22 @@ pub async fn follow<T>(trail: Option<Arc<Trail>>, work: impl Future<Output = T>)
         Some(trail) => trail.follow(work).await,
         None => work.await,
     }
+}
+
+/// Does something that is an event of its own, where a request does more than one: with the word of its failure, and the status that this has, if it fails.
+///
+/// # Errors
+/// Those of the work.
+pub async fn apart<T, E>(
+    action: &'static str,
+    work: impl Future<Output = Result<T, E>>,
+    failure: impl FnOnce(&E) -> (&'static str, u16),
+) -> Result<T, E> {
+    let Some(part) = current().map(|trail| trail.part(action)) else { return work.await };
+    let done = part.follow(work).await;
+    let (problem, status) = done.as_ref().err().map(failure).map_or((None, 200), |(word, status)| (Some(word), status));
+    part.end(Answered { status, problem, is_key_refused: false, made: None });
+    done
 }
 
 /// Notes who asks.
@@ -381,6 +405,34 @@ mod tests {
         told.sort();
         assert_eq!(told, ids.map(|id| id.to_string()));
         assert!(events.iter().all(|event| event.target.len() == MAX_TARGET && event.target.starts_with("/v1/x")));
+    }
+
+    #[tokio::test]
+    async fn a_request_that_does_two_things_is_an_event_for_each() {
+        let bench = Bench::new(false);
+        let trail = bench.trail(Some("patch_session"));
+        let part = async |action, n, outcome: Result<(), ()>| {
+            let work = async {
+                note_session(uuid::Uuid::from_u128(n).into());
+                outcome
+            };
+            apart(action, work, |()| ("not-found", 404)).await.is_ok()
+        };
+        let work = async {
+            known();
+            assert!(part("create_session", 1, Ok(())).await && !part("delete_session", 2, Err(())).await);
+        };
+        trail.follow(work).await;
+        trail.end(OK);
+        let told: Vec<_> = bench.events().await.into_iter().map(|e| (e.action, e.outcome, e.session)).collect();
+        let id = |n| Some(SessionId::from(uuid::Uuid::from_u128(n)).to_string());
+        let event = |action: &str, outcome: &str, session| (action.to_owned(), outcome.to_owned(), session);
+        let expected = [
+            event("create_session", "ok", id(1)),
+            event("delete_session", "not-found", id(2)),
+            event("patch_session", "ok", None),
+        ];
+        assert_eq!(told, expected);
     }
 
     #[tokio::test]

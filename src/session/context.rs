@@ -12,8 +12,9 @@
 //!      the guest is silent ──▶ the session's task links it again, or finds it gone, which ends the session, or silent, which ends or replaces it (on_guest_lost)
 //! ```
 //!
-//! After an interrupt nothing new begins until the kernel has answered it, and a question after it (`Settling`, a second at most): a late
-//! interrupt would hit the next execution. A cell with one kernel is swept with `kill(-1)`, which no fork bomb survives; with others beside it,
+//! After an interrupt nothing new begins until the kernel has answered a question after it (`Settling`): a late interrupt would hit the next
+//! execution, whose request would be lost with it. A kernel that does not answer within ten seconds is replaced. One that does not say that it has begun
+//! with what it was sent is asked too: it answers in order, so its answer means that the request is lost. A cell with one kernel is swept with `kill(-1)`, which no fork bomb survives; with others beside it,
 //! what can be traced is killed first, and if that does not do, everything is, and the answer names the contexts that lost their kernels too.
 //! A kernel that ends by itself takes the second step at once. Whether it was memory is told by the cgroup's count of killed processes, kept for
 //! the whole cell, so that what ended one context's process is never taken for the end of another's.
@@ -49,8 +50,11 @@ mod clients;
 
 /// A `kernel_info_request` is repeated after this long without an iopub message: kernels of the older protocol lose the first.
 const NUDGE_AFTER: Duration = Duration::from_millis(250);
-/// A kernel has dealt with an interrupt within this time; until then nothing new is begun, which it could hit.
+/// A kernel has dealt with an interrupt within this time, or is asked whether it has; until then nothing new is begun, which it could hit.
 const INTERRUPT_SETTLES: Duration = Duration::from_secs(1);
+/// A kernel that was interrupted, answered its execution and says nothing more for so long hears nothing either, and is replaced: what came next would
+/// wait for its whole time limit.
+const SETTLES_MOST: Duration = Duration::from_secs(10);
 /// Most bytes of code that may wait.
 const MAX_QUEUED_BYTES: usize = 16 * 1024 * 1024;
 /// Most times in a row that a kernel may die before it ran anything.
@@ -165,8 +169,11 @@ struct Adopting {
 struct Settling {
     /// The request to interrupt that the kernel has not answered; then it is asked something, which it answers after that.
     interrupt: Option<String>,
-    probe: Option<String>,
+    /// What it was asked; an interrupt that comes late may hit it while it answers, so it is asked again.
+    probes: Vec<String>,
     until: Instant,
+    /// It is replaced then.
+    given_up: Instant,
 }
 
 #[derive(Debug)]
@@ -373,7 +380,10 @@ impl Context {
                 booting.deadline = (booting.deadline + unheard).max(until);
                 booting.nudge_at += unheard;
             }
-            State::Settling(settling) => settling.until = settling.until.max(until),
+            State::Settling(settling) => {
+                settling.until = settling.until.max(until);
+                settling.given_up = settling.given_up.max(until + SETTLES_MOST);
+            }
             State::Doubtful(told) => *told = (*told).max(until),
             State::Idle | State::Replacing(_) | State::Dead => {}
         }
@@ -926,7 +936,13 @@ impl Context {
                 let due = running.due(now);
                 self.on_due(due, now);
             }
-            State::Settling(settling) if now >= settling.until => self.has_settled(now),
+            State::Settling(settling) if now >= settling.given_up => {
+                self.replace_kernel(Status::KernelDied, RestartCause::Timeout, String::new(), now);
+            }
+            State::Settling(settling) if now >= settling.until => {
+                settling.until = (now + INTERRUPT_SETTLES * (1 << settling.probes.len().min(8))).min(settling.given_up);
+                self.probe_settling();
+            }
             State::Doubtful(until) if now >= *until => {
                 let cause = RestartCause::Died { status: None, signal: None };
                 self.replace_kernel(Status::KernelDied, cause, String::new(), now);
@@ -970,7 +986,7 @@ impl Context {
             return;
         }
         let is_probe = match &self.state {
-            State::Settling(settling) => settling.probe.as_deref() == Some(parent_id),
+            State::Settling(settling) => settling.probes.iter().any(|probe| probe == parent_id),
             State::Adopting(adopting) => adopting.probe == parent_id,
             _ => false,
         };
@@ -1025,7 +1041,8 @@ impl Context {
     /// Begins nothing new before the kernel has dealt with an interrupt: it would hit what it is not meant for.
     fn settle_interrupt(&mut self, interrupt: Option<String>, now: Instant) {
         let answered = interrupt.is_none();
-        self.state = State::Settling(Settling { interrupt, probe: None, until: now + INTERRUPT_SETTLES });
+        let (until, given_up) = (now + INTERRUPT_SETTLES, now + SETTLES_MOST);
+        self.state = State::Settling(Settling { interrupt, probes: Vec::new(), until, given_up });
         if answered {
             self.probe_settling();
         }
@@ -1034,7 +1051,7 @@ impl Context {
     fn probe_settling(&mut self) {
         let msg_id = self.ask_what_it_is();
         if let State::Settling(settling) = &mut self.state {
-            settling.probe = Some(msg_id);
+            settling.probes.push(msg_id);
         }
     }
 
@@ -1109,7 +1126,7 @@ impl Context {
                 return self.complete_if_done(now);
             }
             Ok(Iopub::Status { idle: false }) => {
-                running.execution.is_busy();
+                running.has_begun();
                 Some(Mark::Once("busy"))
             }
             Ok(Iopub::Other) => Some(Mark::Other),
@@ -1282,7 +1299,9 @@ impl Context {
         if let Some(cause) = self.replaced.take_if(|_| !is_setup) {
             execution.output_surely(ExecutionEvent::KernelRestarted { cause });
         }
-        self.state = State::Running(Running::new(execution, deadline, is_setup));
+        let mut running = Running::new(execution, deadline, is_setup);
+        running.is_to_begin(now);
+        self.state = State::Running(running);
         self.send(Channel::Shell, request, Some(cap));
     }
 

@@ -5,11 +5,12 @@
 //! hears something twice can tell.
 
 use std::collections::HashMap;
+use std::sync::Arc;
 
 use bytes::Bytes;
 use serde_json::{Value, json};
 
-use super::execution::Execution;
+use super::execution::{Execution, Logged};
 use super::tap::{Channel, Message, Tap};
 use crate::domain::output::{
     Comm, CommKind, ErrorInfo, ExecutionEvent, JsonText, MimeBundle, MimePart, ResultKind, RichOutput, Status,
@@ -102,10 +103,9 @@ impl Execution {
         }
     }
 
-    /// Contents of results that stand beside it.
+    /// Contents of results that stand beside it, of those events.
     #[must_use]
-    pub fn blobs(&self) -> Vec<(u32, String)> {
-        let events = self.events_after(0);
+    pub fn blobs(events: &[Arc<Logged>]) -> Vec<(u32, String)> {
         let bundles = events.iter().filter_map(|logged| match &logged.event {
             ExecutionEvent::Result(RichOutput { data, .. }) | ExecutionEvent::ResultUpdate { data, .. } => Some(data),
             _ => None,
@@ -117,13 +117,13 @@ impl Execution {
         bundles.flatten().filter_map(of).collect()
     }
 
-    /// All of it again, as far as it is, with the contents that stand beside it. Those that are not given are left out.
+    /// All that its first events tell again, with the contents that stand beside them. Those that are not given are left out. The events are the caller's, who has
+    /// looked for the contents: one that came meanwhile would be told without its own, and not again.
     #[must_use]
-    pub fn retold(&self, blobs: &HashMap<u32, JsonText>) -> Vec<Message> {
-        let events = self.events_after(0);
+    pub fn retold(&self, events: &[Arc<Logged>], blobs: &HashMap<u32, JsonText>) -> Vec<Message> {
         let count = self.said().1.execution_count;
         let mut told = Vec::new();
-        for logged in &events {
+        for logged in events {
             let seq = logged.seq;
             match &logged.event {
                 ExecutionEvent::Started => {
@@ -135,7 +135,7 @@ impl Execution {
                     );
                 }
                 // The line was given, or is not asked for any more.
-                ExecutionEvent::InputRequested { .. } if !(self.asks() && seq == events.len() as u64) => {}
+                ExecutionEvent::InputRequested { .. } if !(self.asks() && seq == self.last_seq()) => {}
                 ExecutionEvent::Completed => told.extend(self.end(None)),
                 event => {
                     let draft = self.draft_of(event, count, blobs);
@@ -279,4 +279,46 @@ fn bundle(data: &MimeBundle, blobs: &HashMap<u32, JsonText>) -> Value {
 fn value(text: &JsonText) -> Value {
     // It is known to be JSON, no deeper than readers take.
     serde_json::from_str(&text.0).unwrap_or(Value::Null)
+}
+
+#[cfg(test)]
+mod tests {
+    use uuid::Uuid;
+
+    use super::super::execution::{ExecutionRequest, Place};
+    use super::*;
+    use crate::domain::output::BlobRef;
+    use crate::domain::spec::OutputLimits;
+
+    const LIMITS: OutputLimits = OutputLimits {
+        text_bytes: 1000,
+        result_bytes: 1000,
+        total_bytes: 4000,
+        messages: 100,
+        messages_per_second: 100,
+    };
+
+    #[test]
+    fn what_comes_while_contents_are_looked_for_is_not_told_without_its_own() {
+        let request = ExecutionRequest::for_tests(LIMITS);
+        let execution = Execution::new(Uuid::from_u128(1).into(), Place::for_tests(), request, 0);
+        execution.start();
+        execution.output(ExecutionEvent::Text { stream: TextStream::Stdout, text: "a".to_owned() });
+        let before = execution.events_after(0);
+        let blob = BlobRef { number: 1, bytes: 10, sha256: String::new() };
+        let data = MimeBundle::from([("image/png".to_owned(), MimePart::Blob(blob))]);
+        let plot = RichOutput { kind: ResultKind::DisplayData, data, metadata: JsonText::object(), display_id: None };
+        execution.output(ExecutionEvent::Result(plot));
+        assert!(Execution::blobs(&before).is_empty());
+        let told = execution.retold(&before, &HashMap::new());
+        assert!(told.iter().any(|message| message.msg_type == "stream"));
+        let newest = told.iter().filter_map(|message| message.of).map(|(_, seq)| seq).max();
+        assert_eq!(newest, Some(before.len() as u64), "the plot is still to be heard");
+        let later = execution.events_after(0);
+        assert_eq!(Execution::blobs(&later), [(1, "image/png".to_owned())]);
+        let content = HashMap::from([(1, JsonText("\"aGk=\"".to_owned()))]);
+        let told = execution.retold(&later, &content);
+        let plot = told.last().map(|message| String::from_utf8_lossy(&message.parts[3]).into_owned());
+        assert!(plot.is_some_and(|plot| plot.contains("aGk=")));
+    }
 }

@@ -19,6 +19,8 @@ use crate::store::state::RunningRecord;
 const SIGNAL_AFTER: Duration = Duration::from_secs(1);
 /// What was interrupted, or says that it is idle without having replied, is looked after when this long has passed.
 const PROBE_AFTER: Duration = Duration::from_secs(1);
+/// What does not say that it has begun, nor anything else, is asked for when this long has passed.
+const BEGINS: Duration = Duration::from_secs(5);
 /// The longest time between two probes: what is asked waits in the kernel until the code has ended.
 const PROBE_MOST: Duration = Duration::from_secs(120);
 /// A reply without an idle status counts as the end after this long without any output. A kernel answers before its output
@@ -307,6 +309,20 @@ impl Running {
     pub(super) fn interrupted_itself(&mut self) {
         if let Some(stopping) = &mut self.stopping {
             stopping.signal_at = None;
+        }
+    }
+
+    /// It is sent now. A kernel whose request is lost, as an interrupt that comes late does it, would be waited for until the time limit.
+    pub(super) fn is_to_begin(&mut self, now: Instant) {
+        // Messages of comms are not replied to, so nothing would be learnt.
+        self.probe_at = self.execution.request.comm.is_none().then(|| now + BEGINS);
+    }
+
+    /// The kernel says that it works on it.
+    pub(super) fn has_begun(&mut self) {
+        self.execution.is_busy();
+        if self.stopping.is_none() && !self.idle && self.probe.is_none() {
+            self.probe_at = None;
         }
     }
 

@@ -328,6 +328,11 @@ while True: pass",
             ),
         )
         .times_out(1.0, "restart"),
+        row(
+            "hears nothing after its interrupt",
+            "import time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: get_ipython().kernel.shell_handlers.clear()",
+        )
+        .times_out(1.0, "interrupt"),
     ]
 }
 
@@ -356,6 +361,11 @@ fn what_keeps_the_interpreter() -> Vec<Row> {
 fn processes() -> Vec<Row> {
     vec![
         row("forks until it can't", "import os\nwhile True:\n    try: os.fork()\n    except OSError: pass")
+            .memory(512)
+            .limit(2.0)
+            .ends("timeout or kernel_died")
+            .hits(json!(["pids"])),
+        row("forks until it can't, and lets itself be interrupted", "import os, time\ntry:\n    while True:\n        try: os.fork()\n        except OSError: time.sleep(60)\nexcept KeyboardInterrupt: pass")
             .memory(512)
             .limit(2.0)
             .ends("timeout or kernel_died")

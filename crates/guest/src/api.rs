@@ -308,6 +308,11 @@ impl Guest {
                 let pieces = commands.follow(id, after(query)?, is_waiting)?;
                 Ok(Response::new(Answer::Stream(pieces.boxed())))
             }
+            (&Method::POST, (id, "follow")) => {
+                let is_waiting = parameter(query, "follow") != Some("0");
+                let pieces = commands.follow(id, after(query)?, is_waiting)?;
+                Ok(Response::new(Answer::Tunnel(crate::command::tell(pieces, body))))
+            }
             (&Method::POST, (id, "stdin")) => {
                 let bytes = Limited::new(body, MAX_STDIN).collect().await.map_err(|_| Refused::too_large())?.to_bytes();
                 let close = parameter(query, "close") == Some("1");

@@ -6,6 +6,7 @@
 //! | `GET /commands` | | `[`[`CommandView`]`]`, oldest first |
 //! | `GET /commands/{id}` | | [`CommandView`] |
 //! | `GET /commands/{id}/events?after={seq}` | | a stream of frames: [`NumberedCommandEvent`] and the bytes, to the end; with `&follow=0` to what there is now |
+//! | `POST /commands/{id}/follow?after={seq}` | | the same as a byte stream ([`tunnel::narrow`](crate::tunnel::narrow)) |
 //! | `POST /commands/{id}/stdin?close={0,1}` | bytes | [`StdinTaken`] |
 //! | `POST /commands/{id}/signal` | [`Signal`](crate::link::Signal) | 204 |
 //! | `POST /commands/{id}/resize` | [`Size`] | 204 |

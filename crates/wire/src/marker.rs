@@ -3,6 +3,8 @@
 //! A control plane writes one (magic, the link's secret, a fresh nonce) at any instant; the guest drops its connection and
 //! answers with the same 48 bytes. Only that echo counts, and everything before it is discarded.
 
+use memchr::memmem;
+
 /// Length of a marker in bytes.
 pub const MARKER_LEN: usize = 48;
 
@@ -80,8 +82,13 @@ impl MarkerScanner {
     ///
     /// `accepts` judges a candidate (its secret, or its nonce); 48 bytes that only look like a marker stay bytes.
     pub fn push(&mut self, read: &[u8], accepts: impl Fn(&Marker) -> bool) -> Vec<Scanned> {
-        self.held.extend_from_slice(read);
         let mut pieces = Vec::new();
+        // Nearly always: whole pieces of a file, in which nothing looks like a marker, are copied once.
+        if self.held.is_empty() && find_magic_prefix(read, 0).is_none() {
+            push_bytes(&mut pieces, read);
+            return pieces;
+        }
+        self.held.extend_from_slice(read);
         let mut start = 0;
         let mut at = 0;
         while let Some(candidate) = find_magic_prefix(&self.held, at) {
@@ -135,16 +142,12 @@ fn push_bytes(pieces: &mut Vec<Scanned>, bytes: &[u8]) {
 
 /// The first place at or after `from` where the magic stands, or could still be completed by bytes not yet read.
 fn find_magic_prefix(bytes: &[u8], from: usize) -> Option<usize> {
-    let mut at = from;
-    while let Some(step) = bytes.get(at..)?.iter().position(|b| *b == MAGIC[0]) {
-        at += step;
-        let have = (bytes.len() - at).min(MAGIC.len());
-        if bytes[at..at + have] == MAGIC[..have] {
-            return Some(at);
-        }
-        at += 1;
-    }
-    None
+    let rest = bytes.get(from..)?;
+    let begun = || {
+        let last = rest.len().saturating_sub(MAGIC.len() - 1);
+        (last..rest.len()).find(|at| MAGIC.starts_with(&rest[*at..]))
+    };
+    memmem::find(rest, &MAGIC).or_else(begun).map(|at| from + at)
 }
 
 #[cfg(test)]

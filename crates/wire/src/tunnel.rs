@@ -27,10 +27,13 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 /// Bytes that may be on their way in one direction without having been taken.
 pub const WINDOW: usize = 512 * 1024;
+/// The same for what many may leave unread at once, such as a command's events: all that one session's callers may follow fit into the connection's
+/// window, and leave most of it to the kernels. Both sides have to mean the same, which the path of the request says.
+pub const NARROW: usize = 128 * 1024;
 /// Most bytes of one frame of data.
 const CHUNK: usize = 64 * 1024;
-/// Credit is given back in pieces of at least this many bytes.
-const CREDIT_STEP: usize = WINDOW / 4;
+/// Credit is given back in pieces of at least this part of a window.
+const CREDIT_STEPS: usize = 4;
 const HEAD: usize = 4;
 
 const DATA: u8 = 0;
@@ -150,6 +153,8 @@ pub struct Tunnel<B> {
     peer_ended: bool,
     /// The body is over, or broken.
     incoming_over: bool,
+    /// Bytes that may be on their way in one direction.
+    window: usize,
     /// Bytes that may be sent.
     credit: usize,
     shut: bool,
@@ -169,6 +174,13 @@ pub fn tunnel<B>(incoming: B) -> (Tunnel<B>, Outgoing) {
     (beginning.join(incoming), outgoing)
 }
 
+/// The same with a window of [`NARROW`].
+#[must_use]
+pub fn narrow<B>(incoming: B) -> (Tunnel<B>, Outgoing) {
+    let (beginning, outgoing) = begin();
+    (beginning.join_narrow(incoming), outgoing)
+}
+
 /// A byte stream whose incoming body is not there yet.
 #[derive(Debug)]
 pub struct Beginning(Option<Arc<Mutex<Outbox>>>);
@@ -183,7 +195,17 @@ pub fn begin() -> (Beginning, Outgoing) {
 impl Beginning {
     /// The tunnel, with the body that comes in.
     #[must_use]
-    pub fn join<B>(mut self, incoming: B) -> Tunnel<B> {
+    pub fn join<B>(self, incoming: B) -> Tunnel<B> {
+        self.join_within(incoming, WINDOW)
+    }
+
+    /// The same with a window of [`NARROW`].
+    #[must_use]
+    pub fn join_narrow<B>(self, incoming: B) -> Tunnel<B> {
+        self.join_within(incoming, NARROW)
+    }
+
+    fn join_within<B>(mut self, incoming: B, window: usize) -> Tunnel<B> {
         let outbox = self.0.take().unwrap_or_default();
         let wakers = Arc::clone(&lock(&outbox).wakers);
         Tunnel {
@@ -194,7 +216,8 @@ impl Beginning {
             taken: 0,
             peer_ended: false,
             incoming_over: false,
-            credit: WINDOW,
+            window,
+            credit: window,
             shut: false,
             outbox,
             wakers,
@@ -241,7 +264,7 @@ impl<B: Body<Data = Bytes> + Unpin> Tunnel<B> {
         match told {
             Told::Data(_) if self.peer_ended => return Err(broken("data after its end")),
             Told::Data(data) => {
-                if self.unread.len() + data.len() + self.taken > WINDOW {
+                if self.unread.len() + data.len() + self.taken > self.window {
                     return Err(broken("more than was allowed to be on its way"));
                 }
                 self.unread.extend_from_slice(&data);
@@ -249,7 +272,7 @@ impl<B: Body<Data = Bytes> + Unpin> Tunnel<B> {
             Told::Credit(bytes) => {
                 self.credit += bytes;
                 // What still waits here the peer has not taken: it may not be given credit for, however little of it the peer lets through.
-                if self.credit + lock(&self.outbox).waiting > WINDOW {
+                if self.credit + lock(&self.outbox).waiting > self.window {
                     return Err(broken("credit for what was not sent"));
                 }
             }
@@ -259,7 +282,7 @@ impl<B: Body<Data = Bytes> + Unpin> Tunnel<B> {
     }
 
     fn give_credit(&mut self) {
-        if self.taken >= CREDIT_STEP && !self.peer_ended {
+        if self.taken >= self.window / CREDIT_STEPS && !self.peer_ended {
             let credit = Bytes::copy_from_slice(&head(CREDIT, self.taken));
             self.taken = 0;
             lock(&self.outbox).push(credit);
@@ -430,15 +453,18 @@ mod tests {
 
     #[tokio::test]
     async fn what_nobody_reads_is_bounded() {
-        let (mut left, mut right) = pair();
-        let mut written = 0;
-        while let Some(more) = futures_util::FutureExt::now_or_never(left.write(&[7; 1000])) {
-            written += more.unwrap();
+        let ((left, from_left), (right, from_right)) = (begin(), begin());
+        let narrow = (left.join_narrow(from_right), right.join_narrow(from_left));
+        for ((mut left, mut right), window) in [(pair(), WINDOW), (narrow, NARROW)] {
+            let mut written = 0;
+            while let Some(more) = futures_util::FutureExt::now_or_never(left.write(&[7; 1000])) {
+                written += more.unwrap();
+            }
+            assert_eq!(written, window);
+            let mut taken = vec![0; window / CREDIT_STEPS];
+            right.read_exact(&mut taken).await.unwrap();
+            assert_eq!(left.write(&[7; 1000]).await.unwrap(), 1000, "what was read is made good");
         }
-        assert_eq!(written, WINDOW);
-        let mut taken = vec![0; CREDIT_STEP];
-        right.read_exact(&mut taken).await.unwrap();
-        assert_eq!(left.write(&[7; 1000]).await.unwrap(), 1000, "what was read is made good");
     }
 
     #[tokio::test]
@@ -481,12 +507,12 @@ mod tests {
 
     #[tokio::test]
     async fn nobody_is_given_credit_for_what_has_not_left() {
-        let credit = || Bytes::copy_from_slice(&head(CREDIT, CREDIT_STEP));
+        let credit = || Bytes::copy_from_slice(&head(CREDIT, WINDOW / CREDIT_STEPS));
         let (_, incoming) = begin();
         let told = Arc::clone(&incoming.0);
         lock(&told).dropped = false;
         let (mut tunnel, _unread) = tunnel(incoming);
-        tunnel.write_all(&[1; 2 * CREDIT_STEP]).await.unwrap();
+        tunnel.write_all(&[1; 2 * WINDOW / CREDIT_STEPS]).await.unwrap();
         lock(&told).push(credit());
         assert_eq!(tunnel.write(b"x").await.unwrap_err().kind(), io::ErrorKind::InvalidData);
     }

@@ -5,6 +5,8 @@
 /// Longest first words that are waited for, in bytes.
 pub const MAX_HELLO: usize = 64 * 1024;
 
+/// Bytes before what a record holds.
+const RECORD_HEAD: usize = 5;
 const HANDSHAKE: u8 = 22;
 const CLIENT_HELLO: u8 = 1;
 const SERVER_NAME: u16 = 0;
@@ -24,44 +26,70 @@ pub enum Look {
     Wrong,
 }
 
-/// Looks at the beginning of what a client sends.
-#[must_use]
-pub fn look(sent: &[u8]) -> Look {
-    match sent.first() {
-        None => return Look::More,
-        Some(&HANDSHAKE) => {}
-        Some(_) => return Look::NotTls,
+/// A client's first words, as they come. Each byte is looked at once, in however small pieces it comes.
+#[derive(Debug, Default)]
+pub struct FirstWords {
+    /// Bytes that have come.
+    came: usize,
+    /// Head of the record that has begun, as far as it is there.
+    head: Vec<u8>,
+    /// Bytes of the record that are still to come.
+    left: usize,
+    /// The first handshake message, put together from its records.
+    message: Vec<u8>,
+}
+
+impl FirstWords {
+    /// Looks at the next piece of what a client sends. Once it has told something else than [`Look::More`], there is nothing more to look at.
+    #[must_use]
+    pub fn look(&mut self, piece: &[u8]) -> Look {
+        if self.came == 0 && piece.first().is_some_and(|first| *first != HANDSHAKE) {
+            return Look::NotTls;
+        }
+        self.came += piece.len();
+        match self.take(piece) {
+            Some(true) => self.message.get(4..).and_then(server_name).unwrap_or(Look::Wrong),
+            Some(false) if self.came < MAX_HELLO => Look::More,
+            _ => Look::Wrong,
+        }
     }
-    match client_hello(sent) {
-        Ok(Some(hello)) => server_name(&hello).unwrap_or(Look::Wrong),
-        Ok(None) if sent.len() < MAX_HELLO => Look::More,
-        _ => Look::Wrong,
+
+    /// Whether the first message is all there; nothing where it can't be one.
+    fn take(&mut self, mut piece: &[u8]) -> Option<bool> {
+        while !piece.is_empty() {
+            if self.left == 0 {
+                let (head, rest) = piece.split_at(piece.len().min(RECORD_HEAD - self.head.len()));
+                self.head.extend_from_slice(head);
+                piece = rest;
+                if self.head.len() == RECORD_HEAD {
+                    self.left = length_of_record(&self.head)?;
+                    self.head.clear();
+                }
+                continue;
+            }
+            let (part, rest) = piece.split_at(piece.len().min(self.left));
+            self.message.extend_from_slice(part);
+            self.left -= part.len();
+            piece = rest;
+            if self.message.first().is_some_and(|kind| *kind != CLIENT_HELLO) {
+                return None;
+            }
+            if let Some(&[_, a, b, c]) = self.message.first_chunk::<4>() {
+                let wanted = 4 + usize::from(a) * 65_536 + usize::from(b) * 256 + usize::from(c);
+                if self.message.len() >= wanted {
+                    self.message.truncate(wanted);
+                    return Some(true);
+                }
+            }
+        }
+        Some(false)
     }
 }
 
-/// The body of the first handshake message, put together from its records; nothing while it is not all there.
-fn client_hello(mut sent: &[u8]) -> Result<Option<Vec<u8>>, ()> {
-    let mut message = Vec::new();
-    while let Some((head, rest)) = sent.split_at_checked(5) {
-        let length = usize::from(u16::from_be_bytes([head[3], head[4]]));
-        if head[0] != HANDSHAKE || head[1] != 3 || length == 0 || length > 16 * 1024 {
-            return Err(());
-        }
-        let part = &rest[..length.min(rest.len())];
-        message.extend_from_slice(part);
-        if message.first().is_some_and(|kind| *kind != CLIENT_HELLO) {
-            return Err(());
-        }
-        if let Some(&[_, a, b, c]) = message.first_chunk::<4>() {
-            let wanted = 4 + usize::from(a) * 65_536 + usize::from(b) * 256 + usize::from(c);
-            if message.len() >= wanted {
-                message.truncate(wanted);
-                return Ok(Some(message.split_off(4)));
-            }
-        }
-        sent = &rest[part.len()..];
-    }
-    Ok(None)
+fn length_of_record(head: &[u8]) -> Option<usize> {
+    let &[kind, major, _, a, b] = head else { return None };
+    let length = usize::from(u16::from_be_bytes([a, b]));
+    (kind == HANDSHAKE && major == 3 && (1..=16 * 1024).contains(&length)).then_some(length)
 }
 
 /// The one server that a hello names; nothing where it can't be read.
@@ -126,6 +154,10 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
+    fn look(sent: &[u8]) -> Look {
+        FirstWords::default().look(sent)
+    }
+
     fn hello(names: &[&str]) -> Vec<u8> {
         let two = |n: usize| (n as u16).to_be_bytes();
         let mut extensions = vec![0, 43, 0, 3, 2, 3, 4];
@@ -170,7 +202,27 @@ mod tests {
         assert_eq!(look(&[]), Look::More);
     }
 
+    #[test]
+    fn words_that_come_byte_by_byte_cost_no_more_than_their_length() {
+        // A message that says it has 60 KiB, in records of one byte each.
+        let sent = records(&[&[CLIENT_HELLO, 0, 0xf0, 0][..], &[0; 10_500]].concat(), 1);
+        assert!((60_000..MAX_HELLO).contains(&sent.len()));
+        let began = std::time::Instant::now();
+        let mut words = FirstWords::default();
+        assert!(sent.iter().all(|byte| words.look(&[*byte]) == Look::More));
+        // What looks at all of it again with each byte takes a hundred times as long.
+        assert!(began.elapsed() < std::time::Duration::from_secs(2), "{:?}", began.elapsed());
+    }
+
     proptest! {
+        #[test]
+        fn in_whatever_pieces_it_comes_it_says_the_same(size in 1_usize..400, step in 1_usize..50) {
+            let sent = records(&hello(&["example.org"]), size);
+            let mut words = FirstWords::default();
+            let last = sent.chunks(step).map(|piece| words.look(piece)).find(|look| *look != Look::More);
+            prop_assert_eq!(last, Some(Look::Name("example.org".to_owned())));
+        }
+
         #[test]
         fn however_it_is_cut_it_is_read_once_it_is_there(size in 1_usize..400, cut in 0_usize..2000) {
             let sent = records(&hello(&["example.org"]), size);

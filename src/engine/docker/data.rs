@@ -91,24 +91,31 @@ impl Data {
             labels
         };
         filling::create_volume(docker, IMPORT, &volume, labels(ROLE_DATA)).await?;
-        let fill = async |helper: &str| fill(docker, helper, archive).await;
+        let mark = format!("{volume}{MARK}");
+        let fill = async |helper: &str| {
+            let (bytes, sha256) = fill(docker, helper, archive).await?;
+            // While the helper still keeps the volume: a sweep between its end and the mark would take one that was filled for long.
+            let at = jiff::Timestamp::now().as_millisecond().to_string();
+            let mut whole = labels(ROLE_DATA_WHOLE);
+            let about = [(LABEL_WHOLE_AT, at), (LABEL_BYTES, bytes.to_string()), (LABEL_SHA256, sha256.clone())];
+            whole.extend(about.map(|(label, value)| (label.to_owned(), value)));
+            filling::create_volume(docker, IMPORT, &mark, whole).await?;
+            Ok((bytes, sha256))
+        };
         let filled = self.filling().through_a_helper(docker, &volume, image, fill).await;
         let (bytes, sha256) = match filled {
             Ok(filled) => filled,
             Err(error) => {
+                // Its maker is told that the name means what it meant before.
+                if let Err(left) = filling::remove_volume(docker, IMPORT, &mark).await {
+                    tracing::warn!(mark, %left, "the mark of data whose import has failed is left behind");
+                }
                 if let Err(left) = filling::remove_volume(docker, IMPORT, &volume).await {
                     tracing::warn!(volume, %left, "a volume that was not filled is left behind until the next sweep");
                 }
                 return Err(error);
             }
         };
-        let mut whole = labels(ROLE_DATA_WHOLE);
-        let at = jiff::Timestamp::now().as_millisecond();
-        for (label, value) in [(LABEL_WHOLE_AT, at.to_string()), (LABEL_BYTES, bytes.to_string())] {
-            whole.insert(label.to_owned(), value);
-        }
-        whole.insert(LABEL_SHA256.to_owned(), sha256.clone());
-        filling::create_volume(docker, IMPORT, &format!("{volume}{MARK}"), whole).await?;
         Ok(DataVolume { name: name.to_owned(), version, bytes, sha256 })
     }
 
@@ -166,13 +173,15 @@ impl Data {
     /// Removes what no name means and no cell has, and what was begun and not finished. Says what it was.
     pub(super) async fn sweep(&self, docker: &Docker) -> Result<Vec<String>, EngineError> {
         self.filling().remove_old_helpers(docker, LEFT_SECONDS).await?;
+        // Before all else: of what is in nobody's hands now, the mark is there by now if there will ever be one.
+        let in_hand = self.filling().in_hand(docker).await?;
         let volumes = self.volumes(docker, REMOVE).await?;
         let current = current(&volumes);
         let is_meant = |content: &str| current.values().any(|whole| whole.volume == content);
         let (marks, contents): (Vec<&Volume>, Vec<&Volume>) = volumes.iter().partition(|v| is_mark(v));
         let mut there: BTreeSet<&str> = contents.iter().map(|v| v.name.as_str()).collect();
         let mut removed = Vec::new();
-        for content in contents.into_iter().filter(|v| !is_meant(&v.name)) {
+        for content in contents.into_iter().filter(|v| !is_meant(&v.name) && !in_hand.contains(&v.name)) {
             let is_marked = marks.iter().any(|mark| content_of(mark) == content.name);
             // Of one that is being filled, its helper keeps it; this is for the moments before and after.
             let may_go = is_marked || !is_young(content);
@@ -181,7 +190,12 @@ impl Data {
                 removed.push(content.name.clone());
             }
         }
-        for mark in marks.into_iter().filter(|mark| !there.contains(content_of(mark))) {
+        // The volume of a young one may have been made after the volumes were listed.
+        let is_left = |mark: &&Volume| {
+            let content = content_of(mark);
+            !there.contains(content) && (removed.iter().any(|gone| gone == content) || !is_young(mark))
+        };
+        for mark in marks.into_iter().filter(is_left) {
             filling::remove_volume(docker, REMOVE, &mark.name).await?;
         }
         Ok(removed)

@@ -1,6 +1,6 @@
 //! Filling a volume: through a container that mounts it, is never started, and is removed whatever happens. What is filled in is its caller's business.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 
 use bollard::Docker;
 use bollard::models::{Mount, MountType, MountVolumeOptions, Volume, VolumeCreateRequest};
@@ -59,6 +59,13 @@ impl Filling<'_> {
         let done = filled?;
         removed?;
         Ok(done)
+    }
+
+    /// The volumes that helpers have, of whatever process.
+    pub(super) async fn in_hand(&self, docker: &Docker) -> Result<BTreeSet<String>, EngineError> {
+        let helpers = cells::list(docker, filter(&self.labels(self.helper_role))).await?;
+        let mounts = helpers.into_iter().flat_map(|helper| helper.mounts.unwrap_or_default());
+        Ok(mounts.filter_map(|mount| mount.name).collect())
     }
 
     /// Removes helpers that a killed process left behind. One that is young may be another process's.

@@ -145,7 +145,7 @@ impl Refusal {
     #[must_use]
     pub fn of_rpc(fault: impl Into<Fault>) -> Self {
         let Fault { code, problem } = fault.into();
-        Self(Problem { status: code.status().as_u16(), form: Form::E2b(Words::Connect(code)), ..problem })
+        Self(Problem { status: code.status().as_u16(), form: Form::E2b(Words::Connect(code)), ..*problem })
     }
 
     /// One of the code interpreter.
@@ -208,7 +208,7 @@ impl IntoResponse for Refusal {
 pub struct Fault {
     /// For programs.
     pub code: Code,
-    problem: Problem,
+    problem: Box<Problem>,
 }
 
 impl Fault {
@@ -228,7 +228,7 @@ impl Fault {
             Code::Unavailable => problem::GUEST_UNREACHABLE,
             Code::Unauthenticated => problem::UNAUTHENTICATED,
         };
-        Self { code, problem: Problem::new(kind, detail) }
+        Self { code, problem: Box::new(Problem::new(kind, detail)) }
     }
 
     /// `{"code": …, "message": …}`.
@@ -241,7 +241,7 @@ impl Fault {
 impl<P: Into<Problem>> From<P> for Fault {
     fn from(problem: P) -> Self {
         let problem = problem.into();
-        Self { code: Code::of(&problem), problem }
+        Self { code: Code::of(&problem), problem: Box::new(problem) }
     }
 }
 

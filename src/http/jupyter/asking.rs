@@ -29,7 +29,9 @@ impl<P: Into<Problem>> From<P> for Refusal {
             "unauthenticated" | "quota-exceeded" => StatusCode::FORBIDDEN.as_u16(),
             // What has ended is not there.
             "session-ended" => StatusCode::NOT_FOUND.as_u16(),
-            "spec-rejected" | "unsupported-media-type" => StatusCode::BAD_REQUEST.as_u16(),
+            "spec-rejected" | "unsupported-media-type" | "is-a-directory" | "not-a-directory" => {
+                StatusCode::BAD_REQUEST.as_u16()
+            }
             _ => problem.status,
         };
         Self(Problem { status, form: Form::Jupyter, ..problem })
@@ -57,6 +59,12 @@ impl Refusal {
     #[must_use]
     pub fn is_about(&self, pointer: &str) -> bool {
         self.0.errors.iter().any(|field| field.pointer == pointer)
+    }
+
+    /// Its word, and its status.
+    #[must_use]
+    pub fn outcome(&self) -> (&'static str, u16) {
+        (self.0.code, self.0.status)
     }
 
     /// Word and sentence.
@@ -136,7 +144,8 @@ fn base(path: &str) -> &str {
 
 /// Whether a request's target names a key.
 pub(crate) fn has_key(uri: &Uri) -> bool {
-    let in_query = |query: &str| query.split('&').any(|pair| pair.starts_with("token="));
+    // As the key is read, whichever way its name is written.
+    let in_query = |query: &str| url::form_urlencoded::parse(query.as_bytes()).any(|(name, _)| name == "token");
     uri.path().starts_with("/t/") || uri.query().is_some_and(in_query)
 }
 
@@ -207,6 +216,8 @@ mod tests {
         }
         let names = |uri: &str| has_key(&uri.parse().unwrap());
         assert!(names("/t/x/api") && names("/api/kernels?a=1&token=x") && !names("/api/kernels?tokens=1"));
+        assert!(names("/api/kernels?%74oken=x") && names("/api/kernels?a&t%6Fken=x"));
+        assert!(!names("/api/kernels?a=%26token=x"));
     }
 
     #[test]

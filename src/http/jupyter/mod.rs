@@ -18,6 +18,7 @@ use super::problem::{self, Problem};
 pub mod asking;
 mod channels;
 pub mod codec;
+mod contents;
 mod kernels;
 mod kernelspecs;
 mod said;
@@ -49,7 +50,7 @@ pub struct Bounds {
 }
 
 /// What changes something here, and what that is to the audit.
-const CHANGES: [(Method, &str, &str); 7] = [
+const CHANGES: [(Method, &str, &str); 12] = [
     (Method::POST, "/api/kernels", "create_session"),
     (Method::DELETE, "/api/kernels/{kernel}", "delete_session"),
     (Method::POST, "/api/kernels/{kernel}/interrupt", "interrupt_session"),
@@ -57,6 +58,11 @@ const CHANGES: [(Method, &str, &str); 7] = [
     (Method::POST, "/api/sessions", "create_session"),
     (Method::PATCH, "/api/sessions/{session}", "patch_session"),
     (Method::DELETE, "/api/sessions/{session}", "delete_session"),
+    (Method::POST, "/api/contents/{path}", "write_file"),
+    (Method::PUT, "/api/contents/{path}", "write_file"),
+    (Method::PATCH, "/api/contents/{path}", "move_file"),
+    (Method::DELETE, "/api/contents/{path}", "delete_file"),
+    (Method::POST, "/api/contents", "write_file"),
 ];
 
 /// All routes, wherever they are.
@@ -78,7 +84,9 @@ fn places() -> [String; 4] {
 }
 
 fn api() -> Router<App> {
-    let routes: [(&str, MethodRouter<App>); 15] = [
+    let root = || get(contents::get_contents).post(contents::post_contents);
+    let at = root().put(contents::put_contents).patch(contents::patch_contents).delete(contents::delete_contents);
+    let routes: [(&str, MethodRouter<App>); 18] = [
         ("/api", get(get_version)),
         ("/api/", get(get_version)),
         ("/api/status", get(get_status)),
@@ -96,6 +104,9 @@ fn api() -> Router<App> {
             "/api/sessions/{session}",
             get(sessions::get_session).patch(sessions::patch_session).delete(sessions::delete_session),
         ),
+        ("/api/contents", root()),
+        ("/api/contents/", root()),
+        ("/api/contents/{*path}", at),
         ("/api/terminals", get(list_terminals)),
     ];
     let with = |router: Router<App>, (path, methods): (&str, MethodRouter<App>)| {

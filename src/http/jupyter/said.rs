@@ -27,9 +27,39 @@ use crate::traces::Requested;
 const ROUTE: &str = "/api/kernels/{kernel}/channels";
 /// A client that asks too often is not heard for so long at a time.
 const PAUSE: Duration = Duration::from_secs(5);
+/// What goes on to the kernel: questions, none of which runs what is sent along …
+const QUESTIONS: [&str; 8] = [
+    "kernel_info_request",
+    "comm_info_request",
+    "complete_request",
+    "inspect_request",
+    "is_complete_request",
+    "history_request",
+    "connect_request",
+    "usage_request",
+];
+/// … and what is said to handlers that an execution has set up, which wait for their turn behind it.
+const COMMS: [&str; 3] = ["comm_open", "comm_msg", "comm_close"];
 
 /// A close code, and why.
 type Closing = (u16, &'static str);
+
+/// Whether a message may go on to the kernel as it is. What is not known might run code that is no execution: without a limit, a record and an event of the audit,
+/// as a debugger's does, and ipyparallel's.
+fn may_pass(channel: Channel, header: &ClientHeader) -> Result<(), Refusal> {
+    let kind = header.msg_type.as_str();
+    if header.subshell_id.is_some() {
+        return Err(Refusal::malformed("a kernel has no subshells here: what is said to it waits for its turn"));
+    }
+    if QUESTIONS.contains(&kind) || (channel == Channel::Shell && COMMS.contains(&kind)) {
+        return Ok(());
+    }
+    Err(Refusal::malformed(format!(
+        "{kind} does not go on to the kernel by this channel: code runs in executions only; what goes on is {}, and on the shell channel {}",
+        QUESTIONS.join(", "),
+        COMMS.join(", ")
+    )))
+}
 
 impl Talk {
     /// Takes a message. An error ends the connection.
@@ -53,11 +83,14 @@ impl Talk {
             (_, "execute_request") => self.execute(&who, channel, &header, &content).await,
             (_, "interrupt_request") => self.interrupt(&who, &header, shared).await,
             (_, "shutdown_request") => self.shut_down(&who, &header, &content, shared).await,
-            _ => {
-                let (asker, header) = (self.asker.clone(), header.clone());
-                let aside = Aside { asker, channel, header, metadata, content, buffers };
-                self.asking.app.service.pass(&who, self.session.id, aside).await.map_err(Refusal::from)
-            }
+            _ => match may_pass(channel, &header) {
+                Ok(()) => {
+                    let (asker, header) = (self.asker.clone(), header.clone());
+                    let aside = Aside { asker, channel, header, metadata, content, buffers };
+                    self.asking.app.service.pass(&who, self.session.id, aside).await.map_err(Refusal::from)
+                }
+                Err(refused) => Err(refused),
+            },
         };
         if let Err(refusal) = outcome {
             self.refuse(channel, &header, &refusal, shared).await;
@@ -234,5 +267,26 @@ impl Talk {
         content["status"] = "error".into();
         shared.say(made(channel, &format!("{kind}_reply"), &content)).await;
         shared.say(made(Channel::Iopub, "status", &json!({"execution_state": "idle"}))).await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_could_run_code_outside_of_executions_does_not_go_on() {
+        let passes = |channel, header: &str| may_pass(channel, &ClientHeader::read(header.as_bytes()).unwrap()).is_ok();
+        let of = |kind: &str| format!(r#"{{"msg_id": "a", "msg_type": "{kind}"}}"#);
+        for kind in QUESTIONS {
+            assert!(passes(Channel::Shell, &of(kind)) && passes(Channel::Control, &of(kind)), "{kind}");
+        }
+        for kind in COMMS {
+            assert!(passes(Channel::Shell, &of(kind)) && !passes(Channel::Control, &of(kind)), "{kind}");
+        }
+        for kind in ["debug_request", "create_subshell_request", "apply_request", "abort_request", "input_reply", "x"] {
+            assert!(!passes(Channel::Shell, &of(kind)) && !passes(Channel::Control, &of(kind)), "{kind}");
+        }
+        assert!(!passes(Channel::Shell, r#"{"msg_id": "a", "msg_type": "comm_msg", "subshell_id": "s"}"#));
     }
 }

@@ -10,8 +10,9 @@ use uuid::Uuid;
 
 use super::asking::{Asking, Loose, Named, Refusal};
 use super::kernels::{self, Model, Wanted};
+use super::{contents, kernelspecs};
 use crate::http::extract::Answer;
-use crate::service::SessionPatch;
+use crate::service::{SessionPatch, trail};
 use crate::session::{Session, fresh};
 
 /// What the labels of such a session begin with; its id follows, and which of its words it is.
@@ -129,8 +130,18 @@ pub(super) async fn create_session(asking: Asking, Loose(body): Loose<Body>) -> 
         return Ok(created(&asking, opened, &kernel));
     }
     let opened = Opened { id: fresh(), path, name: body.name.unwrap_or_default(), kind };
-    let kernel = with_kernel(&asking, body.kernel.unwrap_or_default(), &opened).await?;
+    let wanted = beside_its_files(&asking, body.kernel.unwrap_or_default(), &opened.path)?;
+    let kernel = with_kernel(&asking, wanted, &opened).await?;
     Ok(created(&asking, opened, &kernel))
+}
+
+/// A document that stands in a session's folder is opened with that session's kernel, where its files are, if it is one of the kind that is wanted.
+fn beside_its_files(asking: &Asking, wanted: WithKernel, path: &str) -> Result<WithKernel, Refusal> {
+    let Some((folder, _)) = path.split_once('/').filter(|_| wanted.id.is_none()) else { return Ok(wanted) };
+    let template = wanted.name.as_ref().map(|name| kernelspecs::template_of(&asking.app.service, name));
+    let is_meant = |session: &Session| template.as_ref().is_none_or(|template| *template == session.spec.template);
+    let found = contents::session_of(asking, folder)?.filter(is_meant);
+    Ok(found.map_or(wanted, |session| WithKernel { id: Some(kernels::id_of(&session)), name: None }))
 }
 
 fn created(asking: &Asking, opened: Opened, kernel: &Session) -> Response {
@@ -143,6 +154,7 @@ async fn with_kernel(asking: &Asking, wanted: WithKernel, opened: &Opened) -> Re
     if let Some(id) = wanted.id {
         let gone = |_| Refusal::malformed(format!("No such kernel: {id}"));
         let kernel = kernels::find(asking, &id).map_err(gone)?;
+        trail::note_action("patch_session");
         return relabel(asking, &kernel, |labels| labels.extend(opened.labels())).await;
     }
     let labels = opened.labels().into();
@@ -184,8 +196,17 @@ pub(super) async fn patch_session(
         let kernel = relabel(&asking, &kernel, |labels| labels.extend(opened.labels())).await?;
         return Ok(Answer(opened.view(&kernel)));
     }
-    let new = with_kernel(&asking, wanted, &opened).await?;
-    asking.app.service.delete_session(&asking.who, kernel.id).await?;
+    // What is done to each of the two kernels is in the audit by itself.
+    let action = if wanted.id.is_some() { "patch_session" } else { "create_session" };
+    let new = trail::apart(action, with_kernel(&asking, wanted, &opened), Refusal::outcome).await?;
+    let end = async { Ok(asking.app.service.delete_session(&asking.who, kernel.id).await?) };
+    match trail::apart("delete_session", end, Refusal::outcome).await {
+        // It may have ended by itself.
+        Err(refusal) if refusal.outcome().1 != StatusCode::NOT_FOUND.as_u16() => return Err(refusal),
+        _ => {}
+    }
+    // The request itself is about the one that stays.
+    let new = asking.app.service.session(&asking.who, new.id)?;
     Ok(Answer(opened.view(&new)))
 }
 

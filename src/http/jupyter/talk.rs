@@ -5,9 +5,9 @@
 
 use std::collections::HashMap;
 use std::net::IpAddr;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use axum::extract::ws::{self, CloseFrame, WebSocket, close_code};
 use bytes::Bytes;
@@ -15,6 +15,7 @@ use futures_util::stream::{SplitSink, SplitStream};
 use futures_util::{SinkExt, StreamExt};
 use serde_json::json;
 use tokio::sync::mpsc;
+use tokio::time::Instant;
 
 use super::asking::Asking;
 use super::codec::{self, Form, Garbage, Incoming};
@@ -66,14 +67,44 @@ pub(super) struct Shared {
     began: Instant,
     /// One more than the number of the newest message that the client has; 0: it has not said.
     has: AtomicU64,
-    /// Milliseconds from the beginning to the last pong.
+    /// Milliseconds from the beginning to the last pong, or the end of the last work on a message.
     ponged: AtomicU64,
+    /// A message is worked on: nothing more is read meanwhile, so the client's silence is not its own.
+    is_at_work: AtomicBool,
     /// The execution that has asked this client for a line.
     pub(super) asks: Mutex<Option<ExecutionId>>,
     pub(super) says: mpsc::Sender<Say>,
 }
 
 impl Shared {
+    fn new(says: mpsc::Sender<Say>) -> Self {
+        let (has, ponged, is_at_work) = (AtomicU64::new(0), AtomicU64::new(0), AtomicBool::new(false));
+        Self { began: Instant::now(), has, ponged, is_at_work, asks: Mutex::default(), says }
+    }
+
+    /// How long the client has been silent while it was heard.
+    fn silent_for(&self) -> Duration {
+        // In this order: the time is set before the work is over.
+        if self.is_at_work.load(Ordering::Acquire) {
+            return Duration::ZERO;
+        }
+        self.began.elapsed().saturating_sub(Duration::from_millis(self.ponged.load(Ordering::Relaxed)))
+    }
+
+    fn is_there(&self) {
+        let at = u64::try_from(self.began.elapsed().as_millis()).unwrap_or(u64::MAX);
+        self.ponged.store(at, Ordering::Relaxed);
+    }
+
+    /// Works on a message of the client's. It may have to wait, as for the tenant's rate, and is not lost by that.
+    async fn at_work<T>(&self, work: impl Future<Output = T>) -> T {
+        self.is_at_work.store(true, Ordering::Relaxed);
+        let done = work.await;
+        self.is_there();
+        self.is_at_work.store(false, Ordering::Release);
+        done
+    }
+
     /// Says something, once there is room.
     pub(super) async fn say(&self, say: Say) {
         // A connection that has ended needs none.
@@ -95,8 +126,7 @@ impl Shared {
 /// Serves a connection to its end.
 pub(super) async fn talk(talk: Talk, mut listener: Listener, socket: WebSocket) {
     let (says, answers) = mpsc::channel(ANSWERS);
-    let (has, ponged) = (AtomicU64::new(0), AtomicU64::new(0));
-    let shared = Shared { began: Instant::now(), has, ponged, asks: Mutex::default(), says };
+    let shared = Shared::new(says);
     let (sink, mut stream) = socket.split();
     let is_closed = {
         let writing = Writer { talk: &talk, shared: &shared, sink, unasked: (0, 0), retold: HashMap::new() };
@@ -177,8 +207,7 @@ impl Writer<'_> {
                     if app.door.principal(key).is_none() {
                         return Ok((close_code::POLICY, "the key is not valid any more"));
                     }
-                    let silent = self.shared.began.elapsed().saturating_sub(Duration::from_millis(self.shared.ponged.load(Ordering::Relaxed)));
-                    if silent >= GONE {
+                    if self.shared.silent_for() >= GONE {
                         return Err(Lost);
                     }
                     self.ping(listener).await?;
@@ -291,7 +320,7 @@ impl Talk {
                     return self.end(shared, code, reason).await;
                 }
             };
-            if let Err((code, reason)) = self.take(incoming, shared).await {
+            if let Err((code, reason)) = shared.at_work(self.take(incoming, shared)).await {
                 return self.end(shared, code, reason).await;
             }
         }
@@ -316,8 +345,7 @@ impl Talk {
         // Some clients send pongs of their own.
         let Ok(number) = number.try_into().map(u64::from_be_bytes) else { return };
         shared.has.fetch_max(number, Ordering::Relaxed);
-        let at = u64::try_from(shared.began.elapsed().as_millis()).unwrap_or(u64::MAX);
-        shared.ponged.store(at, Ordering::Relaxed);
+        shared.is_there();
     }
 }
 
@@ -329,5 +357,25 @@ fn why_unreadable(error: axum::Error) -> Option<(u16, &'static str)> {
         tungstenite::Error::Protocol(tungstenite::error::ProtocolError::ResetWithoutClosingHandshake) => None,
         tungstenite::Error::Protocol(_) => Some((close_code::PROTOCOL, "not the WebSocket protocol")),
         _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn who_is_made_to_wait_is_not_silent() {
+        let shared = Shared::new(mpsc::channel(1).0);
+        tokio::time::advance(GONE).await;
+        assert!(shared.silent_for() >= GONE, "who is read of and says nothing is");
+        let waits = async {
+            tokio::time::advance(2 * GONE).await;
+            shared.silent_for()
+        };
+        assert_eq!(shared.at_work(waits).await, Duration::ZERO);
+        assert_eq!(shared.silent_for(), Duration::ZERO, "and has all its time again");
+        tokio::time::advance(GONE).await;
+        assert!(shared.silent_for() >= GONE);
     }
 }

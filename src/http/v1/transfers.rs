@@ -12,6 +12,7 @@ use axum::extract::{Request, State};
 use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::response::sse::{Event, KeepAlive, Sse};
 use axum::response::{IntoResponse, Response};
+use bytes::BytesMut;
 use cellblock_wire::files::{Archive, Event as Change, Watch};
 use futures_util::stream::{self, Stream};
 use http_body_util::BodyExt;
@@ -269,24 +270,40 @@ pub async fn watch_files(
     let recursive = params.parse::<bool>("recursive", "true or false")?.unwrap_or_default();
     let asked = Watch { path: params.get("path").unwrap_or_default().to_owned(), recursive };
     let pieces = app.service.watch_files(&who, id, &asked).await?;
-    let events = stream::unfold((pieces, Vec::new()), |(mut pieces, mut buffer)| async move {
-        let event = next_event(&mut pieces, &mut buffer).await?;
-        Some((Ok::<_, Infallible>(told(event)), (pieces, buffer)))
+    let events = stream::unfold((pieces, Lines::default()), |(mut pieces, mut lines)| async move {
+        let event = next_event(&mut pieces, &mut lines).await?;
+        Some((Ok::<_, Infallible>(told(event)), (pieces, lines)))
     });
     Ok(Sse::new(events).keep_alive(KeepAlive::new().interval(PING).text("ping")).into_response())
 }
 
 /// The next event of a guest's. What is none ends the stream.
-async fn next_event(pieces: &mut Pieces, buffer: &mut Vec<u8>) -> Option<Change> {
+async fn next_event(pieces: &mut Pieces, lines: &mut Lines) -> Option<Change> {
     loop {
-        if let Some(end) = buffer.iter().position(|byte| *byte == b'\n') {
-            let line: Vec<u8> = buffer.drain(..=end).collect();
+        if let Some(line) = lines.next() {
             return serde_json::from_slice(&line).ok();
         }
-        if buffer.len() > MAX_LINE {
+        if lines.buffer.len() > MAX_LINE {
             return None;
         }
-        buffer.extend_from_slice(&pieces.frame().await?.ok()?.into_data().ok()?);
+        lines.buffer.extend_from_slice(&pieces.frame().await?.ok()?.into_data().ok()?);
+    }
+}
+
+/// Lines that come in pieces, however small: each byte is looked at once.
+#[derive(Default)]
+struct Lines {
+    buffer: BytesMut,
+    /// Bytes at its beginning that hold no line's end.
+    looked: usize,
+}
+
+impl Lines {
+    fn next(&mut self) -> Option<BytesMut> {
+        let looked = std::mem::replace(&mut self.looked, self.buffer.len());
+        let end = looked + self.buffer[looked..].iter().position(|byte| *byte == b'\n')? + 1;
+        self.looked = 0;
+        Some(self.buffer.split_to(end))
     }
 }
 
@@ -304,4 +321,37 @@ fn told(change: Change) -> Event {
     };
     // A structure of texts and numbers: writing it can't fail.
     Event::default().event(name).data(serde_json::to_string(&view).unwrap_or_default())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lines_are_the_same_in_whatever_pieces_they_come() {
+        let text = b"{\"a\": 1}\n\n{}\nrest";
+        for step in 1..text.len() {
+            let (mut lines, mut seen) = (Lines::default(), Vec::new());
+            for piece in text.chunks(step) {
+                lines.buffer.extend_from_slice(piece);
+                seen.extend(std::iter::from_fn(|| lines.next()).map(|line| line.to_vec()));
+            }
+            assert_eq!(seen, [&b"{\"a\": 1}\n"[..], b"\n", b"{}\n"], "in pieces of {step}");
+            assert_eq!(&lines.buffer[..], b"rest");
+        }
+    }
+
+    #[test]
+    fn many_lines_in_one_piece_and_a_line_in_many_pieces_cost_no_more_than_their_length() {
+        let began = std::time::Instant::now();
+        let mut lines = Lines::default();
+        lines.buffer.extend_from_slice(&[b'\n'; 1 << 20]);
+        assert_eq!(std::iter::from_fn(|| lines.next()).count(), 1 << 20);
+        for _ in 0..200_000 {
+            lines.buffer.extend_from_slice(b"x");
+            assert!(lines.next().is_none());
+        }
+        // What looks at all of it again, or moves it, takes minutes.
+        assert!(began.elapsed() < std::time::Duration::from_secs(5), "{:?}", began.elapsed());
+    }
 }

@@ -153,7 +153,8 @@ impl Context {
         let (msg_id, bytes) = (self.next_id("aside"), aside.len());
         let Aside { asker, channel, header, metadata, content, buffers } = aside;
         let request = client::passed(&msg_id, &self.client, &header, [metadata, content], &buffers);
-        let cap = (channel == Channel::Shell).then(|| super::cap_of(&self.making.setup_output));
+        // Also on control, where a kernel's answer can come with output as well.
+        let cap = Some(super::cap_of(&self.making.setup_output));
         let head = Outbound { channel, msg_id: msg_id.clone(), cap, is_aside: true };
         self.actions.push(Action::Send { kernel: self.kernel.clone(), head, parts: request.parts });
         let (msg_type, parent) = (header.msg_type, header.text);
@@ -208,7 +209,10 @@ impl Context {
         };
         // Text that was cut has one header for all its pieces.
         let msg_id = (msg_type == "stream").then(|| self.next_id("told"));
-        let Some((msg_id, parts)) = client::retold(parts, parent.as_ref(), msg_id.as_deref()) else { return };
+        let Some((msg_id, mut parts)) = client::retold(parts, parent.as_ref(), msg_id.as_deref()) else { return };
+        if msg_type == "kernel_info_reply" {
+            parts[3] = client::without_side_doors(&parts[3]);
+        }
         tap.tell(Message { channel, msg_type: msg_type.to_owned(), msg_id, parts, of: None, only });
     }
 

@@ -325,6 +325,58 @@ fn a_kernel_that_lost_the_question_too_is_asked_again() {
 }
 
 #[test]
+fn a_kernel_that_says_nothing_more_after_an_interrupt_is_replaced_before_anything_is_sent_to_it() {
+    let mut world = ready();
+    world.step(Step::Execute { seconds: 1, restarts: false });
+    world.step(Step::Execute { seconds: 100, restarts: false });
+    world.step(Step::Wait(1000));
+    let [first, second] = [0, 1].map(|at| world.executions[at].id.to_string());
+    let kernel = world.context.kernel.clone();
+    world.answer(&first, true);
+    world.take();
+    assert_eq!(world.executions[0].status(), Status::Timeout);
+    let was_sent = |world: &World| world.sent.iter().any(|(_, head)| head.msg_id == second);
+    for wait in [1000, 2000, 4000] {
+        world.step(Step::Wait(wait));
+        assert!(!was_sent(&world) && world.deletes.is_empty(), "after {wait} ms more");
+    }
+    world.step(Step::Wait(3000));
+    assert_eq!(world.deletes, [kernel]);
+    world.delete();
+    let info = world.sent.last().unwrap().1.msg_id.clone();
+    world.step(Step::Connected);
+    world.answer(&info, true);
+    world.take();
+    let setup = world.sent.last().unwrap().1.msg_id.clone();
+    world.answer(&setup, true);
+    world.take();
+    assert!(was_sent(&world), "{:?}", world.context);
+    let is_told = |logged: &Arc<crate::session::execution::Logged>| matches!(&logged.event, ExecutionEvent::KernelRestarted { cause } if *cause == RestartCause::Timeout);
+    assert!(world.executions[1].events_after(0).iter().any(is_told));
+}
+
+#[test]
+fn a_request_that_the_kernel_has_lost_is_not_waited_for() {
+    let probes = |world: &World| world.sent.iter().filter(|(_, head)| head.msg_id.contains("-probe")).count();
+    for begins in [true, false] {
+        let mut world = ready();
+        world.step(Step::Execute { seconds: 100, restarts: false });
+        let id = world.executions[0].id.to_string();
+        if begins {
+            world.message(Channel::Iopub, "status", &id, r#"{"execution_state":"busy"}"#);
+        }
+        world.step(Step::Wait(5000));
+        assert_eq!(probes(&world), usize::from(!begins));
+        if begins {
+            continue;
+        }
+        let probe = world.sent.last().unwrap().1.msg_id.clone();
+        world.answer(&probe, true);
+        assert_eq!(world.executions[0].status(), Status::Error);
+    }
+}
+
+#[test]
 fn time_in_which_nothing_could_be_sent_is_not_that_of_the_code() {
     const GAP: u64 = 60_000;
     let mut world = ready();

@@ -6,6 +6,7 @@
 pub mod launch;
 pub mod live;
 pub mod log;
+mod tell;
 pub mod tty;
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
@@ -29,6 +30,7 @@ use crate::kernel::tree::{Tree, signal_group};
 use crate::reap::{ExitWatch, Reaper};
 use live::{Ending, Input, Life, feed, kill_all_of};
 use log::{Budget, Keep, Log};
+pub use tell::tell;
 
 /// Commands that may run at once.
 const MAX_LIVE: usize = 200;

@@ -5,9 +5,13 @@ use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt;
 
 use cellblock_wire::files::{Conditions, Made};
-use rustix::fs::{AtFlags, Dir, FileType, Mode, OFlags, chmodat, fstat, mkdirat, openat, renameat, statat, unlinkat};
+use rustix::fs::{
+    AtFlags, Dir, FileType, Mode, OFlags, RenameFlags, chmodat, fstat, mkdirat, openat, renameat, renameat_with,
+    statat, unlinkat,
+};
 use rustix::io::Errno;
 
+use super::look::Stamp;
 use super::path::{FOLDER, Links, Place, make_folders};
 use super::write::{Upload, check, rename, standing};
 use super::{Download, FileError, failed, hidden_name, list};
@@ -215,8 +219,9 @@ async fn copy_away(from: &Place, to: &Place, overwrite: bool) -> Result<Made, Fi
         other => other,
     };
     let source = from.open(OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC, Links::Refuse)?;
-    let mode = fstat(&source).map_err(failed("moved"))?.st_mode;
-    let (mut download, _) = Download::asked(from, &cellblock_wire::files::Read::default())?;
+    let stat = fstat(&source).map_err(failed("moved"))?;
+    let (mode, before) = (stat.st_mode, Stamp::from(&stat));
+    let mut download = Download::of(source)?;
     let mut upload = Upload::create(to, &conditions).map_err(in_the_way)?;
     loop {
         let chunk = download.read().map_err(failed("moved"))?;
@@ -227,7 +232,28 @@ async fn copy_away(from: &Place, to: &Place, overwrite: bool) -> Result<Made, Fi
         tokio::task::yield_now().await;
     }
     let (_, stat, is_new) = upload.finish(Some(mode), &conditions).map_err(in_the_way)?;
-    let (folder, name) = from.parent()?;
-    unlinkat(&folder, name, AtFlags::empty()).map_err(failed("moved"))?;
+    take_away(from, before).map_err(failed("moved"))?;
     Ok(Made { stat, is_new })
+}
+
+/// Removes a file that was copied, in the state in which it was. What code has put there meanwhile, or written to it, was not copied and stays.
+fn take_away(from: &Place, copied: Stamp) -> Result<(), Errno> {
+    let Ok((folder, name)) = from.parent() else { return Ok(()) };
+    let Ok(hidden) = hidden_name() else { return Err(Errno::IO) };
+    // Once it is out of sight, nobody puts another one in its place.
+    match renameat(&folder, name, &folder, &hidden) {
+        Ok(()) => {}
+        Err(Errno::NOENT) => return Ok(()),
+        Err(errno) => return Err(errno),
+    }
+    let now = Stamp::from(&statat(&folder, &hidden, AtFlags::SYMLINK_NOFOLLOW)?);
+    let is_it = (now.inode, now.size, now.modified) == (copied.inode, copied.size, copied.modified);
+    if !is_it {
+        match renameat_with(&folder, &hidden, &folder, name, RenameFlags::NOREPLACE) {
+            // Something newer is there by now.
+            Err(Errno::EXIST) => {}
+            put_back => return put_back,
+        }
+    }
+    unlinkat(&folder, &hidden, AtFlags::empty())
 }

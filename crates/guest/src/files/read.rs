@@ -59,6 +59,12 @@ impl Download {
         Ok((Self { file, at: first, left: Some(length) }, opened))
     }
 
+    /// What is open already, whole, in the state that it is in now.
+    pub(super) fn of(file: OwnedFd) -> Result<Self, FileError> {
+        let size = u64::try_from(regular(&file)?.st_size).unwrap_or_default();
+        Ok(Self { file, at: 0, left: Some(size) })
+    }
+
     /// The file's state now.
     ///
     /// # Errors

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use cellblock_wire::files::{Conditions, Part};
 use sha2::{Digest, Sha256};
+use tokio::time::Instant;
 
 use super::path::Place;
 use super::{FileError, Upload, failed};
@@ -24,14 +25,15 @@ type Key = (PathBuf, String);
 
 struct Waiting {
     upload: Upload,
-    /// Which wait this is: one that is over removes nothing of the next.
-    number: u64,
+    /// It is forgotten then.
+    until: Instant,
 }
 
 #[derive(Default)]
 struct Table {
     waiting: HashMap<Key, Waiting>,
-    number: u64,
+    /// A task forgets those whose time is over, as long as there are any.
+    is_swept: bool,
 }
 
 /// The uploads that wait.
@@ -95,20 +97,27 @@ impl Resumable {
 
     fn keep(&self, key: Key, upload: Upload) {
         let mut table = self.lock();
-        table.number += 1;
-        let number = table.number;
         if table.waiting.len() < MAX_WAITING {
-            table.waiting.insert(key.clone(), Waiting { upload, number });
+            table.waiting.insert(key, Waiting { upload, until: Instant::now() + WAITING });
         }
-        drop(table);
-        let of = self.clone();
-        tokio::spawn(async move {
-            tokio::time::sleep(WAITING).await;
-            let mut table = of.lock();
-            if table.waiting.get(&key).is_some_and(|waiting| waiting.number == number) {
-                table.waiting.remove(&key);
-            }
-        });
+        if !std::mem::replace(&mut table.is_swept, true) {
+            tokio::spawn(self.clone().sweep());
+        }
+    }
+
+    async fn sweep(self) {
+        while let Some(next) = self.forget_old(Instant::now()) {
+            tokio::time::sleep_until(next).await;
+        }
+    }
+
+    /// Forgets those whose time is over, and says when the next one's is.
+    fn forget_old(&self, now: Instant) -> Option<Instant> {
+        let mut table = self.lock();
+        table.waiting.retain(|_, waiting| waiting.until > now);
+        let next = table.waiting.values().map(|waiting| waiting.until).min();
+        table.is_swept = next.is_some();
+        next
     }
 }
 

@@ -403,3 +403,48 @@ proptest! {
         prop_assert_eq!(fs::read_dir(&room.base).unwrap().count(), 2);
     }
 }
+
+#[tokio::test]
+async fn what_replaces_a_file_while_it_is_moved_away_stays() {
+    let room = Room::new("replaced");
+    let away = format!("/tmp/cellblock-moved-{}", std::process::id());
+    for is_replaced in [true, false] {
+        fs::write(room.work().join("from"), vec![1; 4 << 20]).unwrap();
+        let replacing = async {
+            for _ in 0..3 {
+                tokio::task::yield_now().await;
+            }
+            if is_replaced {
+                fs::write(room.work().join("new"), "new").unwrap();
+                fs::rename(room.work().join("new"), room.work().join("from")).unwrap();
+            }
+        };
+        let (from, to) = (room.place("from"), room.place(&away));
+        let (moved, ()) = tokio::join!(move_to(&from, &to, true), replacing);
+        moved.unwrap();
+        assert_eq!(fs::read(&away).unwrap().len(), 4 << 20);
+        let left = fs::read_to_string(room.work().join("from")).ok();
+        assert_eq!(left.as_deref(), is_replaced.then_some("new"));
+        assert_eq!(room.raw().len(), usize::from(is_replaced), "{:?}", room.raw());
+    }
+    fs::remove_file(&away).unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn uploads_that_wait_are_forgotten_in_time_by_one_task() {
+    let (room, uploads) = (Room::new("forgotten"), resume::Resumable::default());
+    let place = room.place("a");
+    let part = |offset| Part { upload: "one".to_owned(), offset, ..Part::default() };
+    for _ in 0..500 {
+        drop(uploads.receive(&place, &part(0), &Conditions::default()).unwrap());
+    }
+    let tasks = tokio::runtime::Handle::current().metrics().num_alive_tasks();
+    assert!(tasks <= 2, "{tasks} tasks");
+    assert_eq!(uploads.received(&place, "one").unwrap(), 0);
+    tokio::time::sleep(std::time::Duration::from_secs(601)).await;
+    assert!(uploads.received(&place, "one").is_err() && room.raw().is_empty(), "{:?}", room.raw());
+    // Another one, after the task was done.
+    drop(uploads.receive(&place, &part(0), &Conditions::default()).unwrap());
+    tokio::time::sleep(std::time::Duration::from_secs(601)).await;
+    assert!(uploads.received(&place, "one").is_err());
+}

@@ -213,7 +213,8 @@ impl Kernels {
             outbox::Refused::Closed => Refused::not_found("living kernel"),
         })?;
         shared.relay().sent(&head.msg_id, head.cap);
-        if port == Port::Control {
+        // An interrupt; what a client asks on this channel is none.
+        if port == Port::Control && !head.is_aside {
             shared.relay().rush(Instant::now().into_std());
         }
         if port == Port::Shell {

@@ -182,7 +182,7 @@ impl Relay {
 
     /// Judges a message from another channel: each of them goes on, if need be with a shorter content.
     pub fn reply(&mut self, channel: Channel, message: Incoming) -> Option<Out> {
-        if channel == Channel::Shell
+        if matches!(channel, Channel::Shell | Channel::Control)
             && message.msg_type.ends_with("_reply")
             && let Some(at) = self.executions.iter().position(|e| e.id == message.parent_id)
         {
@@ -405,6 +405,19 @@ mod tests {
                 other => format!("{other:?}"),
             })
             .collect()
+    }
+
+    #[test]
+    fn what_is_asked_on_control_has_its_cap_and_leaves_nothing() {
+        for channel in [Channel::Shell, Channel::Control] {
+            let mut relay = Relay::default();
+            relay.sent("c", Some(CAP));
+            assert_eq!(short(&relay.iopub(print("c", &"a".repeat(1000)), ROOM)), ["a".repeat(300)]);
+            let reply = message("kernel_info_reply", "c", &json!({"status": "ok"}));
+            assert!(relay.reply(channel, reply).is_some() && relay.executions.len() == 1, "its idle is still to come");
+            relay.iopub(idle("c"), ROOM);
+            assert!(relay.executions.is_empty(), "{channel:?}");
+        }
     }
 
     #[test]

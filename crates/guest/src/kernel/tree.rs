@@ -16,6 +16,10 @@ pub const COMMAND_MARK: &str = "CELLBLOCK_COMMAND";
 const MAX_ENVIRON: u64 = 1 << 20;
 /// Longest command line that is told, in bytes.
 const MAX_COMMAND: usize = 256;
+/// One look may miss a process that has ended just then, and has left another.
+const QUIET_LOOKS: u32 = 2;
+/// Most looks for processes that are to be stopped, before what was found is killed.
+const MAX_LOOKS: u32 = 50;
 /// Numbers of a line of `/proc/{pid}/stat` behind the command's name, see `proc_pid_stat(5)`.
 const STAT_PARENT: usize = 1;
 const STAT_STARTED: usize = 19;
@@ -95,11 +99,15 @@ fn with_descendants(seen: &[Seen], is_root: impl Fn(&Seen) -> bool) -> Vec<i32> 
     found
 }
 
-/// Everything alive that `/proc` shows. All of one is read together: some live for milliseconds only. Marked is what has a variable in
-/// its environment that `is_mark`.
+/// Everything alive that `/proc` shows. Marked is what has a variable in its environment that `is_mark`.
 fn look_around(mark: &[u8], is_mark: impl Fn(&[u8], &[u8]) -> bool) -> Vec<Seen> {
+    living(mark, is_mark).collect()
+}
+
+/// The same one by one, so that something can be done about each at once. All of one is read together: some live for milliseconds only.
+fn living<'a>(mark: &'a [u8], is_mark: impl Fn(&[u8], &[u8]) -> bool + 'a) -> impl Iterator<Item = Seen> + 'a {
     let entries = std::fs::read_dir("/proc").into_iter().flatten().flatten();
-    let read = |entry: std::fs::DirEntry| {
+    let read = move |entry: std::fs::DirEntry| {
         let pid: i32 = entry.file_name().to_str()?.parse().ok()?;
         let stat = read_start(pid, "stat", 4096)?;
         let stat = String::from_utf8_lossy(&stat);
@@ -111,7 +119,7 @@ fn look_around(mark: &[u8], is_mark: impl Fn(&[u8], &[u8]) -> bool) -> Vec<Seen>
         let marked = environ.split(|b| *b == 0).any(|variable| is_mark(variable, mark));
         is_alive.then_some(Seen { member: Member { pid, started }, parent, marked })
     };
-    entries.filter_map(read).collect()
+    entries.filter_map(read)
 }
 
 impl Tree {
@@ -133,13 +141,39 @@ impl Tree {
         Self { pid: 0, ..self.clone() }
     }
 
-    /// Kills its group and all living members, and says whether any were found. One that is gone before it is killed may have left
-    /// another.
+    /// Kills its group and all living members, and says whether any were found. All are stopped first, for what is stopped starts nothing.
     pub fn kill(&self) -> bool {
-        self.signal(Signal::KILL)
+        let halted = self.halt();
+        let _ = signal_group(self.pid, Signal::KILL);
+        for pid in halted.iter().filter_map(|member| Pid::from_raw(member.pid)) {
+            let _ = kill_process(pid, Signal::KILL);
+        }
+        !halted.is_empty()
     }
 
-    /// The same with another signal.
+    /// Stops each member as soon as it is seen, until looks find no other, for a while: code may start processes faster than they are looked through.
+    fn halt(&self) -> Vec<Member> {
+        let own = std::process::id() as i32;
+        let mut halted: Vec<Member> = Vec::new();
+        let mut quiet = 0;
+        for _ in 0..MAX_LOOKS {
+            let before = halted.len();
+            for Seen { member, parent, marked } in living(&self.mark, |variable, mark| variable == mark) {
+                let is_ours = marked || member.pid == self.pid || halted.iter().any(|known| known.pid == parent);
+                if is_ours && member.pid != own && !halted.contains(&member) {
+                    let _ = Pid::from_raw(member.pid).map(|pid| kill_process(pid, Signal::STOP));
+                    halted.push(member);
+                }
+            }
+            quiet = if halted.len() > before { 0 } else { quiet + 1 };
+            if quiet == QUIET_LOOKS {
+                break;
+            }
+        }
+        halted
+    }
+
+    /// Signals its group and all living members, and says whether any were found.
     pub fn signal(&self, signal: Signal) -> bool {
         let found = self.members();
         let _ = signal_group(self.pid, signal);
@@ -270,6 +304,21 @@ mod tests {
         assert!(tree.members().is_empty() && stranger.try_wait().unwrap().is_none());
         stranger.kill().unwrap();
         stranger.wait().unwrap();
+    }
+
+    #[test]
+    fn a_chain_whose_links_live_for_a_moment_only_is_ended() {
+        let folder = format!("/chain/{}", std::process::id());
+        let chain = "import os\nos.setsid()\nwhile True:\n    if os.fork(): os._exit(0)";
+        let mut first = Command::new("python3").args(["-c", chain]).env(MARK, &folder).spawn().unwrap();
+        first.wait().unwrap();
+        let tree = Tree::new(0, OsStr::new(&folder));
+        let end = std::time::Instant::now() + std::time::Duration::from_secs(20);
+        while tree.kill() && std::time::Instant::now() < end {}
+        for look in 0..20 {
+            assert_eq!(tree.members(), [], "look {look}");
+            std::thread::sleep(std::time::Duration::from_millis(10));
+        }
     }
 
     #[test]
