@@ -28,7 +28,11 @@ pub async fn e2b(server: &Server, figures: &mut Figures) -> Result<()> {
     }
     say("E2B's client");
     let mut command = Command::new(python);
-    command.args(["-c", SCRIPT, server.url(), server.key(), ROUNDS]).stdin(Stdio::null()).stderr(Stdio::inherit()).kill_on_drop(true);
+    command
+        .args(["-c", SCRIPT, server.url(), server.key(), ROUNDS])
+        .stdin(Stdio::null())
+        .stderr(Stdio::inherit())
+        .kill_on_drop(true);
     let done = command.output().await?;
     if !done.status.success() {
         return Err(format!("E2B's client ended with {}", done.status).into());

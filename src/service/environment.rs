@@ -157,7 +157,8 @@ impl Language {
                  globalThis[Symbol.for('cellblock.kept')] = kept; }}"
             ),
             Self::Bash => {
-                let values = env.iter().map(|(name, value)| format!(" {name}={}", bash_text(value))).collect::<String>();
+                let values =
+                    env.iter().map(|(name, value)| format!(" {name}={}", bash_text(value))).collect::<String>();
                 format!(
                     "declare -A __cellblock_kept=(); for __cellblock_name in {}; do [ -v \"$__cellblock_name\" ] && \
                      __cellblock_kept[$__cellblock_name]=\"${{!__cellblock_name}}\"; done; export{values}",
@@ -185,10 +186,12 @@ impl Language {
                             if value is None: os.environ.pop(name, None)\n    else: os.environ[name] = value";
                 format!("exec({}, {{}})", json!(code))
             }
-            Self::Deno => "{ const slot = Symbol.for('cellblock.kept'); for (const [name, value] of globalThis[slot] ?? []) \
+            Self::Deno => {
+                "{ const slot = Symbol.for('cellblock.kept'); for (const [name, value] of globalThis[slot] ?? []) \
                            { if (value === undefined) Deno.env.delete(name); else Deno.env.set(name, value); } \
                            delete globalThis[slot]; }"
-                .to_owned(),
+                    .to_owned()
+            }
             Self::Bash => format!(
                 "if declare -p __cellblock_kept >/dev/null 2>&1; then for __cellblock_name in {}; do \
                  if [ -v \"__cellblock_kept[$__cellblock_name]\" ]; then \
@@ -228,8 +231,11 @@ mod tests {
 
     #[test]
     fn values_are_texts_whatever_stands_in_them() {
-        for value in ["plain", "it's", "a \\ b", "\"; rm -rf / #", "$(id) `id` $HOME", "two\nlines\t\u{7f}", "\u{1f600} é"] {
-            let run = std::process::Command::new("bash").args(["-c", &format!("printf %s {}", bash_text(value))]).output();
+        for value in
+            ["plain", "it's", "a \\ b", "\"; rm -rf / #", "$(id) `id` $HOME", "two\nlines\t\u{7f}", "\u{1f600} é"]
+        {
+            let run =
+                std::process::Command::new("bash").args(["-c", &format!("printf %s {}", bash_text(value))]).output();
             assert_eq!(String::from_utf8(run.unwrap().stdout).unwrap(), value);
         }
     }
@@ -249,7 +255,8 @@ mod tests {
 
     #[test]
     fn languages_go_by_several_names() {
-        let known = [("Python", Language::Python), ("ts", Language::Deno), ("javascript", Language::Deno), ("R", Language::R)];
+        let known =
+            [("Python", Language::Python), ("ts", Language::Deno), ("javascript", Language::Deno), ("R", Language::R)];
         for (name, language) in known {
             assert_eq!(Language::of(name), Some(language));
         }

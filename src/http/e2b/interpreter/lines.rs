@@ -16,8 +16,7 @@ use serde_json::value::{RawValue, to_raw_value};
 use tokio::io::AsyncReadExt as _;
 
 use crate::domain::output::{
-    ErrorInfo, ExecutionEvent, JsonText, MimePart, RestartCause, ResultKind, RichOutput, Status, TextStream,
-    Truncated,
+    ErrorInfo, ExecutionEvent, JsonText, MimePart, RestartCause, ResultKind, RichOutput, Status, TextStream, Truncated,
 };
 use crate::http::e2b::sandbox::Sandbox;
 use crate::http::v1::executions::Listener;
@@ -233,7 +232,12 @@ async fn result(sandbox: &Sandbox, execution: &Execution, output: &RichOutput) -
 }
 
 /// A content, wherever it stands.
-async fn content(sandbox: &Sandbox, execution: &Execution, mime: &str, part: &MimePart) -> Result<Box<RawValue>, Unfit> {
+async fn content(
+    sandbox: &Sandbox,
+    execution: &Execution,
+    mime: &str,
+    part: &MimePart,
+) -> Result<Box<RawValue>, Unfit> {
     let blob = match part {
         MimePart::Inline(JsonText(text)) => return clean(text),
         MimePart::Blob(blob) => blob,
@@ -347,12 +351,17 @@ mod tests {
         let text = String::from_utf8(written(&[result]).to_vec()).unwrap();
         assert!(text.contains("\"json\":{\"a\":[1.50]}") && text.contains("\"text\":\"\\u00e9\""), "{text}");
         let read: Value = serde_json::from_str(&text).unwrap();
-        assert_eq!((&read["type"], &read["is_main_result"], &read["extra"]), (&json!("result"), &json!(true), &json!({"x/y": 1})));
+        assert_eq!(
+            (&read["type"], &read["is_main_result"], &read["extra"]),
+            (&json!("result"), &json!(true), &json!({"x/y": 1}))
+        );
     }
 
     #[test]
     fn quotes_around_a_text_go_once() {
-        for (text, expected) in [("'a'", "a"), ("\"it's\"", "it's"), ("''a''", "'a'"), ("'", "'"), ("'a\"", "'a\""), ("a", "a"), ("''", "")] {
+        for (text, expected) in
+            [("'a'", "a"), ("\"it's\"", "it's"), ("''a''", "'a'"), ("'", "'"), ("'a\"", "'a\""), ("a", "a"), ("''", "")]
+        {
             let content = to_raw_value(text).unwrap();
             assert_eq!(serde_json::from_str::<String>(unquoted(content).get()).unwrap(), expected, "{text}");
         }
