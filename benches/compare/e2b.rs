@@ -1,10 +1,9 @@
 //! E2B's own Python client beside the native API through the HTTP library that it stands on, both from one process: a create that a full pool serves, and `1+1`.
 
 use std::path::Path;
-use std::process::Stdio;
+use std::process::{Command, Stdio};
 
 use serde_json::Value;
-use tokio::process::Command;
 
 use crate::Result;
 use crate::figures::Figures;
@@ -28,12 +27,8 @@ pub async fn e2b(server: &Server, figures: &mut Figures) -> Result<()> {
     }
     say("E2B's client");
     let mut command = Command::new(python);
-    command
-        .args(["-c", SCRIPT, server.url(), server.key(), ROUNDS])
-        .stdin(Stdio::null())
-        .stderr(Stdio::inherit())
-        .kill_on_drop(true);
-    let done = command.output().await?;
+    command.args(["-c", SCRIPT, server.url(), server.key(), ROUNDS]).stdin(Stdio::null()).stderr(Stdio::inherit());
+    let done = tokio::task::spawn_blocking(move || command.output()).await??;
     if !done.status.success() {
         return Err(format!("E2B's client ended with {}", done.status).into());
     }
