@@ -601,6 +601,7 @@ pub fn demands(config: &Config) -> Vec<Demand> {
         template: template.name.clone(),
         runtime: template.runtime.clone(),
         accepted: template.accept_unenforced.clone(),
+        workspace_quota: template.workspace.is_some() && !template.accept_unlimited_workspace,
     };
     config.templates.values().map(demand).collect()
 }
@@ -621,6 +622,7 @@ fn policy(config: &Config) -> Policy {
         most: template.max_resources,
         data: template.data.clone(),
         workdir: template.workdir.clone(),
+        workspace: template.workspace.map(|offer| offer.quota_bytes),
     };
     let ceilings = ceilings(config);
     Policy {
@@ -630,6 +632,7 @@ fn policy(config: &Config) -> Policy {
         cells: ceilings.sessions,
         cpu_millis: ceilings.cpu_millis,
         memory_bytes: ceilings.memory_bytes,
+        workspaces: config.limits.workspaces as usize,
         creates_per_minute: config.guard.creates_per_minute,
     }
 }

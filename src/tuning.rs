@@ -157,6 +157,7 @@ pub fn limits(config: &Config) -> Limits {
         execution_retention: config.executions.retention_time,
         executions: config.executions.retention_count as usize,
         execution_bytes: config.executions.retention_size,
+        workspaces: config.limits.workspaces as usize,
     }
 }
 

@@ -559,7 +559,8 @@ async fn a_websocket_keeps_its_place(server: Arc<Server>) {
         server.key
     );
     let mut terminal = connect(&server, caller).await;
-    terminal.write_all(get(&cell.path("/terminal"), &upgrade).as_bytes()).await.unwrap();
+    let head = format!("GET {} HTTP/1.1\r\nHost: box\r\n{upgrade}\r\n", cell.path("/terminal"));
+    terminal.write_all(head.as_bytes()).await.unwrap();
     let mut begun = [0; 12];
     terminal.read_exact(&mut begun).await.unwrap();
     assert_eq!(&begun, b"HTTP/1.1 101");

@@ -21,7 +21,7 @@ use cellblock::domain::ids::SessionId;
 use cellblock::domain::spec::WORKDIR;
 use cellblock::domain::spec::{MIB, Resources};
 use cellblock::engine::guard::{Guard, GuardEngine, Needs, Permitted, Policy, bind};
-use cellblock::engine::{ByteStream, CellName, CellSpec, Engine, EngineError, Pull};
+use cellblock::engine::{ByteStream, CellName, CellSpec, Engine, EngineError, Pull, WorkspaceName, WorkspaceSpec};
 use cellblock::task;
 use engine_docker::{Bench, IMAGE, on_docker, real_guest, scripted_guest};
 use engine_fake::FakeEngine;
@@ -52,12 +52,9 @@ impl Drop for Guarded {
 
 fn policy(bench: &Bench) -> Policy {
     let most = Resources { memory_bytes: 512 * MIB, ..engine_suite::resources() };
-    let permitted = |image: &str| Permitted {
-        image: image.to_owned(),
-        runtime: String::new(),
-        most,
-        data: vec![],
-        workdir: WORKDIR.to_owned(),
+    let permitted = |image: &str| {
+        let (image, runtime) = (image.to_owned(), String::new());
+        Permitted { image, runtime, most, data: vec![], workdir: WORKDIR.to_owned(), workspace: Some(None) }
     };
     // The second one is what the suite looks for in vain.
     let with_data = Permitted { data: vec![engine_suite::data()], ..permitted(IMAGE) };
@@ -72,6 +69,7 @@ fn policy_of(instance: &str, templates: Vec<Permitted>) -> Policy {
         cells: 4,
         cpu_millis: None,
         memory_bytes: None,
+        workspaces: 2,
         creates_per_minute: 1000,
     }
 }
@@ -270,13 +268,9 @@ fn as_json(cell: &CellSpec) -> Value {
 /// A guard before an engine without containers, which counts what it is asked.
 async fn before_a_fake(change: impl FnOnce(&mut Policy)) -> (Guarded, Arc<FakeEngine>) {
     let most = engine_suite::resources();
-    let listed = Permitted {
-        image: engine_fake::IMAGE.to_owned(),
-        runtime: String::new(),
-        most,
-        data: vec![],
-        workdir: WORKDIR.to_owned(),
-    };
+    let (image, runtime) = (engine_fake::IMAGE.to_owned(), String::new());
+    let listed =
+        Permitted { image, runtime, most, data: vec![], workdir: WORKDIR.to_owned(), workspace: Some(Some(MIB)) };
     let mut policy = policy_of("fake", vec![listed]);
     change(&mut policy);
     let fake = Arc::new(FakeEngine::new("fake"));
@@ -287,14 +281,16 @@ async fn before_a_fake(change: impl FnOnce(&mut Policy)) -> (Guarded, Arc<FakeEn
 fn fake_cell() -> CellSpec {
     let session = SessionId::from_uuid(Uuid::now_v7());
     let (name, image) = (CellName::new("fake", session, 0), "sha256:fake".to_owned());
+    let resources = engine_suite::resources();
     CellSpec {
         name,
         session,
         image,
         runtime: String::new(),
-        resources: engine_suite::resources(),
+        resources,
         data: vec![],
         workdir: WORKDIR.to_owned(),
+        workspace: None,
     }
 }
 
@@ -304,6 +300,45 @@ fn unavailable<T>(outcome: Result<T, EngineError>, word: &str) {
         matches!(&refused, Some(EngineError::Unavailable { detail, .. }) if detail.contains(word)),
         "{word}: {refused:?}"
     );
+}
+
+#[tokio::test]
+async fn workspaces_are_of_templates_that_have_them_and_no_more_than_permitted() {
+    let (guarded, fake) = before_a_fake(|policy| policy.workspaces = 2).await;
+    let engine = &guarded.engine;
+    engine.resolve_image(engine_fake::IMAGE, Pull::Never).await.expect("a listed image");
+    let spec = |instance: &str| WorkspaceSpec {
+        name: WorkspaceName::new(instance, Uuid::now_v7().into()),
+        image: "sha256:fake".to_owned(),
+        quota_bytes: Some(MIB),
+    };
+    let first = spec("fake");
+    engine.ensure_workspace(&first).await.expect("a workspace");
+    for wrong in [
+        WorkspaceSpec { quota_bytes: None, ..spec("fake") },
+        WorkspaceSpec { quota_bytes: Some(2 * MIB), ..spec("fake") },
+        WorkspaceSpec { image: "sha256:other".to_owned(), ..spec("fake") },
+        spec("another"),
+    ] {
+        let refused = engine.ensure_workspace(&wrong).await;
+        assert!(matches!(refused, Err(EngineError::Rejected { .. })), "{wrong:?}: {refused:?}");
+    }
+    let refused = engine.remove_workspace(&spec("another").name).await;
+    assert!(matches!(refused, Err(EngineError::Rejected { .. })), "{refused:?}");
+    let foreign = CellSpec { workspace: Some(spec("another").name), ..fake_cell() };
+    let refused = engine.ensure(&foreign).await.err();
+    assert!(matches!(refused, Some(EngineError::Rejected { .. })), "{refused:?}");
+    engine.ensure_workspace(&spec("fake")).await.expect("a second one");
+    unavailable(engine.ensure_workspace(&spec("fake")).await, "2 workspaces");
+    engine.ensure_workspace(&first).await.expect("one that is there already");
+    assert_eq!(fake.list_workspaces().await.expect("a list").len(), 2);
+    engine.remove_workspace(&first.name).await.expect("a removal");
+    engine.ensure_workspace(&spec("fake")).await.expect("there is a place again");
+
+    let (guarded, _fake) = before_a_fake(|policy| policy.templates[0].workspace = None).await;
+    guarded.engine.resolve_image(engine_fake::IMAGE, Pull::Never).await.expect("a listed image");
+    let refused = guarded.engine.ensure(&CellSpec { workspace: Some(first.name), ..fake_cell() }).await.err();
+    assert!(matches!(refused, Some(EngineError::Rejected { .. })), "{refused:?}");
 }
 
 #[tokio::test]

@@ -186,13 +186,14 @@ fn locked(bench: &Bench, image: &str, program: &[&str]) -> ContainerCreateBody {
     let cell = CellSpec {
         data: vec![],
         workdir: "/workspace".to_owned(),
+        workspace: None,
         name: CellName::new(&bench.instance, session, 0),
         session,
         image: image.to_owned(),
         runtime: String::new(),
         resources,
     };
-    let volumes = lockdown::Volumes::without_data(bench.engine.guest_volume());
+    let volumes = lockdown::Volumes::only_guest(bench.engine.guest_volume());
     let mut body = lockdown::container(&cell, uid, volumes, &bench.instance, &bench.engine.host_facts());
     body.entrypoint = Some(program.iter().map(ToString::to_string).collect());
     body.attach_stderr = Some(true);

@@ -77,6 +77,7 @@ impl Front {
             jupyter: None,
             mcp: None,
             e2b: None,
+            classic: None,
             sockets: http::jupyter::Sockets::default(),
             started: jiff::Timestamp::now(),
         };

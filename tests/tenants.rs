@@ -15,6 +15,7 @@ use server::{Cell, Server, text};
 
 /// A file of the session.
 const FILE: &str = "file.txt";
+const WORKSPACE: &str = "kept-by-one";
 
 /// What a route is about, which says who may do what with it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -48,6 +49,8 @@ fn routes() -> Vec<(&'static str, &'static str, About, Value)> {
         ("GET", "/v1/templates", Offer, none.clone()),
         ("GET", "/v1/pools", Offer, none.clone()),
         ("GET", "/v1/usage", Offer, none.clone()),
+        ("GET", "/v1/workspaces", List, none.clone()),
+        ("GET", "/v1/workspaces/{name}", Look, none.clone()),
         ("GET", "/v1/sessions", List, none.clone()),
         ("POST", "/v1/sessions", Make, json!({"template": "there-is-none"})),
         ("POST", "/v1/runs", Make, unknown),
@@ -104,6 +107,7 @@ fn routes() -> Vec<(&'static str, &'static str, About, Value)> {
         ("DELETE", "/v1/sessions/{id}/notebook", Change, none.clone()),
         ("DELETE", "/v1/sessions/{id}", Change, none.clone()),
         ("DELETE", "/v1/sessions", EndMany, none.clone()),
+        ("DELETE", "/v1/workspaces/{name}", Change, none.clone()),
         ("POST", "/v1/keys", Operate, key),
         ("GET", "/v1/keys", Operate, none.clone()),
         ("DELETE", "/v1/keys/{id}", Operate, none.clone()),
@@ -193,6 +197,62 @@ async fn jupyter_door(server: &Arc<Server>, callers: &[(Who, Option<String>)], o
             let is_told = [&session, &kernel, &another].iter().any(|id| reply.text.contains(id.as_str()));
             // Who names a thing may be told that there is none of that name.
             assert!(may_hear || !is_told || reply.status == 404, "{what}");
+        }
+    }
+}
+
+/// Every route of the classic door, about the user `same` of the first tenant, in an order in which the owner can ask for all of them.
+fn classic_routes() -> Vec<(&'static str, &'static str, About)> {
+    use About::{Change, Look};
+    vec![
+        ("POST", "/execute", Change),
+        ("POST", "/install_package", Change),
+        ("POST", "/reset", Change),
+        ("POST", "/upload_file", Change),
+        ("GET", "/notebook/same", Look),
+        ("GET", "/notebook/same/notebook_same.ipynb", Look),
+        ("POST", "/end_session", Change),
+    ]
+}
+
+/// Asks for all of the classic door's routes with every kind of key.
+async fn classic_door(server: &Arc<Server>, callers: &[(Who, Option<String>)]) {
+    let form = [("user_id", "same")];
+    let json = json!({"user_id": "same", "code": "1", "package_name": "x"});
+    let parts = "--b\r\nContent-Disposition: form-data; name=\"user_id\"\r\n\r\nsame\r\n\
+        --b\r\nContent-Disposition: form-data; name=\"file\"; filename=\"f\"\r\n\r\nx\r\n--b--\r\n";
+    let owner = callers.iter().find(|(who, _)| *who == Who::Owner).and_then(|(_, key)| key.as_deref());
+    let start = |key: Option<&str>| server.send(with(server.bare(Method::POST, "/start_session"), key).form(&form));
+    assert_eq!(start(owner).await.status, 200);
+    for (who, key) in callers {
+        match who {
+            Who::Owner | Who::Other => {}
+            Who::Limited => assert_eq!(start(key.as_deref()).await.status, 400, "its key allows another template"),
+            Who::Nobody | Who::Expired | Who::Revoked => assert_eq!(start(key.as_deref()).await.status, 401, "{who:?}"),
+            Who::Reader | Who::OtherReader | Who::Operator => {
+                assert_eq!(start(key.as_deref()).await.status, 403, "{who:?}");
+            }
+        }
+        for (method, path, about) in classic_routes() {
+            let request = with(server.bare(Method::from_bytes(method.as_bytes()).unwrap(), path), key.as_deref());
+            let reply = server.send(match path {
+                "/execute" | "/install_package" => request.json(&json),
+                "/upload_file" => request.header("content-type", "multipart/form-data; boundary=b").body(parts),
+                "/reset" | "/end_session" => request.form(&form),
+                _ => request,
+            });
+            let reply = reply.await;
+            let what = format!("{who:?}: {path}: {} {}", reply.status, reply.text);
+            match expected(*who, about) {
+                // The template has no packages to install.
+                Answer::Granted if path == "/install_package" => assert_eq!(reply.status, 403, "{what}"),
+                Answer::Granted | Answer::Nothing => assert_eq!(reply.status, 200, "{what}"),
+                Answer::Refused(status) => {
+                    assert_eq!(reply.status, status, "{what}");
+                    let detail = text(&reply.json["detail"]);
+                    assert!(!detail.is_empty() && !detail.contains("ses0"), "{what}");
+                }
+            }
         }
     }
 }
@@ -313,7 +373,7 @@ struct Things {
 impl Things {
     async fn new(server: &Arc<Server>, owner: &str) -> Self {
         let as_owner = |method, path: &str| server.bare(method, path).bearer_auth(owner);
-        let body = json!({"template": "python", "name": "mine", "labels": {"of": "one"}});
+        let body = json!({"template": "python", "name": "mine", "workspace": WORKSPACE, "labels": {"of": "one"}});
         let made = server.send(as_owner(Method::POST, "/v1/sessions").json(&body)).await;
         assert_eq!(made.status, 201, "{}", made.text);
         let cell = Cell { server: Arc::clone(server), id: text(&made.json["id"]), view: made.json };
@@ -345,13 +405,18 @@ impl Things {
             _ => "{id}",
         };
         let path = route.replace("{id}", id).replace("{context}", &self.context).replace("{number}", &self.blob);
-        let path = path.replace("{port}", "8000").replace("{path}", FILE).replace("{command}", &self.command);
+        let path = path
+            .replace("{port}", "8000")
+            .replace("{name}", WORKSPACE)
+            .replace("{path}", FILE)
+            .replace("{command}", &self.command);
         assert!(!path.contains('{'), "{route} names something that this test has not got");
         path
     }
 
     fn is_told_of_in(&self, text: &str) -> bool {
-        [&self.cell.id, &self.context, &self.execution, &self.command].iter().any(|id| text.contains(id.as_str()))
+        let ids = [&self.cell.id, &self.context, &self.execution, &self.command];
+        ids.iter().any(|id| text.contains(id.as_str())) || text.contains(WORKSPACE)
     }
 }
 
@@ -386,7 +451,7 @@ async fn every_route_of_the_document_answers_each_kind_of_key_as_it_should() {
     let over = keys::generate().unwrap();
     let hash = keys::hash(&over).unwrap();
     let server = Server::start(&format!(
-        "[templates.python]\nports = [\"8000\"]\n[auth]\nfailures = 1000\n[executions]\ninline = \"1KiB\"\n[[keys]]\nname = \"over\"\ntenant = \"one\"\nscopes = [\"sessions\", \"admin\"]\n\
+        "[templates.python]\nports = [\"8000\"]\nworkspace = {{ kind = \"volume\", accept_unenforced = true }}\n[doors.classic]\nenabled = true\ntemplate = \"python\"\n[auth]\nfailures = 1000\n[executions]\ninline = \"1KiB\"\n[[keys]]\nname = \"over\"\ntenant = \"one\"\nscopes = [\"sessions\", \"admin\"]\n\
          hash = \"{hash}\"\nexpires_at = \"2020-01-01T00:00:00Z\"\n"
     ))
     .await;
@@ -417,6 +482,7 @@ async fn every_route_of_the_document_answers_each_kind_of_key_as_it_should() {
 
     each_route_has_its_row(&server).await;
     jupyter_door(&server, &callers, &owner).await;
+    classic_door(&server, &callers).await;
     let things = Things::new(&server, &owner).await;
     tools_answer_as_routes_do(&server, &things, &callers).await;
     let mut asked = 0;

@@ -1,11 +1,11 @@
 //! Jupyter's clients as they come from the registry: through the Jupyter door, through Jupyter Kernel Gateway, and beside a kernel of this machine's, in turns.
 
+use std::io::{BufRead, BufReader, Write};
 use std::path::Path;
-use std::process::Stdio;
+use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 
 use serde_json::{Value, json};
-use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader, Lines};
-use tokio::process::{Child, ChildStdin, ChildStdout, Command};
+use tokio::task::block_in_place;
 
 use crate::Result;
 use crate::figures::Figures;
@@ -23,11 +23,11 @@ const SETTLE: f64 = 0.05;
 const SIDES: [&str; 3] = ["cellblock", "gateway", "direct"];
 const MS: &str = "ms";
 
-/// The program with the clients.
+/// The program with the clients. It ends with its orders, however this ends.
 struct Clients {
     process: Child,
     orders: ChildStdin,
-    answers: Lines<BufReader<ChildStdout>>,
+    answers: BufReader<ChildStdout>,
 }
 
 impl Clients {
@@ -40,21 +40,24 @@ impl Clients {
         let mut command = Command::new(python);
         // Without the script's folder among the modules.
         command.arg("-P").arg(root.join("benches/compare/jupyter.py")).args([server.url(), server.key()]);
-        let mut process = command.stdin(Stdio::piped()).stdout(Stdio::piped()).kill_on_drop(true).spawn()?;
+        let mut process = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?;
         let (orders, answers) = (process.stdin.take().ok_or("no stdin")?, process.stdout.take().ok_or("no stdout")?);
-        Ok(Self { process, orders, answers: BufReader::new(answers).lines() })
+        Ok(Self { process, orders, answers: BufReader::new(answers) })
     }
 
-    async fn ask(&mut self, order: &Value) -> Result<Vec<f64>> {
-        self.orders.write_all(format!("{order}\n").as_bytes()).await?;
-        let line = self.answers.next_line().await?.ok_or("the clients ended")?;
-        Ok(serde_json::from_str(&line)?)
+    fn ask(&mut self, order: &Value) -> Result<Vec<f64>> {
+        block_in_place(|| {
+            writeln!(self.orders, "{order}")?;
+            let mut line = String::new();
+            self.answers.read_line(&mut line)?;
+            serde_json::from_str(&line).map_err(|_| format!("the clients said {line:?} to {order}").into())
+        })
     }
 
-    async fn end(self) -> Result<()> {
+    fn end(self) -> Result<()> {
         let Self { mut process, orders, answers } = self;
         drop((orders, answers));
-        process.wait().await?;
+        block_in_place(|| process.wait())?;
         Ok(())
     }
 }
@@ -64,25 +67,25 @@ pub async fn jupyter(server: &Server, figures: &mut Figures) -> Result<()> {
     say("Jupyter's clients");
     let mut clients = Clients::start(server)?;
     for side in SIDES {
-        clients.ask(&json!({"rounds": WARM_UP, "side": side})).await?;
+        clients.ask(&json!({"rounds": WARM_UP, "side": side}))?;
     }
     let mut found = [const { Vec::new() }; 3];
     for _ in 0..BLOCKS {
         for place in shuffled([0, 1, 2])? {
-            found[place].extend(clients.ask(&json!({"rounds": BLOCK, "side": SIDES[place]})).await?);
+            found[place].extend(clients.ask(&json!({"rounds": BLOCK, "side": SIDES[place]}))?);
         }
     }
     let mut starts = [const { Vec::new() }; 3];
     for round in 0..=STARTS {
         for place in shuffled([0, 1, 2])? {
             server.pool_is_full().await?;
-            clients.ask(&json!({"idle": SETTLE})).await?;
-            let took = clients.ask(&json!({"ready": 1, "side": SIDES[place]})).await?;
+            clients.ask(&json!({"idle": SETTLE}))?;
+            let took = clients.ask(&json!({"ready": 1, "side": SIDES[place]}))?;
             // The first round warms up caches.
             starts[place].extend(took.into_iter().filter(|_| round > 0));
         }
     }
-    clients.end().await?;
+    clients.end()?;
     let names = [
         "1+1: jupyter_kernel_client over the Jupyter door",
         "1+1: the same over Jupyter Kernel Gateway",

@@ -12,6 +12,7 @@ for name in """
     importlib.import_module(name)
 
 import duckdb
+import ipywidgets
 import pandas as pd
 import plotly.express as px
 import seaborn as sns
@@ -32,3 +33,4 @@ sns.barplot(frame, x="letter", y="n").figure.savefig(io.BytesIO(), format="png")
 assert round(smf.ols("n ~ 1", frame).fit().params.iloc[0], 3) == 1.5
 x = sympy.Symbol("x")
 assert sympy.integrate(x**2, x) == x**3 / 3
+assert ipywidgets.interactive(lambda n: n, n=3).children[0].value == 3

@@ -13,7 +13,7 @@ use crate::http::listen::Connections;
 use crate::http::origins::Origins;
 use crate::http::remote::Proxies;
 use crate::http::tls::Tls;
-use crate::http::{App, Bounds, Ports, jupyter, mcp};
+use crate::http::{App, Bounds, Ports, classic, jupyter, mcp};
 
 /// What handlers work with.
 #[must_use]
@@ -46,6 +46,11 @@ pub fn app(config: &Config, plane: &Plane) -> App {
         e2b: config.doors.e2b.then(|| {
             let templates = Arc::new(config.e2b.templates.clone());
             E2b { domain: e2b_domain(config), templates }
+        }),
+        classic: config.doors.classic.enabled.then(|| {
+            let door = &config.doors.classic;
+            let template = Some(door.template.clone()).filter(|template| !template.is_empty());
+            Arc::new(classic::Classic { template, setup: door.setup(), idle: door.idle })
         }),
     }
 }

@@ -6,13 +6,14 @@ use super::Loaded;
 use super::source::Source;
 
 /// Keys, or what they begin with, whose values are looked at each time they are needed, or can be exchanged.
-const LIVE: [&str; 15] = [
+const LIVE: [&str; 16] = [
     "limits.sessions",
     "limits.memory",
     "limits.cpu",
     "limits.create_wait",
     "limits.queued_",
     "limits.contexts",
+    "limits.workspaces",
     "executions.interrupt_grace",
     "executions.queue_timeout",
     "executions.retention_",
@@ -23,6 +24,8 @@ const LIVE: [&str; 15] = [
     "tenants.",
     "log.level",
 ];
+/// What of a template's workspaces the engine is asked about at the start.
+const WORKSPACE: [&str; 3] = [".workspace.kind", ".workspace.quota", ".workspace.accept_unenforced"];
 /// What another process reads.
 const OTHERS: &str = "guard.";
 
@@ -51,8 +54,12 @@ impl Change {
     #[must_use]
     pub fn is_of_confinement(&self) -> bool {
         let is_meant = self.key.ends_with(".runtime") || self.key.ends_with(".accept_unenforced");
+        let is_meant = is_meant || WORKSPACE.iter().any(|field| self.key.ends_with(field));
         // A template that comes or goes asks for nothing of its own, unless it names something.
-        let after = self.after.as_deref().filter(|after| self.before.is_some() || !["\"\"", "[]"].contains(after));
+        let after = self
+            .after
+            .as_deref()
+            .filter(|after| self.before.is_some() || !["\"\"", "[]", "\"tmpfs\"", "\"0MiB\"", "false"].contains(after));
         self.key.starts_with("templates.") && is_meant && after.is_some()
     }
 }
@@ -104,5 +111,9 @@ mod tests {
         assert!(!is_live("templates.new.runtime", None, Some("\"runsc\"")));
         assert!(!is_live("templates.old.runtime", Some("\"runsc\""), Some("\"\"")));
         assert!(!is_live("templates.old.accept_unenforced", Some("[]"), Some("[\"pids\"]")));
+        assert!(is_live("templates.new.workspace.kind", None, Some("\"tmpfs\"")));
+        assert!(!is_live("templates.new.workspace.kind", None, Some("\"volume\"")));
+        assert!(!is_live("templates.old.workspace.quota", Some("\"1GiB\""), Some("\"\"")));
+        assert!(is_live("templates.old.workspace.max_age", Some("\"1d\""), Some("\"2d\"")));
     }
 }

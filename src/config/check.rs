@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use super::merge::Merge;
-use super::sections::{Bounds, Data, Document, PackageRule, Server, TemplateSection};
+use super::sections::{Bounds, Data, Document, PackageRule, Server, TemplateSection, Workspace, WorkspaceKind};
 use super::source::{Key, Mistake, Source, dotted, key_of};
 use crate::domain::data;
 use crate::domain::egress::{self, Rule};
@@ -42,11 +42,28 @@ pub(super) fn check(document: &Document, merge: &Merge) -> Vec<Mistake> {
     for (name, template) in &document.templates {
         checker.template(name, template, document.limits.sessions);
     }
+    checker.classic(document);
     checker.mistakes
+}
+
+/// Whether a text is what may stand behind `import`: a module, and another name for it or none.
+fn is_import(text: &str) -> bool {
+    let is_identifier = |name: &str| {
+        !name.starts_with(|c: char| c.is_ascii_digit())
+            && !name.is_empty()
+            && name.chars().all(|c| c == '_' || c.is_ascii_alphanumeric())
+    };
+    let (module, name) = text.split_once(" as ").map_or((text, None), |(module, name)| (module, Some(name)));
+    text.len() <= LONGEST_IMPORT && module.split('.').all(is_identifier) && name.is_none_or(is_identifier)
 }
 
 /// Most that `limits.sessions` may be.
 pub const MOST_SESSIONS: u32 = 10_000;
+/// Most that `limits.workspaces` may be.
+const MOST_WORKSPACES: u32 = 10_000;
+/// The longest import, in bytes, and most of them.
+const LONGEST_IMPORT: usize = 200;
+const MOST_IMPORTS: usize = 64;
 /// The longest path of a unix socket.
 const LONGEST_SOCKET: usize = 107;
 
@@ -187,6 +204,31 @@ impl Checker<'_> {
         }
     }
 
+    fn classic(&mut self, document: &Document) {
+        let door = &document.doors.classic;
+        let wrong = door.imports.iter().find(|text| !is_import(text));
+        self.require(
+            wrong.is_none() && door.imports.len() <= MOST_IMPORTS,
+            &["doors.classic.imports"],
+            || match wrong {
+                Some(wrong) => format!("{wrong:?} can't stand behind \"import\": write \"json\" or \"pandas as pd\""),
+                None => format!("{} of them; allowed are {MOST_IMPORTS}", door.imports.len()),
+            },
+        );
+        if !door.enabled {
+            return;
+        }
+        let name = Some(&door.template).filter(|name| !name.is_empty()).unwrap_or(&document.default_template);
+        let template = document.templates.get(name).filter(|template| template.enabled);
+        self.require(template.is_some(), &["doors.classic.template", "default_template"], || {
+            format!("{name:?} is none of the enabled templates")
+        });
+        let Some(most) = template.map(|template| template.maximum.idle) else { return };
+        self.require(!door.idle.is_zero() && door.idle <= most, &["doors.classic.idle"], || {
+            format!("{:?} is not above 0, and up to the most that the template {name:?} allows, {most:?}", door.idle)
+        });
+    }
+
     fn keys(&mut self, document: &Document) {
         let auth = &document.auth;
         self.require((1..=1_000_000).contains(&auth.failures), &["auth.failures"], || {
@@ -292,6 +334,16 @@ impl Checker<'_> {
                 "{first} to {last} are {users} users; each of the {sessions} of limits.sessions needs one of its own"
             )
         });
+        let has_workspaces =
+            document.templates.values().any(|t| t.enabled && t.workspace.kind == WorkspaceKind::Volume);
+        let workspaces = if has_workspaces { document.limits.workspaces } else { 0 };
+        let needed = u64::from(sessions) + u64::from(workspaces);
+        self.require(users >= needed, &["engine.uid_last", "engine.uid_first", "limits.workspaces"], || {
+            format!(
+                "{first} to {last} are {users} users; each of the {sessions} of limits.sessions needs one of its own, and so does each of the {workspaces} of \
+                 limits.workspaces"
+            )
+        });
     }
 
     fn amounts(&mut self, document: &Document) {
@@ -303,6 +355,7 @@ impl Checker<'_> {
             ("limits.concurrent_starts", limits.concurrent_starts, 256),
             // The guest starts no more kernels than that.
             ("limits.contexts", limits.contexts, 32),
+            ("limits.workspaces", limits.workspaces, MOST_WORKSPACES),
             ("executions.retention_count", executions.retention_count, 10_000_000),
             ("audit.retention_count", document.audit.retention_count, 100_000_000),
             ("jupyter.connections_per_session", document.jupyter.connections_per_session, 1000),
@@ -571,6 +624,7 @@ impl Checker<'_> {
         self.require(Ports::parse(&template.ports).is_ok(), &[&key("ports")], || {
             Ports::parse(&template.ports).err().unwrap_or_default()
         });
+        self.workspace(name, template);
         self.network(name, template);
         self.package_rule(name, template);
         self.floors(name, "default", &template.default);
@@ -599,6 +653,23 @@ impl Checker<'_> {
         let messages = template.output.messages;
         self.require((10..=1_000_000).contains(&messages), &[&key("output.messages")], || {
             format!("{messages} is not within 10 to 1000000")
+        });
+    }
+
+    fn workspace(&mut self, name: &str, template: &TemplateSection) {
+        let Workspace { kind, max_age, quota, accept_unenforced } = template.workspace;
+        let key = |field: &str| format!("templates.{name}.workspace.{field}");
+        self.require(quota == 0 || quota >= MIB, &[&key("quota")], || {
+            "allowed is 1MiB and more, or \"0MiB\" for none".to_owned()
+        });
+        self.require(!max_age.is_zero(), &[&key("max_age")], || {
+            "allowed is more than nothing, such as \"30d\"".to_owned()
+        });
+        let is_bounded = kind == WorkspaceKind::Tmpfs || quota > 0 || accept_unenforced;
+        self.require(is_bounded, &[&key("quota"), &key("accept_unenforced")], || {
+            "a workspace of kind \"volume\" without a quota can fill the engine's disk: set quota, such as \"2GiB\", where the host enforces one, or \
+             accept_unenforced = true to do without"
+                .to_owned()
         });
     }
 

@@ -27,8 +27,9 @@ pub use change::Change;
 pub use check::{MOST_SESSIONS, check_log_level, proxy_of};
 pub use environment::Environment;
 pub use sections::{
-    Audit, Auth, Doors, Drain, DrainContainers, E2b, Egress, EngineSection, Executions, ForwardedHeader, GuardSection,
-    Guest, Jupyter, KeySection, Limits, Log, LogFormat, MetricsSection, Packages, PullPolicy, Server, Traces,
+    Audit, Auth, Classic, Doors, Drain, DrainContainers, E2b, Egress, EngineSection, Executions, ForwardedHeader,
+    GuardSection, Guest, Jupyter, KeySection, Limits, Log, LogFormat, MetricsSection, Packages, PullPolicy, Server,
+    Traces,
 };
 pub use source::{Mistake, Mistakes, Source};
 pub use units::{parse_duration, parse_size};

@@ -24,6 +24,7 @@ use crate::domain::quota::{Quota, Rate, Share};
 use crate::domain::spec::{
     self, KernelTransport, MIB, OutputLimits, PoolPlan, PoolSize, Resources, SessionRequest, Template, Timeouts,
 };
+use crate::domain::workspace::WorkspaceOffer;
 
 /// The whole document, all layers merged and templates with what they inherit.
 #[derive(Debug, Clone, Deserialize)]
@@ -284,6 +285,8 @@ pub struct Limits {
     pub concurrent_starts: u32,
     /// Contexts of one session.
     pub contexts: u32,
+    /// Workspaces that outlive sessions, of all tenants.
+    pub workspaces: u32,
 }
 
 /// What a tenant may have and do; 0 is no limit.
@@ -295,6 +298,7 @@ pub(super) struct Class {
     #[serde(deserialize_with = "size")]
     pub memory: u64,
     pub executions: u32,
+    pub workspaces: u32,
     #[serde(deserialize_with = "size")]
     pub storage: u64,
     pub cpu_seconds_a_day: u64,
@@ -322,6 +326,7 @@ impl Class {
                 memory_bytes: Some(self.memory).filter(|most| *most > 0),
             },
             executions: Some(self.executions).filter(|most| *most > 0),
+            workspaces: Some(self.workspaces).filter(|most| *most > 0),
             stored_bytes: Some(self.storage).filter(|most| *most > 0),
             cpu_seconds_a_day: Some(self.cpu_seconds_a_day).filter(|most| *most > 0),
             requests: Some(rate).filter(|rate| rate.per_second > 0.0),
@@ -505,6 +510,8 @@ pub struct Doors {
     pub mcp_hosts: Vec<String>,
     /// That for clients of E2B.
     pub e2b: bool,
+    /// The classic routes.
+    pub classic: Classic,
 }
 
 /// What clients of E2B find.
@@ -515,6 +522,31 @@ pub struct E2b {
     pub domain: String,
     /// Templates by the names that clients have for them.
     pub templates: BTreeMap<String, String>,
+}
+
+/// The five routes of a sandbox that many have copied, for its clients.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Classic {
+    /// Whether they are there.
+    pub enabled: bool,
+    /// The template of their sessions; empty: the default one.
+    pub template: String,
+    /// What is imported before any code runs, each as it stands behind `import`.
+    #[serde(deserialize_with = "texts")]
+    pub imports: Vec<String>,
+    /// A session without work ends after this long.
+    #[serde(deserialize_with = "duration")]
+    pub idle: Duration,
+}
+
+impl Classic {
+    /// The code that imports what is to be imported, if anything is.
+    #[must_use]
+    pub fn setup(&self) -> Option<String> {
+        let lines: String = self.imports.iter().map(|what| format!("import {what}\n")).collect();
+        Some(lines).filter(|lines| !lines.is_empty())
+    }
 }
 
 /// What is counted.
@@ -580,6 +612,7 @@ pub(super) struct TemplateSection {
     pub packages: PackageRule,
     pub data: Vec<Data>,
     pub workdir: String,
+    pub workspace: Workspace,
     pub ports: Vec<String>,
     pub env: BTreeMap<String, String>,
     pub setup: String,
@@ -698,6 +731,32 @@ pub(super) struct Data {
 impl Data {
     pub(super) fn mount(&self) -> DataMount {
         DataMount { name: self.name.clone(), path: self.path.clone() }
+    }
+}
+
+/// The working folder of a template's sessions.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Workspace {
+    pub kind: WorkspaceKind,
+    #[serde(deserialize_with = "duration")]
+    pub max_age: Duration,
+    #[serde(deserialize_with = "size")]
+    pub quota: u64,
+    pub accept_unenforced: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(super) enum WorkspaceKind {
+    Tmpfs,
+    Volume,
+}
+
+impl Workspace {
+    fn offer(&self) -> Option<WorkspaceOffer> {
+        let offer = WorkspaceOffer { max_age: self.max_age, quota_bytes: Some(self.quota).filter(|bytes| *bytes > 0) };
+        (self.kind == WorkspaceKind::Volume).then_some(offer)
     }
 }
 
@@ -853,6 +912,8 @@ impl TemplateSection {
             },
             workdir: self.workdir,
             data: self.data.iter().map(Data::mount).collect(),
+            accept_unlimited_workspace: self.workspace.accept_unenforced,
+            workspace: self.workspace.offer(),
             // What is none was refused before.
             ports: Ports::parse(&self.ports).unwrap_or_default(),
             network: self.network.offer(self.packages.policy()),

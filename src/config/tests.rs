@@ -436,6 +436,29 @@ fn rules_of_what_e2bs_clients_find_and_of_working_folders() {
 }
 
 #[test]
+fn rules_of_the_classic_door() {
+    for (text, key, words) in [
+        ("doors.classic.imports = ['os; x()']", "doors.classic.imports", "\"os; x()\" can't stand behind"),
+        ("doors.classic.imports = ['a as b as c']", "doors.classic.imports", "can't stand behind"),
+        ("doors.classic.imports = ['1a']", "doors.classic.imports", "can't stand behind"),
+        ("doors.classic = {enabled = true, template = 'none'}", "doors.classic.template", "none of the enabled"),
+        ("doors.classic = {enabled = true, idle = '5h'}", "doors.classic.idle", "allows, 14400s"),
+        ("doors.classic = {enabled = true, idle = '0s'}", "doors.classic.idle", "not above 0"),
+        ("doors.classic.enable = true", "doors.classic.enable", "did you mean doors.classic.enabled?"),
+    ] {
+        let found = mistakes(text, &[]);
+        assert!(found.iter().any(|(k, m)| k == key && m.contains(words)), "{text}: {found:#?}");
+    }
+    assert_eq!(loaded("", &[]).config.doors.classic.setup(), None);
+    // As it is told to operators.
+    let told =
+        include_str!("../../docs/CLASSIC.md").split("```toml\n").nth(1).and_then(|rest| rest.split("```").next());
+    let door = loaded(told.unwrap(), &[]).config.doors.classic;
+    let setup = "import pandas as pd\nimport numpy as np\nimport matplotlib.pyplot as plt\n";
+    assert_eq!((door.enabled, door.setup().as_deref()), (true, Some(setup)));
+}
+
+#[test]
 fn rules_of_the_way_out() {
     for (text, key, words) in [
         ("templates.data.network = 'none'", "templates.data.network", "is a section, not a value"),

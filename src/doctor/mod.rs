@@ -150,6 +150,7 @@ async fn try_host(config: &Config, host: &Host) -> Vec<Check> {
         }
         if !checks.iter().any(|check: &Check| check.name == place::QUOTA) {
             checks.push(place::quota(host, image).await);
+            checks.extend(place::workspace_quota(config, host).await);
         }
     }
     checks.extend(disk.map(|machine| place::engine_disk(machine.disk_free_bytes, machine.disk_bytes)));

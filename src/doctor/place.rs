@@ -133,6 +133,28 @@ pub(super) async fn quota(host: &Host, image: &str) -> Check {
     }
 }
 
+/// Whether the quota of workspaces that outlive sessions is enforced, where there are any.
+pub(super) async fn workspace_quota(config: &Config, host: &Host) -> Option<Check> {
+    const NAME: &str = "workspaces";
+    const REMEDY: &str =
+        "put the engine's data on xfs that is mounted with pquota, or do without: workspace.accept_unenforced = true";
+    let offers = || config.templates.values().filter(|template| template.workspace.is_some());
+    let relying: Vec<_> = offers().filter(|t| !t.accept_unlimited_workspace).map(|t| t.name.as_str()).collect();
+    offers().next()?;
+    Some(match host.lacks_quotas().await {
+        Ok(None) => Check::ok(NAME, "the engine enforces their quotas: it has made a volume with one"),
+        Ok(Some(why)) if relying.is_empty() => Check::weak(
+            NAME,
+            format!("no quota is enforced, which is accepted: sessions can fill the engine's disk ({why})"),
+        ),
+        Ok(Some(why)) => {
+            let names = relying.join(", ");
+            Check::broken(NAME, format!("no quota is enforced, which templates rely on: {names} ({why})")).with(REMEDY)
+        }
+        Err(error) => Check::weak(NAME, error.to_string()),
+    })
+}
+
 /// What is free where the engine keeps images and volumes.
 pub(super) fn engine_disk(free: u64, all: u64) -> Check {
     const NAME: &str = "engine's disk";

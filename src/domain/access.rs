@@ -3,6 +3,11 @@
 use std::fmt;
 use std::str::FromStr;
 
+/// What every key begins with.
+pub const PREFIX: &str = "cb_";
+/// What the same key begins with for clients of E2B.
+pub const E2B_PREFIX: &str = "e2b_";
+
 /// What a key allows.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Scope {

@@ -96,6 +96,11 @@ id!(
     "ins"
 );
 id!(
+    /// A workspace that outlives sessions.
+    WorkspaceId,
+    "wsp"
+);
+id!(
     /// An API key.
     KeyId,
     "key"

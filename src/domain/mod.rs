@@ -14,3 +14,4 @@ pub mod packages;
 pub mod ports;
 pub mod quota;
 pub mod spec;
+pub mod workspace;

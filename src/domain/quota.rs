@@ -9,6 +9,8 @@ pub struct Quota {
     pub share: Share,
     /// Executions that run or wait.
     pub executions: Option<u32>,
+    /// Workspaces that outlive sessions.
+    pub workspaces: Option<u32>,
     /// CPU time of executions that end within one day of UTC.
     pub cpu_seconds_a_day: Option<u64>,
     /// Bytes of blobs and notebooks.

@@ -11,6 +11,7 @@ use super::data::DataMount;
 use super::egress::{Network, NetworkOffer, NetworkRequest};
 use super::lock::Lock;
 use super::ports::Ports;
+use super::workspace::{WorkspaceOffer, WorkspaceUse};
 
 /// Bytes in a MiB.
 pub const MIB: u64 = 1024 * 1024;
@@ -184,6 +185,10 @@ pub struct Template {
     pub data: Vec<DataMount>,
     /// Their working folder, which is also their home: see [`check_workdir`](super::data::check_workdir).
     pub workdir: String,
+    /// Working folders that outlive sessions, if there are any.
+    pub workspace: Option<WorkspaceOffer>,
+    /// Whether these may grow without a limit that the host enforces.
+    pub accept_unlimited_workspace: bool,
     /// Code that prepares every kernel before it is ready; none when empty.
     pub setup: String,
     /// What happens when a kernel dies by itself.
@@ -233,6 +238,8 @@ pub struct SessionRequest {
     pub on_expiry: OnExpiry,
     /// What its caller wants kept with it.
     pub metadata: BTreeMap<String, String>,
+    /// The name of a working folder that outlives it.
+    pub workspace: Option<String>,
     /// What it is to reach.
     pub network: NetworkRequest,
     /// What is installed before it is given to its caller.
@@ -289,6 +296,8 @@ pub struct SessionSpec {
     pub data: Vec<DataMount>,
     /// Its working folder, which is also its home.
     pub workdir: String,
+    /// Its working folder, if that outlives it.
+    pub workspace: Option<WorkspaceUse>,
     /// Codes that prepare every kernel, in order.
     pub setup: Arc<[String]>,
     /// What happens when a kernel dies by itself.
@@ -345,6 +354,10 @@ pub fn resolve(template: &Template, request: &SessionRequest) -> Result<SessionS
         Network::default()
     });
     errors.extend(template.network.packages.choose(&request.packages).err().unwrap_or_default());
+    let workspace = resolve_workspace(template, request).unwrap_or_else(|wrong| {
+        errors.push(wrong);
+        None
+    });
     if !errors.is_empty() {
         return Err(errors);
     }
@@ -369,6 +382,7 @@ pub fn resolve(template: &Template, request: &SessionRequest) -> Result<SessionS
         ports: template.ports.clone(),
         data: template.data.clone(),
         workdir: template.workdir.clone(),
+        workspace,
         setup: [&template.setup].into_iter().chain(&request.setup).filter(|s| !s.trim().is_empty()).cloned().collect(),
         on_kernel_death: template.on_kernel_death,
         on_guest_lost: template.on_guest_lost,
@@ -376,6 +390,18 @@ pub fn resolve(template: &Template, request: &SessionRequest) -> Result<SessionS
         on_expiry: request.on_expiry,
         metadata: request.metadata.clone(),
     })
+}
+
+fn resolve_workspace(template: &Template, request: &SessionRequest) -> Result<Option<WorkspaceUse>, FieldError> {
+    let Some(name) = &request.workspace else { return Ok(None) };
+    let wrong = |message: String| FieldError::new("/workspace", message);
+    let offer = template.workspace.ok_or_else(|| {
+        wrong(format!(
+            "template \"{}\" has no workspaces that outlive sessions; leave it out, or name a template whose `workspace` is \"volume\"",
+            template.name
+        ))
+    })?;
+    offer.choose(name).map(Some).map_err(wrong)
 }
 
 fn resolve_resources(template: &Template, request: &SessionRequest, errors: &mut Vec<FieldError>) -> Resources {

@@ -61,6 +61,12 @@ pub const ROLE_DATA: &str = "data";
 pub const ROLE_DATA_WHOLE: &str = "data-whole";
 /// Role of a container that is never started and through which data comes into its volume.
 pub const ROLE_DATA_HELPER: &str = "data-helper";
+/// Role of a volume that is the working folder of one cell after the other.
+pub const ROLE_WORKSPACE: &str = "workspace";
+/// Role of a container that is never started and through which such a volume gets its owner.
+pub const ROLE_WORKSPACE_HELPER: &str = "workspace-helper";
+/// Role of a volume that only tries whether the engine enforces quotas.
+pub const ROLE_QUOTA_TRIAL: &str = "quota-trial";
 /// Role of a container that is never started and only says whose the instance's name is.
 pub const ROLE_LOCK: &str = "lock";
 
@@ -89,13 +95,15 @@ pub struct Volumes<'a> {
     pub guest: &'a str,
     /// One for each of the cell's data, in their order.
     pub data: &'a [String],
+    /// Its working folder, where that is not memory of its own.
+    pub workspace: Option<&'a str>,
 }
 
 impl<'a> Volumes<'a> {
-    /// Those of a cell without data.
+    /// Those of a cell without data, whose files are its own.
     #[must_use]
-    pub fn without_data(guest: &'a str) -> Self {
-        Self { guest, data: &[] }
+    pub fn only_guest(guest: &'a str) -> Self {
+        Self { guest, data: &[], workspace: None }
     }
 }
 
@@ -195,7 +203,7 @@ fn host_config(cell: &CellSpec, uid: u32, volumes: Volumes<'_>, host: &HostFacts
     HostConfig {
         runtime: (!cell.runtime.is_empty()).then(|| cell.runtime.clone()),
         mounts: Some(mounts(cell, volumes)),
-        tmpfs: Some(writable_folders(&cell.workdir, limits, uid)),
+        tmpfs: Some(writable_folders((&cell.workdir, volumes.workspace.is_some()), limits, uid)),
         ulimits: Some(ulimits(limits)),
         security_opt: Some(security_options(host)),
         ..limited(limits, host, isolated())
@@ -261,27 +269,32 @@ fn limited(limits: &Resources, host: &HostFacts, isolated: HostConfig) -> HostCo
     }
 }
 
-/// The guest, and the cell's data. All that is mounted, and all of it read-only. Nothing can be asked of such a mount as to setuid files and devices: there are
-/// none in data, no privilege is gained by either, and the engine's device rules refuse the latter.
+/// The guest, and the cell's data, read-only; and a working folder that outlives the cell. All that is mounted. Nothing can be asked of such a mount as to setuid
+/// files and devices: no privilege is gained by either, device nodes take a capability to make, and the engine's device rules refuse to open them.
 fn mounts(cell: &CellSpec, volumes: Volumes<'_>) -> Vec<Mount> {
-    let data = cell.data.iter().zip(volumes.data).map(|(mount, volume)| read_only(volume, &mount.path));
-    std::iter::once(read_only(volumes.guest, GUEST_DIR)).chain(data).collect()
+    let data = cell.data.iter().zip(volumes.data).map(|(at, volume)| mount(volume, &at.path, true));
+    let workspace = volumes.workspace.map(|volume| mount(volume, &cell.workdir, false));
+    std::iter::once(mount(volumes.guest, GUEST_DIR, true)).chain(data).chain(workspace).collect()
 }
 
-fn read_only(volume: &str, target: &str) -> Mount {
+fn mount(volume: &str, target: &str, read_only: bool) -> Mount {
     Mount {
         typ: Some(MountType::VOLUME),
         source: Some(volume.to_owned()),
         target: Some(target.to_owned()),
-        read_only: Some(true),
+        read_only: Some(read_only),
         // An empty volume would otherwise be filled with what the image has there.
         volume_options: Some(MountVolumeOptions { no_copy: Some(true), ..MountVolumeOptions::default() }),
         ..Mount::default()
     }
 }
 
-/// Everything that can be written to: memory with a size and a number of inodes, charged to the cell's own limit.
-fn writable_folders(workdir: &str, limits: &Resources, uid: u32) -> HashMap<String, String> {
+/// Everything that can be written to, but for a working folder that outlives the cell: memory with a size and a number of inodes, charged to the cell's own limit.
+fn writable_folders(
+    (workdir, is_work_elsewhere): (&str, bool),
+    limits: &Resources,
+    uid: u32,
+) -> HashMap<String, String> {
     let owned = |exec: &str, bytes: u64, inodes: u64, mode: &str| {
         format!("rw,nosuid,nodev,{exec},size={bytes},nr_inodes={inodes},mode={mode},uid={uid},gid={uid}")
     };
@@ -292,9 +305,9 @@ fn writable_folders(workdir: &str, limits: &Resources, uid: u32) -> HashMap<Stri
     // The guest's own: were it a part of the temporary files, code that fills those would keep its next kernel from starting. Thirty
     // kernels at a time, each with a folder, a file and five sockets.
     let state = owned("noexec", MIB, 512, "0700");
-    [(workdir, work), (TMP_DIR, tmp), (SHM_DIR, shm), (STATE_DIR, state)]
-        .map(|(path, options)| (path.to_owned(), options))
-        .into()
+    let folders = [(workdir, work), (TMP_DIR, tmp), (SHM_DIR, shm), (STATE_DIR, state)];
+    let own = folders.into_iter().filter(|(path, _)| !(is_work_elsewhere && *path == workdir));
+    own.map(|(path, options)| (path.to_owned(), options)).collect()
 }
 
 /// `multiprocessing` needs some; it is charged to the cell's memory.

@@ -13,7 +13,7 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use super::{
     ArchiveStream, ByteStream, CellName, CellSpec, DataVolume, Engine, EngineError, EngineEvent, EngineInfo, ImageInfo,
-    Observed, Pull,
+    Observed, Pull, WorkspaceName, WorkspaceSpec, WorkspaceVolume,
 };
 use crate::domain::ids::InstallationId;
 use crate::metrics::Metrics;
@@ -127,6 +127,18 @@ impl Engine for Metered {
 
     async fn remove_data(&self, name: &str) -> Result<(), EngineError> {
         self.count("remove_data", self.engine.remove_data(name)).await
+    }
+
+    async fn ensure_workspace(&self, workspace: &WorkspaceSpec) -> Result<WorkspaceVolume, EngineError> {
+        self.count("ensure_workspace", self.engine.ensure_workspace(workspace)).await
+    }
+
+    async fn remove_workspace(&self, name: &WorkspaceName) -> Result<(), EngineError> {
+        self.count("remove_workspace", self.engine.remove_workspace(name)).await
+    }
+
+    async fn list_workspaces(&self) -> Result<Vec<WorkspaceName>, EngineError> {
+        self.count("list_workspaces", self.engine.list_workspaces()).await
     }
 
     async fn list(&self) -> Result<Vec<Observed>, EngineError> {

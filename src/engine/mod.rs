@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncRead, AsyncWrite};
 
 use crate::domain::data::DataMount;
-use crate::domain::ids::{InstallationId, SessionId};
+use crate::domain::ids::{InstallationId, SessionId, WorkspaceId};
 use crate::domain::spec::Resources;
 
 pub mod docker;
@@ -71,6 +71,65 @@ impl fmt::Display for CellName {
     }
 }
 
+/// Name of a workspace that outlives cells: `cellblock-workspace-<instance>-<id>`. No caller's text is in it, and none comes twice.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct WorkspaceName(String);
+
+impl WorkspaceName {
+    /// The name of a workspace.
+    #[must_use]
+    pub fn new(instance: &str, workspace: WorkspaceId) -> Self {
+        Self(format!("cellblock-workspace-{instance}-{workspace}"))
+    }
+
+    /// The name as the engine has it.
+    #[must_use]
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+
+    /// A name that somebody else says. [`WorkspaceName::id`] tells whether it is one of an instance.
+    #[must_use]
+    pub(crate) fn listed(name: String) -> Self {
+        Self(name)
+    }
+
+    /// Which workspace this is, if the name is one of this instance and exactly as [`WorkspaceName::new`] makes it.
+    #[must_use]
+    pub fn id(&self, instance: &str) -> Option<WorkspaceId> {
+        let rest = self.0.strip_prefix("cellblock-workspace-")?.strip_prefix(instance)?.strip_prefix('-')?;
+        let id = rest.parse().ok()?;
+        (*self == Self::new(instance, id)).then_some(id)
+    }
+}
+
+impl fmt::Display for WorkspaceName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// What a workspace is to be.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct WorkspaceSpec {
+    /// Its name.
+    pub name: WorkspaceName,
+    /// The id of any image that the engine has.
+    pub image: String,
+    /// The most bytes that it may hold; of one that is there already, what it was made with stays.
+    pub quota_bytes: Option<u64>,
+}
+
+/// A workspace that is there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct WorkspaceVolume {
+    /// Whose its files are: the uid of every cell that has it, and of no other cell while it exists.
+    pub uid: u32,
+    /// It was not there before.
+    pub is_new: bool,
+}
+
 /// Everything an engine needs to know of a cell. What locks it is the engine's own business and not for the caller to choose.
 #[derive(Debug, Clone, PartialEq)]
 pub struct CellSpec {
@@ -88,6 +147,8 @@ pub struct CellSpec {
     pub data: Vec<DataMount>,
     /// Its working folder.
     pub workdir: String,
+    /// Its working folder, where that is not its own: from [`Engine::ensure_workspace`].
+    pub workspace: Option<WorkspaceName>,
 }
 
 /// A cell as the engine sees it.
@@ -293,7 +354,8 @@ pub trait Engine: Send + Sync + 'static {
     async fn prepare(&self, image: &str) -> Result<(), EngineError>;
 
     /// Makes sure that this cell runs, and opens its stream. A cell of that name that was made from the same
-    /// specification is taken as it is; one made from another is a [`EngineError::Conflict`]. Data that is not there is [`EngineError::Absent`].
+    /// specification is taken as it is; one made from another is a [`EngineError::Conflict`], and so is a workspace that another cell has. Data or a
+    /// workspace that is not there is [`EngineError::Absent`].
     ///
     /// When this fails the cell may or may not exist: [`Engine::remove`] it.
     async fn ensure(&self, cell: &CellSpec) -> Result<ByteStream, EngineError>;
@@ -348,6 +410,20 @@ pub trait Engine: Send + Sync + 'static {
     /// [`EngineError::Absent`] where there is none of that name.
     async fn remove_data(&self, name: &str) -> Result<(), EngineError>;
 
+    /// Makes sure that a workspace exists, with files that survive the cells that have it one after the other. As long as it exists it keeps its uid, which no
+    /// cell without it gets.
+    ///
+    /// # Errors
+    /// [`EngineError::Rejected`] where its quota can't be enforced and that is not accepted. When this fails it may exist or not:
+    /// [`Engine::remove_workspace`] it.
+    async fn ensure_workspace(&self, workspace: &WorkspaceSpec) -> Result<WorkspaceVolume, EngineError>;
+
+    /// Removes a workspace with all that is in it. Success means that its absence was seen; one that a cell has is a [`EngineError::Conflict`].
+    async fn remove_workspace(&self, name: &WorkspaceName) -> Result<(), EngineError>;
+
+    /// All workspaces of this instance.
+    async fn list_workspaces(&self) -> Result<Vec<WorkspaceName>, EngineError>;
+
     /// All cells of this instance.
     async fn list(&self) -> Result<Vec<Observed>, EngineError>;
 
@@ -364,6 +440,22 @@ pub trait Engine: Send + Sync + 'static {
 mod tests {
     use super::*;
     use uuid::Uuid;
+
+    #[test]
+    fn a_workspaces_name_is_read_as_it_is_made_and_in_no_other_form() {
+        let id = WorkspaceId::from_uuid(Uuid::from_u128(7));
+        assert_eq!(WorkspaceName::new("one", id).id("one"), Some(id));
+        for wrong in [
+            format!("cellblock-workspace-two-{id}"),
+            format!("cellblock-workspace-one-{id}/x"),
+            format!("cellblock-workspace-one-{id}-0"),
+            format!("cellblock-workspace-one-{}", id.to_string().to_uppercase()),
+            format!("cellblock-data-one-{id}"),
+            String::new(),
+        ] {
+            assert_eq!(WorkspaceName::listed(wrong.clone()).id("one"), None, "{wrong}");
+        }
+    }
 
     #[test]
     fn a_name_is_read_as_it_is_made_and_in_no_other_form() {

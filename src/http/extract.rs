@@ -113,7 +113,7 @@ pub(super) async fn read(mut body: RawBody, bounds: Bounds) -> Result<Bytes, Pro
 }
 
 /// Lets a caller that does not look up while it sends come to its end, within bounds: a connection that is closed under it takes the answer along.
-async fn discard(body: &mut RawBody, bounds: Bounds) {
+pub(super) async fn discard(body: &mut RawBody, bounds: Bounds) {
     let rest = Limited::new(body, bounds.body);
     let taken = rest.into_data_stream().take_while(|part| std::future::ready(part.is_ok())).for_each(|_| async {});
     // What is still to come is cut off with the connection.

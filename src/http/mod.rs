@@ -27,6 +27,7 @@ use crate::traces::{Trace, Traces};
 
 pub mod admin;
 mod by_host;
+pub mod classic;
 mod crossing;
 pub mod docs;
 pub mod door;
@@ -91,6 +92,8 @@ pub struct App {
     pub mcp: Option<mcp::Mcp>,
     /// The door for clients of E2B, where it is open.
     pub e2b: Option<e2b::E2b>,
+    /// The classic routes, where they are on.
+    pub classic: Option<Arc<classic::Classic>>,
 }
 
 /// How ports of sessions are asked.
@@ -130,11 +133,19 @@ pub fn router(app: App) -> Router {
         }
         None => Router::new(),
     };
+    let classic = match app.classic {
+        Some(_) => {
+            operations.add(classic::changes());
+            classic::routes()
+        }
+        None => Router::new(),
+    };
     let routes = Router::new()
         .merge(v1)
         .merge(jupyter)
         .merge(mcp)
         .merge(e2b)
+        .merge(classic)
         .merge(docs::routes(document))
         .route("/livez", get(livez))
         .route("/readyz", get(readyz))

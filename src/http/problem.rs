@@ -7,6 +7,7 @@ use std::sync::Arc;
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use serde::Serialize;
+use serde_json::Value;
 use utoipa::ToSchema;
 
 use super::e2b::error::{self, Words};
@@ -56,7 +57,7 @@ pub struct Problem {
 }
 
 /// How a problem is written.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub enum Form {
     /// As RFC 9457 has it.
     #[default]
@@ -65,6 +66,8 @@ pub enum Form {
     Jupyter,
     /// As one of E2B's parts does.
     E2b(Words),
+    /// As FastAPI does: a `detail`, which is this where it is more than a sentence.
+    Detail(Option<Box<Value>>),
 }
 
 /// One field that is wrong.
@@ -117,6 +120,7 @@ codes! {
     REQUEST_TIMEOUT "request-timeout" REQUEST_TIMEOUT "The body did not arrive in time" true;
     SESSION_NOT_READY "session-not-ready" CONFLICT "The session is not ready" true;
     NAME_IN_USE "name-in-use" CONFLICT "A live session has that name" false;
+    WORKSPACE_IN_USE "workspace-in-use" CONFLICT "Another session has that workspace" true;
     STATE_CONFLICT "state-conflict" CONFLICT "The state does not allow this now" true;
     SESSION_ENDED "session-ended" GONE "The session has ended" false;
     PAYLOAD_TOO_LARGE "payload-too-large" PAYLOAD_TOO_LARGE "The body is too large" false;
@@ -201,14 +205,24 @@ impl Problem {
         body.to_string().into_bytes()
     }
 
+    fn as_detail(&self, detail: Option<&Value>) -> Vec<u8> {
+        let sentence = || {
+            let fields = self.errors.iter().map(|field| field.message.as_str());
+            std::iter::once(self.detail.as_str()).chain(fields).collect::<Vec<_>>().join("; ")
+        };
+        let detail = detail.cloned().unwrap_or_else(|| Value::String(sentence()));
+        serde_json::json!({"detail": detail}).to_string().into_bytes()
+    }
+
     /// The whole answer. The body is written here; `request_id` is filled in by then.
     pub(super) fn render(&self) -> Response {
         let status = StatusCode::from_u16(self.status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
-        let (kind, body) = match self.form {
+        let (kind, body) = match &self.form {
             // A structure of texts and numbers: writing it can't fail.
             Form::Problem => ("application/problem+json", serde_json::to_vec(self).unwrap_or_default()),
             Form::Jupyter => ("application/json", self.in_jupyters_words()),
-            Form::E2b(words) => error::written(self, words),
+            Form::E2b(words) => error::written(self, *words),
+            Form::Detail(detail) => ("application/json", self.as_detail(detail.as_deref())),
         };
         let mut response = (status, [(header::CONTENT_TYPE, kind)], body).into_response();
         if let Some(seconds) = self.retry_after_seconds {
@@ -246,6 +260,9 @@ impl From<Error> for Problem {
             Error::NameInUse(None) => Self::new(NAME_IN_USE, format!("{detail}; the key does not allow it")),
             Error::NameInUse(Some(_)) => {
                 Self::new(NAME_IN_USE, format!("{detail}; say \"if_exists\": \"reuse\" to get it"))
+            }
+            Error::WorkspaceInUse(_) => {
+                Self::new(WORKSPACE_IN_USE, format!("{detail}; end that one, or wait for its end"))
             }
             Error::NotReady => Self::new(SESSION_NOT_READY, format!("{detail}; wait with GET …/wait?state=ready")),
             Error::SessionEnded(reason) => {

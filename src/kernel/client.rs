@@ -15,6 +15,9 @@ use crate::json;
 const MAX_HEADER: usize = 4096;
 /// Longest id, type and name in a header, in bytes.
 const MAX_NAME: usize = 256;
+/// What stands as the session in the header of all that clients are told, whether a kernel has said it or not: JupyterLab's library gives up what it has not worked on
+/// yet when a message with another session comes.
+const SESSION: &str = "cellblock";
 
 /// The header of a client's message.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -101,13 +104,14 @@ fn fit(part: &[u8]) -> Option<Bytes> {
     protocol::read_object(part).map(|text| Bytes::from(text.0))
 }
 
-/// A kernel's header, with another id where one is given, and its id.
+/// A kernel's header as clients are told it, with another id where one is given, and its id.
 fn readdressed(header: &[u8], msg_id: Option<&str>) -> Option<(String, Bytes)> {
     let text = String::from_utf8_lossy(header);
     let mut header: Map<String, Value> = serde_json::from_str(json::clean(&text).ok()?.get()).ok()?;
     if let Some(msg_id) = msg_id {
         header.insert("msg_id".to_owned(), msg_id.into());
     }
+    header.insert("session".to_owned(), SESSION.into());
     let msg_id = header.get("msg_id").and_then(Value::as_str).unwrap_or_default().to_owned();
     Some((msg_id, Bytes::from(Value::Object(header).to_string())))
 }
@@ -122,7 +126,7 @@ pub fn told(
     buffers: Vec<Bytes>,
 ) -> Vec<Bytes> {
     let parent = parent.map_or_else(|| Bytes::from_static(b"{}"), |parent| Bytes::from(parent.0.clone()));
-    let header = protocol::header(msg_id, "cellblock", msg_type).to_string();
+    let header = protocol::header(msg_id, SESSION, msg_type).to_string();
     let fixed = [Bytes::from(header), parent, Bytes::from_static(b"{}"), Bytes::from(content.to_string())];
     fixed.into_iter().chain(buffers).collect()
 }
@@ -169,11 +173,21 @@ mod tests {
         let ours: Value = serde_json::from_slice(&sent.parts[0]).unwrap();
         assert_eq!((&ours["msg_id"], &ours["subshell_id"]), (&"ours".into(), &"s1".into()));
 
-        let of_kernel = [r#"{"msg_id":"k","msg_type":"status","x":{}}"#, r#"{"msg_id":"ours"}"#, "{}", r#"{"a":1}"#];
+        let of_kernel = [
+            r#"{"msg_id":"k","msg_type":"status","session":"of the kernel"}"#,
+            r#"{"msg_id":"ours"}"#,
+            "{}",
+            r#"{"a":1}"#,
+        ];
         let of_kernel = of_kernel.map(|part| Bytes::from_static(part.as_bytes()));
         let (id, told) = retold(&of_kernel, Some(&header.text), Some("new")).unwrap();
         assert_eq!((id.as_str(), &told[1][..]), ("new", header.text.0.as_bytes()));
-        assert_eq!(serde_json::from_slice::<Value>(&told[0]).unwrap()["msg_id"], "new");
+        let (of_kernel_told, of_nobody): (Value, Value) = (
+            serde_json::from_slice(&told[0]).unwrap(),
+            serde_json::from_slice(&super::told("b", "status", None, &Value::Null, Vec::new())[0]).unwrap(),
+        );
+        assert_eq!(of_kernel_told["msg_id"], "new");
+        assert_eq!(of_kernel_told["session"], of_nobody["session"], "whoever has said it");
         assert_eq!(retold(&of_kernel, None, None).unwrap().1[1], of_kernel[1]);
     }
 

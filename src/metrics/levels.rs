@@ -26,6 +26,8 @@ pub struct Levels {
     pub cpus: Ceiling,
     /// Bytes of memory promised to them.
     pub memory: Ceiling,
+    /// Workspaces that outlive sessions.
+    pub workspaces: usize,
     /// The pools.
     pub pools: Vec<PoolLevel>,
     /// Sessions of each tenant, where tenants are counted.
@@ -73,6 +75,11 @@ impl Levels {
         of.gauge("busy_sessions", "Sessions in which something runs or waits.", self.busy as f64);
         of.gauge("waiting_creates", "Creates that wait for a place.", self.waiting as f64);
         of.gauge("starting_sessions", "Sessions that start, and so keep others from starting.", self.starting as f64);
+        of.gauge(
+            "workspaces",
+            "Workspaces that outlive sessions, those included that are to be removed.",
+            self.workspaces as f64,
+        );
         of.ceiling("sessions", "Places of sessions", self.places);
         of.ceiling("cpus", "CPUs", self.cpus);
         of.ceiling("memory_bytes", "Bytes of memory", self.memory);

@@ -10,15 +10,11 @@ use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use super::Error;
-pub use crate::domain::access::{KeyHash, Scope};
+pub use crate::domain::access::{E2B_PREFIX, KeyHash, PREFIX, Scope};
 use crate::domain::ids::KeyId;
 pub use crate::store::state::ApiKeyRecord;
 use crate::store::state::State;
 
-/// What every key begins with.
-pub const PREFIX: &str = "cb_";
-/// What the same key begins with for clients of E2B.
-pub const E2B_PREFIX: &str = "e2b_";
 /// Lower-case hex digits after the prefix: 256 bits.
 pub const DIGITS: usize = 64;
 /// Most keys of all tenants: each request is compared with every one.

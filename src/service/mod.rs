@@ -28,6 +28,7 @@ use crate::session::execution::{Execution, ExecutionRequest, OnTimeout, Stdin};
 use crate::session::once::{Begun, MAX_KEYS, Made, NotOnce, Once, Reservation};
 use crate::session::pool::PoolView;
 use crate::session::registry::{Asked, CreateRefused, Created, Registry};
+use crate::session::workspaces::HoldRefused;
 use crate::session::{ContextView, GateView, Patch, Refused, Session, StartFailure, StartFault, fresh};
 use crate::store::Archive;
 use crate::store::state::Lasting;
@@ -53,6 +54,7 @@ pub mod quotas;
 mod refusals;
 pub mod trail;
 pub mod transfer;
+pub mod workspaces;
 
 use admin::Admin;
 use audit::Audit;
@@ -104,6 +106,9 @@ pub enum Error {
     /// The tenant has a live session of that name; which, if the key allows to know of it.
     #[error("a live session{} has that name", .0.map(|id| format!(", {id},")).unwrap_or_default())]
     NameInUse(Option<SessionId>),
+    /// Another session has the workspace, or is about to; which, if it is one already.
+    #[error("the workspace is in use by {}", .0.map_or_else(|| "a session that is being created".to_owned(), |id| format!("the session {id}")))]
+    WorkspaceInUse(Option<SessionId>),
     /// The session is still starting.
     #[error("the session is still starting")]
     NotReady,
@@ -242,6 +247,7 @@ impl From<CreateRefused> for Error {
             CreateRefused::OverShare(exceeded) => Self::OverQuota { exceeded, retry_after: LATER },
             // Who may know which, is decided where the key is known.
             CreateRefused::NameInUse(_) => Self::NameInUse(None),
+            CreateRefused::Workspace(refused) => workspaces::not_held(refused),
             CreateRefused::Draining => Self::Draining,
         }
     }
@@ -361,6 +367,8 @@ pub struct Usage {
     pub quota: Quota,
     /// What it holds.
     pub held: Held,
+    /// Its workspaces.
+    pub workspaces: usize,
     /// Executions that run or wait.
     pub executions: u32,
     /// Bytes of its blobs and notebooks.
@@ -579,7 +587,8 @@ impl Service {
             lasting => lasting,
         };
         let refused = |refused| self.not_created(who, refused);
-        let asked = Asked { reuse: request.reuse, lasting, once, files: &request.files };
+        let workspaces = quota.workspaces;
+        let asked = Asked { reuse: request.reuse, lasting, once, files: &request.files, workspaces };
         let created = match self.registry.find(tenant, &spec, asked).await.map_err(refused)? {
             Some(created) => created,
             None => {
@@ -608,6 +617,9 @@ impl Service {
             CreateRefused::NameInUse(id) => {
                 let session = self.registry.session(&who.tenant, id);
                 Error::NameInUse(session.filter(|session| who.admits(&session.spec.template)).map(|session| session.id))
+            }
+            CreateRefused::Workspace(HoldRefused::OfTemplate(template)) if !who.admits(&template) => {
+                workspaces::of_another_template()
             }
             refused => refused.into(),
         }
@@ -1072,6 +1084,7 @@ impl Service {
             tenant: Arc::clone(&who.tenant),
             quota: self.quotas.of(&who.tenant),
             held: self.registry.held(&who.tenant),
+            workspaces: self.registry.workspaces().count(&who.tenant),
             executions: used.executions,
             stored_bytes: self.stored(&who.tenant),
             cpu_today: used.cpu,

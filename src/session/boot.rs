@@ -132,9 +132,10 @@ pub(super) fn engine_failure(cell: &CellSpec, error: &EngineError) -> StartFailu
     let (fault, detail) = match error {
         EngineError::Unavailable { .. } => (StartFault::EngineUnavailable, "the container engine can't be reached"),
         EngineError::TimedOut { .. } => (StartFault::EngineUnavailable, "the container engine did not answer in time"),
-        EngineError::Absent { .. } => {
-            (StartFault::EngineRefused, "the template's image, or data that it names, is not there any more")
-        }
+        EngineError::Absent { .. } => (
+            StartFault::EngineRefused,
+            "the template's image, or data or a workspace that it names, is not there any more",
+        ),
         EngineError::Unverified { .. } => {
             (StartFault::Unverified, "the container was not confined as specified, so nothing was run in it")
         }

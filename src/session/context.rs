@@ -714,7 +714,7 @@ impl Context {
 
     /// The next execution is told that its kernel is another one.
     pub(super) fn tell_replaced(&mut self, cause: RestartCause) {
-        self.tell_state("restarting");
+        self.tell_restart();
         self.replaced = Some(cause);
     }
 
@@ -735,7 +735,7 @@ impl Context {
             Event::Gap { parent_id, stream, total_bytes, omitted_bytes } => {
                 if let Some(running) = self.running(&parent_id) {
                     let what = truncated(stream);
-                    running.output(ExecutionEvent::OutputTruncated { what, omitted_bytes, total_bytes });
+                    running.output(ExecutionEvent::OutputTruncated { what, omitted_bytes, total_bytes }, now);
                     running.execution.tell_truncation();
                 }
             }
@@ -908,8 +908,10 @@ impl Context {
         match over {
             Some(reason) => self.notices.push(Notice::Died(reason)),
             None => {
-                if cause != RestartCause::Requested {
-                    self.tell_state("restarting");
+                if cause == RestartCause::Requested {
+                    self.note_restart();
+                } else {
+                    self.tell_restart();
                 }
                 self.boot(now, self.making.pace.boot);
             }
@@ -1115,7 +1117,7 @@ impl Context {
             None => protocol::read_iopub(msg_type, content),
         };
         let mark = match read {
-            Ok(Iopub::Output(event)) => running.output(event).then_some(Mark::Newest),
+            Ok(Iopub::Output(event)) => running.output(event, now).then_some(Mark::Newest),
             Ok(Iopub::ExecutionCount(count)) => {
                 running.execution.count(count);
                 Some(Mark::Once("input"))
@@ -1233,9 +1235,10 @@ impl Context {
         if let Some(asked) = &request.asked_by {
             self.remember_parent(&running.msg_id, &asked.header);
         }
+        let aborted = self.queue.iter().take_while(|waiting| running.failed_after(waiting.since)).count();
         let finished = running.finish(now);
         if !finished.ok && request.stop_on_error {
-            self.abort_queue();
+            self.abort_queue(aborted);
         }
         match (is_setup, finished.ok) {
             (true, true) => self.prepare(now),
@@ -1253,12 +1256,14 @@ impl Context {
         }
     }
 
-    /// What has failed takes along what clients that speak Jupyter have sent after it.
-    fn abort_queue(&mut self) {
+    /// What has failed takes along what clients that speak Jupyter have sent after it, among the first so many.
+    fn abort_queue(&mut self, first: usize) {
         let is_meant = |waiting: &Waiting| waiting.execution.request.asked_by.is_some();
-        let (aborted, stays) = std::mem::take(&mut self.queue).into_iter().partition(is_meant);
-        self.queue = stays;
-        let aborted: VecDeque<Waiting> = aborted;
+        let stays = self.queue.split_off(first);
+        let (aborted, mut kept): (VecDeque<Waiting>, VecDeque<Waiting>) =
+            std::mem::replace(&mut self.queue, stays).into_iter().partition(is_meant);
+        kept.append(&mut self.queue);
+        self.queue = kept;
         let words = "what was before it has failed, with stop_on_error";
         aborted.into_iter().for_each(|waiting| waiting.execution.finish(End::with(Status::Cancelled, words)));
     }

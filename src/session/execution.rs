@@ -17,7 +17,7 @@ pub use crate::domain::execution::{ExecutionRequest, OnTimeout, Stdin};
 use crate::domain::ids::{ContextId, ExecutionId, SessionId};
 use crate::domain::output::{
     Effects, ErrorInfo, ExecutionEvent, Fold, JsonText, MimeBundle, NamedValues, Outcome, Report, RestartCause,
-    RichOutput, Status, Stop, TextStream, Truncated,
+    RichOutput, Shown, Status, Stop, TextStream, Truncated,
 };
 pub use crate::store::state::Logged;
 use crate::store::state::{Birth, ExecutionChange, ExecutionRecord, Progress, RunningRecord};
@@ -292,6 +292,15 @@ impl Execution {
             record.finished.unwrap_or(now).saturating_duration_since(started),
             record.report.clone(),
         )
+    }
+
+    /// What it has shown by now, in its order.
+    #[must_use]
+    pub fn shown(&self) -> Vec<Shown> {
+        let record = self.record();
+        let mut fold = Fold::default();
+        record.events.iter().for_each(|logged| fold.push(&logged.event));
+        fold.into_shown()
     }
 
     /// What its kernel, or this server, has said of it beside output; with the newest error of its output.

@@ -39,6 +39,7 @@ mod running;
 pub mod tap;
 pub mod visits;
 mod wiring;
+pub mod workspaces;
 
 use actor::Wish;
 pub use context::{Aside, ContextState};

@@ -147,7 +147,9 @@ impl Shelf {
             && own.network.initial.is_open() == spec.network.initial.is_open()
             && own.data == spec.data
             && own.workdir == spec.workdir
-            && own.ports == spec.ports;
+            && own.ports == spec.ports
+            // What was made ahead has a working folder of its own.
+            && spec.workspace.is_none();
         let kernel = own.kernelspec == spec.kernelspec
             && own.transport == spec.transport
             && own.output == spec.output

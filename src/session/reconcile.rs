@@ -10,6 +10,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::Session;
 use super::registry::Registry;
+use super::workspaces::{self, Tidied};
 use crate::domain::ids::{InstallationId, SessionId};
 use crate::domain::lifecycle::Phase;
 use crate::engine::{CellName, CellState, Engine, EngineError, EngineEventKind, Observed};
@@ -131,7 +132,8 @@ impl Reconciler {
         }
     }
 
-    /// One round: cells without a live session are removed, sessions without a cell are told to look, and what earlier versions have left is removed.
+    /// One round: cells without a live session are removed, sessions without a cell are told to look, what earlier versions have left is
+    /// removed, and so are workspaces that are too old or that nobody knows.
     ///
     /// # Errors
     /// When the engine can't list its cells, or the instance's name is another installation's: then nothing is touched. What can't be removed stands in the
@@ -171,7 +173,9 @@ impl Reconciler {
             return Ok(());
         }
         self.look_and_act().await?;
-        if self.engine.list().await?.is_empty() { self.engine.release(self.installation).await } else { Ok(()) }
+        // Whoever has the name next would take workspaces for what nobody knows.
+        let is_empty = self.engine.list().await?.is_empty() && self.engine.list_workspaces().await?.is_empty();
+        if is_empty { self.engine.release(self.installation).await } else { Ok(()) }
     }
 
     async fn look_and_act(&self) -> Result<Report, EngineError> {
@@ -190,6 +194,11 @@ impl Reconciler {
         match self.engine.sweep().await {
             Ok(swept) => report.swept = swept,
             Err(error) => report.note(error, "what earlier versions have left could not be removed"),
+        }
+        let Tidied { removed, errors } = workspaces::tidy(self.registry.workspaces(), self.engine.as_ref()).await;
+        report.swept.extend(removed);
+        for error in errors {
+            report.note(error, "a workspace that nobody has any more could not be removed");
         }
         Ok(report)
     }

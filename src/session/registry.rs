@@ -17,6 +17,7 @@ use super::keeping::{Growth, Keeping};
 use super::once::{Requests, Reservation};
 use super::pool::{Pool, PoolView};
 use super::tap::Tap;
+use super::workspaces::{Bounds, HoldRefused, Tenure, Workspaces};
 use super::{Claim, Session, Settings, first_files, fresh};
 use crate::domain::ids::{ExecutionId, SessionId};
 use crate::domain::lifecycle::{EndReason, Phase};
@@ -44,6 +45,8 @@ pub struct Limits {
     pub executions: usize,
     /// Bytes that the records of finished executions may hold, all together.
     pub execution_bytes: u64,
+    /// Workspaces that outlive sessions, of all tenants.
+    pub workspaces: usize,
 }
 
 /// What becomes of sessions when the control plane stops.
@@ -66,6 +69,8 @@ pub enum CreateRefused {
     OverShare(Exceeded),
     /// The tenant has a live session of that name.
     NameInUse(SessionId),
+    /// The workspace can't be had.
+    Workspace(HoldRefused),
     /// The control plane is stopping.
     Draining,
 }
@@ -111,6 +116,7 @@ pub struct Registry {
     requests: Requests,
     metrics: Metrics,
     egress: Egress,
+    workspaces: Arc<Workspaces>,
     inner: Mutex<Inner>,
 }
 
@@ -154,6 +160,8 @@ pub struct Asked<'a> {
     pub once: Option<&'a Reservation>,
     /// Files that it begins with.
     pub files: &'a Arc<[NewFile]>,
+    /// Workspaces that its tenant may have.
+    pub workspaces: Option<u32>,
 }
 
 impl Registry {
@@ -172,7 +180,22 @@ impl Registry {
         let (requests, inner) = (Requests::new(state.clone()), Mutex::default());
         let (tuning, metrics) = (RwLock::new(Tuning { settings, limits }), Metrics::new());
         let egress = Egress::none();
-        Self { engine, archive, state, instance, tuning, growth, capacity, pool, requests, metrics, egress, inner }
+        let workspaces = Workspaces::new(&instance, state.clone());
+        Self {
+            engine,
+            archive,
+            state,
+            instance,
+            tuning,
+            growth,
+            capacity,
+            pool,
+            requests,
+            metrics,
+            egress,
+            workspaces,
+            inner,
+        }
     }
 
     /// The same, whose sessions have a way out. Before the first session.
@@ -217,10 +240,10 @@ impl Registry {
         spec: SessionSpec,
         asked: Asked<'_>,
     ) -> Result<Created, CreateRefused> {
-        let Asked { reuse, lasting, once, files } = asked;
+        let Asked { reuse, lasting, once, files, workspaces } = asked;
         let need = Need::from(&spec.resources);
         self.capacity.can_ever_hold(need).map_err(CreateRefused::TooLarge)?;
-        let promise = {
+        let (promise, tenure) = {
             let mut inner = self.inner();
             // What is there is no more of the tenant's.
             if let Some(found) = inner.named(tenant, &spec, reuse)? {
@@ -228,9 +251,10 @@ impl Registry {
                 return Ok(Created::Reused(found));
             }
             inner.check_share(tenant, share, &spec.resources)?;
+            let tenure = self.hold_workspace(tenant, &spec, workspaces)?;
             let number = Uuid::new_v4();
             inner.promised.insert(number, (Arc::clone(tenant), spec.resources));
-            Promise { registry: self, number }
+            (Promise { registry: self, number }, tenure)
         };
         self.pool.give_up(self.capacity.short_of(need));
         let began = Instant::now();
@@ -243,7 +267,12 @@ impl Registry {
             will_be(once, found.id);
             return Ok(Created::Reused(found));
         }
-        let birth = Birth { files: Arc::clone(files), ..self.birth(first_record(tenant, spec, lasting), true, place) };
+        let mut record = first_record(tenant, spec, lasting);
+        if let Some(tenure) = &tenure {
+            record.workspace = Some(tenure.id());
+            tenure.belongs_to(record.id);
+        }
+        let birth = Birth { files: Arc::clone(files), tenure, ..self.birth(record, true, place) };
         will_be(once, birth.record.id);
         inner.make_room_for_ended();
         let session = actor::spawn(birth);
@@ -251,6 +280,25 @@ impl Registry {
         // At the same moment, so that it is counted once.
         inner.promised.remove(&promise.number);
         Ok(Created::New(session))
+    }
+
+    /// The workspace of a session that is about to be made, if it is to have one.
+    fn hold_workspace(
+        &self,
+        tenant: &Arc<str>,
+        spec: &SessionSpec,
+        of_tenant: Option<u32>,
+    ) -> Result<Option<Tenure>, CreateRefused> {
+        let Some(asked) = &spec.workspace else { return Ok(None) };
+        let bounds = Bounds { of_tenant, of_all: self.tuning().limits.workspaces };
+        let held = self.workspaces.hold(tenant, (asked, &spec.template), bounds);
+        held.map(Some).map_err(CreateRefused::Workspace)
+    }
+
+    /// Workspaces that outlive sessions.
+    #[must_use]
+    pub fn workspaces(&self) -> &Arc<Workspaces> {
+        &self.workspaces
     }
 
     /// What a tenant holds, creates that wait included.
@@ -278,7 +326,7 @@ impl Registry {
         spec: &SessionSpec,
         asked: Asked<'_>,
     ) -> Result<Option<Created>, CreateRefused> {
-        let Asked { reuse, lasting, once, files } = asked;
+        let Asked { reuse, lasting, once, files, .. } = asked;
         loop {
             let (session, spec, env, created_at) = {
                 // Held over both, so that whoever looks at the shelves first and then here misses none.
@@ -362,6 +410,7 @@ impl Registry {
             is_unclaimed: false,
             files: Arc::default(),
             tap: Tap::new(self.tuning().settings.tap),
+            tenure: None,
         }
     }
 
@@ -385,7 +434,8 @@ impl Registry {
     /// for what is left of its time.
     pub fn take_over(&self, left: Left) {
         let (now, limits) = (Timestamp::now(), self.tuning().limits);
-        let Left { sessions, executions, heard, keys, .. } = left;
+        let Left { sessions, executions, heard, keys, workspaces, .. } = left;
+        self.workspaces.take_over(workspaces);
         let mut of_sessions: HashMap<SessionId, Vec<ExecutionRecord>> = HashMap::new();
         for execution in executions {
             of_sessions.entry(execution.session).or_default().push(execution);
@@ -412,7 +462,10 @@ impl Registry {
                     let heard = heard.get(&id).filter(|(cell, _)| *cell == record.cells).map_or(0, |(_, seq)| *seq);
                     let is_run = record.lasting == Lasting::Never;
                     let of_run = unfinished.first().map(|(execution, _)| Arc::clone(execution)).filter(|_| is_run);
-                    let birth = Birth { executions: unfinished, heard, tap, ..self.birth(record, false, place) };
+                    let tenure =
+                        record.workspace.map(|held| self.workspaces.go_on(held, id, record.spec.workspace.as_ref()));
+                    let birth =
+                        Birth { executions: unfinished, heard, tap, tenure, ..self.birth(record, false, place) };
                     let session = actor::spawn(birth);
                     if let Some(execution) = of_run {
                         session.end_after(execution);
@@ -627,6 +680,7 @@ impl Registry {
         }
         levels.tenants = self.metrics.tenant_levels(self.live().iter().map(|session| &*session.tenant));
         self.capacity.look(&mut levels);
+        levels.workspaces = self.workspaces.all();
         let pools = self.pool.views().into_iter();
         let pool = |PoolView { template, target, ready, starting, hits, misses, .. }| PoolLevel {
             template,
@@ -726,6 +780,7 @@ fn first_record(tenant: &Arc<str>, mut spec: SessionSpec, lasting: Lasting) -> S
         tenant: Arc::clone(tenant),
         stage: Stage::Starting,
         lasting,
+        workspace: None,
         is_warm: false,
         secret: LinkSecret(Uuid::new_v4().into_bytes()),
         created_at: now,

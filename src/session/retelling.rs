@@ -73,8 +73,8 @@ impl Execution {
             (_, None) => return,
         };
         let Some((msg_id, parts)) = client::retold(parts, asked.map(|asked| &asked.header), msg_id.as_deref()) else {
-            tracing::debug!(execution = %self.id, msg_type, "a kernel's message is not told: it is no JSON that could be read");
-            return;
+            tracing::debug!(execution = %self.id, msg_type, "a kernel's message is not told as it came: it is no JSON that could be read");
+            return self.tell_newest(|_| mark == Mark::Newest);
         };
         // What no record has is not told from one.
         let of = (mark != Mark::Other).then_some((self.id, seq));
@@ -83,15 +83,17 @@ impl Execution {
 
     /// Says that something was left out, which the newest event tells.
     pub(super) fn tell_truncation(&self) {
+        self.tell_newest(|event| matches!(event, ExecutionEvent::OutputTruncated { .. }));
+    }
+
+    /// Tells the newest event as the record has it, if it is meant.
+    fn tell_newest(&self, is_meant: impl Fn(&ExecutionEvent) -> bool) {
         let Some(tap) = self.tap() else { return };
-        let newest = self.events_after(self.last_seq().saturating_sub(1));
-        for logged in newest {
-            let draft = self.draft_of(&logged.event, None, &HashMap::new());
-            let draft = draft.filter(|_| matches!(logged.event, ExecutionEvent::OutputTruncated { .. }));
-            draft
-                .and_then(|draft| self.message(draft, &logged.seq.to_string(), logged.seq))
-                .into_iter()
-                .for_each(|m| tap.tell(m));
+        let count = self.said().1.execution_count;
+        for logged in self.events_after(self.last_seq().saturating_sub(1)) {
+            let draft = self.draft_of(&logged.event, count, &HashMap::new()).filter(|_| is_meant(&logged.event));
+            let message = draft.and_then(|draft| self.message(draft, &logged.seq.to_string(), logged.seq));
+            message.into_iter().for_each(|message| tap.tell(message));
         }
     }
 
@@ -221,7 +223,8 @@ impl Execution {
         }
         let asked = self.request.asked_by.as_ref();
         let word = "reply";
-        let of_kernel = reply.zip(asked).and_then(|(parts, asked)| {
+        // What had to be stopped may say itself that all went well: it has caught its interrupt.
+        let of_kernel = reply.filter(|_| is_by_kernel).zip(asked).and_then(|(parts, asked)| {
             let id = format!("{}-{word}", self.id);
             let (msg_id, parts) = client::retold(parts, Some(&asked.header), Some(&id))?;
             let (msg_type, only) = ("execute_reply".to_owned(), Some(asked.asker.clone()));

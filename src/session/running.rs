@@ -56,6 +56,8 @@ pub(super) struct Running {
     /// The request to interrupt that the kernel has not answered.
     pub(super) interrupt: Option<String>,
     error_told: bool,
+    /// When its error came, which who has asked for it may act on at once.
+    errored_at: Option<Instant>,
     /// A process of the cell was ended for want of memory while it ran.
     pub(super) memory_hit: bool,
     lines: VecDeque<String>,
@@ -141,6 +143,7 @@ impl Running {
             interrupted: false,
             interrupt: None,
             error_told: false,
+            errored_at: None,
             memory_hit: false,
             lines,
             lines_given: 0,
@@ -332,11 +335,19 @@ impl Running {
     }
 
     /// Says whether it is in the record.
-    pub(super) fn output(&mut self, event: ExecutionEvent) -> bool {
+    pub(super) fn output(&mut self, event: ExecutionEvent, now: Instant) -> bool {
         let is_error = matches!(event, ExecutionEvent::Error(_));
+        if is_error {
+            self.errored_at.get_or_insert(now);
+        }
         let is_told = self.execution.output(event);
         self.error_told |= is_error && is_told;
         is_told
+    }
+
+    /// Whether what was taken into the queue by then was asked for by somebody who could not know of its error.
+    pub(super) fn failed_after(&self, since: Instant) -> bool {
+        self.errored_at.is_none_or(|at| since <= at)
     }
 
     /// The kernel says that it has nothing to do.

@@ -105,6 +105,8 @@ struct Inner {
     bytes: usize,
     listeners: HashMap<Asker, Place>,
     silence: Option<Silence>,
+    /// The newest message when the kernel was last replaced.
+    replaced: u64,
     /// Somebody waits to forget who has left.
     is_watched: bool,
 }
@@ -117,6 +119,8 @@ struct Place {
     left_at: Instant,
     /// The newest message that it is known to have.
     has: u64,
+    /// The newest message that it was told.
+    told: u64,
     /// It has also what it could be told of the time before the first message that was kept for it.
     is_whole: bool,
 }
@@ -141,6 +145,15 @@ impl Inner {
         self.bytes -= message.size();
         self.gone += 1;
         true
+    }
+
+    /// Takes it that a listener wants nothing again of the kernels before this one that it was told.
+    fn lets_go(&mut self, asker: &Asker) {
+        let replaced = self.replaced;
+        if let Some(place) = self.listeners.get_mut(asker).filter(|place| place.is_whole) {
+            place.has = place.has.max(replaced.min(place.told));
+            self.trim();
+        }
     }
 
     fn forget_left(&mut self, time: Duration) {
@@ -197,6 +210,12 @@ impl Tap {
         self.version.send_replace(last);
     }
 
+    /// Takes note that the kernel is replaced: what was told so far is of the one before.
+    pub(super) fn is_replaced(&self) {
+        let mut inner = self.inner();
+        inner.replaced = inner.last();
+    }
+
     /// Says that nothing more comes.
     pub(super) fn fall_silent(&self, silence: Silence) {
         self.inner().silence.get_or_insert(silence);
@@ -214,15 +233,20 @@ impl Tap {
             return None;
         }
         let (last, gone) = (inner.last(), inner.gone);
+        if is_there {
+            // It may have taken leave just now, which is on its way.
+            inner.lets_go(&asker);
+        }
         let place = inner.listeners.entry(asker.clone()).or_insert(Place {
             number: None,
             left_at: Instant::now(),
             has: last,
+            told: last,
             is_whole: false,
         });
         place.number = Some(number);
         if place.has < gone {
-            (place.has, place.is_whole) = (last, false);
+            (place.has, place.told, place.is_whole) = (last, last, false);
         }
         let (next, is_whole) = (place.has, place.is_whole);
         self.is_open.store(true, Ordering::Relaxed);
@@ -326,6 +350,9 @@ impl Listener {
                 messages.push(Arc::clone(message));
             }
         }
+        if let Some(place) = inner.listeners.get_mut(&self.asker) {
+            place.told = self.next;
+        }
         if matches!(self.asker, Asker::Nameless(_)) {
             // It can't come back for anything.
             self.tap.has(&mut inner, &self.asker, self.next);
@@ -350,6 +377,15 @@ impl Listener {
         if let Some(place) = place {
             place.is_whole = true;
             self.tap.has(&mut inner, &self.asker, number.min(self.next));
+        }
+    }
+
+    /// It leaves of its own will, and may come back. Of the kernel before this one it hears nothing again that it was told: who is told that a kernel is replaced
+    /// drops what it had of it and opens another connection, and would do so for ever if it were told once more.
+    pub fn takes_leave(&self) {
+        let mut inner = self.tap.inner();
+        if inner.listeners.get(&self.asker).is_some_and(|place| place.number == Some(self.number)) {
+            inner.lets_go(&self.asker);
         }
     }
 
@@ -396,6 +432,31 @@ mod tests {
             None => Vec::new(),
             other => panic!("{other:?}"),
         }
+    }
+
+    #[test]
+    fn who_takes_leave_hears_nothing_again_of_a_kernel_that_was_replaced() {
+        let tap = Tap::new(BOUNDS);
+        let mut first = tap.listen(Some("a"), 9).unwrap();
+        let mut cut = tap.listen(Some("b"), 9).unwrap();
+        first.is_made_whole();
+        cut.is_made_whole();
+        (1..=2).for_each(|n| tap.tell(message(n, None)));
+        tap.is_replaced();
+        tap.tell(message(3, None));
+        assert_eq!(ids(first.try_hear(1)), ["1"]);
+        first.takes_leave();
+        drop(first);
+        let mut first = tap.listen(Some("a"), 9).unwrap();
+        assert_eq!(ids(first.try_hear(usize::MAX)), ["2", "3"], "what it was never told is told");
+        assert_eq!(ids(cut.try_hear(usize::MAX)), ["1", "2", "3"]);
+        first.takes_leave();
+        drop((first, cut));
+        assert_eq!(ids(tap.listen(Some("a"), 9).unwrap().try_hear(usize::MAX)), ["3"]);
+        let mut cut = tap.listen(Some("b"), 9).unwrap();
+        assert_eq!(ids(cut.try_hear(usize::MAX)), ["1", "2", "3"], "it was cut off");
+        let mut again = tap.listen(Some("b"), 9).unwrap();
+        assert_eq!(ids(again.try_hear(usize::MAX)), ["3"], "it was there still, as far as is known");
     }
 
     #[tokio::test]

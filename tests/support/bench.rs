@@ -98,6 +98,7 @@ impl Bench {
             execution_retention: NEVER,
             executions: 100,
             execution_bytes: MIB,
+            workspaces: 10,
         };
         let shared: Arc<dyn Engine> = engine.clone();
         let (instance, pool) = (INSTANCE.to_owned(), Pool::new(Vec::new()));
@@ -180,6 +181,8 @@ pub fn template() -> Template {
         network: NetworkOffer::default(),
         ports: cellblock::domain::ports::Ports::default(),
         data: Vec::new(),
+        workspace: None,
+        accept_unlimited_workspace: false,
         setup: String::new(),
         on_kernel_death: OnKernelDeath::Restart,
         on_guest_lost: OnGuestLost::End,

@@ -13,7 +13,7 @@ use cellblock::domain::ids::InstallationId;
 use cellblock::domain::spec::MIB;
 use cellblock::engine::{
     ArchiveStream, ByteStream, CellName, CellSpec, CellState, DataVolume, Engine, EngineError, EngineEvent,
-    EngineEventKind, EngineInfo, ImageInfo, Observed, Pull,
+    EngineEventKind, EngineInfo, ImageInfo, Observed, Pull, WorkspaceName, WorkspaceSpec, WorkspaceVolume,
 };
 use cellblock_wire::frame::{self, Frame};
 use cellblock_wire::link::{
@@ -64,6 +64,8 @@ pub struct Faults {
     pub events_late: bool,
     /// The engine can't be reached.
     pub unreachable: bool,
+    /// This many removals of workspaces fail.
+    pub workspace_removals_fail: u32,
 }
 
 /// The engine.
@@ -73,6 +75,8 @@ pub struct FakeEngine {
     cells: Arc<Mutex<BTreeMap<CellName, Cell>>>,
     holder: Arc<Mutex<Option<InstallationId>>>,
     data: Mutex<BTreeMap<String, DataVolume>>,
+    /// Workspaces with their uids.
+    workspaces: Mutex<BTreeMap<WorkspaceName, u32>>,
     events: broadcast::Sender<EngineEvent>,
     /// How often each thing was attempted.
     asked: Mutex<BTreeMap<&'static str, usize>>,
@@ -95,6 +99,7 @@ impl FakeEngine {
             cells: Arc::default(),
             holder: Arc::default(),
             data: Mutex::default(),
+            workspaces: Mutex::default(),
             events,
             asked: Mutex::default(),
         }
@@ -167,6 +172,17 @@ impl FakeEngine {
             self.tell(name, if frozen { EngineEventKind::Paused } else { EngineEventKind::Resumed });
         }
         Ok(())
+    }
+
+    /// Whether a cell has a workspace, other than this one.
+    fn has_it(&self, workspace: Option<&WorkspaceName>, but: Option<&CellName>) -> bool {
+        let cells = self.cells.lock().unwrap();
+        cells.values().any(|cell| cell.spec.workspace.as_ref() == workspace && Some(&cell.spec.name) != but)
+    }
+
+    /// Puts a workspace there that nobody knows.
+    pub fn leave_workspace(&self, name: WorkspaceName) {
+        self.workspaces.lock().unwrap().insert(name, 0);
     }
 
     /// Takes one from a count of calls that are to fail.
@@ -258,6 +274,12 @@ impl Engine for FakeEngine {
         }
         if let Some(mount) = spec.data.iter().find(|mount| !self.data.lock().unwrap().contains_key(&mount.name)) {
             return Err(EngineError::Absent { attempt, what: mount.to_string() });
+        }
+        if let Some(name) = spec.workspace.as_ref().filter(|name| !self.workspaces.lock().unwrap().contains_key(name)) {
+            return Err(EngineError::Absent { attempt, what: name.to_string() });
+        }
+        if spec.workspace.is_some() && self.has_it(spec.workspace.as_ref(), Some(&spec.name)) {
+            return Err(EngineError::Conflict { attempt, detail: "another cell has the workspace".to_owned() });
         }
         tokio::time::sleep(faults.ensure_takes).await;
         {
@@ -363,6 +385,38 @@ impl Engine for FakeEngine {
         self.reachable(attempt)?;
         let removed = self.data.lock().unwrap().remove(name);
         removed.map(drop).ok_or_else(|| EngineError::Absent { attempt, what: name.to_owned() })
+    }
+
+    async fn ensure_workspace(&self, workspace: &WorkspaceSpec) -> Result<WorkspaceVolume, EngineError> {
+        let attempt = "make a workspace";
+        self.reachable(attempt)?;
+        if workspace.name.id(&self.instance).is_none() {
+            return Err(EngineError::Rejected { attempt, detail: "it is another instance's".to_owned() });
+        }
+        let mut workspaces = self.workspaces.lock().unwrap();
+        let uid = 1 + u32::try_from(workspaces.len()).unwrap();
+        let is_new = !workspaces.contains_key(&workspace.name);
+        let uid = *workspaces.entry(workspace.name.clone()).or_insert(uid);
+        Ok(WorkspaceVolume { uid, is_new })
+    }
+
+    async fn remove_workspace(&self, name: &WorkspaceName) -> Result<(), EngineError> {
+        let attempt = "remove a workspace";
+        self.reachable(attempt)?;
+        self.fails(attempt, |faults| &mut faults.workspace_removals_fail)?;
+        if name.id(&self.instance).is_none() {
+            return Err(EngineError::Rejected { attempt, detail: "it is another instance's".to_owned() });
+        }
+        if self.has_it(Some(name), None) {
+            return Err(EngineError::Conflict { attempt, detail: "a cell has it".to_owned() });
+        }
+        self.workspaces.lock().unwrap().remove(name);
+        Ok(())
+    }
+
+    async fn list_workspaces(&self) -> Result<Vec<WorkspaceName>, EngineError> {
+        self.reachable("list workspaces")?;
+        Ok(self.workspaces.lock().unwrap().keys().cloned().collect())
     }
 
     async fn list(&self) -> Result<Vec<Observed>, EngineError> {

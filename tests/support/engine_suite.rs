@@ -7,7 +7,8 @@ use cellblock::domain::data::DataMount;
 use cellblock::domain::ids::{InstallationId, SessionId};
 use cellblock::domain::spec::{MIB, Resources};
 use cellblock::engine::{
-    ByteStream, CellName, CellSpec, CellState, Engine, EngineError, EngineEvent, EngineEventKind, Pull, pack,
+    ByteStream, CellName, CellSpec, CellState, Engine, EngineError, EngineEvent, EngineEventKind, Pull, WorkspaceName,
+    WorkspaceSpec, WorkspaceVolume, pack,
 };
 use cellblock_wire::marker::{LinkSecret, Marker, MarkerScanner, Scanned};
 use futures_util::StreamExt;
@@ -45,6 +46,7 @@ pub async fn run(subject: &Subject<'_>) {
     a_paused_cell_is_removed(subject).await;
     a_name_is_one_installations(subject).await;
     data_is_there_as_it_was_imported_last(subject).await;
+    a_workspace_is_one_cells_after_the_other(subject).await;
     assert_eq!(subject.engine.list().await, Ok(vec![]), "the suite leaves nothing");
 }
 
@@ -60,6 +62,7 @@ pub async fn spec(subject: &Subject<'_>) -> CellSpec {
         resources: resources(),
         data: vec![],
         workdir: "/workspace".to_owned(),
+        workspace: None,
     }
 }
 
@@ -298,6 +301,43 @@ async fn end_of(mut stream: ByteStream) {
     let mut buffer = vec![0; 64 * 1024];
     let reading = async { while !matches!(stream.read(&mut buffer).await, Ok(0) | Err(_)) {} };
     tokio::time::timeout(NEVER, reading).await.expect("the end of the stream of a cell that is gone");
+}
+
+async fn a_workspace_is_one_cells_after_the_other(subject: &Subject<'_>) {
+    let engine = subject.engine;
+    let name = WorkspaceName::new(subject.instance, Uuid::now_v7().into());
+    let with_workspace = async || CellSpec { workspace: Some(name.clone()), ..spec(subject).await };
+    let cell = with_workspace().await;
+    let refused = engine.ensure(&cell).await.err();
+    assert!(matches!(refused, Some(EngineError::Absent { .. })), "a workspace that is not there: {refused:?}");
+    engine.remove(&cell.name).await.expect("a removal");
+    engine.remove_workspace(&name).await.expect("one that is not there is removed");
+
+    let wanted = WorkspaceSpec { name: name.clone(), image: cell.image.clone(), quota_bytes: None };
+    let foreign = WorkspaceName::new("another", Uuid::now_v7().into());
+    let refused = engine.ensure_workspace(&WorkspaceSpec { name: foreign.clone(), ..wanted.clone() }).await;
+    assert!(matches!(refused, Err(EngineError::Rejected { .. })), "{refused:?}");
+    let refused = engine.remove_workspace(&foreign).await;
+    assert!(matches!(refused, Err(EngineError::Rejected { .. })), "{refused:?}");
+
+    let made = engine.ensure_workspace(&wanted).await.expect("a workspace");
+    assert!(made.is_new);
+    let again = engine.ensure_workspace(&wanted).await.expect("the same one");
+    assert_eq!(again, WorkspaceVolume { is_new: false, ..made });
+    assert_eq!(engine.list_workspaces().await, Ok(vec![name.clone()]));
+    drop(engine.ensure(&cell).await.expect("a cell with a workspace"));
+    drop(engine.ensure(&cell).await.expect("it is taken as it is"));
+    let other = with_workspace().await;
+    let refused = engine.ensure(&other).await.err();
+    assert!(matches!(refused, Some(EngineError::Conflict { .. })), "two at one time: {refused:?}");
+    engine.remove(&other.name).await.expect("a removal");
+    let refused = engine.remove_workspace(&name).await;
+    assert!(matches!(refused, Err(EngineError::Conflict { .. })), "a cell has it: {refused:?}");
+    engine.remove(&cell.name).await.expect("a removal");
+    drop(engine.ensure(&other).await.expect("the next cell with it"));
+    engine.remove(&other.name).await.expect("a removal");
+    engine.remove_workspace(&name).await.expect("a removal");
+    assert_eq!(engine.list_workspaces().await, Ok(vec![]));
 }
 
 /// The data that the suite imports, and where its cells have it.

@@ -4,7 +4,7 @@ use std::collections::{BTreeSet, HashMap};
 
 use bollard::Docker;
 use bollard::models::{Mount, MountType, MountVolumeOptions, Volume, VolumeCreateRequest};
-use bollard::query_parameters::{ListVolumesOptionsBuilder, RemoveVolumeOptionsBuilder};
+use bollard::query_parameters::{ListContainersOptionsBuilder, ListVolumesOptionsBuilder, RemoveVolumeOptionsBuilder};
 
 use super::super::EngineError;
 use super::client::{self, call};
@@ -61,6 +61,18 @@ impl Filling<'_> {
         Ok(done)
     }
 
+    /// Removes the helpers of one volume, whatever their age. Nobody may be at it.
+    pub(super) async fn remove_helpers_of(&self, docker: &Docker, volume: &str) -> Result<(), EngineError> {
+        let filters =
+            HashMap::from([("label", filter(&self.labels(self.helper_role))), ("volume", vec![volume.to_owned()])]);
+        let options = ListContainersOptionsBuilder::default().all(true).filters(&filters).build();
+        let listed = call(self.attempt, "helpers", client::INSPECT, docker.list_containers(Some(options))).await?;
+        for id in listed.into_iter().filter_map(|helper| helper.id) {
+            never_started::remove(docker, self.attempt, &id).await?;
+        }
+        Ok(())
+    }
+
     /// The volumes that helpers have, of whatever process.
     pub(super) async fn in_hand(&self, docker: &Docker) -> Result<BTreeSet<String>, EngineError> {
         let helpers = cells::list(docker, filter(&self.labels(self.helper_role))).await?;
@@ -96,9 +108,21 @@ pub(super) async fn create_volume(
     name: &str,
     labels: HashMap<String, String>,
 ) -> Result<Volume, EngineError> {
+    create_sized_volume(docker, attempt, name, labels, None).await
+}
+
+/// The same with a quota in bytes. An engine that can't enforce one makes no volume, and answers with [`EngineError::Unexpected`].
+pub(super) async fn create_sized_volume(
+    docker: &Docker,
+    attempt: &'static str,
+    name: &str,
+    labels: HashMap<String, String>,
+    quota_bytes: Option<u64>,
+) -> Result<Volume, EngineError> {
     let request = VolumeCreateRequest {
         name: Some(name.to_owned()),
         driver: Some("local".to_owned()),
+        driver_opts: quota_bytes.map(|bytes| HashMap::from([("size".to_owned(), bytes.to_string())])),
         labels: Some(labels),
         ..VolumeCreateRequest::default()
     };

@@ -19,7 +19,7 @@ use super::lockdown::runtime::View;
 use super::lockdown::{self, HostFacts, LABEL_INSTANCE, LABEL_SPEC, LABEL_UID, Volumes};
 use super::{
     ArchiveStream, ByteStream, CellName, CellSpec, CellState, DataVolume, Engine, EngineError, EngineEvent, EngineInfo,
-    ImageInfo, Observed, Pull,
+    ImageInfo, Observed, Pull, WorkspaceName, WorkspaceSpec, WorkspaceVolume,
 };
 use crate::domain::ids::InstallationId;
 
@@ -36,6 +36,7 @@ mod preflight;
 mod stream;
 pub mod trial;
 mod uids;
+mod workspaces;
 
 use data::Data;
 pub use guest_volume::GuestFile;
@@ -105,6 +106,8 @@ struct Shared {
     verified: tokio::sync::Mutex<Option<String>>,
     uids: Mutex<UidPool>,
     starts: Semaphore,
+    /// Why the engine enforces no quota of a volume; nothing where it does. Tried once.
+    quota: tokio::sync::OnceCell<Option<String>>,
 }
 
 impl std::fmt::Debug for DockerEngine {
@@ -120,7 +123,8 @@ enum Made {
 }
 
 impl DockerEngine {
-    /// Connects, agrees on a version of the API, and learns which uids are in use. Changes nothing on the engine.
+    /// Connects, agrees on a version of the API, and learns which uids are in use. Leaves nothing on the engine; where a workspace is to have a quota, it makes a
+    /// volume to see whether that is enforced.
     ///
     /// # Errors
     /// When the engine does not answer, or is older than Docker 20.10; [`EngineError::Rejected`] with what its machine lacks to
@@ -142,11 +146,13 @@ impl DockerEngine {
             verified: tokio::sync::Mutex::default(),
             uids: Mutex::new(UidPool::new(settings.uids.clone(), random()?)),
             starts: Semaphore::new(settings.starts_at_once),
+            quota: tokio::sync::OnceCell::new(),
             docker,
             settings,
         };
         let engine = Self { shared: Arc::new(shared) };
         engine.load_uids().await?;
+        engine.check_quotas().await?;
         Ok(engine)
     }
 
@@ -172,10 +178,33 @@ impl DockerEngine {
         self.shared.uids.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The kernel counts by uid whoever made the container, so other control planes' cells count as well.
+    /// Refuses an engine that does not enforce a quota which a template relies on.
+    async fn check_quotas(&self) -> Result<(), EngineError> {
+        let wanting: Vec<_> = self.shared.settings.demands.iter().filter(|demand| demand.workspace_quota).collect();
+        let why = if wanting.is_empty() { None } else { self.lacks_quotas().await? };
+        let Some(why) = why else { return Ok(()) };
+        let unmet = wanting.iter().map(|demand| preflight::unmet_quota(&demand.template, &why)).collect::<Vec<_>>();
+        Err(preflight::unconfined(&unmet))
+    }
+
+    /// Why the engine enforces no quota of a volume; nothing where it does.
+    async fn lacks_quotas(&self) -> Result<Option<String>, EngineError> {
+        let shared = &*self.shared;
+        let tried = shared.quota.get_or_try_init(|| workspaces::try_quota(&shared.docker, &shared.settings.instance));
+        Ok(tried.await?.clone())
+    }
+
+    /// The kernel counts by uid whoever made the container, so other control planes' cells count as well. A workspace keeps its uid without a cell.
     async fn load_uids(&self) -> Result<(), EngineError> {
         let all = cells::list(&self.shared.docker, vec![LABEL_UID.to_owned()]).await?;
+        let kept = workspaces::uids(&self.shared.docker).await?;
         let mut pool = self.uids();
+        for (name, uid) in kept {
+            match name.id(&self.shared.settings.instance) {
+                Some(_) => pool.hold(name.as_str(), uid),
+                None => pool.exclude(uid),
+            }
+        }
         for summary in &all {
             match (cells::listed_name(summary), cells::listed_uid(summary)) {
                 (Some(name), Some(uid)) if self.owns(&name) => pool.hold(name.as_str(), uid),
@@ -227,7 +256,7 @@ impl DockerEngine {
         let body = lockdown::container(
             cell,
             uid,
-            Volumes::without_data(shared.guest.name()),
+            Volumes::only_guest(shared.guest.name()),
             &shared.settings.instance,
             &shared.facts,
         );
@@ -237,7 +266,10 @@ impl DockerEngine {
     async fn make(&self, cell: &CellSpec) -> Result<Made, EngineError> {
         let shared = &*self.shared;
         let data = shared.data.of_cell(&shared.docker, cell).await?;
-        let volumes = Volumes { guest: shared.guest.name(), data: &data };
+        let volumes = self.volumes(cell, &data);
+        if let Some(workspace) = &cell.workspace {
+            return self.make_with(cell, workspace, volumes).await;
+        }
         for _ in 0..UID_ATTEMPTS {
             let Some(uid) = self.uids().take(cell.name.as_str()) else {
                 return Err(out_of_uids());
@@ -248,13 +280,82 @@ impl DockerEngine {
                 Err(EngineError::Conflict { .. }) => return self.adopt(cell, volumes).await,
                 Err(error) => return Err(error),
             }
-            if !self.is_shared(uid).await? {
+            if !self.is_shared(uid, 1, None).await? {
                 return Ok(Made::New);
             }
             cells::remove(&shared.docker, &cell.name).await?;
             self.uids().avoid(cell.name.as_str());
         }
         Err(out_of_uids())
+    }
+
+    /// The same for a cell that has a workspace: its uid is the workspace's, and nobody else may have that.
+    async fn make_with(
+        &self,
+        cell: &CellSpec,
+        workspace: &WorkspaceName,
+        volumes: Volumes<'_>,
+    ) -> Result<Made, EngineError> {
+        let shared = &*self.shared;
+        let instance = &shared.settings.instance;
+        // The engine would make an empty volume of that name, which is root's.
+        let there = workspaces::uid_of(&shared.docker, workspaces::ATTACH, instance, workspace).await?;
+        let absent = || EngineError::Absent { attempt: workspaces::ATTACH, what: workspace.to_string() };
+        let uid = there.ok_or_else(absent)?;
+        self.uids().hold(workspace.as_str(), uid);
+        let body = lockdown::container(cell, uid, volumes, instance, &shared.facts);
+        match cells::create(&shared.docker, &cell.name, body).await {
+            Ok(warnings) => self.judge(cell, warnings)?,
+            Err(EngineError::Conflict { .. }) => return self.adopt(cell, volumes).await,
+            Err(error) => return Err(error),
+        }
+        if !self.is_shared(uid, 1, Some(workspace)).await? {
+            self.uids().hold(cell.name.as_str(), uid);
+            return Ok(Made::New);
+        }
+        cells::remove(&shared.docker, &cell.name).await?;
+        Err(EngineError::Conflict {
+            attempt: workspaces::ATTACH,
+            detail: format!("another cell has {workspace}, or its uid"),
+        })
+    }
+
+    fn volumes<'a>(&'a self, cell: &'a CellSpec, data: &'a [String]) -> Volumes<'a> {
+        let workspace = cell.workspace.as_ref().map(WorkspaceName::as_str);
+        Volumes { guest: self.shared.guest.name(), data, workspace }
+    }
+
+    /// The volume of a workspace, which may be there already, and its uid, which nobody else has.
+    async fn make_workspace(&self, workspace: &WorkspaceSpec) -> Result<WorkspaceVolume, EngineError> {
+        let shared = &*self.shared;
+        let (docker, instance, name) = (&shared.docker, &shared.settings.instance, &workspace.name);
+        if let Some(uid) = workspaces::uid_of(docker, workspaces::ENSURE, instance, name).await? {
+            self.uids().hold(name.as_str(), uid);
+            return Ok(WorkspaceVolume { uid, is_new: false });
+        }
+        // Where it is not enforced, that is accepted: the engine was not taken otherwise.
+        let quota = match workspace.quota_bytes {
+            Some(bytes) if self.lacks_quotas().await?.is_none() => Some(bytes),
+            _ => None,
+        };
+        for _ in 0..UID_ATTEMPTS {
+            let wanted = self.uids().take(name.as_str()).ok_or_else(out_of_uids)?;
+            let uid = workspaces::create(docker, instance, name, wanted, quota).await?;
+            self.uids().hold(name.as_str(), uid);
+            if !self.is_shared(uid, 0, Some(name)).await? {
+                return Ok(WorkspaceVolume { uid, is_new: true });
+            }
+            workspaces::remove(docker, instance, name).await?;
+            self.uids().avoid(name.as_str());
+        }
+        Err(out_of_uids())
+    }
+
+    fn check_workspace(&self, attempt: &'static str, name: &WorkspaceName) -> Result<(), EngineError> {
+        if name.id(&self.shared.settings.instance).is_some() {
+            return Ok(());
+        }
+        Err(EngineError::Rejected { attempt, detail: format!("{name} is not a workspace of this instance") })
     }
 
     /// A warning says that part of what was asked for will not be enforced.
@@ -264,10 +365,12 @@ impl DockerEngine {
         if warnings.is_empty() { Ok(()) } else { Err(EngineError::Unverified { mismatches: warnings }) }
     }
 
-    /// Whether the uid of a new cell is also another one's: two control planes can choose the same at the same time.
-    async fn is_shared(&self, uid: u32) -> Result<bool, EngineError> {
-        let same = cells::list(&self.shared.docker, vec![format!("{LABEL_UID}={uid}")]).await?;
-        Ok(same.len() > 1)
+    /// Whether a uid is that of more cells than this, or of another workspace than `own`: two control planes can choose the same at the same time.
+    async fn is_shared(&self, uid: u32, most: usize, own: Option<&WorkspaceName>) -> Result<bool, EngineError> {
+        let docker = &self.shared.docker;
+        let label = vec![format!("{LABEL_UID}={uid}")];
+        let (cells, workspaces) = tokio::try_join!(cells::list(docker, label), workspaces::with_uid(docker, uid))?;
+        Ok(cells.len() > most || workspaces.iter().any(|name| Some(name) != own))
     }
 
     /// Takes a container that has the wanted name already, if it is the wanted one.
@@ -347,11 +450,11 @@ impl Engine for DockerEngine {
         let uid = self.uids().held(cell.name.as_str()).ok_or_else(unknown)?;
         let inspected = cells::inspect(&shared.docker, &cell.name).await?;
         let data = shared.data.of_cell(&shared.docker, cell).await?;
-        let volumes = Volumes { guest: shared.guest.name(), data: &data };
+        let volumes = self.volumes(cell, &data);
         let body = lockdown::container(cell, uid, volumes, &shared.settings.instance, &shared.facts);
         let view = self.view(&cell.runtime);
         let mut mismatches = lockdown::attest(&body, uid, &inspected, report, &shared.facts, &view);
-        if self.is_shared(uid).await? {
+        if self.is_shared(uid, 1, cell.workspace.as_ref()).await? {
             mismatches.push(format!("uid {uid} is another cell's as well"));
         }
         if mismatches.is_empty() { Ok(()) } else { Err(EngineError::Unverified { mismatches }) }
@@ -410,6 +513,7 @@ impl Engine for DockerEngine {
         trial::clear_old(&shared.docker).await?;
         let mut removed = shared.guest.remove_others(&shared.docker).await?;
         removed.extend(shared.data.sweep(&shared.docker).await?);
+        workspaces::sweep(&shared.docker, &shared.settings.instance).await?;
         Ok(removed)
     }
 
@@ -428,6 +532,29 @@ impl Engine for DockerEngine {
 
     async fn remove_data(&self, name: &str) -> Result<(), EngineError> {
         self.shared.data.remove(&self.shared.docker, name).await
+    }
+
+    async fn ensure_workspace(&self, workspace: &WorkspaceSpec) -> Result<WorkspaceVolume, EngineError> {
+        self.check_workspace(workspaces::ENSURE, &workspace.name)?;
+        let shared = &*self.shared;
+        let made = self.make_workspace(workspace).await?;
+        // Each time: whoever made it may have been killed before it was given away.
+        let owner = (made.uid, shared.facts.uid_offset);
+        let (docker, instance) = (&shared.docker, &shared.settings.instance);
+        workspaces::give_to(docker, instance, &workspace.name, &workspace.image, owner).await?;
+        Ok(made)
+    }
+
+    async fn remove_workspace(&self, name: &WorkspaceName) -> Result<(), EngineError> {
+        self.check_workspace(workspaces::REMOVE, name)?;
+        workspaces::remove(&self.shared.docker, &self.shared.settings.instance, name).await?;
+        // Only now: until then files are there that belong to it.
+        self.uids().release(name.as_str());
+        Ok(())
+    }
+
+    async fn list_workspaces(&self) -> Result<Vec<WorkspaceName>, EngineError> {
+        workspaces::list(&self.shared.docker, &self.shared.settings.instance).await
     }
 
     async fn list(&self) -> Result<Vec<Observed>, EngineError> {

@@ -49,6 +49,8 @@ pub struct Demand {
     pub runtime: String,
     /// What need not be enforced.
     pub accepted: BTreeSet<Lock>,
+    /// Its workspaces outlive cells, and their quota is to be enforced.
+    pub workspace_quota: bool,
 }
 
 /// Refuses a machine where a limit would be dropped without an error, unless it is done without by name.
@@ -61,8 +63,20 @@ pub(super) fn check(info: &SystemInfo, settings: &DockerSettings) -> Result<(), 
     if missing.is_empty() {
         return Ok(());
     }
+    Err(unconfined(&missing))
+}
+
+/// A machine on which something does not hold.
+pub(super) fn unconfined(missing: &[String]) -> EngineError {
     let detail = format!("it does not confine cells as the configuration says:\n  {}", missing.join("\n  "));
-    Err(EngineError::Rejected { attempt: "checking the engine", detail })
+    EngineError::Rejected { attempt: "checking the engine", detail }
+}
+
+/// That a template's workspaces would have no quota, and what may be done about it. `why` is the engine's word.
+pub(super) fn unmet_quota(template: &str, why: &str) -> String {
+    format!(
+        "template \"{template}\": workspace.quota is not enforced here ({why}); put the engine's data on xfs that is mounted with pquota, or do without: workspace.accept_unenforced = true"
+    )
 }
 
 /// What nobody can do without.
@@ -199,7 +213,7 @@ mod tests {
 
     fn demand(template: &str, runtime: &str, accepted: &[Lock]) -> Demand {
         let accepted = accepted.iter().copied().collect();
-        Demand { template: template.to_owned(), runtime: runtime.to_owned(), accepted }
+        Demand { template: template.to_owned(), runtime: runtime.to_owned(), accepted, workspace_quota: false }
     }
 
     fn with_gvisor() -> SystemInfo {

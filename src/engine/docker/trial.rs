@@ -23,7 +23,7 @@ use uuid::Uuid;
 use super::super::{ByteStream, CellName, CellSpec, CellState, Engine, EngineError, ImageInfo, Pull};
 use super::client::{self, call};
 use super::preflight::{self, Demand};
-use super::{DockerEngine, DockerSettings, cells, images, never_started};
+use super::{DockerEngine, DockerSettings, cells, images, never_started, workspaces};
 use crate::domain::ids::SessionId;
 use crate::domain::lock::Lock;
 use crate::domain::spec::{MIB, Resources};
@@ -206,6 +206,15 @@ impl Host {
         self.whole(making).await
     }
 
+    /// Why the engine enforces no quota of a volume, in its own words; nothing where it does. Makes a volume with one, and removes it.
+    ///
+    /// # Errors
+    /// When the engine does not answer.
+    pub async fn lacks_quotas(&self) -> Result<Option<String>, EngineError> {
+        let (docker, instance) = (self.docker.clone(), self.settings.instance.clone());
+        self.whole(async move { workspaces::try_quota(&docker, &instance).await }).await
+    }
+
     /// Does something to its end, even where nobody waits for that any more: what is made is then there to be removed.
     async fn whole<T: Send + 'static>(
         &self,
@@ -245,7 +254,8 @@ impl Host {
 
     /// The host is tried as it is: nothing is refused beforehand.
     fn demands(&self, runtime: &str) -> Vec<Demand> {
-        vec![Demand { template: String::new(), runtime: runtime.to_owned(), accepted: Lock::ALL.into() }]
+        let (runtime, accepted) = (runtime.to_owned(), Lock::ALL.into());
+        vec![Demand { template: String::new(), runtime, accepted, workspace_quota: false }]
     }
 
     async fn run(&self, engine: &DockerEngine, image: &str, runtime: &str, step: Step) -> Result<Trial, EngineError> {
@@ -258,6 +268,7 @@ impl Host {
             resources: RESOURCES,
             data: Vec::new(),
             workdir: WORKDIR.to_owned(),
+            workspace: None,
         };
         let (body, uid) = engine.trial_body(&cell, arguments(step))?;
         let (docker, name, asked) = (self.docker.clone(), cell.name.clone(), body.clone());

@@ -1,9 +1,10 @@
-//! Which uid belongs to which cell. Only bookkeeping; the labels of containers are the truth that it is loaded from.
+//! Which uid belongs to which cell, and to which workspace that outlives cells. Only bookkeeping; the labels of containers and volumes are the truth that it is
+//! loaded from.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::RangeInclusive;
 
-/// The uids of a range, each held by at most one cell.
+/// The uids of a range, each held by at most one cell, or by a workspace and the cell that has it.
 #[derive(Debug)]
 pub(super) struct UidPool {
     range: RangeInclusive<u32>,
@@ -36,10 +37,8 @@ impl UidPool {
 
     /// The cell is known to have this uid.
     pub(super) fn hold(&mut self, cell: &str, uid: u32) {
-        if let Some(other) = self.held.insert(cell.to_owned(), uid)
-            && other != uid
-        {
-            self.taken.remove(&other);
+        if let Some(other) = self.held.insert(cell.to_owned(), uid) {
+            self.free(other);
         }
         self.taken.insert(uid);
     }
@@ -52,6 +51,13 @@ impl UidPool {
     /// The cell is gone: its absence was seen.
     pub(super) fn release(&mut self, cell: &str) {
         if let Some(uid) = self.held.remove(cell) {
+            self.free(uid);
+        }
+    }
+
+    /// What a workspace holds goes on being held when its cell is gone.
+    fn free(&mut self, uid: u32) {
+        if !self.held.values().any(|other| *other == uid) {
             self.taken.remove(&uid);
         }
     }
@@ -79,6 +85,17 @@ mod tests {
         assert_eq!(uids, [Some(12), Some(10), Some(11), None]);
         pool.release("b");
         assert_eq!(pool.take("d"), Some(10));
+    }
+
+    #[test]
+    fn a_workspaces_uid_stays_its_own_while_cells_come_and_go() {
+        let mut pool = UidPool::new(10..=11, 0);
+        assert_eq!(pool.take("workspace"), Some(10));
+        pool.hold("cell", 10);
+        pool.release("cell");
+        assert_eq!([pool.take("a"), pool.take("b")], [Some(11), None]);
+        pool.release("workspace");
+        assert_eq!(pool.take("b"), Some(10));
     }
 
     #[test]

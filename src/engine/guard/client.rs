@@ -10,11 +10,13 @@ use futures_util::stream::{self, BoxStream, StreamExt};
 use serde::de::DeserializeOwned;
 use tokio::net::UnixStream;
 
-use super::protocol::{self, Call, Cell, Failure, Happened, MAX_ANSWER, MAX_REQUEST, Request, Seen, VERSION};
+use super::protocol::{
+    self, Call, Cell, Failure, Happened, MAX_ANSWER, MAX_REQUEST, Request, Seen, VERSION, Workspace,
+};
 use crate::domain::ids::InstallationId;
 use crate::engine::{
     ArchiveStream, ByteStream, CellName, CellSpec, DataVolume, Engine, EngineError, EngineEvent, EngineInfo, ImageInfo,
-    Observed, Pull,
+    Observed, Pull, WorkspaceName, WorkspaceSpec, WorkspaceVolume,
 };
 
 // The guard has limits of its own for each step, below these.
@@ -237,6 +239,20 @@ impl Engine for GuardEngine {
 
     async fn remove_data(&self, _: &str) -> Result<(), EngineError> {
         Err(not_here("removing data"))
+    }
+
+    async fn ensure_workspace(&self, workspace: &WorkspaceSpec) -> Result<WorkspaceVolume, EngineError> {
+        let workspace = Workspace::from(workspace);
+        self.call("making a workspace", MAKE, Call::EnsureWorkspace { workspace }).await
+    }
+
+    async fn remove_workspace(&self, name: &WorkspaceName) -> Result<(), EngineError> {
+        self.call("removing a workspace", CHANGE, Call::RemoveWorkspace { name: name.to_string() }).await
+    }
+
+    async fn list_workspaces(&self) -> Result<Vec<WorkspaceName>, EngineError> {
+        let names: Vec<String> = self.call("listing workspaces", LOOK, Call::ListWorkspaces).await?;
+        Ok(names.into_iter().filter_map(|name| protocol::workspace_name(name, &self.instance)).collect())
     }
 
     async fn list(&self) -> Result<Vec<Observed>, EngineError> {

@@ -16,5 +16,5 @@ mod protocol;
 mod server;
 
 pub use client::GuardEngine;
-pub use policy::{Permitted, Policy};
+pub use policy::{Permitted, Policy, WorkspaceQuota};
 pub use server::{BindError, Guard, Needs, bind};

@@ -5,9 +5,10 @@ use std::time::{Duration, Instant};
 
 use crate::domain::data::DataMount;
 use crate::domain::spec::Resources;
-use crate::engine::{CellName, CellSpec, EngineError, Observed, Promised, Pull};
+use crate::engine::{CellName, CellSpec, EngineError, Observed, Promised, Pull, WorkspaceSpec};
 
 const ATTEMPT: &str = "creating a cell";
+const MAKE_WORKSPACE: &str = "making a workspace";
 /// What was resolved is remembered for so many pairs of id and reference.
 const RESOLVED: usize = 1000;
 /// A minute's worth of creates comes back in this time.
@@ -28,7 +29,9 @@ pub struct Policy {
     pub cpu_millis: Option<u64>,
     /// Bytes of memory that they were all promised; none: no ceiling.
     pub memory_bytes: Option<u64>,
-    /// Creates at once, and again in each minute; and looks at the engine for what would be refused otherwise.
+    /// Workspaces that exist at one time.
+    pub workspaces: usize,
+    /// Creates at once, and again in each minute, of cells and of workspaces; and looks at the engine for what would be refused otherwise.
     pub creates_per_minute: u32,
 }
 
@@ -45,7 +48,12 @@ pub struct Permitted {
     pub data: Vec<DataMount>,
     /// Its working folder.
     pub workdir: String,
+    /// Whether it may have a workspace that outlives it, and with which quota.
+    pub workspace: Option<WorkspaceQuota>,
 }
+
+/// The quota of a template's workspaces, in bytes; none where that is accepted.
+pub type WorkspaceQuota = Option<u64>;
 
 impl Policy {
     /// Whether an image may be asked about: one of a template's references, or an id that such a one had.
@@ -78,7 +86,12 @@ impl Policy {
         if of_data.is_empty() {
             return rejected("the guard has no template with this image, runtime, data and working folder".to_owned());
         }
-        let complaints: Vec<_> = of_data.iter().map(|template| above(&cell.resources, &template.most)).collect();
+        let of_workspace: Vec<_> =
+            of_data.into_iter().filter(|t| cell.workspace.is_none() || t.workspace.is_some()).collect();
+        if of_workspace.is_empty() {
+            return rejected("the guard has no template with this image that has workspaces".to_owned());
+        }
+        let complaints: Vec<_> = of_workspace.iter().map(|template| above(&cell.resources, &template.most)).collect();
         match complaints.into_iter().min_by_key(Vec::len) {
             Some(complaint) if !complaint.is_empty() => {
                 rejected(format!("the guard's ceilings of this image: {}", complaint.join(", ")))
@@ -86,6 +99,17 @@ impl Policy {
             _ => Ok(()),
         }
     }
+}
+
+/// A workspace by itself. `references` are those that have resolved to its image.
+fn check_workspace(policy: &Policy, workspace: &WorkspaceSpec, references: &[&str]) -> Result<(), EngineError> {
+    let of_image = policy.templates.iter().filter(|t| references.contains(&t.image.as_str()));
+    let mut quotas = of_image.filter_map(|template| template.workspace);
+    if quotas.any(|quota| quota == workspace.quota_bytes) {
+        return Ok(());
+    }
+    let detail = "the guard has no template with this image that has workspaces with this quota".to_owned();
+    Err(EngineError::Rejected { attempt: MAKE_WORKSPACE, detail })
 }
 
 /// Each amount that is above what is allowed, or none at all, which an engine takes for no limit.
@@ -120,6 +144,7 @@ pub(super) struct Books {
     resolved: Vec<(String, String)>,
     creates: Tokens,
     looks: Tokens,
+    workspaces: Tokens,
 }
 
 /// What may be done so many times at once, and again in each minute.
@@ -174,7 +199,7 @@ pub(super) enum Doubt {
 impl Books {
     pub(super) fn new(policy: &Policy, now: Instant) -> Self {
         let tokens = || Tokens::new(policy.creates_per_minute, now);
-        Self { cells: BTreeMap::new(), resolved: Vec::new(), creates: tokens(), looks: tokens() }
+        Self { cells: BTreeMap::new(), resolved: Vec::new(), creates: tokens(), looks: tokens(), workspaces: tokens() }
     }
 
     /// A reference was found to mean this content.
@@ -223,6 +248,26 @@ impl Books {
         entry.promised.memory_bytes = entry.promised.memory_bytes.max(asked.memory_bytes);
         entry.under_way += 1;
         Ok(())
+    }
+
+    /// Whether a workspace may be made, or looked for, which is paid for.
+    ///
+    /// # Errors
+    /// [`EngineError::Rejected`] for one that is never permitted, [`EngineError::Unavailable`] for one that may be later.
+    pub(super) fn admit_workspace(
+        &mut self,
+        policy: &Policy,
+        workspace: &WorkspaceSpec,
+        now: Instant,
+    ) -> Result<(), EngineError> {
+        let found = self.resolved.iter().filter(|(id, _)| *id == workspace.image);
+        let references: Vec<_> = found.map(|(_, reference)| reference.as_str()).collect();
+        check_workspace(policy, workspace, &references)?;
+        if self.workspaces.take(policy.creates_per_minute, now) {
+            return Ok(());
+        }
+        let detail = format!("the guard permits {} workspaces a minute", policy.creates_per_minute);
+        Err(EngineError::Unavailable { attempt: MAKE_WORKSPACE, detail })
     }
 
     /// Pays for a look at the engine, which would be free otherwise for whoever asks for what is refused. There are as many as creates.
@@ -320,11 +365,13 @@ mod tests {
                 most: most(),
                 data: vec![maps()],
                 workdir: "/workspace".to_owned(),
+                workspace: None,
             }],
             pull: Pull::Never,
             cells: 3,
             cpu_millis: None,
             memory_bytes: None,
+            workspaces: 2,
             creates_per_minute: 60,
         }
     }
@@ -340,7 +387,30 @@ mod tests {
             resources: most(),
             data: vec![maps()],
             workdir: "/workspace".to_owned(),
+            workspace: None,
         }
+    }
+
+    fn workspace() -> WorkspaceSpec {
+        let name = crate::engine::WorkspaceName::new("one", Uuid::from_u128(5).into());
+        WorkspaceSpec { name, image: "sha256:a".to_owned(), quota_bytes: Some(MIB) }
+    }
+
+    #[test]
+    fn a_workspace_is_of_a_template_that_has_them_with_its_quota_and_not_too_often() {
+        let mut policy = Policy { creates_per_minute: 2, ..policy() };
+        policy.templates[0].workspace = Some(Some(MIB));
+        let (mut books, now) = books(&policy);
+        assert_eq!(books.reserve(&policy, &CellSpec { workspace: Some(workspace().name), ..cell(1) }, now), Ok(()));
+        for (quota_bytes, image) in [(None, "sha256:a"), (Some(2 * MIB), "sha256:a"), (Some(MIB), "sha256:b")] {
+            let asked = WorkspaceSpec { quota_bytes, image: image.to_owned(), ..workspace() };
+            let refused = books.admit_workspace(&policy, &asked, now);
+            assert!(matches!(refused, Err(EngineError::Rejected { .. })), "{quota_bytes:?} {image}: {refused:?}");
+        }
+        let mut admit = |at| books.admit_workspace(&policy, &workspace(), at);
+        assert_eq!([admit(now), admit(now)], [Ok(()), Ok(())]);
+        assert!(matches!(admit(now), Err(EngineError::Unavailable { .. })), "as many as permitted at once");
+        assert_eq!(admit(now + MINUTE), Ok(()));
     }
 
     fn books(policy: &Policy) -> (Books, Instant) {
@@ -368,7 +438,8 @@ mod tests {
         let absent = outcome(&|c| c.image = "sha256:b".to_owned());
         assert!(matches!(absent, Err(EngineError::Absent { .. })), "{absent:?}");
         type Change = fn(&mut CellSpec);
-        let changes: [(Change, &str); 12] = [
+        let changes: [(Change, &str); 13] = [
+            (|c| c.workspace = Some(workspace().name), "workspaces"),
             (|c| c.data.clear(), "data"),
             (|c| c.data[0].name = "others".to_owned(), "data"),
             (|c| c.data[0].path = "/usr".to_owned(), "data"),

@@ -18,7 +18,8 @@ use crate::domain::ids::InstallationId;
 use crate::domain::spec::Resources;
 use crate::domain::spec::WORKDIR;
 use crate::engine::{
-    CellName, CellSpec, CellState, EngineError, EngineEvent, EngineEventKind, Observed, Promised, Pull,
+    CellName, CellSpec, CellState, EngineError, EngineEvent, EngineEventKind, Observed, Promised, Pull, WorkspaceName,
+    WorkspaceSpec,
 };
 
 /// Both sides must have the same one.
@@ -92,6 +93,13 @@ pub(super) enum Call {
     Sweep,
     /// Data is put onto the engine and taken away where the engine is, and never through a guard.
     ListData,
+    EnsureWorkspace {
+        workspace: Workspace,
+    },
+    RemoveWorkspace {
+        name: String,
+    },
+    ListWorkspaces,
     List,
     /// Behind the answer come [`Happened`]s, for as long as the connection lasts, from this many milliseconds after the beginning of 1970 on.
     Watch {
@@ -118,6 +126,39 @@ pub(super) struct Cell {
     /// The usual one where it is not named.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     workdir: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    workspace: Option<String>,
+}
+
+/// A [`WorkspaceSpec`].
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Workspace {
+    name: String,
+    image: String,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    quota_bytes: Option<u64>,
+}
+
+impl From<&WorkspaceSpec> for Workspace {
+    fn from(spec: &WorkspaceSpec) -> Self {
+        let WorkspaceSpec { name, image, quota_bytes } = spec;
+        Self { name: name.to_string(), image: image.clone(), quota_bytes: *quota_bytes }
+    }
+}
+
+impl Workspace {
+    /// The specification, if its name is one of this instance.
+    pub(super) fn read(self, instance: &str) -> Option<WorkspaceSpec> {
+        let Self { name, image, quota_bytes } = self;
+        Some(WorkspaceSpec { name: workspace_name(name, instance)?, image, quota_bytes })
+    }
+}
+
+/// The name of a workspace of this instance.
+pub(super) fn workspace_name(text: String, instance: &str) -> Option<WorkspaceName> {
+    let name = WorkspaceName::listed(text);
+    name.id(instance).is_some().then_some(name)
 }
 
 /// A [`DataMount`].
@@ -144,6 +185,7 @@ impl From<&CellSpec> for Cell {
             open_files,
             data: spec.data.iter().map(|m| Data { name: m.name.clone(), path: m.path.clone() }).collect(),
             workdir: Some(&spec.workdir).filter(|workdir| *workdir != WORKDIR).cloned(),
+            workspace: spec.workspace.as_ref().map(ToString::to_string),
         }
     }
 }
@@ -153,23 +195,15 @@ impl Cell {
     pub(super) fn read(self, instance: &str) -> Option<CellSpec> {
         let name = name(self.name, instance)?;
         let session = name.session(instance).filter(|session| session.to_string() == self.session)?;
-        let Self {
-            image,
-            runtime,
-            cpu_millis,
-            memory_bytes,
-            disk_bytes,
-            tmp_bytes,
-            pids,
-            open_files,
-            data,
-            workdir,
-            ..
-        } = self;
+        let workspace = match self.workspace {
+            Some(name) => Some(workspace_name(name, instance)?),
+            None => None,
+        };
+        let workdir = self.workdir.unwrap_or_else(|| WORKDIR.to_owned());
+        let Self { image, runtime, cpu_millis, memory_bytes, disk_bytes, tmp_bytes, pids, open_files, data, .. } = self;
         let resources = Resources { cpu_millis, memory_bytes, disk_bytes, tmp_bytes, pids, open_files };
         let data = data.into_iter().map(|Data { name, path }| DataMount { name, path }).collect();
-        let workdir = workdir.unwrap_or_else(|| WORKDIR.to_owned());
-        Some(CellSpec { name, session, image, runtime, resources, data, workdir })
+        Some(CellSpec { name, session, image, runtime, resources, data, workdir, workspace })
     }
 }
 
@@ -364,7 +398,12 @@ mod tests {
             resources,
             data: vec![DataMount { name: "maps".to_owned(), path: "/mnt/maps".to_owned() }],
             workdir: "/home/user".to_owned(),
+            workspace: Some(workspace("one")),
         }
+    }
+
+    fn workspace(instance: &str) -> WorkspaceName {
+        WorkspaceName::new(instance, Uuid::from_u128(5).into())
     }
 
     fn parsed(text: &str) -> Result<Request, String> {
@@ -379,7 +418,9 @@ mod tests {
         assert_eq!(read.clone().read("one"), Some(spec()));
         assert_eq!(read.clone().read("two"), None);
         let other = SessionId::from_uuid(Uuid::from_u128(10)).to_string();
-        assert_eq!(Cell { session: other, ..read }.read("one"), None);
+        assert_eq!(Cell { session: other, ..read.clone() }.read("one"), None);
+        let foreign = Some(workspace("two").to_string());
+        assert_eq!(Cell { workspace: foreign, ..read }.read("one"), None, "another instance's workspace");
     }
 
     #[test]

@@ -18,9 +18,13 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 use tokio_util::sync::CancellationToken;
 
 use super::policy::{Books, Doubt, Policy, Refusal};
-use super::protocol::{self, Call, Cell, Failure, Happened, MAX_ANSWER, MAX_REQUEST, Request, Seen, VERSION};
+use super::protocol::{
+    self, Call, Cell, Failure, Happened, MAX_ANSWER, MAX_REQUEST, Request, Seen, VERSION, Workspace,
+};
 use crate::domain::ids::InstallationId;
-use crate::engine::{ByteStream, CellName, CellSpec, Engine, EngineError, ImageInfo, Observed, Pull};
+use crate::engine::{
+    ByteStream, CellName, CellSpec, Engine, EngineError, ImageInfo, Observed, Pull, WorkspaceName, WorkspaceVolume,
+};
 use crate::task;
 
 /// A request has arrived within this time.
@@ -129,6 +133,8 @@ pub struct Guard {
     /// For requests in hand, in bytes.
     room: Arc<Semaphore>,
     lists: Semaphore,
+    /// Held while a workspace is made: how many there are is counted before.
+    making_workspaces: Semaphore,
 }
 
 impl std::fmt::Debug for Guard {
@@ -165,6 +171,7 @@ impl Guard {
             most: AtomicU32::new(most),
             room: Arc::new(Semaphore::new(protocol::ROOM)),
             lists: Semaphore::new(LISTS),
+            making_workspaces: Semaphore::new(1),
         };
         guard.list().await?;
         guard.resolve_all().await;
@@ -291,6 +298,12 @@ impl Guard {
             Call::Release { installation } => tell(stream, self.release(&installation)).await,
             Call::Sweep => tell(stream, self.engine.sweep()).await,
             Call::ListData => tell(stream, self.engine.list_data()).await,
+            Call::EnsureWorkspace { workspace } => tell(stream, self.ensure_workspace(workspace)).await,
+            Call::RemoveWorkspace { name } => tell(stream, self.remove_workspace(name)).await,
+            Call::ListWorkspaces => {
+                let _turn = self.lists.acquire().await;
+                tell(stream, self.list_workspaces()).await;
+            }
             Call::List => {
                 // Until it is told; nobody closes it.
                 let _turn = self.lists.acquire().await;
@@ -383,6 +396,31 @@ impl Guard {
         self.engine.attest(&cell, report).await
     }
 
+    async fn ensure_workspace(&self, workspace: Workspace) -> Result<WorkspaceVolume, EngineError> {
+        const ATTEMPT: &str = "making a workspace";
+        let policy = self.policy();
+        let workspace = workspace.read(&policy.instance).ok_or_else(|| foreign(ATTEMPT))?;
+        let admitted = self.books().admit_workspace(&policy, &workspace, Instant::now());
+        admitted.inspect_err(|error| tracing::warn!(%error, "refused a workspace"))?;
+        // Nobody closes it.
+        let _turn = self.making_workspaces.acquire().await;
+        let there = self.engine.list_workspaces().await?;
+        if !there.contains(&workspace.name) && there.len() >= policy.workspaces {
+            let detail = format!("the guard permits {} workspaces", policy.workspaces);
+            return Err(EngineError::Unavailable { attempt: ATTEMPT, detail });
+        }
+        self.engine.ensure_workspace(&workspace).await
+    }
+
+    async fn remove_workspace(&self, name: String) -> Result<(), EngineError> {
+        let name = protocol::workspace_name(name, &self.policy().instance);
+        self.engine.remove_workspace(&name.ok_or_else(|| foreign("removing a workspace"))?).await
+    }
+
+    async fn list_workspaces(&self) -> Result<Vec<String>, EngineError> {
+        Ok(self.engine.list_workspaces().await?.iter().map(WorkspaceName::to_string).collect())
+    }
+
     async fn pause(&self, name: String) -> Result<(), EngineError> {
         let name = self.own("pausing a cell", name).await?;
         self.engine.pause(&name).await
@@ -467,7 +505,7 @@ fn rejected(attempt: &'static str, detail: String) -> EngineError {
 }
 
 fn foreign(attempt: &'static str) -> EngineError {
-    let error = rejected(attempt, "the name is not one of a cell of this instance".to_owned());
+    let error = rejected(attempt, "the name is not one of this instance".to_owned());
     tracing::warn!(%error, "refused a call");
     error
 }

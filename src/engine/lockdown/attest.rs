@@ -206,7 +206,8 @@ fn compare_state(
     let mut mounts: Vec<_> =
         inspected.mounts.iter().flatten().map(|m| (m.name.clone(), m.destination.clone(), m.rw)).collect();
     let asked_mounts = body.host_config.iter().flat_map(|h| h.mounts.iter().flatten());
-    let mut asked: Vec<_> = asked_mounts.map(|m| (m.source.clone(), m.target.clone(), Some(false))).collect();
+    let mut asked: Vec<_> =
+        asked_mounts.map(|m| (m.source.clone(), m.target.clone(), Some(m.read_only != Some(true)))).collect();
     // The engine shows them in any order.
     mounts.sort();
     asked.sort();
@@ -276,10 +277,16 @@ fn compare_mounts(
     let host = body.host_config.clone().unwrap_or_default();
     // The last mount at a place is the one that is seen.
     let mounts: BTreeMap<&str, &Mount> = report.mounts.iter().map(|m| (m.point.as_str(), m)).collect();
-    let volumes = host.mounts.iter().flatten().filter_map(|mount| mount.target.as_deref());
-    for point in ["/", GUEST_DIR].into_iter().chain(volumes) {
+    let volumes = host.mounts.iter().flatten().filter_map(|volume| Some((volume.target.as_deref()?, volume)));
+    let (fixed, changing): (Vec<_>, Vec<_>) = volumes.partition(|(_, volume)| volume.read_only == Some(true));
+    for point in ["/", GUEST_DIR].into_iter().chain(fixed.into_iter().map(|(point, _)| point)) {
         let read_only = mounts.get(point).is_some_and(|m| is_read_only(m));
         found.require(read_only, &format!("mount {point} is read-only"), mounts.get(point));
+    }
+    let changing: Vec<_> = changing.into_iter().map(|(point, _)| point).collect();
+    for point in &changing {
+        let writable = mounts.get(point).is_some_and(|m| !is_read_only(m));
+        found.require(writable, &format!("mount {point} can be written"), mounts.get(point));
     }
     let folders = host.tmpfs.clone().unwrap_or_default();
     for (point, asked) in &folders {
@@ -291,6 +298,7 @@ fn compare_mounts(
     let masks = host.masked_paths.unwrap_or_else(paths::masked);
     for (point, mount) in mounts {
         let known = folders.contains_key(point)
+            || changing.contains(&point)
             || WRITABLE_BY_KERNEL.contains(&point)
             // A masked file is the null device, on the container's own /dev.
             || (mount.fstype == "tmpfs" && masks.iter().any(|mask| mask == point))

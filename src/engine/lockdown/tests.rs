@@ -32,11 +32,12 @@ fn cell() -> CellSpec {
         },
         workdir: cellblock_wire::link::WORKDIR.to_owned(),
         data: vec![],
+        workspace: None,
     }
 }
 
 fn locked() -> ContainerCreateBody {
-    container(&cell(), UID, Volumes::without_data("cellblock-guest-test-0"), "test", &HostFacts::default())
+    container(&cell(), UID, Volumes::only_guest("cellblock-guest-test-0"), "test", &HostFacts::default())
 }
 
 /// What a guest reports in a container that is locked as it should be; taken from a real one.
@@ -120,7 +121,7 @@ fn the_whole_container() {
 #[test]
 fn the_same_cell_is_the_same_container_and_another_one_is_not() {
     assert_eq!(locked(), locked());
-    let hash = |cell: &CellSpec, volume: &str| spec_hash(cell, Volumes::without_data(volume), &HostFacts::default());
+    let hash = |cell: &CellSpec, volume: &str| spec_hash(cell, Volumes::only_guest(volume), &HostFacts::default());
     let mut other = cell();
     other.resources.pids += 1;
     assert_eq!(hash(&cell(), "v"), hash(&cell(), "v"));
@@ -131,7 +132,7 @@ fn the_same_cell_is_the_same_container_and_another_one_is_not() {
 #[test]
 fn a_machine_changes_only_what_it_must() {
     let on = |host: HostFacts| {
-        let body = container(&cell(), UID, Volumes::without_data("v"), "test", &host);
+        let body = container(&cell(), UID, Volumes::only_guest("v"), "test", &host);
         body.host_config.expect("a host configuration")
     };
     let new = on(HostFacts { cgroup_v2: true, ..HostFacts::default() });
@@ -149,6 +150,31 @@ fn a_cell_that_is_locked_passes() {
         attest(&body, UID, &as_shown(&body), &report(), &HostFacts::default(), &View::default()),
         Vec::<String>::new()
     );
+}
+
+#[test]
+fn a_workspace_that_outlives_the_cell_is_the_one_volume_that_can_be_written() {
+    let volumes = Volumes { workspace: Some("w"), ..Volumes::only_guest("v") };
+    let body = container(&cell(), UID, volumes, "test", &HostFacts::default());
+    let host = body.host_config.clone().expect("a host configuration");
+    let mounts: Vec<_> = host.mounts.iter().flatten().map(|m| (m.target.as_deref(), m.read_only)).collect();
+    assert_eq!(mounts, [(Some("/cellblock"), Some(true)), (Some("/workspace"), Some(false))]);
+    let mut folders: Vec<_> = host.tmpfs.iter().flatten().map(|(point, _)| point.as_str()).collect();
+    folders.sort_unstable();
+    assert_eq!(folders, ["/dev/shm", "/run/cellblock", "/tmp"]);
+    let found = |options: &str| {
+        let mut seen = report();
+        seen.mounts.retain(|mount| mount.point != "/workspace");
+        let options = options.split(',').map(str::to_owned).collect();
+        seen.mounts.push(SeenMount { point: "/workspace".to_owned(), fstype: "ext4".to_owned(), options });
+        attest(&body, UID, &as_shown(&body), &seen, &HostFacts::default(), &View::default())
+    };
+    assert_eq!(found("rw,relatime"), Vec::<String>::new());
+    assert!(found("ro,relatime")[0].starts_with("mount /workspace can be written"));
+    let mut shown = as_shown(&body);
+    shown.mounts.as_mut().expect("mounts")[1].name = Some("another".to_owned());
+    let differences = attest(&body, UID, &shown, &report(), &HostFacts::default(), &View::default());
+    assert!(differences.iter().any(|d| d.starts_with("/Mounts")), "{differences:?}");
 }
 
 /// Each lock is taken away where the engine shows it, and the attestation must name it.
@@ -367,7 +393,7 @@ fn where_users_are_remapped_owners_and_devices_are_those_outside() {
     seen.mounts.extend(bound.map(|(point, fstype)| mount(point, fstype)));
     let remapped = HostFacts { remapped_users: true, uid_offset: 100_000, ..HostFacts::default() };
     let look = |seen: &Report, host: &HostFacts| {
-        let body = container(&cell(), UID, Volumes::without_data("cellblock-guest-test-0"), "test", host);
+        let body = container(&cell(), UID, Volumes::only_guest("cellblock-guest-test-0"), "test", host);
         attest(&body, UID, &as_shown(&body), seen, host, &View::default())
     };
     assert_eq!(look(&seen, &remapped), Vec::<String>::new());
@@ -392,7 +418,7 @@ fn data_is_one_more_mount_that_must_be_there_and_read_only() {
         .to_vec();
     let body_of = |data: [&str; 2]| {
         let data = data.map(str::to_owned);
-        container(&cell, UID, Volumes { guest: "g", data: &data }, "test", &HostFacts::default())
+        container(&cell, UID, Volumes { data: &data, ..Volumes::only_guest("g") }, "test", &HostFacts::default())
     };
     let body = body_of(["maps.1", "words.1"]);
     let mounts = body.host_config.as_ref().and_then(|h| h.mounts.clone()).expect("mounts");

@@ -96,18 +96,26 @@ impl FromRequestParts<App> for Asking {
     type Rejection = Refusal;
 
     async fn from_request_parts(parts: &mut Parts, app: &App) -> Result<Self, Refusal> {
-        let keys = keys_of(parts, app).await;
-        let key = one(&keys);
-        let who = app.door.admit_key(parts, key, !keys.is_empty())?;
-        if let (Some(state), Some(slot)) = (app.service.request(&who)?, parts.extensions.get::<Slot>()) {
-            // A request is read once.
-            let _ = slot.set(state.into());
-        }
+        let (who, key) = admit(parts, app).await?;
         trail::note_caller(&who);
         let OriginalUri(uri) = OriginalUri::from_request_parts(parts, app).await.unwrap_or_else(|never| match never {});
-        let key = key.unwrap_or_default().to_owned();
         Ok(Self { app: app.clone(), who, key, base: base(uri.path()).to_owned() })
     }
+}
+
+/// Who asks, by a key in any of the places in which one is looked for here; and the key.
+///
+/// # Errors
+/// There is none, it is not valid, or two differ; or the tenant asks too often.
+pub(in crate::http) async fn admit(parts: &mut Parts, app: &App) -> Result<(Principal, String), Problem> {
+    let keys = keys_of(parts, app).await;
+    let key = one(&keys);
+    let who = app.door.admit_key(parts, key, !keys.is_empty())?;
+    if let (Some(state), Some(slot)) = (app.service.request(&who)?, parts.extensions.get::<Slot>()) {
+        // A request is read once.
+        let _ = slot.set(state.into());
+    }
+    Ok((who, key.unwrap_or_default().to_owned()))
 }
 
 /// All keys that a request names, wherever. Some clients send an empty one.

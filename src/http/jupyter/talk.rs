@@ -128,14 +128,17 @@ pub(super) async fn talk(talk: Talk, mut listener: Listener, socket: WebSocket) 
     let (says, answers) = mpsc::channel(ANSWERS);
     let shared = Shared::new(says);
     let (sink, mut stream) = socket.split();
-    let is_closed = {
+    let (is_closed, has_taken_leave) = {
         let writing = Writer { talk: &talk, shared: &shared, sink, unasked: (0, 0), retold: HashMap::new() };
         tokio::select! {
-            closing = writing.write(&mut listener, answers) => closing.is_some(),
-            () = talk.read(&mut stream, &shared) => false,
+            closing = writing.write(&mut listener, answers) => (closing.is_some(), false),
+            has_taken_leave = talk.read(&mut stream, &shared) => (false, has_taken_leave),
         }
     };
     shared.tell_what_it_has(&listener);
+    if has_taken_leave {
+        listener.takes_leave();
+    }
     drop(listener);
     if is_closed {
         // A connection that is closed over what has not been read takes the reason along.
@@ -303,8 +306,8 @@ async fn in_time(sending: impl Future<Output = Result<(), axum::Error>>) -> Resu
 }
 
 impl Talk {
-    /// The half that listens: takes what the client says, one after the other.
-    async fn read(&self, stream: &mut SplitStream<WebSocket>, shared: &Shared) {
+    /// The half that listens: takes what the client says, one after the other. Answers whether the client has said that it leaves.
+    async fn read(&self, stream: &mut SplitStream<WebSocket>, shared: &Shared) -> bool {
         while let Some(frame) = stream.next().await {
             let incoming = match frame {
                 Ok(ws::Message::Text(text)) => codec::read_text(self.form, text.as_str()),
@@ -314,9 +317,9 @@ impl Talk {
                     continue;
                 }
                 Ok(ws::Message::Ping(_)) => continue,
-                Ok(ws::Message::Close(_)) => return,
+                Ok(ws::Message::Close(_)) => return true,
                 Err(error) => {
-                    let Some((code, reason)) = why_unreadable(error) else { return };
+                    let Some((code, reason)) = why_unreadable(error) else { return false };
                     return self.end(shared, code, reason).await;
                 }
             };
@@ -324,6 +327,7 @@ impl Talk {
                 return self.end(shared, code, reason).await;
             }
         }
+        false
     }
 
     async fn take(&self, incoming: Result<Incoming, Garbage>, shared: &Shared) -> Result<(), (u16, &'static str)> {
@@ -336,7 +340,7 @@ impl Talk {
     }
 
     /// Says the end, and waits for the other half to have said it.
-    async fn end(&self, shared: &Shared, code: u16, reason: &'static str) {
+    async fn end(&self, shared: &Shared, code: u16, reason: &'static str) -> bool {
         shared.say(Say::Close(code, reason)).await;
         std::future::pending().await
     }

@@ -27,6 +27,7 @@ pub mod templates;
 pub mod terminal;
 pub mod transfers;
 pub mod usage;
+pub mod workspaces;
 
 /// All routes of the API, with the document they make.
 pub fn routes() -> OpenApiRouter<App> {
@@ -72,6 +73,8 @@ pub fn routes() -> OpenApiRouter<App> {
         .routes(routes!(files::move_file))
         .routes(routes!(transfers::watch_files))
         .routes(routes!(transfers::pack_files, transfers::unpack_files))
+        .routes(routes!(workspaces::list_workspaces))
+        .routes(routes!(workspaces::get_workspace, workspaces::delete_workspace))
         .routes(routes!(templates::list_templates))
         .routes(routes!(pools::list_pools))
         .routes(routes!(keys::create_key, keys::list_keys))

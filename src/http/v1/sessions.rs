@@ -58,6 +58,9 @@ pub struct CreateSession {
     pub(super) on_expiry: OnExpiryName,
     /// Any texts to be kept with it, for those who read it again: at most 64, with 64 KiB in all. Sessions are found by labels.
     pub(super) metadata: BTreeMap<String, String>,
+    /// The name of a workspace of yours, which is its working folder, outlives it, and is made at its first use; for templates that have them. One session has it
+    /// at a time. A working folder of its own when absent.
+    pub(super) workspace: Option<String>,
     /// What it may reach.
     #[serde(deserialize_with = "object")]
     pub(super) network: NetworkRequest,
@@ -263,6 +266,7 @@ impl From<CreateSession> for SessionRequest {
                 .into_iter()
                 .map(|file| NewFile { path: file.path, content: file.content_base64 })
                 .collect(),
+            workspace: body.workspace,
             network: body.network.into(),
             packages: body.packages,
         }
@@ -300,6 +304,8 @@ pub struct SessionView {
     on_expiry: OnExpiryName,
     /// Its working folder.
     workdir: String,
+    /// The workspace that is its working folder, if that outlives it.
+    workspace: Option<String>,
     /// What it may reach.
     network: NetworkView,
     /// For finding it again.
@@ -419,6 +425,7 @@ impl SessionView {
             on_idle: spec.on_idle.into(),
             on_expiry: spec.on_expiry.into(),
             workdir: spec.workdir.clone(),
+            workspace: spec.workspace.as_ref().map(|workspace| workspace.name.clone()),
             network: NetworkView::from(&snapshot.attributes.network),
             labels: snapshot.attributes.labels.clone(),
             metadata: spec.metadata.clone(),

@@ -34,6 +34,8 @@ pub struct TemplateView {
     maximum: LimitsView,
     /// Data that every session of it finds in its container, read-only.
     data: Vec<DataView>,
+    /// What its workspaces that outlive sessions are; nothing where it has none.
+    workspace: Option<WorkspaceOfferView>,
     /// Ports in its containers that can be reached, such as "3000" and "8000-8010".
     ports: Vec<String>,
 }
@@ -45,6 +47,15 @@ pub struct DataView {
     name: String,
     /// The folder that it is in.
     path: String,
+}
+
+/// Workspaces of a template.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct WorkspaceOfferView {
+    /// One goes when no session has had it for this long.
+    max_age_seconds: f64,
+    /// The most bytes that one may hold; nothing where there is no quota.
+    quota_bytes: Option<u64>,
 }
 
 /// A template's image.
@@ -99,6 +110,10 @@ impl TemplateView {
             defaults: LimitsView::of(&template.default_resources, &template.default_timeouts),
             maximum: LimitsView::of(&template.max_resources, &template.max_timeouts),
             data: template.data.into_iter().map(|mount| DataView { name: mount.name, path: mount.path }).collect(),
+            workspace: template.workspace.map(|offer| WorkspaceOfferView {
+                max_age_seconds: offer.max_age.as_secs_f64(),
+                quota_bytes: offer.quota_bytes,
+            }),
             ports: template.ports.texts(),
             name: template.name,
             description: template.description,

@@ -148,9 +148,7 @@ pub async fn upload_files(
         Problem::new(problem::UNSUPPORTED_MEDIA_TYPE, "send a form as multipart/form-data, or one file with PUT")
     })?;
     let untaken = Arc::new(AtomicUsize::new(0));
-    let source =
-        Sparing { source: request.into_body().into_data_stream(), untaken: Arc::clone(&untaken), rests: false };
-    let mut form = Multipart::new(source, boundary);
+    let mut form = Multipart::new(Sparing::new(request.into_body(), &untaken), boundary);
     let mut files = Vec::new();
     loop {
         let next = tokio::time::timeout(STALLED, form.next_field()).await;
@@ -171,7 +169,7 @@ pub async fn upload_files(
 }
 
 /// Writes one file of a form. Its pieces are handed over, since the form itself lives only here.
-async fn write_field(
+pub(in crate::http) async fn write_field(
     app: &App,
     who: &crate::service::keys::Principal,
     id: SessionId,
@@ -215,21 +213,28 @@ async fn write_field(
     Ok(FileView::of(&stat).with_hash(written.sha256))
 }
 
-fn stalled() -> Problem {
+pub(in crate::http) fn stalled() -> Problem {
     Problem::new(problem::REQUEST_TIMEOUT, "nothing of the form came for 30 s")
 }
 
-fn broken(error: &multer::Error) -> Problem {
+pub(in crate::http) fn broken(error: &multer::Error) -> Problem {
     let error: String = error.to_string().chars().take(200).collect();
     Problem::new(problem::INVALID_REQUEST, format!("the form is not understood: {error}"))
 }
 
 /// A form's body, a piece at a time: its reader would otherwise take all that there is, and hold it.
-struct Sparing {
+pub(in crate::http) struct Sparing {
     source: BodyDataStream,
     /// Bytes that were read since the reader has given something on.
     untaken: Arc<AtomicUsize>,
     rests: bool,
+}
+
+impl Sparing {
+    /// A body, and what its reader sets to nothing whenever it has given something on.
+    pub(in crate::http) fn new(body: RawBody, untaken: &Arc<AtomicUsize>) -> Self {
+        Self { source: body.into_data_stream(), untaken: Arc::clone(untaken), rests: false }
+    }
 }
 
 impl Stream for Sparing {

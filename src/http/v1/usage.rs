@@ -21,6 +21,8 @@ pub struct UsageView {
     cpu: FractionView,
     /// Memory that they were promised.
     memory_mb: AmountView,
+    /// Workspaces that outlive sessions, those included whose files are still being removed.
+    workspaces: AmountView,
     /// Executions that run or wait.
     executions: AmountView,
     /// Bytes of blobs and notebooks, with what their files take of the disk; nothing runs any more where they are too many, until some are deleted or gone.
@@ -71,7 +73,7 @@ pub struct RequestsView {
 
 impl From<Usage> for UsageView {
     fn from(usage: Usage) -> Self {
-        let Usage { tenant, quota, held, executions, stored_bytes, cpu_today, day_ends_at } = usage;
+        let Usage { tenant, quota, held, workspaces, executions, stored_bytes, cpu_today, day_ends_at } = usage;
         let share = quota.share;
         let cpus = |millis: u64| millis as f64 / 1000.0;
         Self {
@@ -82,6 +84,7 @@ impl From<Usage> for UsageView {
                 limit: share.memory_bytes.map(|bytes| bytes / MIB),
                 used: held.memory_bytes.div_ceil(MIB),
             },
+            workspaces: AmountView { limit: quota.workspaces.map(u64::from), used: workspaces as u64 },
             executions: AmountView { limit: quota.executions.map(u64::from), used: executions.into() },
             stored_bytes: AmountView { limit: quota.stored_bytes, used: stored_bytes },
             cpu_seconds_today: CpuTimeView {

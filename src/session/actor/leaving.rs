@@ -5,6 +5,7 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::Arc;
 
 use super::super::execution::Execution;
+use super::super::workspaces::Tenure;
 use super::{Actor, Context, wall};
 use crate::domain::ids::ContextId;
 use crate::domain::lifecycle::Phase;
@@ -148,6 +149,7 @@ impl Actor {
             tenant: Arc::clone(&self.leaving.tenant),
             spec: Arc::clone(&self.spec),
             stage: self.stage(),
+            workspace: self.tenure.as_ref().map(Tenure::id),
             lasting: self.leaving.lasting,
             is_warm: self.leaving.is_warm,
             secret: self.secret,

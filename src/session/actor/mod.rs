@@ -25,6 +25,7 @@ use super::keeping::Keeping;
 use super::tap::{Silence, Tap, TapBounds};
 use super::visits::Visits;
 use super::wiring::{Act, ActKind, Acted, Settled, Starting, Wiring};
+use super::workspaces::Tenure;
 use super::{
     Attributes, COMMAND_QUEUE, Command, ContextView, Refused, Session, Settings, Snapshot, StartFailure, StartFault,
     instant,
@@ -34,7 +35,7 @@ use crate::domain::lifecycle::{self, Effect, EndReason, Event, Phase};
 use crate::domain::output::{JsonText, RestartCause, Status, StopStep};
 use crate::domain::spec::{KernelTransport, NewFile, OnGuestLost, OnIdle, SessionSpec};
 use crate::egress::Gate;
-use crate::engine::{ByteStream, CellName, CellSpec, CellState, Engine, EngineError};
+use crate::engine::{ByteStream, CellName, CellSpec, CellState, Engine, EngineError, WorkspaceName};
 use crate::kernel::link::LinkError;
 use crate::store::NotebookKernel;
 use crate::store::state::{ContextRecord, Lasting, RunningRecord, SessionRecord, Stage, State};
@@ -120,6 +121,8 @@ pub(super) struct Birth {
     pub(super) files: Arc<[NewFile]>,
     /// Where its default context is heard.
     pub(super) tap: Arc<Tap>,
+    /// Its hold on a working folder that outlives it.
+    pub(super) tenure: Option<Tenure>,
 }
 
 /// What somebody wants of a session's task, before anything else.
@@ -186,6 +189,8 @@ struct Actor {
     linking: Linking,
     /// Its share of the machine, given back with the task: its cell has been seen to be gone by then, or is the next process's.
     place: capacity::Place,
+    /// Its working folder, if that outlives it; given back with the task as well.
+    tenure: Option<Tenure>,
     tap: Arc<Tap>,
     created_at: Timestamp,
     /// Since when the present cell is being started.
@@ -311,6 +316,7 @@ impl Actor {
             is_unclaimed,
             files,
             tap,
+            tenure,
         } = birth;
         let now = Instant::now();
         let leaving = Leaving::new(state.clone(), &record, heard);
@@ -322,7 +328,10 @@ impl Actor {
         let connect_timeout = settings.start_timeout.mul_f64(0.8);
         let starting = Starting { transport, connect_timeout, state };
         let mut actor = Self {
-            cell: cell(CellName::new(&instance, id, record.cells), id, &spec),
+            cell: CellSpec {
+                workspace: record.workspace.map(|workspace| WorkspaceName::new(&instance, workspace)),
+                ..cell(CellName::new(&instance, id, record.cells), id, &spec)
+            },
             instance,
             cells: record.cells,
             keeping,
@@ -345,6 +354,7 @@ impl Actor {
             freezing: Freezing::new(frozen_since(record.stage).unwrap_or(now)),
             linking: Linking::new(now),
             place,
+            tenure,
             tap,
             created_at: record.created_at,
             starting_since: now,
@@ -533,6 +543,7 @@ impl Actor {
         self.starting_since = Instant::now();
         self.save();
         let (engine, cell, state) = (Arc::clone(&self.engine), self.cell.clone(), self.leaving.state.clone());
+        let workspace = self.tenure.as_ref().map(|tenure| tenure.making(Arc::clone(&engine), &cell.image));
         self.start(async move {
             // A cell that no record tells of is removed by the next process, and its guest would not know that one.
             if let Some(state) = state
@@ -542,7 +553,13 @@ impl Actor {
                 let detail = "the server can't write what it has to know of the session afterwards".to_owned();
                 return Done::Ensured(Err(StartFailure { fault: StartFault::Unkept, detail }));
             }
-            Done::Ensured(engine.ensure(&cell).await.map_err(|e| boot::engine_failure(&cell, &e)))
+            let ensured = async {
+                if let Some(workspace) = workspace {
+                    workspace.await?;
+                }
+                engine.ensure(&cell).await
+            };
+            Done::Ensured(ensured.await.map_err(|e| boot::engine_failure(&cell, &e)))
         });
     }
 
@@ -1068,7 +1085,8 @@ fn wall(at: Instant) -> Timestamp {
 /// What the engine is to know of a session's cell.
 fn cell(name: CellName, session: SessionId, spec: &SessionSpec) -> CellSpec {
     let (image, runtime, data) = (spec.image.clone(), spec.runtime.clone(), spec.data.clone());
-    CellSpec { name, session, image, runtime, resources: spec.resources, data, workdir: spec.workdir.clone() }
+    let workdir = spec.workdir.clone();
+    CellSpec { name, session, image, runtime, resources: spec.resources, data, workdir, workspace: None }
 }
 
 fn first_snapshot(spec: &SessionSpec, attributes: &Arc<Attributes>) -> Snapshot {

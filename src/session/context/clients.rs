@@ -173,9 +173,17 @@ impl Context {
         true
     }
 
-    /// All who listen hear how the kernel is.
-    pub(super) fn tell_state(&mut self, state: &str) {
-        self.tell_made(Channel::Iopub, "status", None, &json!({"execution_state": state}), None);
+    /// All who listen hear that the kernel is replaced.
+    pub(super) fn tell_restart(&mut self) {
+        self.tell_made(Channel::Iopub, "status", None, &json!({"execution_state": "restarting"}), None);
+        self.note_restart();
+    }
+
+    /// The kernel is replaced as somebody has asked, who knows.
+    pub(super) fn note_restart(&self) {
+        if let Some(tap) = &self.making.place.tap {
+            tap.is_replaced();
+        }
     }
 
     fn tell_made(
@@ -202,6 +210,8 @@ impl Context {
         let (only, parent) = match (channel, heard) {
             (Channel::Iopub, Some((_, parent))) => (None, Some(parent)),
             (_, Some((asker, parent))) => (Some(asker), Some(parent)),
+            // Of what has ended, nobody is told that it is busy, or ends once more.
+            (Channel::Iopub, None) if late.is_some() && msg_type == "status" => return,
             (Channel::Iopub, None) if late.is_some() => (None, late),
             // What nobody here has asked for is published under its own parent.
             (Channel::Iopub, None) if !is_ours => (None, None),

@@ -20,6 +20,7 @@ use crate::domain::ports::Ports;
 use crate::domain::spec::{
     self, KernelTransport, OnExpiry, OnGuestLost, OnIdle, OnKernelDeath, OutputLimits, Resources, SessionSpec, Timeouts,
 };
+use crate::domain::workspace::{WorkspaceOffer, WorkspaceUse};
 use crate::store::moment;
 
 /// Writes a record, but for its id and revision, which have columns of their own.
@@ -34,6 +35,7 @@ pub(super) fn write(record: &SessionRecord) -> serde_json::Result<String> {
             _ => None,
         },
         lasting: record.lasting,
+        workspace: record.workspace.map(|id| id.to_string()),
         is_warm: record.is_warm,
         secret: secret.0.iter().map(|b| format!("{b:02x}")).collect(),
         created_at: record.created_at,
@@ -65,6 +67,7 @@ pub(super) fn read(id: &str, revision: u64, body: &str) -> serde_json::Result<Se
             (stage, _) => stage,
         },
         lasting: form.lasting,
+        workspace: form.workspace.as_deref().map(parsed).transpose()?,
         is_warm: form.is_warm,
         secret: secret(&form.secret)?,
         created_at: form.created_at,
@@ -95,6 +98,8 @@ struct Form {
     paused_since: Option<String>,
     #[serde(with = "LastingForm")]
     lasting: Lasting,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    workspace: Option<String>,
     #[serde(default)]
     is_warm: bool,
     secret: String,
@@ -269,6 +274,8 @@ struct Spec {
     data: Vec<DataMount>,
     #[serde(default = "usual_workdir")]
     workdir: String,
+    #[serde(default, serialize_with = "write_workspace", deserialize_with = "read_workspace")]
+    workspace: Option<WorkspaceUse>,
     #[serde(serialize_with = "write_texts", deserialize_with = "read_texts")]
     setup: Arc<[String]>,
     #[serde(with = "KernelDeathForm")]
@@ -316,6 +323,28 @@ fn write_data<S: Serializer>(mounts: &[DataMount], to: S) -> Result<S::Ok, S::Er
 fn read_data<'de, D: Deserializer<'de>>(from: D) -> Result<Vec<DataMount>, D::Error> {
     let pairs = Vec::<(String, String)>::deserialize(from)?;
     Ok(pairs.into_iter().map(|(name, path)| DataMount { name, path }).collect())
+}
+
+#[derive(Serialize, Deserialize)]
+struct WorkspaceForm {
+    name: String,
+    max_age: Duration,
+    quota_bytes: Option<u64>,
+}
+
+fn write_workspace<S: Serializer>(workspace: &Option<WorkspaceUse>, to: S) -> Result<S::Ok, S::Error> {
+    let form = workspace.as_ref().map(|WorkspaceUse { name, offer: WorkspaceOffer { max_age, quota_bytes } }| {
+        WorkspaceForm { name: name.clone(), max_age: *max_age, quota_bytes: *quota_bytes }
+    });
+    form.serialize(to)
+}
+
+fn read_workspace<'de, D: Deserializer<'de>>(from: D) -> Result<Option<WorkspaceUse>, D::Error> {
+    let form = Option::<WorkspaceForm>::deserialize(from)?;
+    Ok(form.map(|WorkspaceForm { name, max_age, quota_bytes }| WorkspaceUse {
+        name,
+        offer: WorkspaceOffer { max_age, quota_bytes },
+    }))
 }
 
 #[derive(Serialize, Deserialize)]

@@ -17,7 +17,7 @@ use rusqlite::{Connection, params};
 use tokio::sync::{mpsc, oneshot};
 
 use crate::domain::egress::Network;
-use crate::domain::ids::{ContextId, ExecutionId, KeyId, SessionId};
+use crate::domain::ids::{ContextId, ExecutionId, KeyId, SessionId, WorkspaceId};
 use crate::domain::lifecycle::EndReason;
 use crate::domain::output::{JsonText, RestartCause};
 use crate::domain::spec::SessionSpec;
@@ -35,6 +35,7 @@ mod network_form;
 #[cfg(test)]
 mod tests;
 mod usage;
+mod workspaces;
 
 pub use api_keys::ApiKeyRecord;
 pub use audit::{AuditEvent, AuditFound, AuditQuery};
@@ -43,14 +44,23 @@ use executions::Pending;
 pub use executions::{Birth, ExecutionChange, ExecutionRecord, Logged, Progress, RunningRecord};
 pub use keys::{KeyRecord, Made};
 pub use usage::UsageRecord;
+pub use workspaces::WorkspaceRecord;
 
 /// The database's name in the data folder.
 const FILE: &str = "state.db";
 /// Marks the file as ours, in its header (`PRAGMA application_id`): "cell".
 const APPLICATION_ID: i32 = 0x6365_6c6c;
 /// How the tables are made: each step brings the database from the version of its place to the next.
-const MIGRATIONS: [&str; 7] =
-    [SESSIONS, executions::TABLES, keys::TABLE, api_keys::TABLE, usage::TABLE, audit::TABLE, audit_file::TABLE];
+const MIGRATIONS: [&str; 8] = [
+    SESSIONS,
+    executions::TABLES,
+    keys::TABLE,
+    api_keys::TABLE,
+    usage::TABLE,
+    audit::TABLE,
+    audit_file::TABLE,
+    workspaces::TABLE,
+];
 const SESSIONS: &str = "CREATE TABLE sessions (
         id TEXT PRIMARY KEY,
         revision INTEGER NOT NULL,
@@ -112,6 +122,8 @@ pub struct SessionRecord {
     pub stage: Stage,
     /// Whether it outlives the process.
     pub lasting: Lasting,
+    /// Its working folder, if that outlives it.
+    pub workspace: Option<WorkspaceId>,
     /// It was there before it was asked for.
     pub is_warm: bool,
     /// What opens the link to its guest.
@@ -257,6 +269,8 @@ pub struct Left {
     pub api_keys: Vec<ApiKeyRecord>,
     /// What tenants have used.
     pub usage: Vec<UsageRecord>,
+    /// Workspaces that outlive sessions.
+    pub workspaces: Vec<WorkspaceRecord>,
 }
 
 /// What is to be committed: of each session the newest record only, so that many changes of one are one. It stays until it is committed.
@@ -275,6 +289,8 @@ struct Changes {
     /// Of each API key what it is, or that it is none any more.
     api_keys: HashMap<KeyId, Option<ApiKeyRecord>>,
     usage: HashMap<Arc<str>, UsageRecord>,
+    /// Of each workspace what it is, or that it is none any more.
+    workspaces: HashMap<WorkspaceId, Option<WorkspaceRecord>>,
     /// Days before this one go.
     forget_usage_before: Option<i64>,
     forget_before: Option<Timestamp>,
@@ -328,6 +344,7 @@ impl Changes {
             && self.forget_keys_before.is_none()
             && self.api_keys.is_empty()
             && self.usage.is_empty()
+            && self.workspaces.is_empty()
             && self.forget_usage_before.is_none()
             && self.forget_before.is_none()
             && self.audit.is_empty()
@@ -359,6 +376,9 @@ impl Changes {
         for (tenant, record) in earlier.usage {
             self.usage.entry(tenant).or_insert(record);
         }
+        for (id, record) in earlier.workspaces {
+            self.workspaces.entry(id).or_insert(record);
+        }
         self.forget_usage_before = self.forget_usage_before.or(earlier.forget_usage_before);
         self.forget_before = self.forget_before.or(earlier.forget_before);
         let later = std::mem::replace(&mut self.audit, earlier.audit);
@@ -383,6 +403,7 @@ impl State {
             keys: keys::read_all(&connection)?,
             api_keys: api_keys::read_all(&connection)?,
             usage: usage::read_all(&connection)?,
+            workspaces: workspaces::read_all(&connection)?,
         };
         let (commands, received) = mpsc::channel(QUEUE);
         let waiting = Waiting::default();
@@ -457,6 +478,18 @@ impl State {
     /// Keeps what a tenant has used, in place of what was kept of it before. Never waits.
     pub fn put_usage(&self, record: UsageRecord) {
         self.waiting.changes().usage.insert(Arc::clone(&record.tenant), record);
+        self.wake();
+    }
+
+    /// Keeps a workspace, in place of what was kept of it before. Never waits.
+    pub fn put_workspace(&self, record: WorkspaceRecord) {
+        self.waiting.changes().workspaces.insert(record.id, Some(record));
+        self.wake();
+    }
+
+    /// Forgets a workspace. Never waits.
+    pub fn forget_workspace(&self, id: WorkspaceId) {
+        self.waiting.changes().workspaces.insert(id, None);
         self.wake();
     }
 
@@ -732,6 +765,12 @@ impl Writer {
         }
         for record in changes.usage.values() {
             usage::write(record, &transaction)?;
+        }
+        for (id, record) in &changes.workspaces {
+            match record {
+                Some(record) => workspaces::write(record, &transaction)?,
+                None => workspaces::forget(*id, &transaction)?,
+            }
         }
         if let Some(before) = changes.forget_usage_before {
             usage::forget_before(before, &transaction)?;

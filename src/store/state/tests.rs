@@ -14,6 +14,7 @@ use crate::domain::ports::Ports;
 use crate::domain::spec::{
     KernelTransport, OnExpiry, OnGuestLost, OnIdle, OnKernelDeath, OutputLimits, Resources, Timeouts,
 };
+use crate::domain::workspace::{WorkspaceOffer, WorkspaceUse};
 
 fn network(rule: &str) -> Network {
     Network { mode: NetworkMode::Allowlist, allow: Rule::parse(rule).unwrap().into() }
@@ -69,6 +70,10 @@ fn record(n: u128) -> SessionRecord {
         network: offer(),
         ports: Ports::parse(&["3000", "8000-8010"]).unwrap(),
         data: vec![DataMount { name: "maps".to_owned(), path: "/mnt/maps".to_owned() }],
+        workspace: Some(WorkspaceUse {
+            name: "mine".to_owned(),
+            offer: WorkspaceOffer { max_age: Duration::from_secs(8), quota_bytes: Some(9) },
+        }),
         setup: Arc::from(["a = 1\n".to_owned(), "é\u{0}".to_owned()]),
         on_kernel_death: OnKernelDeath::End,
         on_guest_lost: OnGuestLost::Replace,
@@ -98,6 +103,7 @@ fn record(n: u128) -> SessionRecord {
         spec: Arc::new(spec),
         stage: Stage::Live,
         lasting: Lasting::OnceReady,
+        workspace: Some(id(n + 200).into()),
         is_warm: true,
         secret: LinkSecret([0xa5; 16]),
         created_at: moment(1),
@@ -486,6 +492,31 @@ fn nobody_else_may_read_it() {
     drop(State::open(folder.path(), None).unwrap());
     let mode = std::fs::metadata(path_in(folder.path())).unwrap().permissions().mode();
     assert_eq!(mode & 0o777, 0o600);
+}
+
+#[tokio::test]
+async fn workspaces_are_kept_as_they_were_put_last_until_they_are_forgotten() {
+    let folder = tempfile::tempdir().unwrap();
+    let moment = |second| Timestamp::from_second(second).unwrap();
+    let workspace = |n: u128, uid, is_deleted| WorkspaceRecord {
+        id: uuid::Uuid::from_u128(n).into(),
+        tenant: Arc::from("one"),
+        name: format!("w{n}"),
+        template: "t".to_owned(),
+        uid,
+        quota_bytes: uid.map(u64::from),
+        max_age: Duration::from_millis(1500),
+        created_at: moment(1),
+        last_used: moment(n as i64),
+        is_deleted,
+    };
+    let kept = left_after(folder.path(), |state| (1..4).for_each(|n| state.put_workspace(workspace(n, None, false))));
+    assert_eq!(kept.await.workspaces, [1, 2, 3].map(|n| workspace(n, None, false)));
+    let kept = left_after(folder.path(), |state| {
+        state.put_workspace(workspace(1, Some(7), true));
+        state.forget_workspace(workspace(2, None, false).id);
+    });
+    assert_eq!(kept.await.workspaces, [workspace(1, Some(7), true), workspace(3, None, false)]);
 }
 
 #[tokio::test]
