@@ -6,6 +6,7 @@
 //!
 //! A missed target is said, and is no failure: it is for people to judge on a machine they know.
 
+mod e2b;
 mod engine;
 mod far;
 mod figures;
@@ -101,6 +102,11 @@ async fn bench() -> Result<()> {
     }
     if is_chosen("stream") {
         measure::stream(&engine, &mut figures).await?;
+    }
+    if is_chosen("e2b") {
+        let server = Server::start(e2b::SETTINGS).await?;
+        e2b::e2b(&server, &mut figures).await?;
+        server.stop().await?;
     }
     report::tell(&machine, &figures)
 }

@@ -18,13 +18,18 @@ const ALIASES: [(&str, &str); 7] = [
     ("node", "javascript"),
 ];
 
+/// A language's own name, of a name in small letters.
+pub(super) fn own_name(name: &str) -> &str {
+    ALIASES.iter().find(|(alias, _)| *alias == name).map_or(name, |(_, own)| own)
+}
+
 /// The kernelspec of a session's image that runs a language.
 ///
 /// # Errors
 /// When there is none, with those that there are; or the guest did not answer.
 pub(super) async fn kernelspec_for(session: &Session, language: &str) -> Result<String, Error> {
     let wanted = language.to_ascii_lowercase();
-    let wanted = ALIASES.iter().find(|(alias, _)| *alias == wanted).map_or(wanted.as_str(), |(_, own)| own);
+    let wanted = own_name(&wanted);
     let specs = session.link().await?.kernelspecs().await.map_err(|error| unreachable_guest(session.id, &error))?;
     // Names come from the image, which is as trusted as its operator makes it.
     let usable = || specs.iter().filter(|s| spec::is_name(&s.name));

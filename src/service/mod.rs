@@ -40,6 +40,7 @@ pub mod admin;
 pub mod audit;
 pub mod bearer;
 pub mod commands;
+mod environment;
 pub mod files;
 pub mod issuing;
 pub mod keys;

@@ -495,6 +495,11 @@ impl Context {
         (std::mem::take(&mut self.actions), std::mem::take(&mut self.notices))
     }
 
+    /// The folder in which its kernel starts, if one was asked for.
+    pub(super) fn cwd(&self) -> Option<&str> {
+        self.making.cwd.as_deref()
+    }
+
     pub(super) fn language(&self) -> &str {
         &self.making.place.language
     }

@@ -321,6 +321,18 @@ impl Execution {
         (record.report.effects.cpu, duration.unwrap_or_default())
     }
 
+    /// The kernel's count, once it is known.
+    #[must_use]
+    pub fn execution_count(&self) -> Option<u64> {
+        self.record().report.execution_count
+    }
+
+    /// How it ended, for people, where its status does not say all.
+    #[must_use]
+    pub fn detail(&self) -> Option<String> {
+        self.record().report.detail.clone()
+    }
+
     /// When it began to run.
     #[must_use]
     pub fn started_at(&self) -> Option<Timestamp> {

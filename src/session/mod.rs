@@ -186,6 +186,8 @@ pub struct ContextView {
     pub kernelspec: String,
     /// Whether executions run here that name no context.
     pub is_default: bool,
+    /// The folder in which its kernel starts.
+    pub cwd: String,
     /// Executions that wait.
     pub queued: usize,
     /// When it was created.
@@ -371,6 +373,8 @@ pub struct Session {
     pub is_warm: bool,
     /// Held while a context is looked for by its language, and made.
     pub(crate) by_language: Arc<tokio::sync::Mutex<()>>,
+    /// Held while executions are accepted that belong together; by others, with others, while theirs is.
+    pub(crate) in_a_row: Arc<tokio::sync::RwLock<()>>,
     gate: Arc<Gate>,
     /// Where its default context is heard by clients that speak Jupyter.
     pub tap: Arc<Tap>,

@@ -46,6 +46,8 @@ pub struct ContextView {
     kernelspec: String,
     /// Whether executions run here that name no context.
     is_default: bool,
+    /// The folder in which its kernel starts.
+    cwd: String,
     /// Executions that wait for their turn.
     queued: usize,
     /// When it was created.
@@ -71,6 +73,7 @@ impl From<session::ContextView> for ContextView {
             language: view.language,
             kernelspec: view.kernelspec,
             is_default: view.is_default,
+            cwd: view.cwd,
             queued: view.queued,
             created_at: time(view.created_at),
         }

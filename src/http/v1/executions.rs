@@ -568,11 +568,18 @@ pub(super) async fn answer(
 }
 
 /// Takes an execution back when its caller hangs up, if that was asked for.
-pub(super) struct Listener {
+pub(in crate::http) struct Listener {
     app: App,
     who: Principal,
     execution: Arc<Execution>,
     on_disconnect: OnDisconnect,
+}
+
+impl Listener {
+    /// One whose hanging up ends the execution.
+    pub(in crate::http) fn of(app: App, who: Principal, execution: &Arc<Execution>) -> Self {
+        Self { app, who, execution: Arc::clone(execution), on_disconnect: OnDisconnect::Interrupt }
+    }
 }
 
 impl Drop for Listener {

@@ -110,6 +110,19 @@ fn events(
     after: u64,
     listener: Option<Listener>,
 ) -> impl Stream<Item = (u64, &'static str, Body)> {
+    let told = Arc::clone(&execution);
+    follow(execution, after, listener).map(move |logged| {
+        let (name, body) = describe(&told, &logged.event, logged.at);
+        (logged.seq, name, body)
+    })
+}
+
+/// An execution's events after number `after`, as they happen, to the last one or to this process's end. `listener` lives as long as they are listened to.
+pub(in crate::http) fn follow(
+    execution: Arc<Execution>,
+    after: u64,
+    listener: Option<Listener>,
+) -> impl Stream<Item = Arc<Logged>> {
     let version = execution.subscribe();
     let follow = Follow { execution, version, seq: after, ready: VecDeque::new(), done: false, _listener: listener };
     stream::unfold(follow, |mut follow| async move {
@@ -120,8 +133,7 @@ fn events(
             if let Some(logged) = follow.ready.pop_front() {
                 follow.seq = logged.seq;
                 follow.done = logged.event == ExecutionEvent::Completed;
-                let (name, body) = describe(&follow.execution, &logged.event, logged.at);
-                return Some(((logged.seq, name, body), follow));
+                return Some((logged, follow));
             }
             // Looked at before the events, so that one which comes in between wakes us.
             follow.version.mark_unchanged();

@@ -240,6 +240,7 @@ pub(super) fn spawn(birth: Birth) -> Session {
         created_at: actor.created_at,
         is_warm: actor.leaving.is_warm,
         by_language: Arc::default(),
+        in_a_row: Arc::default(),
         gate: Arc::clone(&actor.gate),
         commands: commands_in,
         wishes: wishes_in,
@@ -282,6 +283,7 @@ pub(super) fn ended(record: SessionRecord, reason: EndReason, gate: Arc<Gate>) -
         created_at: record.created_at,
         is_warm: record.is_warm,
         by_language: Arc::default(),
+        in_a_row: Arc::default(),
         gate,
         commands,
         wishes,
@@ -995,6 +997,7 @@ impl Actor {
             language: context.language().to_owned(),
             kernelspec: context.kernelspec.clone(),
             is_default: id == self.default_context,
+            cwd: context.cwd().unwrap_or(&self.spec.workdir).to_owned(),
             queued: context.queued(),
             created_at: context.created_at,
         })
