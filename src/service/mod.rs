@@ -1275,11 +1275,25 @@ impl Service {
     }
 }
 
+/// What is meant by an end that a caller names.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum NewEnd {
+    /// That one; refused where the session would be older than its template allows.
+    #[default]
+    Exactly,
+    /// That one, or the last that its template allows if that comes first.
+    Within,
+    /// The same, but never sooner than it would end anyway.
+    Later,
+}
+
 /// A change of a live session, as a caller asks for it.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct SessionPatch {
     /// It ends for its age this long from now.
     pub expires_in_seconds: Option<f64>,
+    /// What is meant by that.
+    pub end: NewEnd,
     /// It ends after this long without work.
     pub idle_seconds: Option<f64>,
     /// Replaces its labels.
@@ -1302,13 +1316,14 @@ impl SessionPatch {
         let age = jiff::Timestamp::now().duration_since(session.created_at).unsigned_abs();
         let now = session.snapshot().attributes.network.clone();
         let network = session.spec.network.choose(&now, &self.network);
+        let most = match self.end {
+            NewEnd::Exactly => session.spec.max_lifetime.saturating_sub(age),
+            NewEnd::Within | NewEnd::Later => session.spec.max_lifetime,
+        };
         let patch = Patch {
             network: network.as_ref().ok().filter(|network| **network != now).cloned(),
-            expires_in: seconds(
-                "/expires_in_seconds",
-                self.expires_in_seconds,
-                session.spec.max_lifetime.saturating_sub(age),
-            ),
+            expires_in: seconds("/expires_in_seconds", self.expires_in_seconds, most),
+            only_later: self.end == NewEnd::Later,
             idle: seconds("/idle_seconds", self.idle_seconds, session.spec.max_idle),
             labels: self.labels.clone(),
         };

@@ -165,6 +165,8 @@ pub enum StartFault {
 pub struct Patch {
     /// It ends for its age this long from now.
     pub expires_in: Option<Duration>,
+    /// But no sooner than it would.
+    pub only_later: bool,
     /// It ends after this long without work.
     pub idle: Option<Duration>,
     /// Replaces its labels.

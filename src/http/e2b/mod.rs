@@ -35,7 +35,6 @@ mod envd;
 pub mod error;
 mod interpreter;
 mod ports;
-#[allow(dead_code, reason = "the rooms behind it are built on it")]
 mod sandbox;
 pub mod way;
 
@@ -52,7 +51,6 @@ pub struct E2b {
 
 impl E2b {
     /// The template that a client means.
-    #[allow(dead_code, reason = "the control API is built on it")]
     fn template<'a>(&'a self, name: &'a str) -> &'a str {
         self.templates.get(name).map_or(name, String::as_str)
     }

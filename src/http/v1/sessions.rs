@@ -454,7 +454,7 @@ fn state(snapshot: &Snapshot) -> &'static str {
 const STATES: [&str; 6] = ["starting", "ready", "busy", "paused", "ending", "ended"];
 
 /// RFC 3339 in UTC with milliseconds.
-pub(super) fn time(at: Timestamp) -> String {
+pub(in crate::http) fn time(at: Timestamp) -> String {
     at.round(Unit::Millisecond).unwrap_or(at).to_string()
 }
 
@@ -493,7 +493,7 @@ fn created(status: StatusCode, session: &Session) -> Response {
 }
 
 /// Whether a request is the first with its key.
-pub(super) enum First {
+pub(in crate::http) enum First {
     /// It is, or has none.
     New(Option<Reservation>),
     /// It is not; this is what the first has made.
@@ -501,7 +501,7 @@ pub(super) enum First {
 }
 
 /// Begins a request that may come twice.
-pub(super) fn begin(app: &App, who: &Principal, key: Option<Once>) -> Result<First, Problem> {
+pub(in crate::http) fn begin(app: &App, who: &Principal, key: Option<Once>) -> Result<First, Problem> {
     let Some(key) = key else { return Ok(First::New(None)) };
     Ok(match app.service.begin(who, key)? {
         Begun::First(reservation) => First::New(Some(reservation)),
@@ -576,6 +576,7 @@ pub async fn patch_session(
         idle_seconds: body.idle_seconds,
         labels: body.labels,
         network: body.network.into(),
+        ..SessionPatch::default()
     };
     Ok(Answer(SessionView::of(&app.service.patch_session(&who, id, &patch).await?)))
 }

@@ -253,7 +253,8 @@ impl Actor {
         self.last_active = now;
         if let Some(expires_in) = patch.expires_in {
             let most = self.created_at.saturating_add(self.spec.max_lifetime).unwrap_or(Timestamp::MAX);
-            self.expires = (now + expires_in).min(instant(most));
+            let end = (now + expires_in).min(instant(most));
+            self.expires = if patch.only_later { self.expires.max(end) } else { end };
         }
         let attributes = Arc::make_mut(&mut self.attributes);
         attributes.idle = patch.idle.unwrap_or(attributes.idle);
