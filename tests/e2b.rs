@@ -1,68 +1,20 @@
 //! The door for programs written for E2B: which way a request goes, whose it is, what refusals look like, and E2B's own clients, as they come. With real containers.
 #![allow(clippy::unwrap_used, reason = "a test that finds something else is to fail")]
 
+#[path = "support/e2b.rs"]
+mod e2b;
 #[path = "support/server.rs"]
 mod server;
 
-use std::path::Path;
-use std::process::Command;
 use std::sync::Arc;
 
 use cellblock::domain::ids::SessionId;
-use cellblock::service::bearer::{Purpose, Tokens};
-use cellblock::store::secret;
-use reqwest::{Method, RequestBuilder};
+use e2b::{AGENT, INTERPRETER, Sandbox, aimed, asks, clients_work, is_gone, is_numbered};
+use reqwest::Method;
 use serde_json::json;
-use server::{Cell, Reply, Server, text};
+use server::{Server, text};
 
-const AGENT: &str = "49983";
-const INTERPRETER: &str = "49999";
 const SETTINGS: &str = "[e2b]\ndomain = \"boxes.test\"\n";
-
-/// A session that is a sandbox, and the tokens that its creator would have been told.
-struct Sandbox {
-    cell: Cell,
-    agent: String,
-    traffic: String,
-}
-
-impl Sandbox {
-    async fn new(server: &Arc<Server>) -> Self {
-        let cell = server.create(json!({"template": "e2b"})).await;
-        let tokens = Tokens::new(secret::ensure(server.data()).unwrap());
-        let id: SessionId = cell.id.parse().unwrap();
-        Self { agent: tokens.of(Purpose::Agent, id), traffic: tokens.of(Purpose::Traffic, id), cell }
-    }
-
-    /// A request to one of its ports, as E2B's clients send it to a server of one address.
-    fn ask(&self, method: Method, path: &str, port: &str) -> RequestBuilder {
-        aimed(&self.cell.server, method, path, (&self.cell.id, port))
-    }
-}
-
-fn aimed(server: &Server, method: Method, path: &str, (sandbox, port): (&str, &str)) -> RequestBuilder {
-    server.bare(method, path).header("E2b-Sandbox-Id", sandbox).header("E2b-Sandbox-Port", port)
-}
-
-/// A request to the control API.
-fn asks(server: &Server, method: Method, path: &str) -> RequestBuilder {
-    server.bare(method, path).header("x-api-key", server.key.replace("cb_", "e2b_"))
-}
-
-/// An error as the control API and the agent's files tell it.
-#[track_caller]
-fn is_numbered(reply: &Reply, status: u16) {
-    assert_eq!((reply.status, &reply.json["code"]), (status, &json!(status)), "{}", reply.text);
-    assert_eq!(reply.header("content-type"), "application/json", "{}", reply.text);
-    assert!(reply.json["message"].is_string(), "{}", reply.text);
-}
-
-/// An error as the proxy before sandboxes tells it.
-#[track_caller]
-fn is_gone(reply: &Reply) {
-    is_numbered(reply, 502);
-    assert!(text(&reply.json["message"]).contains("was not found"), "{}", reply.text);
-}
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_door() {
@@ -231,47 +183,9 @@ async fn e2bs_own_clients_work_as_they_come() {
 }
 
 async fn the_python_clients(server: Arc<Server>) {
-    for case in ["versions", "a_wrong_key_is_told_as_one"] {
-        client_works(&server, Client::Python, case).await;
-    }
+    clients_work(&server, "clients.py", "versions,a_wrong_key_is_told_as_one", &[]).await;
 }
 
 async fn the_javascript_clients(server: Arc<Server>) {
-    for case in ["versions", "a_wrong_key_is_told_as_one"] {
-        client_works(&server, Client::JavaScript, case).await;
-    }
-}
-
-/// E2B's clients in one language, as `scripts/test-kernel` has put them there.
-#[derive(Debug, Clone, Copy)]
-enum Client {
-    Python,
-    JavaScript,
-}
-
-/// Runs a case of `tests/e2b` against the server, and fails with what it says.
-async fn client_works(server: &Server, client: Client, case: &str) {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-    let (made, mut command) = match client {
-        Client::Python => {
-            let python = root.join("target/e2b/bin/python");
-            let mut command = Command::new(&python);
-            command.arg("-P").arg(root.join("tests/e2b/python/clients.py"));
-            (python, command)
-        }
-        Client::JavaScript => {
-            let folder = root.join("target/e2b-js");
-            let mut command = Command::new("node");
-            // The script is seen where its packages are, beside which it is a link.
-            command.args(["--preserve-symlinks", "--preserve-symlinks-main"]).arg(folder.join("js/clients.mjs"));
-            (folder.join("node_modules"), command)
-        }
-    };
-    assert!(made.exists(), "{} is not there; `make test-kernel` makes it", made.display());
-    // Older clients take no other form.
-    let key = server.key.replace("cb_", "e2b_");
-    command.args([&server.url, &key, case]);
-    let ran = tokio::task::spawn_blocking(move || command.output()).await.unwrap().unwrap();
-    let said = String::from_utf8_lossy(&ran.stderr);
-    assert!(ran.status.success(), "{client:?}, {case}: {said}");
+    clients_work(&server, "clients.mjs", "versions,a_wrong_key_is_told_as_one", &[]).await;
 }

@@ -1,49 +1,40 @@
 //! What E2B's agent answers in the door for programs written for E2B: to E2B's own clients, as they come, and to nobody's. With real containers.
 #![allow(clippy::unwrap_used, reason = "a test that finds something else is to fail")]
 
+#[path = "support/e2b.rs"]
+mod e2b;
 #[path = "support/server.rs"]
 mod server;
 
 use std::io::{Read, Write};
 use std::net::TcpStream;
-use std::path::Path;
-use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use cellblock::domain::ids::SessionId;
-use cellblock::service::bearer::{Purpose, Tokens};
-use cellblock::store::secret;
+use e2b::{AGENT, Sandbox, client, clients_work};
 use reqwest::{Method, RequestBuilder};
 use serde_json::{Value, json};
-use server::{Cell, Reply, Server, text};
+use server::{Reply, Server, text};
 
-/// A session that is a sandbox, and the token that its creator would have been told.
-struct Sandbox {
-    cell: Cell,
-    token: String,
+/// What the agent's tests ask of a sandbox.
+trait Agent {
+    fn ask_as(&self, method: Method, path: &str, token: &str) -> RequestBuilder;
+    async fn rpc(&self, method: &str, message: Value) -> Reply;
+    /// Sends a stream of envelopes, and tells how its answer ended.
+    async fn stream(&self, method: &str, body: Vec<u8>) -> Value;
 }
 
-impl Sandbox {
-    async fn new(server: &Arc<Server>) -> Self {
-        let cell = server.create(json!({"template": "e2b"})).await;
-        let tokens = Tokens::new(secret::ensure(server.data()).unwrap());
-        let id: SessionId = cell.id.parse().unwrap();
-        Self { token: tokens.of(Purpose::Agent, id), cell }
-    }
-
-    fn ask(&self, method: Method, path: &str, token: &str) -> RequestBuilder {
-        let request = self.cell.server.bare(method, path).header("x-access-token", token);
-        request.header("E2b-Sandbox-Id", &self.cell.id).header("E2b-Sandbox-Port", "49983")
+impl Agent for Sandbox {
+    fn ask_as(&self, method: Method, path: &str, token: &str) -> RequestBuilder {
+        self.ask(method, path, AGENT).header("x-access-token", token)
     }
 
     async fn rpc(&self, method: &str, message: Value) -> Reply {
-        self.cell.server.send(self.ask(Method::POST, method, &self.token).json(&message)).await
+        self.cell.server.send(self.ask_as(Method::POST, method, &self.agent).json(&message)).await
     }
 
-    /// Sends a stream of envelopes, and tells how its answer ended.
     async fn stream(&self, method: &str, body: Vec<u8>) -> Value {
-        let request = self.ask(Method::POST, method, &self.token).header("content-type", "application/connect+json");
+        let request = self.ask_as(Method::POST, method, &self.agent).header("content-type", "application/connect+json");
         let answer = request.body(body).send().await.unwrap();
         assert_eq!(answer.status().as_u16(), 200);
         let mut bytes = &answer.bytes().await.unwrap()[..];
@@ -57,38 +48,6 @@ impl Sandbox {
             }
         }
         panic!("the answer has no end: {last}");
-    }
-
-    fn client(&self, script: &str, case: &str) -> Command {
-        let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-        let (made, mut command) = match script.strip_suffix(".mjs") {
-            None => {
-                let python = root.join("target/e2b/bin/python");
-                let mut command = Command::new(&python);
-                command.arg(root.join("tests/e2b/python").join(script));
-                (python, command)
-            }
-            Some(_) => {
-                let folder = root.join("target/e2b-js");
-                let mut command = Command::new("node");
-                // The script is seen where its packages are, beside which it is a link.
-                command.args(["--preserve-symlinks", "--preserve-symlinks-main"]).arg(folder.join("js").join(script));
-                (folder.join("node_modules"), command)
-            }
-        };
-        assert!(made.exists(), "{} is not there; `make test-kernel` makes it", made.display());
-        let key = self.cell.server.key.replace("cb_", "e2b_");
-        command.env("PYTHONDONTWRITEBYTECODE", "1").args([&self.cell.server.url, &key, case]);
-        command.args([&self.cell.id, &self.token]).stdout(Stdio::piped()).stderr(Stdio::piped());
-        command
-    }
-
-    /// Runs cases of a script in `tests/e2b` here, and fails with what it says.
-    async fn clients_work(&self, script: &str, cases: &[&str]) {
-        let mut command = self.client(script, &cases.join(","));
-        let ran = tokio::task::spawn_blocking(move || command.output()).await.unwrap().unwrap();
-        let said = String::from_utf8_lossy(&ran.stderr);
-        assert!(ran.status.success(), "{script}, {cases:?}: {said}");
     }
 }
 
@@ -126,31 +85,25 @@ async fn the_agent_and_e2bs_own_clients() {
 }
 
 async fn the_python_client_has_files(server: Arc<Server>) {
-    let cases = [
-        "files_go_up_and_come_down",
-        "big_files_are_whole",
-        "urls_are_signed",
-        "folders_are_looked_at_and_changed",
-        "changes_are_told",
-        "changes_stream",
-    ];
-    Sandbox::new(&server).await.clients_work("agent.py", &cases).await;
+    let cases = "files_go_up_and_come_down,big_files_are_whole,urls_are_signed,folders_are_looked_at_and_changed,changes_are_told,changes_stream";
+    clients_work(&server, "agent.py", cases, &[]).await;
 }
 
 async fn the_python_client_runs_commands(server: Arc<Server>) {
+    clients_work(&server, "agent.py", "commands_run,commands_go_on,terminals", &[]).await;
     let sandbox = Sandbox::new(&server).await;
-    sandbox.clients_work("agent.py", &["commands_run", "commands_go_on", "terminals"]).await;
-    sandbox.clients_work("agent.py", &["begin"]).await;
-    sandbox.clients_work("agent.py", &["come_back"]).await;
+    for case in ["begin", "come_back"] {
+        clients_work(&server, "agent.py", case, &[&sandbox.cell.id]).await;
+    }
 }
 
 async fn the_javascript_client_works(server: Arc<Server>) {
-    Sandbox::new(&server).await.clients_work("agent.mjs", &["files", "changes", "commands", "terminals"]).await;
+    clients_work(&server, "agent.mjs", "files,changes,commands,terminals", &[]).await;
 }
 
 async fn a_client_hears_that_its_sandbox_is_killed(server: Arc<Server>) {
     let sandbox = Sandbox::new(&server).await;
-    let mut client = sandbox.client("agent.py", "it_is_killed").spawn().unwrap();
+    let mut client = client(&server, "agent.py", "it_is_killed", &[&sandbox.cell.id]).spawn().unwrap();
     let mut out = client.stdout.take().unwrap();
     let said = tokio::task::spawn_blocking(move || {
         let mut said = [0; 5];
@@ -178,18 +131,18 @@ async fn tokens_and_headers_of_others_open_nothing(server: Arc<Server>) {
     let (one, two) = (Sandbox::new(&server).await, Sandbox::new(&server).await);
     let list = "/process.Process/List";
     assert_eq!(one.rpc(list, json!({})).await.status, 200);
-    for token in [two.token.as_str(), server.key.as_str(), ""] {
-        let refused = server.send(one.ask(Method::POST, list, token).json(&json!({}))).await;
+    for token in [two.agent.as_str(), server.key.as_str(), ""] {
+        let refused = server.send(one.ask_as(Method::POST, list, token).json(&json!({}))).await;
         assert_eq!((refused.status, &refused.json["code"]), (401, &json!("unauthenticated")), "{}", refused.text);
-        let refused = server.send(one.ask(Method::GET, "/files?path=a", token)).await;
+        let refused = server.send(one.ask_as(Method::GET, "/files?path=a", token)).await;
         assert_eq!((refused.status, &refused.json["code"]), (401, &json!(401)), "{}", refused.text);
-        assert_eq!(server.send(one.ask(Method::GET, "/envs", token)).await.status, 401);
+        assert_eq!(server.send(one.ask_as(Method::GET, "/envs", token)).await.status, 401);
     }
     // A second name of a sandbox makes none of both.
-    let forged = one.ask(Method::POST, list, &two.token).header("E2b-Sandbox-Id", &two.cell.id).json(&json!({}));
+    let forged = one.ask_as(Method::POST, list, &two.agent).header("E2b-Sandbox-Id", &two.cell.id).json(&json!({}));
     assert_eq!(server.send(forged).await.status, 400);
     let forged =
-        one.ask(Method::GET, "/files?path=a&signature=v1_x", "").header("host", format!("49983-{}.x", two.cell.id));
+        one.ask_as(Method::GET, "/files?path=a&signature=v1_x", "").header("host", format!("49983-{}.x", two.cell.id));
     assert_eq!(server.send(forged).await.status, 401);
     // Somebody else's process is none here.
     let started = two.cell.background("import subprocess; subprocess.run(['sleep', '1000'])").await;
@@ -215,7 +168,7 @@ async fn paths_lead_nowhere_else(server: Arc<Server>) {
     assert_eq!(made["status"], "ok", "{made}");
     let read = async |path: &str| {
         let encoded: String = url::form_urlencoded::byte_serialize(path.as_bytes()).collect();
-        server.send(sandbox.ask(Method::GET, &format!("/files?path={encoded}"), &sandbox.token)).await
+        server.send(sandbox.ask_as(Method::GET, &format!("/files?path={encoded}"), &sandbox.agent)).await
     };
     for path in [
         "/etc/passwd",
@@ -248,7 +201,7 @@ async fn paths_lead_nowhere_else(server: Arc<Server>) {
         let refused = sandbox.rpc(&format!("/filesystem.Filesystem/{method}"), message).await;
         assert!(matches!(refused.status, 400 | 403), "{method}: {} {}", refused.status, refused.text);
     }
-    let put = |name: &str| server.send(form(sandbox.ask(Method::POST, "/files", &sandbox.token), &[name]));
+    let put = |name: &str| server.send(form(sandbox.ask_as(Method::POST, "/files", &sandbox.agent), &[name]));
     for path in ["/etc/x", "../../x", "out/x", "x/"] {
         let refused = put(path).await;
         assert!(matches!(refused.status, 400 | 403), "{path}: {} {}", refused.status, refused.text);
@@ -282,10 +235,10 @@ async fn frames_are_what_they_say(server: Arc<Server>) {
         // Who says nothing at all has said all.
         assert_eq!(end["error"].is_object(), !body.is_empty(), "{end}");
     }
-    let plain = sandbox.ask(Method::POST, "/process.Process/Start", &sandbox.token).json(&start);
+    let plain = sandbox.ask_as(Method::POST, "/process.Process/Start", &sandbox.agent).json(&start);
     assert_eq!(server.send(plain).await.status, 415);
     // A client stream, in one go.
-    let cat = sandbox.ask(Method::POST, "/process.Process/Start", &sandbox.token);
+    let cat = sandbox.ask_as(Method::POST, "/process.Process/Start", &sandbox.agent);
     let cat = cat.header("content-type", "application/connect+json");
     let cat = cat.body(envelope(&json!({"process": {"cmd": "cat"}, "tag": "cat"}))).send().await.unwrap();
     let which = json!({"process": {"tag": "cat"}});
@@ -311,7 +264,7 @@ async fn who_never_reads_is_cut_off(server: Arc<Server>) {
         "POST /process.Process/Start HTTP/1.1\r\nhost: {address}\r\ne2b-sandbox-id: {}\r\ne2b-sandbox-port: 49983\r\nx-access-token: {}\r\n\
          content-type: application/connect+json\r\ncontent-length: {}\r\n\r\n",
         sandbox.cell.id,
-        sandbox.token,
+        sandbox.agent,
         body.len()
     );
     let mut lazy = TcpStream::connect(address).unwrap();
@@ -336,7 +289,7 @@ async fn who_never_reads_is_cut_off(server: Arc<Server>) {
 
 async fn what_is_wrong_is_said(server: Arc<Server>) {
     let sandbox = Sandbox::new(&server).await;
-    let post = |path: &str| sandbox.ask(Method::POST, path, &sandbox.token);
+    let post = |path: &str| sandbox.ask_as(Method::POST, path, &sandbox.agent);
     let sized = "application/octet-stream";
     for (request, status, word) in [
         (post("/files").header("content-type", sized).body("x"), 400, "?path="),
@@ -353,8 +306,8 @@ async fn what_is_wrong_is_said(server: Arc<Server>) {
             "4096",
         ),
         (post("/files?path=a&username=root").header("content-type", sized).body("x"), 401, "root"),
-        (sandbox.ask(Method::GET, "/files?path=", &sandbox.token), 400, ""),
-        (sandbox.ask(Method::GET, "/nothing", &sandbox.token), 404, "docs/E2B.md"),
+        (sandbox.ask_as(Method::GET, "/files?path=", &sandbox.agent), 400, ""),
+        (sandbox.ask_as(Method::GET, "/nothing", &sandbox.agent), 404, "docs/E2B.md"),
     ] {
         let refused = server.send(request).await;
         assert_eq!((refused.status, &refused.json["code"]), (status, &json!(status)), "{}", refused.text);
@@ -363,9 +316,9 @@ async fn what_is_wrong_is_said(server: Arc<Server>) {
     let refused = server.send(form(post("/files"), &["same", "./same"])).await;
     assert_eq!((refused.status, &refused.json["code"]), (400, &json!(400)), "{}", refused.text);
     let root =
-        sandbox.ask(Method::POST, "/process.Process/List", &sandbox.token).header("authorization", "Basic cm9vdDo=");
+        sandbox.ask_as(Method::POST, "/process.Process/List", &sandbox.agent).header("authorization", "Basic cm9vdDo=");
     let refused = server.send(root.json(&json!({}))).await;
     assert_eq!((refused.status, &refused.json["code"]), (401, &json!("unauthenticated")), "{}", refused.text);
-    let envs = server.send(sandbox.ask(Method::GET, "/envs", &sandbox.token)).await;
+    let envs = server.send(sandbox.ask_as(Method::GET, "/envs", &sandbox.agent)).await;
     assert!(envs.status == 200 && envs.json.is_object(), "{}", envs.text);
 }

@@ -1,8 +1,8 @@
-// Works with files, commands and terminals as E2B's own JavaScript client does, as it comes: `agent.mjs URL KEY CASE SANDBOX TOKEN`. Ends with 0 if the client got what it should.
+// Works with files, commands and terminals as E2B's own JavaScript client does, as it comes: `agent.mjs URL KEY CASES`. Ends with 0 if the client got what it should.
 
 import assert from "node:assert/strict";
 
-const [url, key, name, sandboxId, envdAccessToken] = process.argv.slice(2);
+const [url, key, names] = process.argv.slice(2);
 
 // The three variables that move a program, and nothing else of E2B's. Before the clients are loaded, which read them.
 for (const variable of Object.keys(process.env).filter((variable) => variable.startsWith("E2B_"))) {
@@ -11,7 +11,7 @@ for (const variable of Object.keys(process.env).filter((variable) => variable.st
 Object.assign(process.env, { E2B_API_URL: url, E2B_SANDBOX_URL: url, E2B_API_KEY: key });
 
 const { Sandbox, CommandExitError, FileNotFoundError, NotFoundError, TimeoutError } = await import("e2b");
-const sandbox = new Sandbox({ sandboxId, envdAccessToken, envdVersion: "0.6.13" });
+const sandbox = await Sandbox.create({ timeoutMs: 600_000 });
 
 const until = async (what) => {
   for (let tries = 0; tries < 200; tries++) {
@@ -93,4 +93,5 @@ const cases = {
   },
 };
 
-for (const one of name.split(",")) await cases[one]();
+for (const name of names.split(",")) await cases[name]();
+assert.equal(await sandbox.kill(), true);

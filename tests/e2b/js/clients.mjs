@@ -1,11 +1,11 @@
-// Runs E2B's own JavaScript clients, as they come, against a server: `clients.mjs URL KEY CASE`. Ends with 0 if the client got what it should.
+// Runs E2B's own JavaScript clients, as they come, against a server: `clients.mjs URL KEY CASES`. Ends with 0 if the client got what it should.
 //
 // They find the server by the environment alone, as programs do that are moved. A case is a function in `cases`; what it asserts is what E2B's programs rely on.
 
 import assert from "node:assert/strict";
 import { readFile } from "node:fs/promises";
 
-const [url, key, name] = process.argv.slice(2);
+const [url, key, names] = process.argv.slice(2);
 
 // The three variables that move a program, and nothing else of E2B's. Before the clients are loaded, which read them.
 for (const variable of Object.keys(process.env).filter((variable) => variable.startsWith("E2B_"))) {
@@ -28,4 +28,4 @@ const cases = {
   },
 };
 
-await cases[name]();
+for (const name of names.split(",")) await cases[name]();

@@ -1,10 +1,8 @@
-// Runs code as E2B's own JavaScript client does, as it comes: `code.mjs URL KEY CASE [SANDBOX AGENT TRAFFIC]`. Ends with 0 if the client got what it should.
-//
-// With the three last words it works in a sandbox that there is, as a process does that was told of one; without, it makes one.
+// Runs code as E2B's own JavaScript client does, as it comes: `code.mjs URL KEY CASE`. Ends with 0 if the client got what it should.
 
 import assert from "node:assert/strict";
 
-const [url, key, name, ...given] = process.argv.slice(2);
+const [url, key, name] = process.argv.slice(2);
 
 // The three variables that move a program, and nothing else of E2B's. Before the clients are loaded, which read them.
 for (const variable of Object.keys(process.env).filter((variable) => variable.startsWith("E2B_"))) {
@@ -13,12 +11,6 @@ for (const variable of Object.keys(process.env).filter((variable) => variable.st
 Object.assign(process.env, { E2B_API_URL: url, E2B_SANDBOX_URL: url, E2B_API_KEY: key });
 
 const { Sandbox, NotFoundError, TimeoutError } = await import("@e2b/code-interpreter");
-
-async function made() {
-  if (given.length === 0) return Sandbox.create({ timeoutMs: 300_000 });
-  const [sandboxId, envdAccessToken, trafficAccessToken] = given;
-  return new Sandbox({ sandboxId, envdAccessToken, trafficAccessToken, envdVersion: "0.6.13" });
-}
 
 const cases = {
   async state_and_callbacks(sandbox) {
@@ -76,12 +68,13 @@ const cases = {
   },
 };
 
-const sandbox = await made();
+const sandbox = await Sandbox.create({ timeoutMs: 600_000 });
 for (const [each, act] of Object.entries(cases)) {
   if (name !== "all" && name !== each) continue;
   const began = Date.now();
   await act(sandbox);
   console.log(`${each}: ${(Date.now() - began) / 1000} s`);
 }
+assert.equal(await sandbox.kill(), true);
 // Connections of the client are kept for a while, and the process with them.
 process.exit(0);

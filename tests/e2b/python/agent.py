@@ -1,4 +1,6 @@
-"""Works with files, commands and terminals as E2B's own Python clients do, as they come: `agent.py URL KEY CASE SANDBOX TOKEN`. Ends with 0 if the client got what it should."""
+"""Works with files, commands and terminals as E2B's own Python clients do, as they come: `agent.py URL KEY CASES [SANDBOX]`. Ends with 0 if the client got what it should.
+
+In a sandbox that is named it works as a process does that was told of one; otherwise it makes one."""
 
 import asyncio
 import hashlib
@@ -10,21 +12,6 @@ import urllib.request
 
 import e2b
 from clients import surroundings
-from e2b.sandbox_async.main import AsyncSandbox
-from packaging.version import Version
-
-
-def of(kind, sandbox_id, token):
-    """A sandbox's client. What a create answers with is handed over as it hands it over itself."""
-    headers = {"E2b-Sandbox-Id": sandbox_id, "E2b-Sandbox-Port": "49983", "X-Access-Token": token}
-    return kind(
-        sandbox_id=sandbox_id,
-        sandbox_domain=None,
-        envd_version=Version("0.6.13"),
-        envd_access_token=token,
-        traffic_access_token=None,
-        connection_config=e2b.ConnectionConfig(extra_sandbox_headers=headers),
-    )
 
 
 def refused(kind, call, *args, **named):
@@ -164,9 +151,11 @@ def changes_are_told(sandbox):
     refused(e2b.InvalidArgumentException, files.watch_dir, "w/there")
 
 
-def changes_stream(sandbox_id, token):
+def changes_stream(sandbox):
+    sandbox_id = sandbox.sandbox_id
+
     async def run():
-        sandbox, heard, left = of(AsyncSandbox, sandbox_id, token), [], []
+        sandbox, heard, left = await e2b.AsyncSandbox.connect(sandbox_id, timeout=600), [], []
         await sandbox.files.make_dir("s")
         handle = await sandbox.files.watch_dir("s", on_event=heard.append, on_exit=left.append, include_entry=True)
         await sandbox.files.write("s/x", "1")
@@ -270,13 +259,13 @@ def it_is_killed(sandbox):
 
 
 def main():
-    url, key, case, sandbox_id, token = sys.argv[1:]
+    url, key, cases, *named = sys.argv[1:]
     surroundings(url, key)
-    for name in case.split(","):
-        if name == "changes_stream":
-            changes_stream(sandbox_id, token)
-        else:
-            globals()[name](of(e2b.Sandbox, sandbox_id, token))
+    sandbox = e2b.Sandbox.connect(*named, timeout=600) if named else e2b.Sandbox.create(timeout=600)
+    for case in cases.split(","):
+        globals()[case](sandbox)
+    if not named:
+        assert sandbox.kill()
 
 
 if __name__ == "__main__":

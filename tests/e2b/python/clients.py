@@ -1,4 +1,4 @@
-"""Runs E2B's own Python clients, as they come, against a server: `clients.py URL KEY CASE`. Ends with 0 if the client got what it should.
+"""Runs E2B's own Python clients, as they come, against a server: `clients.py URL KEY CASES`. Ends with 0 if the client got what it should.
 
 They find the server by the environment alone, as programs do that are moved. A case is a function of this module; what it asserts is what E2B's programs rely on."""
 
@@ -32,9 +32,10 @@ def a_wrong_key_is_told_as_one(_key):
 
 
 def main():
-    url, key, case = sys.argv[1:]
+    url, key, cases = sys.argv[1:]
     surroundings(url, key)
-    globals()[case](key)
+    for case in cases.split(","):
+        globals()[case](key)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Runs code as E2B's own Python clients do, as they come: `code.py URL KEY CASE [SANDBOX AGENT TRAFFIC]`. Ends with 0 if the client got what it should.
+"""Runs code as E2B's own Python clients do, as they come: `code.py URL KEY CASE [SANDBOX [AGENT TRAFFIC]]`. Ends with 0 if the client got what it should.
 
-With the three last words it works in a sandbox that there is, as a process does that was told of one; without, it makes one."""
+In a sandbox that is named it works as a process does that was told of one, with tokens as somebody who has stolen or made them up; otherwise it makes one."""
 
 import asyncio
 import base64
@@ -14,11 +14,14 @@ from e2b_code_interpreter import AsyncSandbox, Sandbox
 from packaging.version import Version
 
 
-def of(kind, given):
-    """A sandbox's client. What a create answers with is handed over as it hands it over itself."""
-    if not given:
-        return kind.create(timeout=300)
-    sandbox_id, agent, traffic = given
+def of(kind, named):
+    """A sandbox's client; of the asynchronous kind what it will be."""
+    match named:
+        case []:
+            return kind.create(timeout=600)
+        case [sandbox_id]:
+            return kind.connect(sandbox_id, timeout=600)
+    sandbox_id, agent, traffic = named
     headers = {"E2b-Sandbox-Id": sandbox_id, "E2b-Sandbox-Port": "49983", "X-Access-Token": agent}
     return kind(
         sandbox_id=sandbox_id,
@@ -227,8 +230,8 @@ def a_stranger_is_told_so(sandbox):
             raise AssertionError("a stranger came in")
 
 
-async def the_asynchronous_client(sandbox):
-    heard = []
+async def the_asynchronous_client(named):
+    sandbox, heard = await of(AsyncSandbox, named), []
 
     async def hear(line):
         heard.append(line.line)
@@ -261,15 +264,17 @@ CASES = {
 
 
 def main():
-    url, key, case, *given = sys.argv[1:]
+    url, key, case, *named = sys.argv[1:]
     surroundings(url, key)
     if case == "async":
-        return asyncio.run(the_asynchronous_client(of(AsyncSandbox, given)))
-    sandbox = of(Sandbox, given)
+        return asyncio.run(the_asynchronous_client(named))
+    sandbox = of(Sandbox, named)
     for act in CASES.get(case) or [globals()[case]]:
         began = time.monotonic()
         act(sandbox)
         print(f"{act.__name__}: {time.monotonic() - began:.1f} s", flush=True)
+    if not named:
+        assert sandbox.kill()
 
 
 if __name__ == "__main__":
