@@ -10,7 +10,7 @@ use serde_json::Value;
 use super::super::error::Refusal;
 use super::super::sandbox::{Account, LABEL_AUTO_RESUME, LABEL_TEMPLATE};
 use super::in_their_words;
-use super::network::NetworkConfig;
+use super::network::{NetworkConfig, no_way_out};
 use super::view::SandboxView;
 use crate::domain::egress::{NetworkMode, NetworkRequest};
 use crate::domain::spec::{FieldError, OnExpiry, OnIdle, SessionRequest};
@@ -19,6 +19,7 @@ use crate::http::extract::{Answer, Keyed};
 use crate::http::problem::Problem;
 use crate::http::v1::sessions::{First, begin};
 use crate::service::Error;
+use crate::service::keys::Principal;
 use crate::session::registry::Created;
 
 /// Our names of fields, and theirs.
@@ -27,7 +28,7 @@ const NAMES: [(&str, &str); 5] = [
     ("/timeouts/lifetime_seconds", "/timeout"),
     ("/env", "/envVars"),
     ("/network/allow", "/network/allowOut"),
-    ("/network/mode", "/network"),
+    ("/network/mode", "/network/allowOut"),
 ];
 
 /// What a sandbox is to be. Clients leave out what their callers do not say, or send null.
@@ -78,7 +79,7 @@ pub(super) async fn create_secured(
 }
 
 async fn make(Account { app, who }: Account, Keyed(asked, key): Keyed<NewSandbox>) -> Result<Response, Refusal> {
-    let request = asked.resolve(&app).map_err(|wrong| in_their_words(Error::SpecRejected(wrong), &NAMES))?;
+    let request = asked.resolve(&app, &who).map_err(|wrong| in_their_words(Error::SpecRejected(wrong), &NAMES))?;
     let made = match begin(&app, &who, key).map_err(Refusal::of_control)? {
         First::New(once) => match app.service.create_session(&who, &request, true, once).await {
             Ok(Created::New(session) | Created::Reused(session)) => Ok(session),
@@ -99,7 +100,7 @@ fn refused(error: Error) -> Refusal {
 }
 
 impl NewSandbox {
-    fn resolve(self, app: &App) -> Result<SessionRequest, Vec<FieldError>> {
+    fn resolve(self, app: &App, who: &Principal) -> Result<SessionRequest, Vec<FieldError>> {
         let mut errors = self.not_had();
         let door = app.e2b.clone().unwrap_or_default();
         let template = door.template(&self.template).to_owned();
@@ -113,7 +114,9 @@ impl NewSandbox {
         if self.allow_internet_access == Some(true)
             && (network.mode, &network.allow) == (Some(NetworkMode::Allowlist), &None)
         {
-            errors.extend(no_way_out(app, &template));
+            // A template that is not there is told by the service.
+            let offered = app.service.offered(who).into_iter().find(|offered| offered.name == template);
+            errors.extend(offered.and_then(|offered| no_way_out(&offered.network)));
         }
         if !errors.is_empty() {
             return Err(errors);
@@ -154,16 +157,6 @@ impl NewSandbox {
         .map(|(pointer, _, message)| FieldError::new(pointer, message))
         .collect()
     }
-}
-
-/// Why a template's sandboxes have no way out that name none.
-fn no_way_out(app: &App, template: &str) -> Option<FieldError> {
-    // One that is not there is told by the service.
-    let offer = app.service.template(template)?.network;
-    let message = format!(
-        "template \"{template}\" gives no way out by itself; leave this out, or name in network.allowOut what is to be reached and the template permits"
-    );
-    (offer.usual.is_empty() && !offer.initial.is_open()).then(|| FieldError::new("/allow_internet_access", message))
 }
 
 #[cfg(test)]

@@ -7,7 +7,7 @@ use serde_json::{Map, Value, json};
 
 use super::super::error::Refusal;
 use super::{Named, in_their_words};
-use crate::domain::egress::{Network, NetworkMode, NetworkRequest};
+use crate::domain::egress::{Network, NetworkMode, NetworkOffer, NetworkRequest};
 use crate::domain::spec::FieldError;
 use crate::http::extract::Body;
 use crate::http::problem::Problem;
@@ -18,7 +18,7 @@ const ALL: [&str; 2] = ["0.0.0.0/0", "::/0"];
 /// The same as a rule of ours.
 const ANY_NAME: &str = "*";
 /// Our names of fields, and theirs.
-const NAMES: [(&str, &str); 2] = [("/network/allow", "/allowOut"), ("/network/mode", "/allow_internet_access")];
+const NAMES: [(&str, &str); 2] = [("/network/allow", "/allowOut"), ("/network/mode", "/allowOut")];
 
 /// What a client asks for.
 #[derive(Debug, Default, Deserialize)]
@@ -96,6 +96,13 @@ fn rule_of(rule: &str) -> String {
     rule.strip_suffix("/32").or_else(|| rule.strip_suffix("/128")).unwrap_or(rule).to_owned()
 }
 
+/// Why a sandbox has no way out that asks for one and names nothing.
+pub(super) fn no_way_out(offer: &NetworkOffer) -> Option<FieldError> {
+    let message = "the template gives no way out by itself; name in allowOut what is to be reached, as far as the template permits it, or leave this out";
+    let is_closed = offer.usual.is_empty() && !offer.initial.is_open();
+    is_closed.then(|| FieldError::new("/allow_internet_access", message))
+}
+
 /// What a sandbox may reach, for clients.
 pub(super) fn told(network: &Network) -> Value {
     let allow: Vec<String> = network.allow.iter().map(ToString::to_string).collect();
@@ -110,6 +117,9 @@ pub(super) async fn update(
     let Body(asked) = body.map_err(Refusal::of_control)?;
     let asked = asked.resolve(None).map_err(|wrong| in_their_words(Error::SpecRejected(wrong), &NAMES))?;
     let offer = &session.spec.network;
+    if let (Some(NetworkMode::Allowlist), None, Some(wrong)) = (asked.mode, &asked.allow, no_way_out(offer)) {
+        return Err(Refusal::of_control(Error::SpecRejected(vec![wrong])));
+    }
     let network = match (asked.mode, &asked.allow) {
         (Some(NetworkMode::None), _) | (_, Some(_)) => asked,
         (None, None) if !offer.initial.is_open() => NetworkRequest { mode: Some(NetworkMode::None), allow: None },
