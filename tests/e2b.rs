@@ -10,11 +10,20 @@ use std::sync::Arc;
 
 use cellblock::domain::ids::SessionId;
 use e2b::{AGENT, INTERPRETER, Sandbox, aimed, asks, clients_work, is_gone, is_numbered};
-use reqwest::Method;
-use serde_json::json;
+use reqwest::{Method, RequestBuilder};
+use serde_json::{Value, json};
 use server::{Server, text};
 
 const SETTINGS: &str = "[e2b]\ndomain = \"boxes.test\"\n";
+/// What stands beside it, and sandboxes that may reach something.
+const OTHERS: &str = r#"
+[doors.classic]
+enabled = true
+[templates.outward]
+image = "cellblock/python:latest"
+[templates.outward.network]
+may_allow = ["*.example.org", "pypi"]
+"#;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_door() {
@@ -35,8 +44,13 @@ async fn the_control_api_speaks_e2bs_words(server: Arc<Server>) {
             let wrong = server.bare(Method::GET, &path).header("x-api-key", format!("e2b_{}", "0".repeat(64)));
             is_numbered(&server.send(wrong).await, 401);
         }
-        for path in ["/v2/nothing", "/v3/templates", "/templates", "/sandboxes/x/nothing"] {
+        for path in ["/v2/nothing", "/v3/nothing", "/sandboxes/x/nothing", "/sandboxes/x", "/sandboxes/x/metrics"] {
             is_numbered(&server.send(asks(&server, Method::GET, &format!("{place}{path}"))).await, 404);
+        }
+        for path in
+            ["/snapshots", "/templates", "/templates/x", "/v2/templates", "/v3/templates", "/volumes", "/secrets/x"]
+        {
+            is_numbered(&server.send(asks(&server, Method::GET, &format!("{place}{path}"))).await, 501);
         }
         is_numbered(&server.send(asks(&server, Method::PATCH, &format!("{place}/v2/sandboxes"))).await, 405);
     }
@@ -176,14 +190,232 @@ async fn what_a_sandbox_serves_is_reached_by_its_port(server: Arc<Server>) {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_control_api() {
+    let server = Server::start_with_tenants(&format!("{SETTINGS}{OTHERS}")).await;
+    let cases = cases!(
+        server;
+        others_see_nothing_of_a_sandbox, older_clients_are_served, rules_are_taken_where_they_mean_something, what_is_wrong_is_said,
+        a_sandbox_is_a_session_of_the_other_doors, the_classic_routes_stand_beside_it
+    );
+    server.run_and_finish(2, cases).await;
+}
+
+async fn others_see_nothing_of_a_sandbox(server: Arc<Server>) {
+    let sandbox = Sandbox::new(&server).await;
+    let id = &sandbox.cell.id;
+    let below = [
+        (Method::GET, ""),
+        (Method::DELETE, ""),
+        (Method::POST, "/connect"),
+        (Method::POST, "/resume"),
+        (Method::POST, "/timeout"),
+        (Method::POST, "/pause"),
+        (Method::GET, "/metrics"),
+        (Method::PUT, "/network"),
+        (Method::POST, "/snapshots"),
+        (Method::POST, "/fork"),
+    ];
+    for (method, below) in below {
+        for place in ["/sandboxes", "/e2b/api/sandboxes"] {
+            let path = format!("{place}/{id}{below}");
+            let ask = |request: RequestBuilder| {
+                if method == Method::GET { request } else { request.json(&json!({"timeout": 1})) }
+            };
+            is_numbered(&server.send(ask(server.foreign(method.clone(), &path))).await, 404);
+            let powerless = server.bare(method.clone(), &path).header("x-api-key", &server.powerless_key);
+            is_numbered(&server.send(ask(powerless)).await, 403);
+        }
+    }
+    let connect = server.foreign(Method::POST, &format!("/v2/sandboxes/{id}/connect")).json(&json!({}));
+    is_numbered(&server.send(connect).await, 404);
+    for path in ["/sandboxes", "/v2/sandboxes"] {
+        assert_eq!(server.send(server.foreign(Method::GET, path)).await.json, json!([]));
+        let powerless = server.bare(Method::GET, path).header("x-api-key", &server.powerless_key);
+        is_numbered(&server.send(powerless).await, 403);
+        let create = server.bare(Method::POST, path).header("x-api-key", &server.powerless_key);
+        is_numbered(&server.send(create.json(&json!({"templateID": "base"}))).await, 403);
+    }
+    assert_eq!(server.send(sandbox.ask(Method::GET, "/health", AGENT)).await.status, 204, "nothing has happened to it");
+}
+
+async fn older_clients_are_served(server: Arc<Server>) {
+    // They say by themselves that they want the internet.
+    let asked = json!({
+        "templateID": "code-interpreter-v1", "metadata": {"older": "yes"}, "secure": true, "allow_internet_access": true, "timeout": 300, "autoPause": false
+    });
+    let made = server.send(asks(&server, Method::POST, "/sandboxes").json(&asked)).await;
+    assert_eq!(made.status, 201, "{}", made.text);
+    let id = text(&made.json["sandboxID"]);
+    let list = || server.send(asks(&server, Method::GET, "/sandboxes?metadata=older%3Dyes"));
+    let listed = list().await;
+    assert_eq!((listed.status, &listed.json[0]["sandboxID"], &listed.json[1]), (200, &json!(id), &Value::Null));
+    let ask = |below: &str, body: Value| {
+        server.send(asks(&server, Method::POST, &format!("/sandboxes/{id}{below}")).json(&body))
+    };
+    is_numbered(&ask("/resume", json!({"timeout": 60})).await, 409);
+    let connected = ask("/connect", json!({"timeout": 60})).await;
+    assert_eq!(connected.status, 200, "{}", connected.text);
+    assert_eq!(ask("/pause", json!({})).await.status, 204);
+    is_numbered(&ask("/pause", json!({})).await, 409);
+    assert_eq!(list().await.json, json!([]), "only what runs is listed there");
+    let resumed = ask("/resume", json!({"timeout": 60, "autoPause": false})).await;
+    assert_eq!((resumed.status, &resumed.json["envdAccessToken"]), (201, &made.json["envdAccessToken"]));
+    let removed = server.send(asks(&server, Method::DELETE, &format!("/sandboxes/{id}"))).await;
+    assert_eq!((removed.status, removed.text.as_str()), (204, ""));
+    is_numbered(&server.send(asks(&server, Method::DELETE, &format!("/sandboxes/{id}"))).await, 404);
+}
+
+async fn rules_are_taken_where_they_mean_something(server: Arc<Server>) {
+    let rules = json!({"allowOut": ["files.example.org", "pypi"], "denyOut": ["0.0.0.0/0"]});
+    let sandbox = Sandbox::of(&server, json!({"templateID": "outward", "network": rules})).await;
+    let look = async || server.send(sandbox.control(Method::GET, "")).await.json;
+    let now = look().await;
+    assert_eq!(now["allowInternetAccess"], true, "{now}");
+    assert!(now["network"]["allowOut"].as_array().unwrap().contains(&json!("files.example.org")), "{now}");
+    let change = |network: Value| server.send(sandbox.control(Method::PUT, "/network").json(&network));
+    let changed = change(json!({"allowOut": ["a.example.org"], "denyOut": ["0.0.0.0/0"]})).await;
+    assert_eq!(changed.status, 204, "{}", changed.text);
+    assert_eq!(look().await["network"], json!({"allowOut": ["a.example.org"], "denyOut": ["0.0.0.0/0"]}));
+    for (network, word) in [
+        (json!({"allowOut": ["elsewhere.test"]}), "/allowOut/0"),
+        (json!({"denyOut": ["10.0.0.0/8"]}), "/denyOut/0"),
+        (json!({"allow_internet_access": true}), "/allow_internet_access"),
+    ] {
+        let refused = change(network).await;
+        is_numbered(&refused, 400);
+        assert!(text(&refused.json["message"]).contains(word), "{}", refused.text);
+    }
+    assert_eq!(change(json!({"allow_internet_access": false})).await.status, 204);
+    let now = look().await;
+    assert_eq!((&now["allowInternetAccess"], &now["network"]["allowOut"]), (&json!(false), &json!([])));
+}
+
+async fn what_is_wrong_is_said(server: Arc<Server>) {
+    let create = |body: Value| server.send(asks(&server, Method::POST, "/v2/sandboxes").json(&body));
+    for (body, status, word) in [
+        (json!({}), 400, "/templateID"),
+        (json!({"templateID": "none"}), 404, "/templateID"),
+        (json!({"templateID": 1}), 400, "/templateID"),
+        (json!({"templateID": "base", "gpu": 1}), 400, "/gpu"),
+        (json!({"templateID": "base", "timeout": -1}), 400, "/timeout"),
+        (json!({"templateID": "base", "timeout": 0}), 400, "/timeout"),
+        (json!({"templateID": "base", "metadata": {"a": 1}}), 400, "/metadata/a"),
+        (json!({"templateID": "base", "envVars": {"LD_PRELOAD": "x"}}), 400, "/envVars/LD_PRELOAD"),
+        (json!({"templateID": "base", "autoResume": {"enabled": true}}), 400, "/autoResume"),
+        (
+            json!({"templateID": "base", "network": {"rules": {"a": [{}]}, "denyOut": ["1.1.1.1"]}}),
+            400,
+            "/network/denyOut/0",
+        ),
+    ] {
+        let refused = create(body.clone()).await;
+        is_numbered(&refused, status);
+        assert!(text(&refused.json["message"]).contains(word), "{body}: {}", refused.text);
+    }
+    let odd = asks(&server, Method::POST, "/v2/sandboxes").header("content-type", "text/plain").body("{}");
+    is_numbered(&server.send(odd).await, 400);
+    let broken = asks(&server, Method::POST, "/v2/sandboxes").header("content-type", "application/json").body("{");
+    is_numbered(&server.send(broken).await, 400);
+    for query in [
+        "limit=0",
+        "limit=101",
+        "order=up",
+        "state=ended",
+        "nextToken=x",
+        "nextToken=1-x",
+        "startedAfter=now",
+        "metadata=a",
+        "more=1",
+    ] {
+        is_numbered(&server.send(asks(&server, Method::GET, &format!("/v2/sandboxes?{query}"))).await, 400);
+    }
+    let sandbox = Sandbox::new(&server).await;
+    for (below, body) in [
+        ("/timeout", json!({})),
+        ("/timeout", json!({"timeout": -1})),
+        ("/timeout", json!({"timeout": 1e300})),
+        ("/connect", json!({"timeout": -1})),
+        ("/connect", json!({"memory": false})),
+        ("/resume", json!({"autoPause": true})),
+        ("/pause", json!({"memory": false})),
+        ("/pause", json!({"memory": "no"})),
+    ] {
+        is_numbered(&server.send(sandbox.control(Method::POST, below).json(&body)).await, 400);
+    }
+    is_numbered(&server.send(sandbox.control(Method::GET, "/metrics?start=now")).await, 400);
+    assert_eq!(server.send(sandbox.control(Method::POST, "/timeout").json(&json!({"timeout": 0}))).await.status, 204);
+    assert_eq!(sandbox.cell.wait("ended").await["end_reason"], "lifetime");
+    is_numbered(&server.send(sandbox.control(Method::POST, "/timeout").json(&json!({"timeout": 60}))).await, 404);
+}
+
+async fn a_sandbox_is_a_session_of_the_other_doors(server: Arc<Server>) {
+    let sandbox =
+        Sandbox::of(&server, json!({"templateID": "base", "timeout": 900, "metadata": {"a": "1"}, "autoPause": true}))
+            .await;
+    let view = &sandbox.cell.view;
+    let seen = (&view["template"], &view["on_idle"], &view["on_expiry"], &view["metadata"]);
+    assert_eq!(seen, (&json!("e2b"), &json!("keep"), &json!("pause"), &json!({"a": "1"})), "{view}");
+    let session = server.create(json!({"template": "e2b", "metadata": {"native": "yes"}})).await;
+    let listed = server.send(asks(&server, Method::GET, "/v2/sandboxes?metadata=native%3Dyes")).await;
+    assert_eq!(listed.json[0]["sandboxID"], json!(session.id), "{}", listed.text);
+    assert!(listed.json[0].get("alias").is_none(), "nobody has named its template otherwise");
+    let connected = asks(&server, Method::POST, &format!("/v2/sandboxes/{}/connect", session.id)).json(&json!({}));
+    let connected = server.send(connected).await;
+    assert_eq!(connected.status, 200, "{}", connected.text);
+    let health = aimed(&server, Method::GET, "/contexts", (&session.id, INTERPRETER));
+    let health = health.header("e2b-traffic-access-token", text(&connected.json["trafficAccessToken"]));
+    assert_eq!(server.send(health).await.status, 200);
+}
+
+async fn the_classic_routes_stand_beside_it(server: Arc<Server>) {
+    let sandbox = Sandbox::new(&server).await;
+    let started = server.send(server.request(Method::POST, "/start_session").form(&[("user_id", "ada")])).await;
+    assert_eq!(started.status, 200, "{}", started.text);
+    let classic = server.request(Method::POST, "/execute").json(&json!({"user_id": "ada", "code": "print('classic')"}));
+    let classic = server.send(classic).await;
+    assert!(classic.status == 200 && classic.json.is_object() && classic.text.contains("classic"), "{}", classic.text);
+    let ask = sandbox.ask(Method::POST, "/execute", INTERPRETER).header("e2b-traffic-access-token", &sandbox.traffic);
+    let ran = server.send(ask.json(&json!({"code": "print('interpreted')"}))).await;
+    assert_eq!((ran.status, ran.header("content-type")), (200, "application/x-ndjson"), "{}", ran.text);
+    assert!(ran.text.contains("interpreted"), "{}", ran.text);
+    let unaimed = server.send(server.request(Method::POST, "/execute").json(&json!({"code": "1"}))).await;
+    assert_eq!(unaimed.status, 422, "{}", unaimed.text);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn e2bs_own_clients_work_as_they_come() {
     let server = Server::start(SETTINGS).await;
-    let cases = cases!(server; the_python_clients, the_javascript_clients);
+    let cases = cases!(
+        server;
+        the_python_clients, the_javascript_clients, the_python_client_makes_and_ends_sandboxes, the_python_client_finds_sandboxes,
+        a_process_comes_back_to_what_another_made, the_javascript_client_makes_and_finds_sandboxes
+    );
     server.run_and_finish(2, cases).await;
 }
 
 async fn the_python_clients(server: Arc<Server>) {
     clients_work(&server, "clients.py", "versions,a_wrong_key_is_told_as_one", &[]).await;
+}
+
+async fn the_python_client_makes_and_ends_sandboxes(server: Arc<Server>) {
+    let cases = "a_sandbox_is_what_was_asked_for,a_sandbox_is_measured,what_is_killed_is_gone,what_there_never_was_is_not_there,a_pause_keeps_everything,\
+                 time_is_over,what_can_not_be_had_is_said,the_same_key_makes_one,the_asynchronous_client";
+    clients_work(&server, "control.py", cases, &[]).await;
+}
+
+async fn the_python_client_finds_sandboxes(server: Arc<Server>) {
+    clients_work(&server, "control.py", "sandboxes_are_found", &[]).await;
+}
+
+async fn a_process_comes_back_to_what_another_made(server: Arc<Server>) {
+    let sandbox = Sandbox::new(&server).await;
+    for case in ["begin", "come_back"] {
+        clients_work(&server, "control.py", case, &[&sandbox.cell.id]).await;
+    }
+}
+
+async fn the_javascript_client_makes_and_finds_sandboxes(server: Arc<Server>) {
+    clients_work(&server, "control.mjs", "life,lists,refusals", &[]).await;
 }
 
 async fn the_javascript_clients(server: Arc<Server>) {
