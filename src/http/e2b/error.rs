@@ -177,15 +177,6 @@ impl Refusal {
         Self(Problem { status: StatusCode::BAD_GATEWAY.as_u16(), form: Form::E2b(words), ..problem })
     }
 
-    /// What E2B's API has and this server has not.
-    #[must_use]
-    pub fn unbuilt(what: &str) -> Problem {
-        Problem::new(
-            problem::NOT_IMPLEMENTED,
-            format!("{what} is not offered by this server; docs/E2B.md lists what is"),
-        )
-    }
-
     /// The same with another status.
     #[must_use]
     pub fn with_status(self, status: StatusCode) -> Self {
