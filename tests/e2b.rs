@@ -335,7 +335,6 @@ async fn what_is_wrong_is_said(server: Arc<Server>) {
         ("/timeout", json!({"timeout": -1})),
         ("/timeout", json!({"timeout": 1e300})),
         ("/connect", json!({"timeout": -1})),
-        ("/connect", json!({"memory": false})),
         ("/resume", json!({"autoPause": true})),
         ("/pause", json!({"memory": false})),
         ("/pause", json!({"memory": "no"})),

@@ -60,8 +60,11 @@ pub(super) struct Pause {
 /// Tells what a client works with, and resumes a paused sandbox. The time of one that runs is never made shorter.
 pub(super) async fn connect(named: Named, body: Result<Body<Connect>, Problem>) -> Result<Response, Refusal> {
     let Body(asked) = body.map_err(Refusal::of_control)?;
-    keeps_memory(asked.memory)?;
     let rested = rests(&named.session);
+    if rested {
+        // To one that runs it means nothing.
+        keeps_memory(asked.memory)?;
+    }
     let sandbox = come_back(named, asked.timeout).await?;
     let status = if rested { StatusCode::CREATED } else { StatusCode::OK };
     Ok((status, Answer(sandbox)).into_response())
