@@ -73,3 +73,27 @@ fn cpu_used(before: &SessionMetrics, after: &SessionMetrics) -> f64 {
     let used = later.saturating_sub(earlier) as f64 / 1e6;
     ((used / span * 10_000.0).round() / 100.0).min(100.0)
 }
+
+#[cfg(test)]
+mod tests {
+    use cellblock_wire::link::Stats;
+    use jiff::SignedDuration;
+
+    use super::*;
+    use crate::domain::spec::Resources;
+
+    #[test]
+    fn cpu_time_is_told_as_a_part_of_what_there_is() {
+        let (memory_bytes, disk_bytes, tmp_bytes) = (1, 1, 1);
+        let limits = Resources { cpu_millis: 2000, memory_bytes, disk_bytes, tmp_bytes, pids: 1, open_files: 1 };
+        let at = |millis: i64, cpu_usec: Option<u64>| SessionMetrics {
+            at: Timestamp::UNIX_EPOCH + SignedDuration::from_millis(millis),
+            used: Stats { cpu_usec, ..Stats::default() },
+            limits,
+        };
+        let used = |later: Option<u64>| cpu_used(&at(0, Some(1_000_000)), &at(250, later));
+        let told = [Some(1_000_000), Some(1_125_000), Some(1_500_000), Some(1_900_000), Some(0), None].map(used);
+        assert_eq!(told, [0.0, 25.0, 100.0, 100.0, 0.0, 0.0]);
+        assert_eq!(cpu_used(&at(250, Some(0)), &at(250, Some(9))).to_bits(), 0.0_f64.to_bits(), "no time has passed");
+    }
+}

@@ -140,3 +140,26 @@ fn in_their_words(problem: impl Into<Problem>, names: &[(&str, &str)]) -> Refusa
     }
     Refusal::of_control(problem)
 }
+
+#[cfg(test)]
+mod tests {
+    use axum::response::IntoResponse;
+
+    use super::*;
+    use crate::domain::spec::FieldError;
+    use crate::service::Error;
+
+    #[tokio::test]
+    async fn fields_have_the_names_that_clients_know() {
+        let fields =
+            ["/network/allow/0", "/env/1x", "/environment", "/network"].map(|field| FieldError::new(field, "no"));
+        let names = [("/network/allow", "/network/allowOut"), ("/env", "/envVars")];
+        let refused = in_their_words(Error::SpecRejected(fields.to_vec()), &names).into_response();
+        assert_eq!(refused.status(), 400);
+        let body = axum::body::to_bytes(refused.into_body(), 4096).await.unwrap();
+        let body = String::from_utf8(body.to_vec()).unwrap();
+        for told in ["/network/allowOut/0: no", "/envVars/1x: no", "/environment: no", "/network: no"] {
+            assert!(body.contains(told), "{told}: {body}");
+        }
+    }
+}
