@@ -65,7 +65,7 @@ impl FromRequestParts<App> for Aimed {
 impl Aimed {
     /// One that was found by whose token has signed a request; nothing if it does not run.
     pub(super) fn signed(app: &App, session: Session) -> Result<Self, Refusal> {
-        let aim = Aim { sandbox: session.id.to_string(), port: AGENT_PORT, by_host: false };
+        let aim = Aim { sandbox: session.id.to_string(), port: AGENT_PORT };
         let refusal = Refusal::sandbox_missing(Some(session.id));
         if is_there(&session) { Ok(Self { app: app.clone(), session, aim }) } else { Err(refusal) }
     }
@@ -93,7 +93,7 @@ impl Aimed {
         }
         // Notes it for the audit, and looks once more whether it is theirs.
         let session = app.service.session(&who, session.id)?;
-        Ok(Sandbox { app, who, session, port: aim.port, by_host: aim.by_host })
+        Ok(Sandbox { app, who, session, port: aim.port })
     }
 }
 
@@ -114,8 +114,6 @@ pub(super) struct Sandbox {
     pub(super) who: Principal,
     pub(super) session: Session,
     pub(super) port: u16,
-    /// The request came to a host of the port's own.
-    pub(super) by_host: bool,
 }
 
 impl Sandbox {

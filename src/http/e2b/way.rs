@@ -44,8 +44,6 @@ pub(super) struct Aim {
     /// As it was named; there may be none of that name.
     pub(super) sandbox: String,
     pub(super) port: u16,
-    /// It came to a host of the port's own.
-    pub(super) by_host: bool,
 }
 
 impl Way {
@@ -62,7 +60,7 @@ impl Way {
             Some("sandbox") => aim_by_headers(request),
             Some(label) => match by_host::port_in(label) {
                 Some((port, sandbox)) if is_id(sandbox) => {
-                    let aim = Aim { sandbox: sandbox.to_owned(), port, by_host: true };
+                    let aim = Aim { sandbox: sandbox.to_owned(), port };
                     bring_to(request, aim);
                 }
                 _ => set_path(request, by_host::NOWHERE),
@@ -95,7 +93,7 @@ fn aim_in(headers: &HeaderMap) -> Option<Aim> {
     };
     let (sandbox, port) = (one(&SANDBOX)?, one(&PORT)?);
     is_id(sandbox).then_some(())?;
-    Some(Aim { sandbox: sandbox.to_owned(), port: by_host::port_of(port)?, by_host: false })
+    Some(Aim { sandbox: sandbox.to_owned(), port: by_host::port_of(port)? })
 }
 
 fn is_id(text: &str) -> bool {
@@ -137,7 +135,7 @@ fn set_path<B>(request: &mut Request<B>, path: &str) {
 mod tests {
     use super::*;
 
-    fn brought(way: &Way, host: &str, target: &str, headers: &[(&str, &str)]) -> (String, Option<(String, u16, bool)>) {
+    fn brought(way: &Way, host: &str, target: &str, headers: &[(&str, &str)]) -> (String, Option<(String, u16)>) {
         let mut request = Request::builder().uri(target).header("host", host);
         for (name, value) in headers {
             request = request.header(*name, *value);
@@ -145,18 +143,18 @@ mod tests {
         let mut request = request.body(()).unwrap();
         way.bring_in(&mut request);
         let aim = request.extensions().get::<Aim>().cloned();
-        let aim = aim.map(|Aim { sandbox, port, by_host }| (sandbox, port, by_host));
+        let aim = aim.map(|Aim { sandbox, port }| (sandbox, port));
         (request.uri().path_and_query().unwrap().to_string(), aim)
     }
 
-    fn by_headers(target: &str, headers: &[(&str, &str)]) -> (String, Option<(String, u16, bool)>) {
+    fn by_headers(target: &str, headers: &[(&str, &str)]) -> (String, Option<(String, u16)>) {
         brought(&Way::default(), "127.0.0.1:8080", target, headers)
     }
 
     #[test]
     fn headers_name_a_sandbox_and_a_port_wherever_the_request_goes() {
         let to = |port: &'static str| [("E2b-Sandbox-Id", "ses1"), ("E2b-Sandbox-Port", port)];
-        let aim = |port| Some(("ses1".to_owned(), port, false));
+        let aim = |port| Some(("ses1".to_owned(), port));
         assert_eq!(by_headers("/health", &to("49983")), ("/e2b/envd/health".to_owned(), aim(49983)));
         assert_eq!(by_headers("/e2b/box/files?path=a%20b", &to("49983")).0, "/e2b/envd/files?path=a%20b");
         assert_eq!(by_headers("/execute", &to("49999")), ("/e2b/interpreter/execute".to_owned(), aim(49999)));
@@ -204,7 +202,7 @@ mod tests {
         let way = Way { domain: Some(Arc::from("sbx.example")) };
         let at = |host: &str, target: &str| brought(&way, host, target, &[]);
         assert_eq!(at("api.sbx.example", "/v2/sandboxes?x=1"), ("/e2b/api/v2/sandboxes?x=1".to_owned(), None));
-        let aim = |port| Some(("ses1".to_owned(), port, true));
+        let aim = |port| Some(("ses1".to_owned(), port));
         assert_eq!(at("49983-ses1.sbx.example", "/health"), ("/e2b/envd/health".to_owned(), aim(49983)));
         assert_eq!(at("49999-SES1.sbx.example:8443", "/execute"), ("/e2b/interpreter/execute".to_owned(), aim(49999)));
         assert_eq!(at("3000-ses1.sbx.example", "/v1/sessions"), ("/e2b/ports/v1/sessions".to_owned(), aim(3000)));
