@@ -285,6 +285,9 @@ async fn rules_are_taken_where_they_mean_something(server: Arc<Server>) {
         is_numbered(&refused, 400);
         assert!(text(&refused.json["message"]).contains(word), "{}", refused.text);
     }
+    assert_eq!(change(json!({})).await.status, 204, "what its template gives by itself, which is nothing");
+    assert_eq!(look().await["allowInternetAccess"], false);
+    assert_eq!(change(json!({"allowOut": ["a.example.org"]})).await.status, 204);
     assert_eq!(change(json!({"allow_internet_access": false})).await.status, 204);
     let now = look().await;
     assert_eq!((&now["allowInternetAccess"], &now["network"]["allowOut"]), (&json!(false), &json!([])));

@@ -178,10 +178,12 @@ def a_pause_keeps_everything():
 
 
 def time_is_over():
-    ending = Sandbox.create(timeout=3)
-    resting = CodeInterpreter.create(timeout=3, lifecycle={"on_timeout": "pause"})
-    waking = Sandbox.create(timeout=3, lifecycle={"on_timeout": "pause", "auto_resume": True})
+    ending = Sandbox.create(timeout=300)
+    resting = CodeInterpreter.create(timeout=300, lifecycle={"on_timeout": "pause"})
+    waking = Sandbox.create(timeout=300, lifecycle={"on_timeout": "pause", "auto_resume": True})
     waking.files.write("left.txt", "here")
+    for sandbox in (ending, resting, waking):
+        sandbox.set_timeout(3)
     until(lambda: not ending.is_running())
     is_gone(ending)
     assert ending.kill() is False
@@ -192,6 +194,7 @@ def time_is_over():
     assert resting.run_code("1+1").text == "2" and 110 < left(resting) <= 120, left(resting)
     until(lambda: waking.get_info().state == SandboxState.PAUSED)
     assert waking.files.read("left.txt") == "here", "whoever asks for it wakes it"
+    assert 290 < left(waking) <= 300, left(waking)
     assert resting.kill() and waking.kill()
 
 

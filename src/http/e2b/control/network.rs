@@ -7,7 +7,7 @@ use serde_json::{Map, Value, json};
 
 use super::super::error::Refusal;
 use super::{Named, in_their_words};
-use crate::domain::egress::{Network, NetworkMode, NetworkOffer, NetworkRequest};
+use crate::domain::egress::{Network, NetworkMode, NetworkOffer, NetworkRequest, Rule};
 use crate::domain::spec::FieldError;
 use crate::http::extract::Body;
 use crate::http::problem::Problem;
@@ -99,8 +99,7 @@ fn rule_of(rule: &str) -> String {
 /// Why a sandbox has no way out that asks for one and names nothing.
 pub(super) fn no_way_out(offer: &NetworkOffer) -> Option<FieldError> {
     let message = "the template gives no way out by itself; name in allowOut what is to be reached, as far as the template permits it, or leave this out";
-    let is_closed = offer.usual.is_empty() && !offer.initial.is_open();
-    is_closed.then(|| FieldError::new("/allow_internet_access", message))
+    offer.usual.is_empty().then(|| FieldError::new("/allow_internet_access", message))
 }
 
 /// What a sandbox may reach, for clients.
@@ -122,16 +121,25 @@ pub(super) async fn update(
     }
     let network = match (asked.mode, &asked.allow) {
         (Some(NetworkMode::None), _) | (_, Some(_)) => asked,
-        (None, None) if !offer.initial.is_open() => NetworkRequest { mode: Some(NetworkMode::None), allow: None },
         // What it has now is not to stay, so the rules are named.
-        (_, None) => NetworkRequest {
-            mode: Some(NetworkMode::Allowlist),
-            allow: Some(offer.usual.iter().map(ToString::to_string).collect()),
-        },
+        (Some(NetworkMode::Allowlist), None) => open_to(&offer.usual),
+        (None, None) => {
+            let offered = app.service.offered(&who).into_iter().find(|offered| offered.name == session.spec.template);
+            let initial = offered.map(|offered| offered.network.initial).unwrap_or_default();
+            match initial.mode {
+                NetworkMode::None => NetworkRequest { mode: Some(NetworkMode::None), allow: None },
+                NetworkMode::Allowlist => open_to(&initial.allow),
+            }
+        }
     };
     let patch = SessionPatch { network, ..SessionPatch::default() };
     app.service.patch_session(&who, session.id, &patch).await.map_err(|error| in_their_words(error, &NAMES))?;
     Ok(StatusCode::NO_CONTENT)
+}
+
+fn open_to(rules: &[Rule]) -> NetworkRequest {
+    let rules = rules.iter().map(ToString::to_string).collect();
+    NetworkRequest { mode: Some(NetworkMode::Allowlist), allow: Some(rules) }
 }
 
 #[cfg(test)]
