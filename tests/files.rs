@@ -802,11 +802,16 @@ async fn one_tenant_leaves_places_for_others() {
     let standing = async |cell: &Cell, number: usize| {
         let mut stream = TcpStream::connect(server.url.trim_start_matches("http://")).await.unwrap();
         let head = format!(
-            "PUT {} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {}\r\nContent-Type: application/octet-stream\r\nContent-Length: 1000\r\n\r\nbegun",
+            "PUT {} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {}\r\nContent-Type: application/octet-stream\r\nContent-Length: 1000\r\nExpect: 100-continue\r\n\r\n",
             at(cell, &format!("standing-{number}")),
             server.key
         );
         stream.write_all(head.as_bytes()).await.unwrap();
+        // It is listened to, so it has its place.
+        let mut begun = [0; 12];
+        stream.read_exact(&mut begun).await.unwrap();
+        assert_eq!(&begun, b"HTTP/1.1 100");
+        stream.write_all(b"begun").await.unwrap();
         stream
     };
     let until = async |cell: &Cell, wanted: u16| {
