@@ -210,7 +210,7 @@ pub(in crate::http) async fn write_field(
     }
     let written = written?;
     let stat = written.stat.ok_or_else(|| Problem::new(problem::GUEST_UNREACHABLE, "the file was not written"))?;
-    Ok(FileView::of(&stat).with_hash(written.sha256))
+    Ok(FileView::of(&stat))
 }
 
 pub(in crate::http) fn stalled() -> Problem {
