@@ -168,6 +168,6 @@ async fn the_command_line_imports_lists_and_removes() {
     let (_, complaint, code) = program(&config, &["data", "remove", "maps"]);
     assert!(code == 125 && complaint.contains("does not exist"), "{code} {complaint}");
     let late = server.send(server.request(Method::POST, "/v1/sessions").json(&json!({ "template": "python" }))).await;
-    assert!(late.status >= 400 && late.text.contains("data that it names"), "{}", late.text);
+    assert!(late.status >= 400 && late.text.contains("data or a workspace that it names"), "{}", late.text);
     server.finish().await.unwrap();
 }

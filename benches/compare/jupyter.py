@@ -8,7 +8,9 @@ A side is `cellblock` at that URL, `gateway`, a Jupyter Kernel Gateway that is s
 sockets. The first two are asked by the same client.
 """
 
+import contextlib
 import json
+import queue
 import socket
 import subprocess
 import sys
@@ -45,7 +47,13 @@ class Direct:
         self.manager.start_kernel()
         self.client = self.manager.client()
         self.client.start_channels(hb=False, control=False)
-        first_answer(self.client)
+        # What a kernel says before it knows of who listens is lost.
+        is_heard = False
+        while not is_heard:
+            first_answer(self.client)
+            with contextlib.suppress(queue.Empty):
+                self.client.get_iopub_msg(timeout=0.2)
+                is_heard = True
 
     def end(self):
         self.client.stop_channels()

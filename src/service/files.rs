@@ -123,7 +123,7 @@ pub struct FileWritten {
     pub is_new: bool,
     /// Bytes that are there by now.
     pub received: u64,
-    /// Its SHA-256 in hex.
+    /// Its SHA-256 in hex, where it was announced or the file came in parts.
     pub sha256: Option<String>,
 }
 
@@ -199,15 +199,13 @@ impl Service {
                 return Ok(FileWritten { stat: Some(stat), is_new: false, received, sha256: Some(sha256) });
             }
         }
-        let whole = part.is_none();
         // Of a part only the guest has all of it.
-        let expected = sha256.clone().filter(|_| whole);
+        let announced = sha256.clone().filter(|_| part.is_none());
         let part = part.map(|(upload, offset, is_last)| Part { upload, offset, is_last, sha256 });
         let write = Write { path, mode, size, conditions, part, attributes };
-        let (pieces, told) = transfer::send(body, expected);
-        let (written, found) = sent(id, link.write_file(&write, pieces), told).await?;
-        let Written { stat, is_new, received, sha256 } = written;
-        Ok(FileWritten { stat, is_new, received, sha256: sha256.or(found.filter(|_| whole)) })
+        let (pieces, told) = transfer::send(body, announced.clone());
+        let Written { stat, is_new, received, sha256 } = sent(id, link.write_file(&write, pieces), told).await?;
+        Ok(FileWritten { stat, is_new, received, sha256: sha256.or(announced) })
     }
 
     /// How much of an upload that can go on is there.
@@ -284,7 +282,7 @@ impl Service {
         who.require_sessions()?;
         let held = self.carry(who, id).await?;
         let (pieces, told) = transfer::send(body, None);
-        Ok(sent(id, held.visit.link.unpack_files(asked, pieces), told).await?.0)
+        sent(id, held.visit.link.unpack_files(asked, pieces), told).await
     }
 
     /// Refuses whoever may not change a session's files, before anything of a form is read.
@@ -318,7 +316,7 @@ async fn sent<T>(
     id: SessionId,
     answer: impl Future<Output = Result<T, LinkError>>,
     told: oneshot::Receiver<Sent>,
-) -> Result<(T, Option<String>), Error> {
+) -> Result<T, Error> {
     let mut answer = std::pin::pin!(answer);
     let mut told = std::pin::pin!(told);
     let (early, outcome) = tokio::select! {
@@ -333,14 +331,7 @@ async fn sent<T>(
         },
     };
     match answer {
-        Ok(answer) => {
-            let outcome = match outcome {
-                Some(outcome) => Some(outcome),
-                None => tokio::time::timeout(STALLED, told).await.ok().and_then(Result::ok),
-            };
-            let found = if let Some(Sent::Whole(found)) = outcome { Some(found) } else { None };
-            Ok((answer, found))
-        }
+        Ok(answer) => Ok(answer),
         // A guest's own reason comes first: it may have refused what then broke off.
         Err(error @ LinkError::Refused { .. }) if !matches!(outcome, Some(Sent::Failed(_))) => Err(refused(id, error)),
         Err(error) => {

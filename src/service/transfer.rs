@@ -6,7 +6,7 @@ use std::pin::Pin;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use futures_util::{Stream, StreamExt};
 use hyper::body::{Body, Frame, SizeHint};
 use sha2::{Digest, Sha256};
@@ -23,6 +23,8 @@ pub(super) const MOST_OF_ONE: usize = 24;
 pub const STALLED: Duration = Duration::from_secs(30);
 /// Pieces that wait.
 const AHEAD: usize = 4;
+/// Pieces that wait for the link go as one until there is this much: each costs the engine a few turns however short it is.
+const JOINED: usize = 192 * 1024;
 /// What is not wanted any more of a body is taken for this long, and up to so many bytes, so that its sender hears the answer.
 const DISCARDED: (Duration, usize) = (Duration::from_secs(1), 8 * 1024 * 1024);
 
@@ -32,6 +34,32 @@ pub struct Pieces {
     pieces: mpsc::Receiver<io::Result<Bytes>>,
     /// Bytes that are still to come, where that is known.
     left: Option<u64>,
+    /// Whether pieces that wait become one.
+    joins: bool,
+    /// An error that came behind pieces that have become one.
+    failed: Option<io::Error>,
+}
+
+impl Pieces {
+    fn with_what_waits(&mut self, first: Bytes) -> Bytes {
+        let mut joined = BytesMut::new();
+        while first.len().max(joined.len()) < JOINED {
+            match self.pieces.try_recv() {
+                Ok(Ok(next)) => {
+                    if joined.is_empty() {
+                        joined.extend_from_slice(&first);
+                    }
+                    joined.extend_from_slice(&next);
+                }
+                Ok(Err(error)) => {
+                    self.failed = Some(error);
+                    break;
+                }
+                Err(_) => break,
+            }
+        }
+        if joined.is_empty() { first } else { joined.freeze() }
+    }
 }
 
 impl Body for Pieces {
@@ -39,7 +67,13 @@ impl Body for Pieces {
     type Error = io::Error;
 
     fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<io::Result<Frame<Bytes>>>> {
-        let piece = std::task::ready!(self.pieces.poll_recv(cx));
+        if let Some(error) = self.failed.take() {
+            return Poll::Ready(Some(Err(error)));
+        }
+        let piece = match std::task::ready!(self.pieces.poll_recv(cx)) {
+            Some(Ok(first)) if self.joins => Some(Ok(self.with_what_waits(first))),
+            piece => piece,
+        };
         if let (Some(Ok(piece)), Some(left)) = (&piece, &mut self.left) {
             *left = left.saturating_sub(piece.len() as u64);
         }
@@ -91,7 +125,7 @@ where
             }
         }
     });
-    Pieces { pieces, left: length }
+    Pieces { pieces, left: length, joins: false, failed: None }
 }
 
 async fn next_piece<B>(source: &mut B, patience: Option<Duration>) -> Option<io::Result<Bytes>>
@@ -121,8 +155,8 @@ where
 /// What becomes of a body that is sent.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Sent {
-    /// All of it went out. Its SHA-256 in hex.
-    Whole(String),
+    /// All of it went out.
+    Whole,
     /// It was not wanted any more.
     Unwanted,
     /// It came too slowly, broke off, or is not what was announced.
@@ -151,14 +185,15 @@ where
             discard(source).await;
         }
     });
-    (Pieces { pieces, left: None }, told)
+    (Pieces { pieces, left: None, joins: true, failed: None }, told)
 }
 
 async fn carry<S, E>(source: &mut S, out: &mpsc::Sender<io::Result<Bytes>>, sha256: Option<String>) -> Sent
 where
     S: Stream<Item = Result<Bytes, E>> + Unpin,
 {
-    let mut hash = Sha256::new();
+    // It takes an eighth of all that an upload takes of the CPUs.
+    let mut hash = sha256.is_some().then(Sha256::new);
     loop {
         let next = tokio::select! {
             () = out.closed() => return Sent::Unwanted,
@@ -167,7 +202,9 @@ where
         match next {
             Ok(Some(Ok(piece))) if piece.is_empty() => {}
             Ok(Some(Ok(piece))) => {
-                hash.update(&piece);
+                if let Some(hash) = &mut hash {
+                    hash.update(&piece);
+                }
                 match out.send_timeout(Ok(piece), STALLED).await {
                     Ok(()) => {}
                     Err(mpsc::error::SendTimeoutError::Closed(_)) => return Sent::Unwanted,
@@ -179,11 +216,8 @@ where
             Err(_) => return Sent::Failed(FileFault::Stalled),
         }
     }
-    let found: String = hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
-    match sha256 {
-        Some(expected) if expected != found => Sent::Failed(FileFault::Digest),
-        _ => Sent::Whole(found),
-    }
+    let found = hash.map(|hash| hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect::<String>());
+    if found == sha256 { Sent::Whole } else { Sent::Failed(FileFault::Digest) }
 }
 
 /// Lets a caller that does not look up while it sends come to its end, within bounds.
@@ -221,9 +255,24 @@ mod tests {
             let (body, told) = send(pieces(&["hello ", "world"]), sha256);
             let all = body.collect().await.map(|all| all.to_bytes());
             assert_eq!(all.is_ok(), is_whole);
-            let expected = if is_whole { Sent::Whole(right.to_owned()) } else { Sent::Failed(FileFault::Digest) };
+            let expected = if is_whole { Sent::Whole } else { Sent::Failed(FileFault::Digest) };
             assert_eq!(told.await.unwrap(), expected);
         }
+    }
+
+    #[tokio::test]
+    async fn what_waits_goes_as_one_and_an_error_behind_it_is_told() {
+        let (out, pieces) = mpsc::channel(AHEAD);
+        for piece in [Ok("a"), Ok("b"), Err(io::ErrorKind::ConnectionAborted), Ok("c")] {
+            out.try_send(piece.map(|text| Bytes::from_static(text.as_bytes())).map_err(io::Error::from)).unwrap();
+        }
+        drop(out);
+        let mut body = Pieces { pieces, left: None, joins: true, failed: None };
+        let mut next = async || body.frame().await.map(|frame| frame.map(|frame| frame.into_data().unwrap()));
+        assert_eq!(next().await.unwrap().unwrap(), "ab");
+        assert_eq!(next().await.unwrap().unwrap_err().kind(), io::ErrorKind::ConnectionAborted);
+        assert_eq!(next().await.unwrap().unwrap(), "c");
+        assert!(next().await.is_none());
     }
 
     #[tokio::test(start_paused = true)]

@@ -50,8 +50,10 @@ fn bash() -> Language {
     let deeds = vec![
         deed("a loop without end", "while :; do :; done", "timeout"),
         deed("ignores interrupts", "trap '' INT TERM HUP; while :; do :; done", "timeout"),
+        // What it has started goes on in the background, and a Bash that can't fork says so with whatever it runs.
         deed("a fork bomb", "bomb() { bomb | bomb & }; bomb; sleep 60", "ok or error or timeout or kernel_died")
-            .hits("pids"),
+            .hits("pids")
+            .spoils_its_kernel(),
         deed(
             "takes memory",
             "x=$(head -c 3000000000 /dev/zero | tr '\\0' x)",

@@ -1,4 +1,4 @@
-"""Starts ipykernel as a cell wants it: no output lost silently, no history, no debugger. Started by the guest, with Python 3.8 or later."""
+"""Starts ipykernel as a cell wants it: no output lost silently, a history that ends with it, no debugger. Started by the guest, with Python 3.8 or later."""
 
 import codecs
 import contextlib
@@ -179,4 +179,4 @@ if __name__ == "__main__":
         InteractiveShell._tee = lambda self, channel: contextlib.nullcontext()
     let_print_wait(OutStream)
     let_flush_drain(OutStream)
-    CellKernelApp.launch_instance(argv=[*sys.argv[1:], "--HistoryManager.enabled=False"])
+    CellKernelApp.launch_instance(argv=[*sys.argv[1:], "--HistoryManager.hist_file=:memory:"])

@@ -133,7 +133,7 @@ impl FileView {
         }
     }
 
-    pub(super) fn with_hash(self, sha256: Option<String>) -> Self {
+    fn with_hash(self, sha256: Option<String>) -> Self {
         Self { sha256, ..self }
     }
 }
@@ -299,7 +299,7 @@ fn describe(headers: &mut HeaderMap, path: &str, stat: &Stat) {
 /// Write a file
 ///
 /// It is there whole, or not at all; folders on the way are made. With `sha256` (or `Repr-Digest: sha-256=:…:`) nothing is written where a file of that content is
-/// there already, and other content is refused. With `upload`, a name of your choice, it goes on where it broke off: each request brings the part from
+/// there already, and other content is refused; the answer has the hash then, and where the file came in parts. With `upload`, a name of your choice, it goes on where it broke off: each request brings the part from
 /// `Upload-Offset` on, `Upload-Complete: ?0` says that more follows, and `HEAD …?upload=` tells how much is there. What is not gone on with is forgotten in ten minutes.
 #[utoipa::path(put, path = "/v1/sessions/{id}/files/{*path}", operation_id = "write_file", tag = "files",
     params(("id" = String, Path), ("path" = String, Path), ("mode" = Option<String>, Query, description = "Permissions in octal, up to 0777"),
