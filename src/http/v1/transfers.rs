@@ -140,7 +140,7 @@ pub async fn upload_files(
         let asked = WriteFile { path, ..WriteFile::default() };
         let written = form.write(&app, (&who, id), asked, field).await?;
         let stat = written.stat.ok_or_else(|| Problem::new(problem::GUEST_UNREACHABLE, "the file was not written"))?;
-        files.push(FileView::of(&stat).with_hash(written.sha256));
+        files.push(FileView::of(&stat));
     }
     let location = [(header::LOCATION, HeaderValue::from_str(&format!("/v1/sessions/{id}/files")))];
     let location = location.into_iter().filter_map(|(name, value)| Some((name, value.ok()?))).collect::<HeaderMap>();
