@@ -32,7 +32,7 @@ use crate::session::workspaces::HoldRefused;
 use crate::session::{ContextView, GateView, Patch, Refused, Session, StartFailure, StartFault, fresh};
 use crate::store::Archive;
 use crate::store::state::Lasting;
-pub use crate::store::{Blob, BlobBody};
+pub use crate::store::{Blob, BlobBody, content_text};
 use crate::task;
 use crate::traces::Traces;
 

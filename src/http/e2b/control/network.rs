@@ -146,7 +146,9 @@ fn open_to(rules: &[Rule]) -> NetworkRequest {
 mod tests {
     use super::*;
 
-    fn asked(config: Value, internet: Option<bool>) -> Result<(Option<NetworkMode>, Option<Vec<String>>), Vec<String>> {
+    type Asked = (Option<NetworkMode>, Option<Vec<String>>);
+
+    fn asked(config: Value, internet: Option<bool>) -> Result<Asked, Vec<String>> {
         let config: NetworkConfig = serde_json::from_value(config).unwrap();
         let resolved = config.resolve(internet);
         resolved

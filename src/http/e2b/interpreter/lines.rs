@@ -22,9 +22,8 @@ use crate::http::e2b::sandbox::Sandbox;
 use crate::http::v1::executions::Listener;
 use crate::http::v1::stream::follow;
 use crate::json::{Unfit, clean};
-use crate::service::BlobBody;
+use crate::service::{BlobBody, content_text};
 use crate::session::execution::{Execution, Logged};
-use crate::store::content_text;
 
 /// A silent execution says that it lives this often.
 const KEEPALIVE: Duration = Duration::from_secs(5);
