@@ -294,9 +294,14 @@ pub struct ContextRequest {
 
 /// Room for an answer in memory.
 #[derive(Debug)]
-pub struct Room(Place<Arc<str>>);
+pub struct Room(Vec<Place<Arc<str>>>);
 
 impl Room {
+    /// More of it, for the same answer.
+    pub fn join(&mut self, more: Self) {
+        self.0.extend(more.0);
+    }
+
     /// The answer, which gives the room back when it is taken.
     #[must_use]
     pub fn with(self, bytes: impl Into<Bytes>) -> Bytes {
@@ -307,7 +312,7 @@ impl Room {
 /// A notebook, or something else that is told whole, on its way to a caller. It has its part of the memory for those until the last piece of it is gone.
 struct Fetched {
     bytes: Bytes,
-    _room: Place<Arc<str>>,
+    _room: Vec<Place<Arc<str>>>,
 }
 
 impl AsRef<[u8]> for Fetched {
@@ -1034,7 +1039,7 @@ impl Service {
         let (_, most) = NOTEBOOK_ROOM;
         let share = usize::try_from(bytes / 1024 + 1).unwrap_or(most).min(most);
         let room = self.notebook_room.take(Arc::clone(&who.tenant), share, most);
-        room.map(Room).map_err(|full| match full {
+        room.map(|room| Room(vec![room])).map_err(|full| match full {
             NoPlace::OfOne => Error::OwnNotebooksBusy,
             NoPlace::All => Error::NotebooksBusy,
         })
