@@ -222,6 +222,7 @@ impl From<Refused> for Error {
             Refused::KernelLost => Self::GuestUnreachable,
             Refused::KernelFailed(failure) => Self::StartFailed(failure),
             Refused::TooManyContexts(_) => Self::StateConflict(format!("{refused}; delete one of them")),
+            Refused::TooManyLabels(_) => Self::SpecRejected(vec![FieldError::new("/labels", refused.to_string())]),
             Refused::DefaultContext => {
                 Self::StateConflict(format!("{refused}; it goes with its session, and can be restarted"))
             }
@@ -1278,6 +1279,8 @@ pub struct SessionPatch {
     pub idle_seconds: Option<f64>,
     /// Replaces its labels.
     pub labels: Option<BTreeMap<String, String>>,
+    /// Are among its labels from then on: who adds some takes none from others who do the same.
+    pub more_labels: BTreeMap<String, String>,
     /// What it is to reach.
     pub network: NetworkRequest,
 }
@@ -1288,6 +1291,7 @@ impl SessionPatch {
         if let Some(labels) = &self.labels {
             spec::check_labels(labels, &mut errors);
         }
+        spec::check_labels(&self.more_labels, &mut errors);
         let mut seconds = |field: &str, asked: Option<f64>, most: Duration| {
             asked.and_then(|asked| {
                 spec::seconds_within(asked, most).map_err(|m| errors.push(FieldError::new(field, m))).ok()
@@ -1305,6 +1309,7 @@ impl SessionPatch {
             ),
             idle: seconds("/idle_seconds", self.idle_seconds, session.spec.max_idle),
             labels: self.labels.clone(),
+            more_labels: self.more_labels.clone(),
         };
         errors.extend(network.err().unwrap_or_default());
         if errors.is_empty() { Ok(patch) } else { Err(Error::SpecRejected(errors)) }
