@@ -1,4 +1,4 @@
-//! Problems: how every refusal and failure is said (RFC 9457, `application/problem+json`).
+//! Problems: how every refusal and failure is said: as RFC 9457 has it (`application/problem+json`), or in the form of another protocol's clients.
 //!
 //! A handler returns a [`Problem`]; the outermost layer writes its body, since only that layer knows the request's id.
 
