@@ -493,6 +493,10 @@ impl Actor {
             self.start(acking.map(|()| Done::Acked));
         }
         self.save();
+        if matches!(self.phase, Phase::Ended(_)) {
+            // Whoever waits for the end may give the workspace to another session, or delete it.
+            self.tenure = None;
+        }
         self.publish();
     }
 
