@@ -164,6 +164,9 @@ pub enum Error {
         /// When there may be one.
         retry_after: Duration,
     },
+    /// All tenants together have as many workspaces as may be.
+    #[error("the server holds as many workspaces as it may (limits.workspaces)")]
+    WorkspacesFull,
     /// The server is stopping.
     #[error("the server is stopping")]
     Draining,
