@@ -14,6 +14,7 @@ use cellblock_wire::link::escape_path;
 use futures_util::stream::{self, Stream};
 use multer::Field;
 use serde_json::{Value, json};
+use tokio::time::Instant;
 
 use super::asking::{Asking, MAX_USER, Refusal, User, Wrong};
 use super::sessions::{all, ready};
@@ -28,6 +29,8 @@ use crate::service::files::WriteFile;
 const FOLDER: &str = "/workspace";
 /// Longest name of a file, in bytes.
 const MAX_NAME: usize = 255;
+/// Most fields of a form, with those that are not looked at.
+const MAX_FIELDS: usize = 100;
 
 /// Writes a file into the working folder of the user's session.
 pub(super) async fn upload_file(asking: Asking, request: Request) -> Result<Answer<Value>, Refusal> {
@@ -61,10 +64,16 @@ impl Stream for Shared {
 
 async fn take(asking: &Asking, mut form: Form) -> Result<Answer<Value>, Refusal> {
     let (mut user, mut early, mut written) = (None, None, None);
-    while let Some(field) = form.next().await? {
+    let (mut fields, mut until) = (0, Instant::now() + asking.app.bounds.body_time);
+    while let Some(field) = in_time(until, form.next()).await? {
+        fields += 1;
+        if fields > MAX_FIELDS {
+            let message = format!("Too many fields. Maximum number of fields is {MAX_FIELDS}.");
+            return Err(vec![Wrong::body("form_invalid", None, message)].into());
+        }
         match (field.name(), &user) {
             (Some("user_id"), None) => {
-                let text = collect(&form, field, 4 * MAX_USER).await?;
+                let text = collect(&form, field, 4 * MAX_USER, until).await?;
                 let text = String::from_utf8(text.into()).map_err(|_| vec![Wrong::missing("user_id", Value::Null)])?;
                 user = Some(User::parse(text).map_err(|wrong| vec![wrong])?);
             }
@@ -73,15 +82,18 @@ async fn take(asking: &Asking, mut form: Form) -> Result<Answer<Value>, Refusal>
             }
             (Some("file"), Some(user)) => {
                 let name = file_name(&field)?;
+                let began = Instant::now();
                 let session = ready(asking, user).await?;
                 let asked = WriteFile { path: name.clone(), ..WriteFile::default() };
                 form.write(&asking.app, (&asking.who, session.id), asked, field).await?;
+                // A file may be long: it has only to come on.
+                until += began.elapsed();
                 written = Some(name);
             }
             // Whose it is comes behind it: until then it is here, and no larger than any other body.
             (Some("file"), None) => {
                 let name = file_name(&field)?;
-                early = Some((name, collect(&form, field, asking.app.bounds.body).await?));
+                early = Some((name, collect(&form, field, asking.app.bounds.body, until).await?));
             }
             _ => {}
         }
@@ -102,10 +114,19 @@ async fn take(asking: &Asking, mut form: Form) -> Result<Answer<Value>, Refusal>
     }
 }
 
-/// The bytes of a field that may have so many.
-async fn collect(form: &Form, mut field: Field<'static>, most: usize) -> Result<Bytes, Refusal> {
+/// The next of a form, which comes on, and is there by then.
+async fn in_time<T>(until: Instant, next: impl Future<Output = Result<T, Problem>>) -> Result<T, Refusal> {
+    let next = tokio::time::timeout_at(until, next).await.map_err(|_| {
+        let detail = "the form did not arrive in time; a file that comes behind its user_id may take longer";
+        Problem::new(problem::REQUEST_TIMEOUT, detail)
+    });
+    Ok(next??)
+}
+
+/// The bytes of a field that may have so many, and are there by then.
+async fn collect(form: &Form, mut field: Field<'static>, most: usize, until: Instant) -> Result<Bytes, Refusal> {
     let mut bytes = BytesMut::new();
-    while let Some(piece) = form.piece(&mut field).await? {
+    while let Some(piece) = in_time(until, form.piece(&mut field)).await? {
         if bytes.len() + piece.len() > most {
             let detail =
                 format!("this field may have {most} bytes here; a file that comes behind its user_id may have more");
@@ -172,7 +193,24 @@ pub(super) async fn get_notebook(asking: Asking, Named(user): Named) -> Result<R
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
+    use axum::http::{HeaderMap, HeaderValue};
+
     use super::*;
+    use crate::service::transfer::STALLED;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_form_comes_on_and_comes_to_its_end() {
+        let began = Instant::now();
+        for (seconds, expected) in [(5, 5), (3600, 5 + STALLED.as_secs())] {
+            let kind = HeaderValue::from_static("multipart/form-data; boundary=x");
+            let headers = HeaderMap::from_iter([(header::CONTENT_TYPE, kind)]);
+            let mut form = Form::open(&headers, stream::pending::<Result<Bytes, std::io::Error>>()).unwrap();
+            assert!(in_time(Instant::now() + Duration::from_secs(seconds), form.next()).await.is_err());
+            assert_eq!(began.elapsed().as_secs(), expected);
+        }
+    }
 
     #[test]
     fn a_name_of_a_file_is_in_no_folder() {
