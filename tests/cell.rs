@@ -41,6 +41,7 @@ async fn one_cell() {
         an_interrupt_ends_the_loop_and_nothing_else,
         a_time_limit_ends_the_loop_and_nothing_else,
         an_interrupt_in_any_moment_ends_the_cell_at_once,
+        a_cancel_in_any_moment_leaves_the_kernel,
         a_cell_that_awaits_is_left_alone,
         a_kernel_that_died_unseen_is_told,
         code_that_ignores_interrupts_costs_its_kernel,
@@ -96,6 +97,22 @@ async fn an_interrupt_in_any_moment_ends_the_cell_at_once(server: Arc<Server>) {
         assert_eq!(ran["kernel"]["restarted"], false, "{n}: {ran}");
     }
     cell.works().await;
+    cell.delete().await;
+}
+
+async fn a_cancel_in_any_moment_leaves_the_kernel(server: Arc<Server>) {
+    let cell = server.cell().await;
+    cell.value("x = 41; x").await;
+    for n in 0..40 {
+        let running = cell.background("import time; time.sleep(90)").await;
+        tokio::time::sleep(Duration::from_micros(200 * n)).await;
+        let began = Instant::now();
+        server.post(&format!("/v1/executions/{running}/cancel"), &Value::Null).await;
+        let ran = server.ended(&running).await;
+        assert_eq!(ran["status"], "cancelled", "{n}: {ran}");
+        assert!(began.elapsed() < Duration::from_secs(4), "{n}, after {:?}: {ran}", began.elapsed());
+        assert_eq!(cell.value("x").await, "41", "{n}");
+    }
     cell.delete().await;
 }
 

@@ -1021,10 +1021,8 @@ impl Context {
     fn on_interrupt_reply(&mut self, parent_id: &str, content: &[u8]) {
         let is_settling = match &mut self.state {
             State::Running(running) => {
-                running.interrupt.take_if(|id| id == parent_id);
-                if protocol::read_execute_reply(content).is_ok_and(|reply| reply.ok) {
-                    running.interrupted_itself();
-                }
+                let is_done = protocol::read_execute_reply(content).is_ok_and(|reply| reply.ok);
+                running.interrupt_is_answered(parent_id, is_done);
                 false
             }
             State::Settling(settling) => settling.interrupt.take_if(|id| id == parent_id).is_some(),
@@ -1105,6 +1103,7 @@ impl Context {
     }
 
     fn on_iopub(&mut self, msg_type: &str, parent_id: &str, parts: &[Bytes], now: Instant) {
+        let is_interrupt_told = self.interrupt.is_none();
         let Some(running) = self.running(parent_id) else { return };
         running.heard(now);
         let Some(content) = parts.get(3) else { return };
@@ -1133,8 +1132,12 @@ impl Context {
                 None
             }
         };
+        let is_at_its_code = matches!(mark, Some(Mark::Newest | Mark::Once("input")));
         if let Some(mark) = mark {
             running.execution.tell(Channel::Iopub, msg_type, parts, mark);
+        }
+        if is_at_its_code && running.gets_under_way(is_interrupt_told) && matches!(self.state, State::Running(_)) {
+            self.send_interrupt();
         }
     }
 
@@ -1325,7 +1328,7 @@ impl Context {
         let msg_id = self.next_id("int");
         self.interrupt = Some(msg_id.clone());
         if let State::Running(running) = &mut self.state {
-            running.interrupt = Some(msg_id.clone());
+            running.is_asked_to_interrupt(msg_id.clone());
         }
         let request = protocol::request(&msg_id, &self.client, "interrupt_request", &json!({}));
         self.send(Channel::Control, request, None);

@@ -55,6 +55,10 @@ pub(super) struct Running {
     pub(super) interrupted: bool,
     /// The request to interrupt that the kernel has not answered.
     pub(super) interrupt: Option<String>,
+    /// The kernel was heard to be at its code: it echoes the code, or what that puts out comes.
+    is_under_way: bool,
+    /// It was interrupted before that: the kernel may have ignored it, as it does between two requests.
+    is_interrupt_early: bool,
     error_told: bool,
     /// When its error came, which who has asked for it may act on at once.
     errored_at: Option<Instant>,
@@ -142,6 +146,8 @@ impl Running {
             stopping: None,
             interrupted: false,
             interrupt: None,
+            is_under_way: false,
+            is_interrupt_early: false,
             error_told: false,
             errored_at: None,
             memory_hit: false,
@@ -308,11 +314,30 @@ impl Running {
         true
     }
 
-    /// The kernel has interrupted itself: a signal on top would interrupt what the code does to clean up.
-    pub(super) fn interrupted_itself(&mut self) {
-        if let Some(stopping) = &mut self.stopping {
+    /// A request to interrupt it is on its way.
+    pub(super) fn is_asked_to_interrupt(&mut self, msg_id: String) {
+        self.interrupt = Some(msg_id);
+        self.is_interrupt_early = !self.is_under_way;
+    }
+
+    /// The kernel has answered a request to interrupt. Where it has interrupted itself, a signal on top would interrupt what the code does to
+    /// clean up; but what came too early may have hit nothing.
+    pub(super) fn interrupt_is_answered(&mut self, msg_id: &str, is_done: bool) {
+        let was_last = self.interrupt.take_if(|last| last == msg_id).is_some();
+        if was_last
+            && is_done
+            && !self.is_interrupt_early
+            && let Some(stopping) = &mut self.stopping
+        {
             stopping.signal_at = None;
         }
+    }
+
+    /// The kernel is at its code now. Says whether an interrupt that came too early for that is to be said again; one that the guest has not
+    /// taken yet is followed by the signal.
+    pub(super) fn gets_under_way(&mut self, is_interrupt_told: bool) -> bool {
+        self.is_under_way = true;
+        is_interrupt_told && std::mem::take(&mut self.is_interrupt_early) && self.stopping.is_some()
     }
 
     /// It is sent now. A kernel whose request is lost, as an interrupt that comes late does it, would be waited for until the time limit.

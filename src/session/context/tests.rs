@@ -378,6 +378,41 @@ fn what_clients_ask_after_an_interrupt_waits_until_the_kernel_has_dealt_with_it(
 }
 
 #[test]
+fn an_interrupt_before_the_kernel_is_at_its_code_is_said_again() {
+    let interrupts = |world: &World| {
+        let sent = world.sent.iter().filter(|(_, head)| head.channel == Channel::Control);
+        sent.cloned().collect::<Vec<_>>()
+    };
+    let answer = |world: &mut World| {
+        let (kernel, Outbound { msg_id, .. }) = interrupts(world).pop().unwrap();
+        world.message(Channel::Control, "interrupt_reply", &msg_id, r#"{"status": "ok"}"#);
+        world.context.on_sent(&Act { kernel, kind: ActKind::Send(msg_id) });
+        world.take();
+    };
+    for is_early in [true, false] {
+        let expected = 1 + usize::from(is_early);
+        let mut world = ready();
+        world.step(Step::Execute { seconds: 100, restarts: false });
+        let id = world.executions[0].id.to_string();
+        let echo = r#"{"code": "x", "execution_count": 1}"#;
+        if !is_early {
+            world.message(Channel::Iopub, "execute_input", &id, echo);
+        }
+        world.step(Step::Cancel(0));
+        answer(&mut world);
+        world.message(Channel::Iopub, "execute_input", &id, echo);
+        world.take();
+        assert_eq!(interrupts(&world).len(), expected);
+        answer(&mut world);
+        assert_eq!(
+            world.context.next_deadline(),
+            Some(world.now + PACE.interrupt_grace),
+            "no signal into what cleans up"
+        );
+    }
+}
+
+#[test]
 fn a_request_that_the_kernel_has_lost_is_not_waited_for() {
     let probes = |world: &World| world.sent.iter().filter(|(_, head)| head.msg_id.contains("-probe")).count();
     for begins in [true, false] {

@@ -413,7 +413,7 @@ mod tests {
             );
             looks.get()
         };
-        let (calm, busy): (fn(u32) -> _, fn(u32) -> _) = (|_| Some(7), Some);
+        let [calm, busy]: [fn(u32) -> Option<u32>; 2] = [|_| Some(7), Some];
         assert!((1..=5).contains(&looks_with(calm, |_| true)));
         assert_eq!(looks_with(calm, |_| false), CALM_LOOKS);
         assert_eq!(looks_with(busy, |_| false), QUIET_LOOKS);
