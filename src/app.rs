@@ -17,7 +17,7 @@ use crate::domain::packages::Index;
 use crate::domain::quota::QuotaTable;
 use crate::domain::spec::Template;
 use crate::egress::{self, Egress, Outside, Trust};
-use crate::engine::docker::{Demand, DockerEngine, DockerSettings, GuestFile};
+use crate::engine::docker::{Demand, DockerEngine, DockerSettings, GuestFile, Quota};
 use crate::engine::guard::{self, BindError, Guard, GuardEngine, Permitted, Policy};
 use crate::engine::metered::Metered;
 use crate::engine::{Engine, EngineError, Pull};
@@ -592,7 +592,10 @@ pub fn demands(config: &Config) -> Vec<Demand> {
         template: template.name.clone(),
         runtime: template.runtime.clone(),
         accepted: template.accept_unenforced.clone(),
-        workspace_quota: template.workspace.is_some() && !template.accept_unlimited_workspace,
+        workspaces: template.workspace.is_some().then_some(match template.accept_unlimited_workspace {
+            true => Quota::DoneWithout,
+            false => Quota::Enforced,
+        }),
     };
     config.templates.values().map(demand).collect()
 }

@@ -24,7 +24,7 @@ imports = ["json", "datetime as dt"]
 idle = "1h"
 [templates.classic]
 image = "cellblock/python:latest"
-packages = ["ipython"]
+packages = ["ipython", "tzdata"]
 [templates.classic.default]
 memory = "192MiB"
 disk = "16MiB"
@@ -87,7 +87,7 @@ fn pairs(pairs: &[(&str, &str)]) -> Vec<(String, String)> {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn clients_of_the_classic_routes_move_by_url() {
     let server = Server::start(SETTINGS).await;
-    let cases = cases!(server; a_client_works, images_and_both_streams_are_one_text, what_ends_under_code_is_told, what_is_no_form_is_told, uploads_stay_in_their_folder, many_start_at_once, nothing_tells_the_key);
+    let cases = cases!(server; a_client_works, images_and_both_streams_are_one_text, what_ends_under_code_is_told, what_is_installed_is_imported, what_is_no_form_is_told, uploads_stay_in_their_folder, many_start_at_once, nothing_tells_the_key);
     server.run_and_finish(2, cases).await;
 }
 
@@ -128,15 +128,42 @@ async fn what_ends_under_code_is_told(server: Arc<Server>) {
         form(&server, "/end_session", "ends").await
     });
     assert_eq!(ended.status, 200, "{}", ended.text);
-    assert!([404, 409].contains(&running.status), "{} {}", running.status, running.text);
-    is_detail(&running, running.status);
+    is_detail(&running, 409);
     is_detail(&run(&server, "ends", "1").await, 404);
     is_detail(&form(&server, "/reset", "ends").await, 404);
     // What has run is still there.
     let path = format!("/t/{}/notebook/ends", server.key);
     let notebook = server.send(server.bare(Method::GET, &path)).await;
     assert_eq!((notebook.status, &notebook.json["nbformat"]), (200, &json!(4)), "{}", notebook.text);
+    // A user's next session has a notebook of its own, and the last one counts.
+    let id = start(&server, "ends").await;
+    assert_eq!(form(&server, "/end_session", "ends").await.status, 200);
+    let notebook = server.send(server.bare(Method::GET, &path)).await;
+    assert_eq!(notebook.json["metadata"]["cellblock"]["session"], id, "{}", notebook.text);
     is_detail(&server.send(server.bare(Method::GET, &format!("{path}-not"))).await, 404);
+}
+
+async fn what_is_installed_is_imported(server: Arc<Server>) {
+    start(&server, "imports").await;
+    let install = || async {
+        let body = json!({"user_id": "imports", "package_name": "tzdata"});
+        server.send(at(&server, "/install_package").json(&body)).await
+    };
+    run(&server, "imports", "import sys; sys.modules['tzdata'] = None").await;
+    let broken = install().await;
+    is_detail(&broken, 500);
+    assert!(text(&broken.json["detail"]).contains("can't be imported: ModuleNotFoundError"), "{}", broken.text);
+    // By the distribution's own name where no other is known.
+    run(
+        &server,
+        "imports",
+        "del sys.modules['tzdata']\nimport importlib.metadata\nimportlib.metadata.packages_distributions = dict",
+    )
+    .await;
+    let installed = install().await;
+    assert_eq!(installed.status, 200, "{}", installed.text);
+    assert_eq!(run(&server, "imports", "tzdata.__name__").await.json, json!({"output": "'tzdata'"}));
+    assert_eq!(form(&server, "/end_session", "imports").await.status, 200);
 }
 
 async fn what_is_no_form_is_told(server: Arc<Server>) {
@@ -203,6 +230,8 @@ async fn uploads_stay_in_their_folder(server: Arc<Server>) {
             "{name}"
         );
     }
+    let many = (0..100).fold(Form::new(), |form, n| form.text(format!("f{n}"), "x"));
+    assert_eq!(wrong(&send(many.text("user_id", "files")).await), pairs(&[("form_invalid", "")]));
     let none = send(Form::new().text("user_id", "files").text("file", "content")).await;
     assert_eq!(wrong(&none), pairs(&[("value_error", "file")]));
     let twice = Form::new().text("user_id", "files").part("file", part("one")).part("file", part("two"));

@@ -292,6 +292,46 @@ fn unavailable<T>(outcome: Result<T, EngineError>, word: &str) {
 }
 
 #[tokio::test]
+async fn workspaces_that_are_made_at_once_are_no_more_than_permitted_and_one_that_nobody_waits_for_is_made() {
+    let (guarded, fake) = before_a_fake(|policy| policy.workspaces = 2).await;
+    let engine = &guarded.engine;
+    engine.resolve_image(engine_fake::IMAGE, Pull::Never).await.expect("a listed image");
+    let spec = || WorkspaceSpec {
+        name: WorkspaceName::new("fake", Uuid::now_v7().into()),
+        image: "sha256:fake".to_owned(),
+        quota_bytes: Some(MIB),
+    };
+    fake.faults(|faults| faults.workspace_takes = Duration::from_millis(300));
+    let there = spec();
+    let unheard = tokio::time::timeout(Duration::from_millis(150), engine.ensure_workspace(&there)).await;
+    assert!(unheard.is_err(), "the caller has gone");
+    let began = std::time::Instant::now();
+    while fake.list_workspaces().await.expect("a list").is_empty() {
+        assert!(began.elapsed() < NEVER, "it went with its caller");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    let (a, b, c) = (spec(), spec(), spec());
+    let made = tokio::join!(engine.ensure_workspace(&a), engine.ensure_workspace(&b), engine.ensure_workspace(&c));
+    assert_eq!([&made.0, &made.1, &made.2].iter().filter(|made| made.is_ok()).count(), 1, "{made:?}");
+    assert_eq!(fake.list_workspaces().await.expect("a list").len(), 2);
+
+    // Those that are there are looked for at the same time.
+    engine.remove_workspace(&there.name).await.expect("a removal");
+    fake.faults(|faults| faults.workspace_takes = Duration::from_secs(3));
+    let new = spec();
+    let made = [&a, &b, &c].into_iter().zip([&made.0, &made.1, &made.2]).find(|(_, made)| made.is_ok()).expect("one").0;
+    let slow = engine.ensure_workspace(&new);
+    let quick = async {
+        tokio::time::sleep(Duration::from_millis(500)).await;
+        fake.faults(|faults| faults.workspace_takes = Duration::ZERO);
+        tokio::time::timeout(Duration::from_secs(1), engine.ensure_workspace(made)).await
+    };
+    let (slow, quick) = tokio::join!(slow, quick);
+    slow.expect("a new one");
+    quick.expect("it waits for a new one").expect("one that is there");
+}
+
+#[tokio::test]
 async fn workspaces_are_of_templates_that_have_them_and_no_more_than_permitted() {
     let (guarded, fake) = before_a_fake(|policy| policy.workspaces = 2).await;
     let engine = &guarded.engine;
@@ -336,7 +376,7 @@ async fn callers_that_hang_up_leave_no_more_cells_than_are_permitted() {
     fake.faults(|faults| faults.ensure_takes = Duration::from_secs(3));
     let ask = async |cell: &CellSpec| {
         let mut stream = UnixStream::connect(&guarded.socket).await.expect("a connection");
-        let request = json!({"version": 1, "instance": "fake", "call": {"ensure": {"cell": as_json(cell)}}});
+        let request = json!({"version": 2, "instance": "fake", "call": {"ensure": {"cell": as_json(cell)}}});
         stream.write_all(&frame(&request.to_string())).await.unwrap();
         stream
     };
@@ -436,7 +476,7 @@ async fn what_is_no_request_is_refused_and_costs_only_its_connection() {
     on_docker(scripted_guest(), |bench| async move {
         let guarded = guarded_by(&bench, policy(&bench)).await;
         let cell = spec(&bench, &guarded).await;
-        let call = |call: Value| json!({"version": 1, "instance": bench.instance, "call": call}).to_string();
+        let call = |call: Value| json!({"version": 2, "instance": bench.instance, "call": call}).to_string();
         let sound = call(json!("list"));
         assert_eq!(say_whole(&guarded.socket, &frame(&sound)).await, r#"{"Ok":[]}"#, "the probe itself is understood");
         let ensure = call(json!({"ensure": {"cell": as_json(&cell)}}));
@@ -458,7 +498,7 @@ async fn what_is_no_request_is_refused_and_costs_only_its_connection() {
             ("a verb that there is not", frame(&call(json!({"exec": {"name": cell.name.as_str()}})))),
             ("two calls in one", with("{\"ensure\":", "{\"list\":null,\"ensure\":")),
             ("something behind the end", frame(&format!("{sound}{sound}"))),
-            ("another version", frame(&sound.replace("\"version\":1", "\"version\":2"))),
+            ("another version", frame(&sound.replace("\"version\":2", "\"version\":1"))),
             ("another instance", frame(&sound.replace(&bench.instance, "another"))),
             ("a negative amount", with("\"pids\":64", "\"pids\":-1")),
             ("data of no template", with("\"pids\":", "\"data\":[{\"name\":\"x\",\"path\":\"/usr\"}],\"pids\":")),
@@ -503,7 +543,7 @@ async fn nothing_is_done_to_a_container_that_is_not_this_instances() {
             [format!("canary-{}", bench.instance), format!("cellblock-{}x-{session}-0", bench.instance), ours.clone()];
         for name in &names {
             canary(&bench, name).await;
-            let call = |verb: &str| json!({"version": 1, "instance": bench.instance, "call": {verb: {"name": name}}});
+            let call = |verb: &str| json!({"version": 2, "instance": bench.instance, "call": {verb: {"name": name}}});
             for verb in ["remove", "pause", "resume", "link", "observe"] {
                 let answer = say_whole(&guarded.socket, &frame(&call(verb).to_string())).await;
                 assert!(answer.starts_with(r#"{"Err":{"rejected""#), "{verb} {name}: {answer}");
@@ -511,7 +551,7 @@ async fn nothing_is_done_to_a_container_that_is_not_this_instances() {
         }
         for odd in ["", "/", &format!("../{ours}"), &format!("{ours}?force=1"), &ours.to_uppercase(), &"a".repeat(5000)]
         {
-            let call = json!({"version": 1, "instance": bench.instance, "call": {"remove": {"name": odd}}});
+            let call = json!({"version": 2, "instance": bench.instance, "call": {"remove": {"name": odd}}});
             let answer = say_whole(&guarded.socket, &frame(&call.to_string())).await;
             assert!(answer.starts_with(r#"{"Err":{"rejected""#), "{odd:.100}: {answer}");
         }
@@ -603,7 +643,7 @@ async fn what_is_said_to_a_guard_fits_into_its_memory() {
     let guard = Program::start(folder.path(), &socket).await;
     let lists = r#""x","#.repeat(130_000);
     let report = format!(r#"{{"interfaces":[{}]}}"#, lists.trim_end_matches(','));
-    let call = format!(r#"{{"version":1,"instance":"x","call":{{"attest":{{"report":{report},"cell":{{}}}}}}}}"#);
+    let call = format!(r#"{{"version":2,"instance":"x","call":{{"attest":{{"report":{report},"cell":{{}}}}}}}}"#);
     let whole = frame(&call);
     // Each is read as it comes; and without its last byte it is in hand for as long as it may be.
     for said in [whole.as_slice(), &whole[..whole.len() - 1]] {

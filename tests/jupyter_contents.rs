@@ -10,7 +10,7 @@ use reqwest::{Method, RequestBuilder};
 use serde_json::{Value, json};
 use server::{Reply, Server, text};
 
-const SETTINGS: &str = "default_template = \"python\"\n[server]\nmax_body = \"1MiB\"\n";
+const SETTINGS: &str = "default_template = \"python\"\n[server]\nmax_body = \"1MiB\"\n[templates.other]\nimage = \"cellblock/python:latest\"\n";
 
 fn asks(server: &Server, method: Method, path: &str) -> RequestBuilder {
     server.bare(method, path).header("authorization", format!("token {}", server.key))
@@ -95,20 +95,25 @@ async fn sessions_are_folders(server: Arc<Server>) {
         send(&server, Method::PATCH, "/api/contents/mine/a%20b/c.py", &json!({"path": format!("{kernel}/d.py")})).await;
     is_error(&moved, 400);
     // The folders of sessions are made and removed with their kernels.
-    for (method, path) in [
-        (Method::PUT, "/api/contents/new"),
-        (Method::PUT, "/api/contents/mine"),
-        (Method::PATCH, "/api/contents/mine"),
-        (Method::DELETE, "/api/contents/mine"),
-        (Method::POST, "/api/contents"),
+    for (method, path, status) in [
+        (Method::PUT, "/api/contents/new", 404),
+        (Method::PUT, "/api/contents/mine", 400),
+        (Method::PATCH, "/api/contents/mine", 400),
+        (Method::DELETE, "/api/contents/mine", 400),
+        (Method::POST, "/api/contents", 403),
     ] {
-        let refused = send(&server, method, path, &json!({"type": "directory", "path": "x"})).await;
-        assert!([400, 403, 404].contains(&refused.status), "{path}: {}", refused.text);
-        is_error(&refused, refused.status);
+        is_error(&send(&server, method, path, &json!({"type": "directory", "path": "x"})).await, status);
     }
-    for path in ["none", "none/x", "mine/none", "mine/..%2F..%2Fetc%2Fpasswd", "mine/%2Fetc%2Fpasswd", "mine/a%00b"] {
+    for (path, status) in [
+        ("none", 404),
+        ("none/x", 404),
+        ("mine/none", 404),
+        ("mine/..%2F..%2Fetc%2Fpasswd", 400),
+        ("mine/%2Fetc%2Fpasswd", 404),
+        ("mine/a%00b", 400),
+    ] {
         let refused = get(&server, &format!("/api/contents/{path}")).await;
-        assert!([400, 403, 404].contains(&refused.status), "{path}: {} {}", refused.status, refused.text);
+        assert_eq!(refused.status, status, "{path}: {}", refused.text);
     }
     for query in ["?type=file", "?format=x", "?content=2", "?hash=x"] {
         is_error(&get(&server, &format!("/api/contents/mine{query}")).await, 400);
@@ -146,8 +151,25 @@ async fn what_code_leaves_is_read_within_bounds(server: Arc<Server>) {
     assert_eq!(get(&server, &at("to-x")).await.json["content"], "x");
     let listed = get(&server, &at("to-d")).await;
     assert_eq!(listed.json["content"][0]["path"], format!("{kernel}/to-d/hostile.ipynb"), "{}", listed.text);
-    let out = get(&server, &at("out")).await;
-    assert!([400, 403, 404].contains(&out.status), "{}", out.text);
+    is_error(&get(&server, &at("out")).await, 403);
+    is_error(&get(&server, &at("long?content=0&hash=1")).await, 413);
+    // All cells of a notebook in as few bytes as they can have.
+    run(
+        &server,
+        &kernel,
+        "open('cells.ipynb', 'w').write('{\"nbformat\":4,\"cells\":[' + ','.join(['{\"a\":0}'] * 100000) + ']}')",
+    )
+    .await;
+    let cells = get(&server, &at("cells.ipynb")).await.json;
+    assert_eq!(cells["content"]["cells"].as_array().map(Vec::len), Some(100_000));
+    // The first of a file's chunks is 1, and the last -1.
+    let chunk = |n: i64| json!({"type": "file", "format": "text", "content": "x", "chunk": n});
+    assert_eq!(send(&server, Method::PUT, &at("chunks"), &chunk(1)).await.status, 200);
+    for n in [0, -2] {
+        is_error(&send(&server, Method::PUT, &at("chunks"), &chunk(n)).await, 400);
+    }
+    send(&server, Method::PUT, &at("chunks"), &chunk(-1)).await;
+    assert_eq!(get(&server, &at("chunks")).await.json["content"], "xx");
     let many = get(&server, &at("many")).await.json;
     assert_eq!(many["content"].as_array().map(Vec::len), Some(4500));
     let body = json!({"type": "file", "format": "text", "content": "x".repeat(2 << 20)});
@@ -163,6 +185,22 @@ async fn documents_find_their_kernel(server: Arc<Server>) {
         |name: &str| json!({"path": format!("{kernel}/n.ipynb"), "type": "notebook", "kernel": {"name": name}});
     let opened = send(&server, Method::POST, "/api/sessions", &document("python3")).await;
     assert_eq!((opened.status, &opened.json["kernel"]["id"]), (201, &json!(kernel)), "{}", opened.text);
+    // Documents that are opened at once are all there.
+    let others = (0..8).map(|n| {
+        let body = json!({"path": format!("{kernel}/{n}.ipynb"), "type": "notebook", "kernel": {"id": kernel}});
+        let server = &server;
+        async move { send(server, Method::POST, "/api/sessions", &body).await.status }
+    });
+    assert_eq!(futures_util::future::join_all(others).await, [201; 8]);
+    let listed = get(&server, "/api/sessions").await.json;
+    let of_kernel = listed.as_array().unwrap().iter().filter(|one| one["kernel"]["id"] == *kernel).count();
+    assert_eq!(of_kernel, 9, "{listed}");
+    // What wants a kernel of another kind does not get that one.
+    let mut body = document("other");
+    body["path"] = json!(format!("{kernel}/o.ipynb"));
+    let other = send(&server, Method::POST, "/api/sessions", &body).await;
+    assert_eq!((other.status, &other.json["kernel"]["name"]), (201, &json!("other")), "{}", other.text);
+    assert_ne!(other.json["kernel"]["id"], json!(kernel));
     assert_eq!(
         server.send(asks(&server, Method::DELETE, &format!("/api/sessions/{}", text(&opened.json["id"])))).await.status,
         204

@@ -9,17 +9,20 @@ mod engine_fake;
 #[path = "support/server.rs"]
 mod server;
 
+use std::ops::RangeInclusive;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bench::{Bench, bounded};
 use bollard::models::{ContainerCreateBody, HostConfig, Mount, MountType, VolumeCreateRequest};
-use bollard::query_parameters::CreateContainerOptions;
+use bollard::query_parameters::{CreateContainerOptions, RemoveVolumeOptions};
+use cellblock::domain::ids::InstallationId;
 use cellblock::domain::spec::SessionRequest;
 use cellblock::domain::workspace::WorkspaceOffer;
 use cellblock::engine::docker::{DockerEngine, DockerSettings};
-use cellblock::engine::{Engine, WorkspaceName};
+use cellblock::engine::{Engine, EngineError, Pull, WorkspaceName, WorkspaceSpec};
 use cellblock::service::Error;
+use cellblock::service::keys::Principal;
 use cellblock::session::Session;
 use cellblock::session::registry::Created;
 use cellblock::store::state::State;
@@ -268,6 +271,11 @@ async fn one_that_nobody_has_used_for_its_age_goes_and_no_other() {
     let server = Server::start(&format!("{SETTINGS}max_age = \"2s\"\n")).await;
     let used = server.create(asked("used")).await;
     let left = server.create(asked("left")).await;
+    let page = server.get("/v1/workspaces?limit=1").await.json;
+    let after = page["next_cursor"].as_str().unwrap();
+    let next = server.get(&format!("/v1/workspaces?limit=1&cursor={after}")).await.json;
+    let names = [&page, &next].map(|page| page["workspaces"][0]["name"].clone());
+    assert_eq!((names, &next["next_cursor"]), ([json!("used"), json!("left")], &Value::Null));
     left.delete().await;
     tokio::time::sleep(Duration::from_millis(2100)).await;
     reconcile(&server).await;
@@ -372,7 +380,64 @@ async fn a_quota_that_is_not_enforced_is_refused_unless_that_is_accepted() {
         (enforces, started) => panic!("enforces: {enforces}, starts: {}", started.is_ok()),
     }
     let engine = DockerEngine::connect(DockerSettings::new("quota-trial")).await.unwrap();
+    if !enforces {
+        // Nobody had accepted it when the engine was asked.
+        let asked = WorkspaceSpec { quota_bytes: Some(8 << 20), ..spec("quota-trial", "") };
+        let refused = engine.ensure_workspace(&asked).await;
+        let Err(EngineError::Rejected { detail, .. }) = &refused else { panic!("{refused:?}") };
+        assert!(detail.contains("workspace.accept_unenforced = true"), "{detail}");
+    }
     assert_eq!(engine.list_workspaces().await, Ok(vec![]));
+}
+
+fn spec(instance: &str, image: &str) -> WorkspaceSpec {
+    let name = WorkspaceName::new(instance, uuid::Uuid::now_v7().into());
+    WorkspaceSpec { name, image: image.to_owned(), quota_bytes: None }
+}
+
+#[tokio::test]
+async fn two_instances_on_one_engine_give_no_uid_to_two_workspaces() {
+    let connect = async |instance: &str, uids: RangeInclusive<u32>| {
+        DockerEngine::connect(DockerSettings { uids, ..DockerSettings::new(instance) }).await.unwrap()
+    };
+    let (one, other) = (connect("twin-one", 64_110..=64_111).await, connect("twin-other", 64_110..=64_111).await);
+    let image = one.resolve_image("cellblock/python:latest", Pull::Never).await.unwrap().id;
+    let (a, b, c) = (spec("twin-one", &image), spec("twin-other", &image), spec("twin-other", &image));
+    let made = [one.ensure_workspace(&a).await.unwrap(), other.ensure_workspace(&b).await.unwrap()];
+    assert_ne!(made[0].uid, made[1].uid, "neither knew of the other when it began");
+    let refused = other.ensure_workspace(&c).await;
+    assert!(matches!(refused, Err(EngineError::Unavailable { .. })), "both are taken: {refused:?}");
+
+    // The next process knows its own, which are free again when they are gone.
+    let one = connect("twin-one", 64_110..=64_111).await;
+    one.remove_workspace(&a.name).await.unwrap();
+    let again = spec("twin-one", &image);
+    assert_eq!(one.ensure_workspace(&again).await.unwrap().uid, made[0].uid);
+    one.remove_workspace(&again.name).await.unwrap();
+    other.remove_workspace(&b.name).await.unwrap();
+    assert_eq!(other.list_workspaces().await, Ok(vec![]));
+}
+
+#[tokio::test]
+async fn a_long_run_of_another_instances_workspaces_is_passed_at_once() {
+    let settings = DockerSettings { uids: 64_112..=64_211, ..DockerSettings::new("twin-late") };
+    let engine = DockerEngine::connect(settings).await.unwrap();
+    let image = engine.resolve_image("cellblock/python:latest", Pull::Never).await.unwrap().id;
+    let docker = bollard::Docker::connect_with_defaults().unwrap();
+    let run: Vec<_> = (64_112..64_211u32).map(|uid| (spec("twin-early", "").name.to_string(), uid)).collect();
+    for (name, uid) in &run {
+        let labels = [("instance", "twin-early"), ("role", "workspace"), ("uid", &uid.to_string())];
+        let labels = labels.map(|(name, value)| (format!("io.cellblock.{name}"), value.to_owned())).into();
+        let (name, labels) = (Some(name.clone()), Some(labels));
+        docker.create_volume(VolumeCreateRequest { name, labels, ..VolumeCreateRequest::default() }).await.unwrap();
+    }
+    let asked = spec("twin-late", &image);
+    let made = engine.ensure_workspace(&asked).await;
+    for (name, _) in &run {
+        docker.remove_volume(name, None::<RemoveVolumeOptions>).await.unwrap();
+    }
+    engine.remove_workspace(&asked.name).await.unwrap();
+    assert_eq!(made.map(|made| made.uid), Ok(64_211));
 }
 
 /// On an engine that is told what to do wrong.
@@ -436,4 +501,58 @@ async fn a_start_that_fails_gives_the_workspace_back_and_one_that_was_never_made
     bounded(bench.reconciler().round()).await.unwrap();
     let there: Vec<_> = bench.service.list_workspaces(&bench.who, None).unwrap();
     assert_eq!(there.iter().map(|view| view.record.name.as_str()).collect::<Vec<_>>(), ["w"]);
+}
+
+#[tokio::test]
+async fn a_delete_removes_its_own_and_one_that_is_not_answered_for_keeps_none_of_the_others() {
+    let engine = Arc::new(FakeEngine::new(bench::INSTANCE));
+    let bench = with_workspaces(&engine, None);
+    for name in ["v", "w", "x"] {
+        let made = session(&bench, name).await.unwrap();
+        bench.service.delete_session(&bench.who, made.id).await.unwrap();
+    }
+    engine.faults(|faults| faults.workspace_removals_fail = 2);
+    let removals = || engine.asked("remove a workspace");
+    for (at, name) in ["v", "w", "x"].iter().enumerate() {
+        bench.service.delete_workspace(&bench.who, name).await.unwrap();
+        assert_eq!(removals(), at + 1, "who deletes one does not wait for those of others");
+    }
+    assert_eq!(engine.list_workspaces().await.unwrap().len(), 2);
+    engine.faults(|faults| faults.workspace_removals_fail = 1);
+    let reconciler = bench.reconciler();
+    bounded(reconciler.round()).await.unwrap();
+    assert_eq!(engine.list_workspaces().await.unwrap().len(), 1, "the second is removed all the same");
+    bounded(reconciler.round()).await.unwrap();
+    assert_eq!(bench.registry.workspaces().all(), 0);
+}
+
+#[tokio::test]
+async fn the_name_of_an_instance_is_not_free_while_it_has_workspaces() {
+    let engine = Arc::new(FakeEngine::new(bench::INSTANCE));
+    let bench = with_workspaces(&engine, None);
+    let made = session(&bench, "w").await.unwrap();
+    bench.service.delete_session(&bench.who, made.id).await.unwrap();
+    let other = InstallationId::from_uuid(uuid::Uuid::from_u128(2));
+    bounded(bench.reconciler().clear()).await.unwrap();
+    assert!(matches!(engine.claim(other).await, Err(EngineError::Claimed { .. })), "it would take them for nobody's");
+    bench.service.delete_workspace(&bench.who, "w").await.unwrap();
+    bounded(bench.reconciler().clear()).await.unwrap();
+    assert_eq!(engine.claim(other).await, Ok(()));
+}
+
+#[tokio::test]
+async fn a_key_is_told_of_no_template_that_it_does_not_allow() {
+    let engine = Arc::new(FakeEngine::new(bench::INSTANCE));
+    let bench = with_workspaces(&engine, None);
+    let made = session(&bench, "w").await.unwrap();
+    bench.service.delete_session(&bench.who, made.id).await.unwrap();
+    let narrow = Principal { templates: Some(Arc::from(["u".to_owned()])), ..bench.who.clone() };
+    let request =
+        SessionRequest { template: Some("u".to_owned()), workspace: Some("w".to_owned()), ..SessionRequest::default() };
+    for (who, is_told) in [(&bench.who, true), (&narrow, false)] {
+        let refused = bounded(bench.service.create_session(who, &request, true, None)).await.unwrap_err();
+        let Error::SpecRejected(fields) = &refused else { panic!("{refused:?}") };
+        assert_eq!(fields[0].message.contains("\"t\""), is_told, "{fields:?}");
+    }
+    assert_eq!(bench.service.workspace(&narrow, "w").unwrap_err(), Error::NotFound("workspace"));
 }

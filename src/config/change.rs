@@ -24,8 +24,8 @@ const LIVE: [&str; 16] = [
     "tenants.",
     "log.level",
 ];
-/// What of a template's workspaces the engine is asked about at the start.
-const WORKSPACE: [&str; 3] = [".workspace.kind", ".workspace.quota", ".workspace.accept_unenforced"];
+/// What of a template the engine is asked about at the start.
+const ASKED_ABOUT: [&str; 4] = [".runtime", ".accept_unenforced", ".workspace.kind", ".workspace.quota"];
 /// What another process reads.
 const OTHERS: &str = "guard.";
 
@@ -53,15 +53,17 @@ impl Change {
     /// Whether a template is to be confined otherwise than the engine was asked about at the start.
     #[must_use]
     pub fn is_of_confinement(&self) -> bool {
-        let is_meant = self.key.ends_with(".runtime") || self.key.ends_with(".accept_unenforced");
-        let is_meant = is_meant || WORKSPACE.iter().any(|field| self.key.ends_with(field));
         // A template that comes or goes asks for nothing of its own, unless it names something.
         let after = self
             .after
             .as_deref()
             .filter(|after| self.before.is_some() || !["\"\"", "[]", "\"tmpfs\"", "\"0MiB\"", "false"].contains(after));
-        self.key.starts_with("templates.") && is_meant && after.is_some()
+        self.key.starts_with("templates.") && is_asked_about(&self.key) && after.is_some()
     }
+}
+
+fn is_asked_about(key: &str) -> bool {
+    ASKED_ABOUT.iter().any(|field| key.ends_with(field))
 }
 
 impl std::fmt::Display for Change {
@@ -72,11 +74,21 @@ impl std::fmt::Display for Change {
 }
 
 impl Loaded {
-    /// What is different in a later one, in the order of the keys. Secrets are not compared.
+    /// What the keys of templates begin with that are not offered.
+    fn switched_off(&self) -> Vec<&str> {
+        let off = self.values.iter().filter(|v| v.key.starts_with("templates.") && v.value == "false");
+        off.filter_map(|v| v.key.strip_suffix("enabled").filter(|before| before.ends_with('.'))).collect()
+    }
+
+    /// What is different in a later one, in the order of the keys. Secrets are not compared. What the engine is asked about for a template does not count while that
+    /// is not offered: nobody has asked.
     #[must_use]
     pub fn changes(&self, later: &Self) -> Vec<Change> {
         let by_key = |loaded: &'_ Self| -> BTreeMap<String, (String, Source)> {
-            loaded.values.iter().map(|v| (v.key.clone(), (v.value.clone(), v.source.clone()))).collect()
+            let off = loaded.switched_off();
+            let shown =
+                loaded.values.iter().filter(|v| !off.iter().any(|of| v.key.starts_with(of) && is_asked_about(&v.key)));
+            shown.map(|v| (v.key.clone(), (v.value.clone(), v.source.clone()))).collect()
         };
         let (old, new) = (by_key(self), by_key(later));
         let keys: BTreeSet<&String> = old.keys().chain(new.keys()).collect();
@@ -97,6 +109,31 @@ impl Loaded {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::{Inputs, load};
+
+    fn loaded(settings: &str) -> Loaded {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("test.toml");
+        let data = folder.path().join("data");
+        std::fs::write(&file, format!("{settings}[server]\ndata_dir = {data:?}\n")).unwrap();
+        load(&Inputs { files: vec![file], ..Inputs::default() }).unwrap_or_else(|wrong| panic!("{wrong}"))
+    }
+
+    #[test]
+    fn a_template_that_is_switched_on_is_confined_as_the_engine_was_not_asked_about() {
+        let refused = |more: &str| {
+            let with =
+                |enabled: bool| loaded(&format!("[templates.late]\nimage = \"late\"\nenabled = {enabled}\n{more}"));
+            let changes = with(false).changes(&with(true));
+            assert!(changes.iter().any(|change| change.key == "templates.late.enabled"), "{changes:?}");
+            let refused = changes.into_iter().filter(|change| !change.is_live() && !change.key.starts_with("server."));
+            refused.map(|change| change.key).collect::<Vec<_>>()
+        };
+        assert_eq!(refused(""), Vec::<String>::new(), "it asks for nothing of its own");
+        assert_eq!(refused("runtime = \"runsc\"\n"), ["templates.late.runtime"]);
+        let volume = "[templates.late.workspace]\nkind = \"volume\"\nquota = \"1GiB\"\n";
+        assert_eq!(refused(volume), ["templates.late.workspace.kind", "templates.late.workspace.quota"]);
+    }
 
     #[test]
     fn another_runtime_needs_a_restart_and_a_plain_template_does_not() {

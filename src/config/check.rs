@@ -305,9 +305,11 @@ impl Checker<'_> {
         });
         let has_workspaces =
             document.templates.values().any(|t| t.enabled && t.workspace.kind == WorkspaceKind::Volume);
-        let workspaces = if has_workspaces { document.limits.workspaces } else { 0 };
+        let workspaces = document.limits.workspaces;
         let needed = u64::from(sessions) + u64::from(workspaces);
-        self.require(users >= needed, &["engine.uid_last", "engine.uid_first", "limits.workspaces"], || {
+        // Too few for the sessions are told of already.
+        let is_of_workspaces = has_workspaces && users >= sessions.into();
+        self.require(!is_of_workspaces || users >= needed, &["engine.uid_last", "engine.uid_first", "limits.workspaces"], || {
             format!(
                 "{first} to {last} are {users} users; each of the {sessions} of limits.sessions needs one of its own, and so does each of the {workspaces} of \
                  limits.workspaces"

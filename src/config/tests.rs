@@ -407,6 +407,22 @@ fn rules_between_keys() {
 }
 
 #[test]
+fn users_are_too_few_for_sessions_or_for_workspaces_beside_them() {
+    let workspaces = "[templates.python.workspace]\nkind = 'volume'\naccept_unenforced = true\n[engine]\nuid_last = ";
+    let found = |text: &str| mistakes(text, &[]).into_iter().map(|(_, message)| message).collect::<Vec<_>>();
+    for (text, words) in [
+        ("engine.uid_last = 40009", "limits.sessions needs one of its own"),
+        (&format!("{workspaces}40009"), "limits.sessions needs one of its own"),
+        (&format!("{workspaces}40999"), "so does each of the 1000 of limits.workspaces"),
+    ] {
+        let found = found(text);
+        let about_users = found.iter().filter(|message| message.contains("users; each")).collect::<Vec<_>>();
+        assert!(!about_users.is_empty() && about_users.iter().all(|message| message.ends_with(words)), "{found:#?}");
+    }
+    assert_eq!(found("engine.uid_last = 40999"), Vec::<String>::new());
+}
+
+#[test]
 fn rules_of_the_classic_door() {
     for (text, key, words) in [
         ("doors.classic.imports = ['os; x()']", "doors.classic.imports", "\"os; x()\" can't stand behind"),

@@ -8,6 +8,7 @@ use rustix::fs::{Access, access, statvfs};
 use super::verdict::Check;
 use crate::config::Config;
 use crate::engine::EngineError;
+use crate::engine::docker::QUOTA_REMEDY;
 use crate::engine::docker::trial::Host;
 use crate::store::state;
 
@@ -136,8 +137,6 @@ pub(super) async fn quota(host: &Host, image: &str) -> Check {
 /// Whether the quota of workspaces that outlive sessions is enforced, where there are any.
 pub(super) async fn workspace_quota(config: &Config, host: &Host) -> Option<Check> {
     const NAME: &str = "workspaces";
-    const REMEDY: &str =
-        "put the engine's data on xfs that is mounted with pquota, or do without: workspace.accept_unenforced = true";
     let offers = || config.templates.values().filter(|template| template.workspace.is_some());
     let relying: Vec<_> = offers().filter(|t| !t.accept_unlimited_workspace).map(|t| t.name.as_str()).collect();
     offers().next()?;
@@ -149,7 +148,8 @@ pub(super) async fn workspace_quota(config: &Config, host: &Host) -> Option<Chec
         ),
         Ok(Some(why)) => {
             let names = relying.join(", ");
-            Check::broken(NAME, format!("no quota is enforced, which templates rely on: {names} ({why})")).with(REMEDY)
+            Check::broken(NAME, format!("no quota is enforced, which templates rely on: {names} ({why})"))
+                .with(QUOTA_REMEDY)
         }
         Err(error) => Check::weak(NAME, error.to_string()),
     })

@@ -1,4 +1,4 @@
-//! Problems: how every refusal and failure is said (RFC 9457, `application/problem+json`).
+//! Problems: how every refusal and failure is said: as RFC 9457 has it (`application/problem+json`), or in the form of another protocol's clients.
 //!
 //! A handler returns a [`Problem`]; the outermost layer writes its body, since only that layer knows the request's id.
 
@@ -297,6 +297,7 @@ impl From<Error> for Problem {
                 retry_after_seconds: Some(retry_after.as_secs_f64().ceil() as u64),
                 ..Self::new(AT_CAPACITY, format!("{detail}; end one, or try again later"))
             },
+            Error::WorkspacesFull => Self::new(AT_CAPACITY, format!("{detail}; delete one, or try again later")),
             Error::Draining => Self::new(DRAINING, detail),
             Error::StartFailed(failure) => {
                 let mut problem = Self::new(start_code(failure.fault), failure.detail);

@@ -164,6 +164,9 @@ pub enum Error {
         /// When there may be one.
         retry_after: Duration,
     },
+    /// All tenants together have as many workspaces as may be.
+    #[error("the server holds as many workspaces as it may (limits.workspaces)")]
+    WorkspacesFull,
     /// The server is stopping.
     #[error("the server is stopping")]
     Draining,
@@ -222,6 +225,7 @@ impl From<Refused> for Error {
             Refused::KernelLost => Self::GuestUnreachable,
             Refused::KernelFailed(failure) => Self::StartFailed(failure),
             Refused::TooManyContexts(_) => Self::StateConflict(format!("{refused}; delete one of them")),
+            Refused::TooManyLabels(_) => Self::SpecRejected(vec![FieldError::new("/labels", refused.to_string())]),
             Refused::DefaultContext => {
                 Self::StateConflict(format!("{refused}; it goes with its session, and can be restarted"))
             }
@@ -294,9 +298,14 @@ pub struct ContextRequest {
 
 /// Room for an answer in memory.
 #[derive(Debug)]
-pub struct Room(Place<Arc<str>>);
+pub struct Room(Vec<Place<Arc<str>>>);
 
 impl Room {
+    /// More of it, for the same answer.
+    pub fn join(&mut self, more: Self) {
+        self.0.extend(more.0);
+    }
+
     /// The answer, which gives the room back when it is taken.
     #[must_use]
     pub fn with(self, bytes: impl Into<Bytes>) -> Bytes {
@@ -307,7 +316,7 @@ impl Room {
 /// A notebook, or something else that is told whole, on its way to a caller. It has its part of the memory for those until the last piece of it is gone.
 struct Fetched {
     bytes: Bytes,
-    _room: Place<Arc<str>>,
+    _room: Vec<Place<Arc<str>>>,
 }
 
 impl AsRef<[u8]> for Fetched {
@@ -1034,7 +1043,7 @@ impl Service {
         let (_, most) = NOTEBOOK_ROOM;
         let share = usize::try_from(bytes / 1024 + 1).unwrap_or(most).min(most);
         let room = self.notebook_room.take(Arc::clone(&who.tenant), share, most);
-        room.map(Room).map_err(|full| match full {
+        room.map(|room| Room(vec![room])).map_err(|full| match full {
             NoPlace::OfOne => Error::OwnNotebooksBusy,
             NoPlace::All => Error::NotebooksBusy,
         })
@@ -1273,6 +1282,8 @@ pub struct SessionPatch {
     pub idle_seconds: Option<f64>,
     /// Replaces its labels.
     pub labels: Option<BTreeMap<String, String>>,
+    /// Are among its labels from then on: who adds some takes none from others who do the same.
+    pub more_labels: BTreeMap<String, String>,
     /// What it is to reach.
     pub network: NetworkRequest,
 }
@@ -1283,6 +1294,7 @@ impl SessionPatch {
         if let Some(labels) = &self.labels {
             spec::check_labels(labels, &mut errors);
         }
+        spec::check_labels(&self.more_labels, &mut errors);
         let mut seconds = |field: &str, asked: Option<f64>, most: Duration| {
             asked.and_then(|asked| {
                 spec::seconds_within(asked, most).map_err(|m| errors.push(FieldError::new(field, m))).ok()
@@ -1300,6 +1312,7 @@ impl SessionPatch {
             ),
             idle: seconds("/idle_seconds", self.idle_seconds, session.spec.max_idle),
             labels: self.labels.clone(),
+            more_labels: self.more_labels.clone(),
         };
         errors.extend(network.err().unwrap_or_default());
         if errors.is_empty() { Ok(patch) } else { Err(Error::SpecRejected(errors)) }

@@ -36,7 +36,7 @@ impl Service {
         who.require_sessions()?;
         self.workspace(who, name)?;
         let workspaces = Arc::clone(self.registry.workspaces());
-        workspaces.delete(&who.tenant, name).map_err(|refused| match refused {
+        let id = workspaces.delete(&who.tenant, name).map_err(|refused| match refused {
             DeleteRefused::Absent => Error::NotFound("workspace"),
             DeleteRefused::InUse(session) => Error::WorkspaceInUse(session),
         })?;
@@ -44,9 +44,9 @@ impl Service {
         // It is not to come back with the next process.
         self.kept().await?;
         let engine = Arc::clone(&self.engine);
-        let removal = carry_on("workspace", async move { workspaces.remove_deleted(engine.as_ref()).await });
-        for error in removal.await.unwrap_or_default() {
-            tracing::warn!(%error, "a deleted workspace is not removed yet; it is tried again");
+        let removal = carry_on("workspace", async move { workspaces.remove(engine.as_ref(), id).await });
+        if let Some(Err(error)) = removal.await {
+            tracing::warn!(workspace = %id, %error, "a deleted workspace is not removed yet; it is tried again");
         }
         Ok(())
     }
@@ -60,6 +60,7 @@ pub(super) fn not_held(refused: HoldRefused) -> Error {
             "the workspace of this name is of template \"{template}\"; name that template, or another workspace"
         )),
         HoldRefused::TooMany(exceeded) => Error::OverQuota { exceeded, retry_after: LATER },
+        HoldRefused::Full => Error::WorkspacesFull,
     }
 }
 

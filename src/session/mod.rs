@@ -169,6 +169,8 @@ pub struct Patch {
     pub idle: Option<Duration>,
     /// Replaces its labels.
     pub labels: Option<BTreeMap<String, String>>,
+    /// Are among its labels from then on, whatever others it has.
+    pub more_labels: BTreeMap<String, String>,
     /// What it may reach from now on.
     pub network: Option<Network>,
 }
@@ -219,6 +221,9 @@ pub enum Refused {
     /// The session has as many contexts as it may.
     #[error("the session has as many contexts as it may, {0}")]
     TooManyContexts(usize),
+    /// It would have more labels than it may.
+    #[error("the session may have {0} labels")]
+    TooManyLabels(usize),
     /// The default context stays as long as its session.
     #[error("it is the default context")]
     DefaultContext,

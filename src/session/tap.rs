@@ -1,8 +1,8 @@
 //! What a kernel says, for clients that speak Jupyter: a ring of its newest messages, and any number of listeners that read it at their own pace.
 //!
 //! It costs nothing as long as nobody listens. Memory is bounded by the ring, whoever reads slowly: who is further behind is cut off. A listener that has a name
-//! may leave and come back: it hears again what came after the last message that it is known to have. It decides nothing about what is told, and does not know
-//! WebSockets.
+//! may leave and come back: it hears again what came after the last message that it is known to have. Only of a kernel that was replaced meanwhile it hears nothing
+//! again that it was told, if it took leave, or comes back while it still seems to be here. It decides nothing about what is told, and does not know WebSockets.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -457,6 +457,18 @@ mod tests {
         assert_eq!(ids(cut.try_hear(usize::MAX)), ["1", "2", "3"], "it was cut off");
         let mut again = tap.listen(Some("b"), 9).unwrap();
         assert_eq!(ids(again.try_hear(usize::MAX)), ["3"], "it was there still, as far as is known");
+    }
+
+    #[tokio::test]
+    async fn who_was_not_told_of_the_time_before_lets_nothing_go() {
+        let tap = Tap::new(BOUNDS);
+        let mut early = tap.listen(Some("a"), 9).unwrap();
+        tap.tell(message(1, None));
+        tap.is_replaced();
+        assert_eq!(ids(early.try_hear(usize::MAX)), ["1"]);
+        early.takes_leave();
+        drop(early);
+        assert_eq!(ids(tap.listen(Some("a"), 9).unwrap().try_hear(usize::MAX)), ["1"]);
     }
 
     #[tokio::test]

@@ -1,5 +1,5 @@
 //! Workspaces that outlive sessions: whose each is, which session has it, and when it goes. Values behind a lock; what is asked of the engine is asked by a
-//! session's task, and by the reconciler (`tidy`).
+//! session's task, by the reconciler (`tidy`), and by whoever deletes one (`Workspaces::remove`).
 //!
 //! A record is put before the engine is asked for the volume, and goes when the volume was seen to be gone; so the next process knows every volume that may
 //! exist. Which session has one is not in it: that stands in the session's own record.
@@ -64,8 +64,10 @@ pub enum HoldRefused {
     },
     /// It is of another template.
     OfTemplate(String),
-    /// There are as many as may be.
+    /// The tenant has as many as it may.
     TooMany(Exceeded),
+    /// All tenants together have as many as may be.
+    Full,
 }
 
 /// Why a workspace is not deleted.
@@ -129,7 +131,11 @@ impl Tenure {
 
     /// It is this session's from now on.
     pub(super) fn belongs_to(&self, session: SessionId) {
-        self.workspaces.change(self.id, |entry| entry.holder = Holder::Session(session));
+        let workspaces = &self.workspaces;
+        workspaces.change(self.id, |entry| {
+            (entry.holder, entry.record.last_used) = (Holder::Session(session), Timestamp::now());
+            workspaces.put(&entry.record);
+        });
     }
 
     /// Has the engine make it, unless it is there.
@@ -191,7 +197,6 @@ impl Workspaces {
         (asked, template): (&WorkspaceUse, &str),
         bounds: Bounds,
     ) -> Result<Tenure, HoldRefused> {
-        let now = Timestamp::now();
         let mut entries = self.entries();
         let found = entries.values_mut().find(|entry| is_of(entry, tenant, &asked.name));
         let id = match found {
@@ -206,12 +211,13 @@ impl Workspaces {
                 if entry.record.uid.is_none() {
                     entry.record.quota_bytes = asked.offer.quota_bytes;
                 }
-                (entry.record.last_used, entry.record.max_age) = (now, asked.offer.max_age);
+                entry.record.max_age = asked.offer.max_age;
                 self.put(&entry.record);
                 entry.record.id
             }
             None => {
-                check_bounds(&entries, tenant, bounds).map_err(HoldRefused::TooMany)?;
+                check_bounds(&entries, tenant, bounds)?;
+                let now = Timestamp::now();
                 let record = WorkspaceRecord {
                     id: fresh(),
                     tenant: Arc::clone(tenant),
@@ -263,11 +269,11 @@ impl Workspaces {
         entries.values().find(|entry| is_of(entry, tenant, name) && entry.is_shown()).map(Entry::view)
     }
 
-    /// Takes a workspace from its tenant; [`Workspaces::remove_deleted`] removes it.
+    /// Takes a workspace from its tenant, and says which; [`Workspaces::remove`] removes it.
     ///
     /// # Errors
     /// See [`DeleteRefused`].
-    pub fn delete(&self, tenant: &str, name: &str) -> Result<(), DeleteRefused> {
+    pub fn delete(&self, tenant: &str, name: &str) -> Result<WorkspaceId, DeleteRefused> {
         let mut entries = self.entries();
         let found = entries.values_mut().find(|entry| is_of(entry, tenant, name) && entry.is_shown());
         let entry = found.ok_or(DeleteRefused::Absent)?;
@@ -275,7 +281,7 @@ impl Workspaces {
             return Err(DeleteRefused::InUse(entry.view().session));
         }
         self.mark_deleted(entry);
-        Ok(())
+        Ok(entry.record.id)
     }
 
     fn mark_deleted(&self, entry: &mut Entry) {
@@ -336,7 +342,10 @@ impl Workspaces {
             if made.is_new && entry.record.uid.is_some() {
                 tracing::error!(workspace = %id, "a workspace was not on the engine any more, and is empty now");
             }
-            if entry.record.uid != Some(made.uid) {
+            if made.is_new {
+                entry.record.quota_bytes = entry.quota_bytes;
+            }
+            if made.is_new || entry.record.uid != Some(made.uid) {
                 entry.record.uid = Some(made.uid);
                 self.put(&entry.record);
             }
@@ -348,11 +357,11 @@ impl Workspaces {
         let Some(entry) = entries.get_mut(&id) else { return };
         let was_a_sessions = matches!(entry.holder, Holder::Session(_));
         entry.holder = Holder::Nobody;
-        // What a session has had goes with a round: the next process may go on with that session.
-        if entry.may_exist || was_a_sessions {
+        if was_a_sessions {
+            // If nothing was made it goes with a round: the next process may go on with that session.
             entry.record.last_used = Timestamp::now();
             self.put(&entry.record);
-        } else {
+        } else if !entry.may_exist {
             entries.remove(&id);
             self.forget(id);
         }
@@ -370,24 +379,15 @@ impl Workspaces {
         }
     }
 
-    /// Has the engine remove what was taken from its tenants; answers with why it does not remove what it doesn't. One that is away is not asked for the rest.
-    pub async fn remove_deleted(&self, engine: &dyn Engine) -> Vec<EngineError> {
-        let mut errors = Vec::new();
-        for id in self.deleted() {
-            match engine.remove_workspace(&WorkspaceName::new(&self.instance, id)).await {
-                Ok(()) => {
-                    self.entries().remove(&id);
-                    self.forget(id);
-                }
-                Err(error) => {
-                    errors.push(error);
-                    if is_away(&errors) {
-                        break;
-                    }
-                }
-            }
-        }
-        errors
+    /// Has the engine remove one that was taken from its tenant.
+    ///
+    /// # Errors
+    /// Why it is not removed; a later round tries again.
+    pub async fn remove(&self, engine: &dyn Engine, id: WorkspaceId) -> Result<(), EngineError> {
+        engine.remove_workspace(&WorkspaceName::new(&self.instance, id)).await?;
+        self.entries().remove(&id);
+        self.forget(id);
+        Ok(())
     }
 }
 
@@ -420,13 +420,18 @@ pub(super) async fn tidy(workspaces: &Workspaces, engine: &dyn Engine) -> Tidied
         }
     }
     workspaces.expire(Timestamp::now());
-    tidied.errors.extend(workspaces.remove_deleted(engine).await);
+    for id in workspaces.deleted() {
+        if is_away(&tidied.errors) {
+            break;
+        }
+        tidied.errors.extend(workspaces.remove(engine, id).await.err());
+    }
     tidied
 }
 
-/// Each of the others would take its whole time as well.
+/// It is not asked for the others. One that takes too long about a single workspace may well answer about the next.
 fn is_away(errors: &[EngineError]) -> bool {
-    errors.iter().any(|error| matches!(error, EngineError::Unavailable { .. } | EngineError::TimedOut { .. }))
+    errors.iter().any(|error| matches!(error, EngineError::Unavailable { .. }))
 }
 
 fn is_of(entry: &Entry, tenant: &str, name: &str) -> bool {
@@ -438,14 +443,14 @@ fn count(entries: &BTreeMap<WorkspaceId, Entry>, tenant: &str) -> usize {
     entries.values().filter(|entry| *entry.record.tenant == *tenant).count()
 }
 
-fn check_bounds(entries: &BTreeMap<WorkspaceId, Entry>, tenant: &str, bounds: Bounds) -> Result<(), Exceeded> {
-    let of_tenant = bounds.of_tenant.map_or(usize::MAX, |most| most as usize);
-    for (there, most) in [(count(entries, tenant), of_tenant), (entries.len(), bounds.of_all)] {
-        if there >= most {
-            return Err(Exceeded { name: "workspaces", limit: most as u64 });
+fn check_bounds(entries: &BTreeMap<WorkspaceId, Entry>, tenant: &str, bounds: Bounds) -> Result<(), HoldRefused> {
+    match bounds.of_tenant {
+        Some(most) if count(entries, tenant) >= most as usize => {
+            Err(HoldRefused::TooMany(Exceeded { name: "workspaces", limit: most.into() }))
         }
+        _ if entries.len() >= bounds.of_all => Err(HoldRefused::Full),
+        _ => Ok(()),
     }
-    Ok(())
 }
 
 #[cfg(test)]
@@ -460,17 +465,18 @@ mod tests {
     struct Bench {
         workspaces: Arc<Workspaces>,
         bounds: Bounds,
+        offer: WorkspaceOffer,
     }
 
     impl Bench {
         fn new() -> Self {
             let bounds = Bounds { of_tenant: Some(2), of_all: 3 };
-            Self { workspaces: Workspaces::new("one", None), bounds }
+            let offer = WorkspaceOffer { max_age: Duration::from_secs(100), quota_bytes: None };
+            Self { workspaces: Workspaces::new("one", None), bounds, offer }
         }
 
         fn hold(&self, tenant: &str, name: &str, template: &str) -> Result<Tenure, HoldRefused> {
-            let offer = WorkspaceOffer { max_age: Duration::from_secs(100), quota_bytes: None };
-            let asked = WorkspaceUse { name: name.to_owned(), offer };
+            let asked = WorkspaceUse { name: name.to_owned(), offer: self.offer };
             self.workspaces.hold(&Arc::from(tenant), (&asked, template), self.bounds)
         }
 
@@ -514,8 +520,7 @@ mod tests {
         let refused = bench.hold("a", "v", "t").unwrap_err();
         assert_eq!(refused, HoldRefused::TooMany(Exceeded { name: "workspaces", limit: 2 }));
         let _other = bench.hold("b", "w", "t").unwrap();
-        let refused = bench.hold("c", "w", "t").unwrap_err();
-        assert_eq!(refused, HoldRefused::TooMany(Exceeded { name: "workspaces", limit: 3 }));
+        assert_eq!(bench.hold("c", "w", "t").unwrap_err(), HoldRefused::Full);
     }
 
     #[test]
@@ -531,6 +536,63 @@ mod tests {
         assert!(bench.workspaces.deleted().is_empty());
         bench.workspaces.expire(later(200));
         assert_eq!(bench.workspaces.deleted().len(), 1);
+    }
+
+    #[test]
+    fn its_age_begins_when_a_session_gives_it_back_and_not_with_a_create_that_is_refused() {
+        let bench = Bench::new();
+        let ages_ago = Timestamp::now() - jiff::SignedDuration::from_secs(1000);
+        let tenure = bench.hold("a", "w", "t").unwrap();
+        tenure.belongs_to(fresh());
+        bench.make(&tenure);
+        bench.workspaces.change(tenure.id, |entry| entry.record.last_used = ages_ago);
+        drop(tenure);
+        bench.workspaces.expire(Timestamp::now());
+        assert_eq!(bench.workspaces.deleted(), [], "a session had it until now");
+
+        let last_used = || bench.workspaces.find("a", "w").unwrap().record.last_used;
+        let id = bench.workspaces.find("a", "w").unwrap().record.id;
+        bench.workspaces.change(id, |entry| entry.record.last_used = ages_ago);
+        drop(bench.hold("a", "w", "t").unwrap());
+        assert_eq!(last_used(), ages_ago, "no session got it");
+        let tenure = bench.hold("a", "w", "t").unwrap();
+        tenure.belongs_to(fresh());
+        assert_ne!(last_used(), ages_ago);
+    }
+
+    #[test]
+    fn it_is_what_its_template_says_now_and_has_the_quota_that_it_was_made_with() {
+        let mut bench = Bench::new();
+        let quota = |bench: &Bench| bench.workspaces.find("a", "w").unwrap().record.quota_bytes;
+        bench.offer.quota_bytes = Some(1);
+        let tenure = bench.hold("a", "w", "t").unwrap();
+        bench.make(&tenure);
+        drop(tenure);
+        bench.offer = WorkspaceOffer { max_age: Duration::from_secs(5000), quota_bytes: Some(2) };
+        let tenure = bench.hold("a", "w", "t").unwrap();
+        assert!(bench.workspaces.begin_making(tenure.id, String::new()).is_some());
+        bench.workspaces.was_made(tenure.id, WorkspaceVolume { is_new: false, ..MADE });
+        assert_eq!(quota(&bench), Some(1), "it is there already");
+        drop(tenure);
+        bench.workspaces.expire(Timestamp::now() + jiff::SignedDuration::from_secs(1000));
+        assert_eq!(bench.workspaces.deleted(), [], "it may be older now");
+        let tenure = bench.hold("a", "w", "t").unwrap();
+        bench.make(&tenure);
+        assert_eq!(quota(&bench), Some(2), "it was made again");
+    }
+
+    #[test]
+    fn a_page_begins_after_the_last_one_of_the_page_before() {
+        let bench = Bench::new();
+        let _held = ["v", "w"].map(|name| bench.hold("a", name, "t").unwrap());
+        let names = |after| {
+            let listed = bench.workspaces.list("a", after);
+            listed.into_iter().map(|found| (found.record.name, found.record.id)).collect::<Vec<_>>()
+        };
+        let all = names(None);
+        assert_eq!(all.len(), 2);
+        assert_eq!(names(Some(all[0].1)), all[1..]);
+        assert_eq!(names(Some(all[1].1)), []);
     }
 
     #[test]

@@ -64,8 +64,10 @@ pub struct Faults {
     pub events_late: bool,
     /// The engine can't be reached.
     pub unreachable: bool,
-    /// This many removals of workspaces fail.
+    /// This many removals of workspaces get no answer.
     pub workspace_removals_fail: u32,
+    /// A workspace is made after this time.
+    pub workspace_takes: Duration,
 }
 
 /// The engine.
@@ -389,10 +391,11 @@ impl Engine for FakeEngine {
 
     async fn ensure_workspace(&self, workspace: &WorkspaceSpec) -> Result<WorkspaceVolume, EngineError> {
         let attempt = "make a workspace";
-        self.reachable(attempt)?;
+        let faults = self.reachable(attempt)?;
         if workspace.name.id(&self.instance).is_none() {
             return Err(EngineError::Rejected { attempt, detail: "it is another instance's".to_owned() });
         }
+        tokio::time::sleep(faults.workspace_takes).await;
         let mut workspaces = self.workspaces.lock().unwrap();
         let uid = 1 + u32::try_from(workspaces.len()).unwrap();
         let is_new = !workspaces.contains_key(&workspace.name);
@@ -403,7 +406,8 @@ impl Engine for FakeEngine {
     async fn remove_workspace(&self, name: &WorkspaceName) -> Result<(), EngineError> {
         let attempt = "remove a workspace";
         self.reachable(attempt)?;
-        self.fails(attempt, |faults| &mut faults.workspace_removals_fail)?;
+        let fails = self.fails(attempt, |faults| &mut faults.workspace_removals_fail);
+        fails.map_err(|_| EngineError::TimedOut { attempt, limit: Duration::ZERO })?;
         if name.id(&self.instance).is_none() {
             return Err(EngineError::Rejected { attempt, detail: "it is another instance's".to_owned() });
         }

@@ -42,7 +42,7 @@ use data::Data;
 pub use guest_volume::GuestFile;
 use guest_volume::GuestVolume;
 use lock::Lock;
-pub use preflight::Demand;
+pub use preflight::{Demand, QUOTA_REMEDY, Quota};
 use uids::UidPool;
 
 /// How often a uid may turn out to be another control plane's before that is an error.
@@ -108,6 +108,8 @@ struct Shared {
     starts: Semaphore,
     /// Why the engine enforces no quota of a volume; nothing where it does. Tried once.
     quota: tokio::sync::OnceCell<Option<String>>,
+    /// A quota was not given to a workspace, and the log says so.
+    dropped: std::sync::Once,
 }
 
 impl std::fmt::Debug for DockerEngine {
@@ -147,6 +149,7 @@ impl DockerEngine {
             uids: Mutex::new(UidPool::new(settings.uids.clone(), random()?)),
             starts: Semaphore::new(settings.starts_at_once),
             quota: tokio::sync::OnceCell::new(),
+            dropped: std::sync::Once::new(),
             docker,
             settings,
         };
@@ -180,7 +183,8 @@ impl DockerEngine {
 
     /// Refuses an engine that does not enforce a quota which a template relies on.
     async fn check_quotas(&self) -> Result<(), EngineError> {
-        let wanting: Vec<_> = self.shared.settings.demands.iter().filter(|demand| demand.workspace_quota).collect();
+        let wanting: Vec<_> =
+            self.shared.settings.demands.iter().filter(|demand| demand.workspaces == Some(Quota::Enforced)).collect();
         let why = if wanting.is_empty() { None } else { self.lacks_quotas().await? };
         let Some(why) = why else { return Ok(()) };
         let unmet = wanting.iter().map(|demand| preflight::unmet_quota(&demand.template, &why)).collect::<Vec<_>>();
@@ -285,6 +289,7 @@ impl DockerEngine {
             }
             cells::remove(&shared.docker, &cell.name).await?;
             self.uids().avoid(cell.name.as_str());
+            self.avoid_workspaces_of_others().await?;
         }
         Err(out_of_uids())
     }
@@ -333,11 +338,7 @@ impl DockerEngine {
             self.uids().hold(name.as_str(), uid);
             return Ok(WorkspaceVolume { uid, is_new: false });
         }
-        // Where it is not enforced, that is accepted: the engine was not taken otherwise.
-        let quota = match workspace.quota_bytes {
-            Some(bytes) if self.lacks_quotas().await?.is_none() => Some(bytes),
-            _ => None,
-        };
+        let quota = self.enforced(workspace.quota_bytes).await?;
         for _ in 0..UID_ATTEMPTS {
             let wanted = self.uids().take(name.as_str()).ok_or_else(out_of_uids)?;
             let uid = workspaces::create(docker, instance, name, wanted, quota).await?;
@@ -347,8 +348,33 @@ impl DockerEngine {
             }
             workspaces::remove(docker, instance, name).await?;
             self.uids().avoid(name.as_str());
+            self.avoid_workspaces_of_others().await?;
         }
         Err(out_of_uids())
+    }
+
+    /// A quota as far as the engine has any, where it is done without by the configuration that the engine was asked about.
+    async fn enforced(&self, quota_bytes: Option<u64>) -> Result<Option<u64>, EngineError> {
+        if quota_bytes.is_none() {
+            return Ok(None);
+        }
+        let Some(why) = self.lacks_quotas().await? else { return Ok(quota_bytes) };
+        let shared = &*self.shared;
+        if !shared.settings.demands.iter().any(|demand| demand.workspaces == Some(Quota::DoneWithout)) {
+            let detail = preflight::no_quota(&why);
+            return Err(EngineError::Rejected { attempt: workspaces::ENSURE, detail });
+        }
+        shared.dropped.call_once(|| tracing::warn!(why, "workspaces are made without their quota, as is accepted"));
+        Ok(None)
+    }
+
+    /// Those of another control plane lie beside each other as ours do: one that is met is seldom the last.
+    async fn avoid_workspaces_of_others(&self) -> Result<(), EngineError> {
+        let all = workspaces::uids(&self.shared.docker).await?;
+        let others = all.into_iter().filter(|(name, _)| name.id(&self.shared.settings.instance).is_none());
+        let mut pool = self.uids();
+        others.for_each(|(_, uid)| pool.exclude(uid));
+        Ok(())
     }
 
     fn check_workspace(&self, attempt: &'static str, name: &WorkspaceName) -> Result<(), EngineError> {
@@ -539,7 +565,7 @@ impl Engine for DockerEngine {
         let shared = &*self.shared;
         let made = self.make_workspace(workspace).await?;
         // Each time: whoever made it may have been killed before it was given away.
-        let owner = (made.uid, shared.facts.uid_offset);
+        let owner = (made, shared.facts.uid_offset);
         let (docker, instance) = (&shared.docker, &shared.settings.instance);
         workspaces::give_to(docker, instance, &workspace.name, &workspace.image, owner).await?;
         Ok(made)

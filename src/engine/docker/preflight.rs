@@ -40,6 +40,10 @@ pub(super) fn engine_info(info: &SystemInfo) -> EngineInfo {
     }
 }
 
+/// What an operator may do where no quota of workspaces is enforced.
+pub const QUOTA_REMEDY: &str =
+    "put the engine's data on xfs that is mounted with pquota, or do without: workspace.accept_unenforced = true";
+
 /// A runtime that cells are to have, and what of it their operator does without.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Demand {
@@ -49,8 +53,17 @@ pub struct Demand {
     pub runtime: String,
     /// What need not be enforced.
     pub accepted: BTreeSet<Lock>,
-    /// Its workspaces outlive cells, and their quota is to be enforced.
-    pub workspace_quota: bool,
+    /// Its workspaces, where it has any that outlive cells.
+    pub workspaces: Option<Quota>,
+}
+
+/// What workspaces are to have of their quota.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Quota {
+    /// All of it.
+    Enforced,
+    /// Nothing, where the engine does not enforce any.
+    DoneWithout,
 }
 
 /// Refuses a machine where a limit would be dropped without an error, unless it is done without by name.
@@ -74,9 +87,12 @@ pub(super) fn unconfined(missing: &[String]) -> EngineError {
 
 /// That a template's workspaces would have no quota, and what may be done about it. `why` is the engine's word.
 pub(super) fn unmet_quota(template: &str, why: &str) -> String {
-    format!(
-        "template \"{template}\": workspace.quota is not enforced here ({why}); put the engine's data on xfs that is mounted with pquota, or do without: workspace.accept_unenforced = true"
-    )
+    format!("template \"{template}\": {}", no_quota(why))
+}
+
+/// The same of any template.
+pub(super) fn no_quota(why: &str) -> String {
+    format!("workspace.quota is not enforced here ({why}); {QUOTA_REMEDY}")
 }
 
 /// What nobody can do without.
@@ -213,7 +229,7 @@ mod tests {
 
     fn demand(template: &str, runtime: &str, accepted: &[Lock]) -> Demand {
         let accepted = accepted.iter().copied().collect();
-        Demand { template: template.to_owned(), runtime: runtime.to_owned(), accepted, workspace_quota: false }
+        Demand { template: template.to_owned(), runtime: runtime.to_owned(), accepted, workspaces: None }
     }
 
     fn with_gvisor() -> SystemInfo {

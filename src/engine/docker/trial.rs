@@ -255,7 +255,7 @@ impl Host {
     /// The host is tried as it is: nothing is refused beforehand.
     fn demands(&self, runtime: &str) -> Vec<Demand> {
         let (runtime, accepted) = (runtime.to_owned(), Lock::ALL.into());
-        vec![Demand { template: String::new(), runtime, accepted, workspace_quota: false }]
+        vec![Demand { template: String::new(), runtime, accepted, workspaces: None }]
     }
 
     async fn run(&self, engine: &DockerEngine, image: &str, runtime: &str, step: Step) -> Result<Trial, EngineError> {

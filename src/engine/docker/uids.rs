@@ -22,7 +22,7 @@ impl UidPool {
         Self { range, held: BTreeMap::new(), taken: BTreeSet::new(), next }
     }
 
-    /// The cell's uid: the one it holds, or a free one; `None` when there is none. The search goes on behind the one given
+    /// The uid of a cell or a workspace: the one it holds, or a free one; `None` when there is none. The search goes on behind the one given
     /// last, so a uid rests as long as possible before it comes again.
     pub(super) fn take(&mut self, cell: &str) -> Option<u32> {
         if let Some(uid) = self.held.get(cell) {
@@ -35,7 +35,7 @@ impl UidPool {
         Some(uid)
     }
 
-    /// The cell is known to have this uid.
+    /// The cell or workspace is known to have this uid.
     pub(super) fn hold(&mut self, cell: &str, uid: u32) {
         if let Some(other) = self.held.insert(cell.to_owned(), uid) {
             self.free(other);
@@ -48,26 +48,26 @@ impl UidPool {
         self.held.get(cell).copied()
     }
 
-    /// The cell is gone: its absence was seen.
+    /// The cell or workspace is gone: its absence was seen.
     pub(super) fn release(&mut self, cell: &str) {
         if let Some(uid) = self.held.remove(cell) {
             self.free(uid);
         }
     }
 
-    /// What a workspace holds goes on being held when its cell is gone.
+    /// A uid goes on being taken as long as anything holds it: a workspace when its cell is gone, or a cell.
     fn free(&mut self, uid: u32) {
         if !self.held.values().any(|other| *other == uid) {
             self.taken.remove(&uid);
         }
     }
 
-    /// Somebody else uses the cell's uid: it gets another one next time, and this one stays out of use.
+    /// Somebody else has the uid of this cell or workspace: it gets another one next time, and this one stays out of use.
     pub(super) fn avoid(&mut self, cell: &str) {
         self.held.remove(cell);
     }
 
-    /// Somebody else's container has this uid.
+    /// Somebody else's container or workspace has this uid.
     pub(super) fn exclude(&mut self, uid: u32) {
         self.taken.insert(uid);
     }

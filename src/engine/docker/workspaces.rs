@@ -10,7 +10,7 @@ use bollard::models::Volume;
 use bollard::query_parameters::{DownloadFromContainerOptionsBuilder, UploadToContainerOptionsBuilder};
 use futures_util::StreamExt;
 
-use super::super::{EngineError, WorkspaceName};
+use super::super::{EngineError, WorkspaceName, WorkspaceVolume};
 use super::client::{self, call};
 use super::filling::{self, Filling};
 use crate::engine::lockdown::{
@@ -72,19 +72,24 @@ pub(super) async fn create(
     own_uid(&made, instance).ok_or_else(|| not_ours(ENSURE, name))
 }
 
-/// Gives a volume's own folder to its uid, and sees that it has got it. `offset` is what is added to a uid inside to have it outside.
+/// Gives a volume's own folder to its uid. Of a new one it is seen that it has got it: to say so the engine reads all names in the volume. `offset` is what is
+/// added to a uid inside to have it outside.
 pub(super) async fn give_to(
     docker: &Docker,
     instance: &str,
     name: &WorkspaceName,
     image: &str,
-    (uid, offset): (u32, u32),
+    (made, offset): (WorkspaceVolume, u32),
 ) -> Result<(), EngineError> {
+    let uid = made.uid;
     let give = async |helper: &str| {
         let archive = folder_of(uid).map_err(|e| unexpected(&e.to_string()))?;
         let options = UploadToContainerOptionsBuilder::default().path("/").build();
         let upload = docker.upload_to_container(helper, Some(options), bollard::body_full(archive.into()));
         call(ENSURE, TARGET, client::ARCHIVE, upload).await?;
+        if !made.is_new {
+            return Ok(());
+        }
         let outside = u64::from(uid.saturating_add(offset));
         match owner(docker, helper).await? {
             Some(found) if found == (outside, outside, MODE) => Ok(()),
@@ -186,8 +191,19 @@ pub(super) async fn try_quota(docker: &Docker, instance: &str) -> Result<Option<
             Ok(None)
         }
         // Nothing is left of one that it did not make.
-        Err(EngineError::Unexpected { detail, .. } | EngineError::Rejected { detail, .. }) => Ok(Some(detail)),
-        Err(error) => Err(error),
+        Err(error) => no_quota(error).map(Some),
+    }
+}
+
+/// The engine's words that it has no quotas. Any other error says nothing about them, and may be over the next time.
+fn no_quota(error: EngineError) -> Result<String, EngineError> {
+    match error {
+        EngineError::Unexpected { detail, .. } | EngineError::Rejected { detail, .. }
+            if ["quota", "size"].iter().any(|word| detail.to_lowercase().contains(word)) =>
+        {
+            Ok(detail)
+        }
+        error => Err(error),
     }
 }
 
@@ -203,4 +219,23 @@ fn not_ours(attempt: &'static str, name: &WorkspaceName) -> EngineError {
 
 fn unexpected(detail: &str) -> EngineError {
     EngineError::Unexpected { attempt: ENSURE, detail: detail.to_owned() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_what_speaks_of_quotas_says_that_there_are_none() {
+        let detail = "create cellblock-quota-x: quota size requested but no quota support".to_owned();
+        let none = |error: EngineError| no_quota(error).ok();
+        assert_eq!(none(EngineError::Unexpected { attempt: TRY, detail: detail.clone() }), Some(detail.clone()));
+        assert_eq!(
+            none(EngineError::Rejected { attempt: TRY, detail: "invalid option: \"size\"".to_owned() }).as_deref(),
+            Some("invalid option: \"size\"")
+        );
+        assert_eq!(none(EngineError::Unavailable { attempt: TRY, detail }), None);
+        let full = "no space left on device".to_owned();
+        assert_eq!(none(EngineError::Unexpected { attempt: TRY, detail: full }), None);
+    }
 }

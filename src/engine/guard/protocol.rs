@@ -22,7 +22,7 @@ use crate::engine::{
 };
 
 /// Both sides must have the same one.
-pub(super) const VERSION: u32 = 1;
+pub(super) const VERSION: u32 = 2;
 /// Most bytes of a request; a guest's report is the largest part of any.
 pub(super) const MAX_REQUEST: u32 = 512 * 1024;
 /// What is in hand of requests at one time, in bytes as they were announced: four of the longest, or two thousand ordinary ones.

@@ -134,7 +134,7 @@ pub struct Guard {
     room: Arc<Semaphore>,
     lists: Semaphore,
     /// Held while a workspace is made: how many there are is counted before.
-    making_workspaces: Semaphore,
+    making_workspaces: Arc<Semaphore>,
 }
 
 impl std::fmt::Debug for Guard {
@@ -171,7 +171,7 @@ impl Guard {
             most: AtomicU32::new(most),
             room: Arc::new(Semaphore::new(protocol::ROOM)),
             lists: Semaphore::new(LISTS),
-            making_workspaces: Semaphore::new(1),
+            making_workspaces: Arc::new(Semaphore::new(1)),
         };
         guard.list().await?;
         guard.resolve_all().await;
@@ -349,16 +349,13 @@ impl Guard {
         let cell = cell.read(&self.policy().instance).ok_or_else(|| foreign("creating a cell"))?;
         self.reserve(&cell).await.inspect_err(|error| tracing::warn!(%error, "refused a cell"))?;
         let making = Making { guard: Arc::clone(self), name: cell.name.clone() };
-        let (tell, told) = oneshot::channel();
-        // To its end, whoever waits: the engine goes on too, and what it makes stays booked until it can be seen.
-        task::spawn("making a cell", async move {
+        // What it makes stays booked until it can be seen.
+        to_its_end("creating a cell", async move {
             let made = making.guard.engine.ensure(&cell).await;
             drop(making);
-            drop(tell.send(made));
-        });
-        told.await.unwrap_or_else(|_| {
-            Err(EngineError::Unexpected { attempt: "creating a cell", detail: "it broke off".to_owned() })
+            made
         })
+        .await
     }
 
     /// Takes a place for a cell. The engine is looked at where it may know better, once for each doubt, and only as long as looks are paid for: whoever is
@@ -396,20 +393,29 @@ impl Guard {
         self.engine.attest(&cell, report).await
     }
 
-    async fn ensure_workspace(&self, workspace: Workspace) -> Result<WorkspaceVolume, EngineError> {
+    async fn ensure_workspace(self: &Arc<Self>, workspace: Workspace) -> Result<WorkspaceVolume, EngineError> {
         const ATTEMPT: &str = "making a workspace";
         let policy = self.policy();
         let workspace = workspace.read(&policy.instance).ok_or_else(|| foreign(ATTEMPT))?;
         let admitted = self.books().admit_workspace(&policy, &workspace, Instant::now());
         admitted.inspect_err(|error| tracing::warn!(%error, "refused a workspace"))?;
-        // Nobody closes it.
-        let _turn = self.making_workspaces.acquire().await;
-        let there = self.engine.list_workspaces().await?;
-        if !there.contains(&workspace.name) && there.len() >= policy.workspaces {
-            let detail = format!("the guard permits {} workspaces", policy.workspaces);
-            return Err(EngineError::Unavailable { attempt: ATTEMPT, detail });
+        let mut turn = None;
+        if !self.engine.list_workspaces().await?.contains(&workspace.name) {
+            // Nobody closes it.
+            turn = Arc::clone(&self.making_workspaces).acquire_owned().await.ok();
+            let there = self.engine.list_workspaces().await?;
+            if !there.contains(&workspace.name) && there.len() >= policy.workspaces {
+                let detail = format!("the guard permits {} workspaces", policy.workspaces);
+                return Err(EngineError::Unavailable { attempt: ATTEMPT, detail });
+            }
         }
-        self.engine.ensure_workspace(&workspace).await
+        let engine = Arc::clone(&self.engine);
+        let making = async move {
+            let made = engine.ensure_workspace(&workspace).await;
+            drop(turn);
+            made
+        };
+        to_its_end(ATTEMPT, making).await
     }
 
     async fn remove_workspace(&self, name: String) -> Result<(), EngineError> {
@@ -512,6 +518,16 @@ fn foreign(attempt: &'static str) -> EngineError {
 
 fn installation_id(text: &str) -> Result<InstallationId, EngineError> {
     text.parse().map_err(|_| rejected("taking the instance's name", "this is no installation's id".to_owned()))
+}
+
+/// Does something to its end, whoever waits: the engine goes on too.
+async fn to_its_end<T: Send + 'static>(
+    attempt: &'static str,
+    making: impl Future<Output = Result<T, EngineError>> + Send + 'static,
+) -> Result<T, EngineError> {
+    let (tell, told) = oneshot::channel();
+    task::spawn(attempt, async move { drop(tell.send(making.await)) });
+    told.await.unwrap_or_else(|_| Err(EngineError::Unexpected { attempt, detail: "it broke off".to_owned() }))
 }
 
 /// What a call takes is free again once it has come to its end.

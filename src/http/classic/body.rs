@@ -115,11 +115,13 @@ impl Json {
     /// # Errors
     /// One of them is missing, or is no text.
     pub fn user_and(mut self, field: &str) -> Result<(User, String), Refusal> {
-        let whole = Value::Object(self.fields.clone());
+        let names = ["user_id", field];
+        // All that was sent is told where a field is missing.
+        let whole = names.iter().any(|name| !self.fields.contains_key(*name)).then(|| self.fields.clone());
         let mut text = |name: &str| match self.fields.remove(name) {
             Some(Value::String(text)) => Ok(text),
             Some(other) => Err(Wrong::new("string_type", name, "Input should be a valid string", other)),
-            None => Err(Wrong::missing(name, whole.clone())),
+            None => Err(Wrong::missing(name, whole.clone().unwrap_or_default().into())),
         };
         match (text("user_id").and_then(User::parse), text(field)) {
             (Ok(user), Ok(text)) => Ok((user, text)),

@@ -15,6 +15,7 @@ use cellblock_wire::link::escape_path;
 use futures_util::stream::{self, Stream};
 use multer::{Field, Multipart};
 use serde_json::{Value, json};
+use tokio::time::Instant;
 
 use super::asking::{Asking, MAX_USER, Refusal, User, Wrong};
 use super::sessions::{all, ready};
@@ -30,6 +31,8 @@ use crate::service::transfer::STALLED;
 const FOLDER: &str = "/workspace";
 /// Longest name of a file, in bytes.
 const MAX_NAME: usize = 255;
+/// Most fields of a form, with those that are not looked at.
+const MAX_FIELDS: usize = 100;
 
 /// Writes a file into the working folder of the user's session.
 pub(super) async fn upload_file(asking: Asking, request: Request) -> Result<Answer<Value>, Refusal> {
@@ -65,13 +68,19 @@ async fn take(asking: &Asking, body: RawBody, boundary: String) -> Result<Answer
     let untaken = Arc::new(AtomicUsize::new(0));
     let mut form = Multipart::new(Sparing::new(body, &untaken), boundary);
     let (mut user, mut early, mut written) = (None, None, None);
+    let (mut fields, mut until) = (0, Instant::now() + asking.app.bounds.body_time);
     loop {
-        let next = tokio::time::timeout(STALLED, form.next_field()).await.map_err(|_| stalled())?;
+        let next = in_time(until, form.next_field()).await?;
         let Some(field) = next.map_err(|error| broken(&error))? else { break };
+        fields += 1;
+        if fields > MAX_FIELDS {
+            let message = format!("Too many fields. Maximum number of fields is {MAX_FIELDS}.");
+            return Err(vec![Wrong::body("form_invalid", None, message)].into());
+        }
         untaken.store(0, Ordering::Relaxed);
         match (field.name(), &user) {
             (Some("user_id"), None) => {
-                let text = collect(field, 4 * MAX_USER, &untaken).await?;
+                let text = collect(field, 4 * MAX_USER, &untaken, until).await?;
                 let text = String::from_utf8(text.into()).map_err(|_| vec![Wrong::missing("user_id", Value::Null)])?;
                 user = Some(User::parse(text).map_err(|wrong| vec![wrong])?);
             }
@@ -80,14 +89,17 @@ async fn take(asking: &Asking, body: RawBody, boundary: String) -> Result<Answer
             }
             (Some("file"), Some(user)) => {
                 let name = file_name(&field)?;
+                let began = Instant::now();
                 let session = ready(asking, user).await?;
                 write_field(&asking.app, &asking.who, session.id, name.clone(), field, &untaken).await?;
+                // A file may be long: it has only to come on.
+                until += began.elapsed();
                 written = Some(name);
             }
             // Whose it is comes behind it: until then it is here, and no larger than any other body.
             (Some("file"), None) => {
                 let name = file_name(&field)?;
-                early = Some((name, collect(field, asking.app.bounds.body, &untaken).await?));
+                early = Some((name, collect(field, asking.app.bounds.body, &untaken, until).await?));
             }
             _ => {}
         }
@@ -108,11 +120,24 @@ async fn take(asking: &Asking, body: RawBody, boundary: String) -> Result<Answer
     }
 }
 
-/// The bytes of a field that may have so many.
-async fn collect(mut field: Field<'_>, most: usize, untaken: &AtomicUsize) -> Result<Bytes, Refusal> {
+/// The next of a form, which comes on, and is there by then.
+async fn in_time<T>(until: Instant, next: impl Future<Output = T>) -> Result<T, Refusal> {
+    let stalls = Instant::now() + STALLED;
+    tokio::time::timeout_at(until.min(stalls), next).await.map_err(|_| match until < stalls {
+        true => Problem::new(
+            problem::REQUEST_TIMEOUT,
+            "the form did not arrive in time; a file that comes behind its user_id may take longer",
+        )
+        .into(),
+        false => stalled().into(),
+    })
+}
+
+/// The bytes of a field that may have so many, and are there by then.
+async fn collect(mut field: Field<'_>, most: usize, untaken: &AtomicUsize, until: Instant) -> Result<Bytes, Refusal> {
     let mut bytes = BytesMut::new();
     loop {
-        let piece = tokio::time::timeout(STALLED, field.chunk()).await.map_err(|_| stalled())?;
+        let piece = in_time(until, field.chunk()).await?;
         let Some(piece) = piece.map_err(|error| broken(&error))? else { return Ok(bytes.freeze()) };
         untaken.store(0, Ordering::Relaxed);
         if bytes.len() + piece.len() > most {
@@ -180,7 +205,19 @@ pub(super) async fn get_notebook(asking: Asking, Named(user): Named) -> Result<R
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_form_comes_on_and_comes_to_its_end() {
+        let began = Instant::now();
+        let waits = |until| in_time(until, std::future::pending::<()>());
+        assert!(waits(began + Duration::from_secs(3600)).await.is_err());
+        assert_eq!(began.elapsed().as_secs(), STALLED.as_secs());
+        assert!(waits(began + STALLED + Duration::from_secs(5)).await.is_err());
+        assert_eq!(began.elapsed().as_secs(), STALLED.as_secs() + 5);
+    }
 
     #[test]
     fn a_name_of_a_file_is_in_no_folder() {

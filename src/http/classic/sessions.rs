@@ -1,8 +1,9 @@
 //! Sessions by their user: started, found, reset and ended. Decides nothing that the service decides.
 
 use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
 
-use axum::http::{HeaderName, StatusCode};
+use axum::http::HeaderName;
 use axum::response::{IntoResponse, Response};
 use cellblock_wire::link::escape_path;
 use serde_json::{Value, json};
@@ -24,6 +25,8 @@ const USER_LABEL: &str = "classic.user_id";
 const SESSION: HeaderName = HeaderName::from_static("x-cellblock-session");
 /// How often a start looks again whose session was ended by another one of the same user, or had its name taken by that.
 const TRIES: usize = 20;
+/// And for how long another try may begin.
+const TRYING: Duration = Duration::from_secs(60);
 
 /// The name of a user's session. Any text is a user; a name is short, and of few characters.
 pub(super) fn name_of(user: &User) -> String {
@@ -60,7 +63,8 @@ pub(super) async fn ready(asking: &Asking, user: &User) -> Result<Session, Refus
 /// Starts a session. The one that the user has is ended first.
 pub(super) async fn start_session(asking: Asking, UserForm(user): UserForm) -> Result<Response, Refusal> {
     asking.who.require_sessions()?;
-    for _ in 0..TRIES {
+    let until = Instant::now() + TRYING;
+    for _ in (0..TRIES).take_while(|_| Instant::now() < until) {
         if let Some(session) = start(&asking, &user).await? {
             let told = json!({"message": "Session started successfully", "notebook_path": notebook_path(&user)});
             return Ok(([(SESSION, session.id.to_string())], Answer(told)).into_response());
@@ -126,7 +130,7 @@ pub(super) async fn end_session(asking: Asking, UserForm(user): UserForm) -> Res
 
 /// What is not as it was for a reason that its caller knows.
 pub(super) fn conflict(detail: impl Into<String>) -> Refusal {
-    Refusal::from(Problem::new(problem::STATE_CONFLICT, detail)).with_status(StatusCode::CONFLICT)
+    Problem::new(problem::STATE_CONFLICT, detail).into()
 }
 
 #[cfg(test)]

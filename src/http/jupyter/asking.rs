@@ -11,8 +11,8 @@ use crate::http::App;
 use crate::http::extract::{Params, read};
 use crate::http::problem::{self, Form, Problem};
 use crate::http::rate::Slot;
+use crate::service::Error;
 use crate::service::keys::Principal;
-use crate::service::{Error, trail};
 
 /// What stands for a key where a path is told.
 const HIDDEN: &str = "…";
@@ -97,7 +97,6 @@ impl FromRequestParts<App> for Asking {
 
     async fn from_request_parts(parts: &mut Parts, app: &App) -> Result<Self, Refusal> {
         let (who, key) = admit(parts, app).await?;
-        trail::note_caller(&who);
         let OriginalUri(uri) = OriginalUri::from_request_parts(parts, app).await.unwrap_or_else(|never| match never {});
         Ok(Self { app: app.clone(), who, key, base: base(uri.path()).to_owned() })
     }

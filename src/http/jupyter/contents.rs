@@ -1,4 +1,4 @@
-//! Files over Jupyter's contents API: which session a path means, and what is asked of its files. How contents stand in JSON is in `model`.
+//! Files over Jupyter's contents API: which session a path means, and what is changed of its files. How they are told is in `look`, how contents stand in JSON in `model`.
 //!
 //! The root has a folder for each session of the tenant's, called as the session or, if it has no name, as its kernel; below it are the files of its working folder. A
 //! folder of the root is made by starting a kernel, and goes with it.
@@ -11,36 +11,30 @@ use axum::http::request::Parts;
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use bytes::Bytes;
-use cellblock_wire::files::{Conditions, Delete, Kind, List, MAX_LISTED, Move, Read, Stat, Upload};
+use cellblock_wire::files::{Conditions, Delete, Kind, Move, Read, Stat, Upload};
 use cellblock_wire::link::escape_path;
 use futures_util::stream;
-use http_body_util::BodyExt;
 use jiff::Timestamp;
 use serde::Deserialize;
 use serde_json::value::RawValue;
-use sha2::{Digest, Sha256};
 
 use super::asking::{Asking, Loose, Refusal};
 use super::kernels;
 use crate::http::App;
-use crate::http::extract::{Answer, Params};
+use crate::http::extract::Answer;
 use crate::http::problem::{self, Problem};
 use crate::service::files::{FileFault, WriteFile};
-use crate::service::transfer::Pieces;
 use crate::service::{Error, Filter, trail};
 use crate::session::Session;
-use crate::task;
 
+mod look;
 mod model;
+mod notebook;
 
-use model::{EMPTY_NOTEBOOK, Format, Model};
+pub(super) use look::get_contents;
+use model::{Format, Model};
+use notebook::EMPTY_NOTEBOOK;
 
-/// Longest file whose content is told, since it stands in one piece of JSON.
-const MAX_CONTENT: u64 = 32 * 1024 * 1024;
-/// Most entries of a folder that are told.
-const MAX_ENTRIES: usize = 10_000;
-/// What an answer takes for each byte of a file: its own, and those in JSON; a notebook is also taken apart.
-const ROOM: (u64, u64) = (3, 8);
 /// Names that are tried for something new.
 const MAX_NAMES: u32 = 1000;
 /// The upload of a file that comes in pieces.
@@ -147,176 +141,6 @@ fn refused(error: Error, path: &str) -> Refusal {
     }
 }
 
-/// What of it is wanted.
-struct Look {
-    kind: Option<String>,
-    format: Option<Format>,
-    content: bool,
-    hash: bool,
-}
-
-impl Look {
-    fn of(params: &Params) -> Result<Self, Refusal> {
-        let wrong =
-            |name: &str, allowed: &str| Refusal::malformed(format!("{name} is not understood; allowed is {allowed}"));
-        let flag = |name: &str, default: bool| match params.get(name) {
-            None => Ok(default),
-            Some("0") => Ok(false),
-            Some("1") => Ok(true),
-            Some(_) => Err(wrong(name, "0 or 1")),
-        };
-        let known = |kind: &str| ["directory", "notebook"].contains(&kind);
-        let kind = params.get("type").map(|kind| if known(kind) { kind } else { "file" }.to_owned());
-        let format = match params.get("format") {
-            // Of a notebook or a folder there is no other.
-            None | Some("json") => None,
-            Some(word) => Some(Format::of(word).ok_or_else(|| wrong("format", "text or base64"))?),
-        };
-        Ok(Self { kind, format, content: flag("content", true)?, hash: flag("hash", false)? })
-    }
-
-    fn is_of_folder(&self) -> bool {
-        self.kind.as_deref().is_none_or(|kind| kind == "directory")
-    }
-}
-
-/// Something, with what is in it.
-pub(super) async fn get_contents(asking: Asking, At(path): At, params: Params) -> Result<Response, Refusal> {
-    let look = Look::of(&params)?;
-    let Some(place) = Place::of(&asking, &path)? else { return root(&asking, &look) };
-    let stat = match place.stat(&asking).await {
-        Err(Error::File(FileFault::Absent | FileFault::NotFolder, _)) => {
-            let is_list = place.path.ends_with("/checkpoints") && place.is_of_checkpoints(&asking).await;
-            return if is_list { Ok(Answer([0_u8; 0]).into_response()) } else { Err(absent(&path)) };
-        }
-        found => found.map_err(|error| refused(error, &path))?,
-    };
-    match stat.kind {
-        Kind::Directory => folder(&asking, &place, &stat, &look).await,
-        Kind::Other => Err(Refusal::malformed(format!("{path} is not a regular file"))),
-        Kind::File | Kind::Symlink => match file(&asking, &place, &stat, &look).await {
-            Err(refusal) if stat.kind == Kind::Symlink && refusal.words().0 == problem::IS_A_DIRECTORY.word() => {
-                folder(&asking, &place, &Stat { kind: Kind::Directory, ..stat }, &look).await
-            }
-            answer => answer,
-        },
-    }
-}
-
-/// All sessions.
-fn root(asking: &Asking, look: &Look) -> Result<Response, Refusal> {
-    if !look.is_of_folder() {
-        return Err(Refusal::malformed("the root is a directory"));
-    }
-    let sessions = kernels::all(asking)?;
-    let of = |session: &Session| Model::folder(&folder_of(session), session.snapshot().last_active);
-    let mut model = Model::folder("", Timestamp::now());
-    model.writable = false;
-    if look.content {
-        model = model.with_entries(sessions.iter().take(MAX_ENTRIES).map(of).collect());
-    }
-    Ok(Answer(model).into_response())
-}
-
-async fn folder(asking: &Asking, place: &Place, stat: &Stat, look: &Look) -> Result<Response, Refusal> {
-    if !look.is_of_folder() {
-        let kind = look.kind.as_deref().unwrap_or_default();
-        return Err(Refusal::malformed(format!("{} is a directory, not a {kind}", place.told(&place.path))));
-    }
-    let model = place.model(stat);
-    if !look.content {
-        return Ok(Answer(model).into_response());
-    }
-    let mut entries = Vec::new();
-    let mut asked = List { path: place.path.clone(), depth: 1, limit: MAX_LISTED, after: None };
-    loop {
-        let listing = asking.app.service.list_files(&asking.who, place.session.id, &asked).await;
-        let listing = listing.map_err(|error| refused(error, &place.told(&place.path)))?;
-        asked.after = listing.entries.last().map(|entry| entry.path.clone());
-        let shown = listing.entries.iter().filter(|entry| entry.kind != Kind::Other);
-        let name = |entry: &Stat| entry.path.rsplit('/').next().unwrap_or_default().to_owned();
-        entries.extend(shown.map(|entry| Model::of(&place.told(&place.child(&name(entry))), entry)));
-        if !listing.truncated || asked.after.is_none() || entries.len() >= MAX_ENTRIES {
-            break;
-        }
-    }
-    entries.truncate(MAX_ENTRIES);
-    Ok(Answer(model.with_entries(entries)).into_response())
-}
-
-async fn file(asking: &Asking, place: &Place, stat: &Stat, look: &Look) -> Result<Response, Refusal> {
-    let path = place.told(&place.path);
-    if look.kind.as_deref() == Some("directory") {
-        return Err(Refusal::malformed(format!("{path} is not a directory")));
-    }
-    let mut model = place.model(stat);
-    let is_notebook = look.kind.as_deref().map_or(model.kind == "notebook", |kind| kind == "notebook");
-    model.kind = if is_notebook { "notebook" } else { "file" };
-    if !look.content && !look.hash && stat.kind == Kind::File {
-        return Ok(Answer(model).into_response());
-    }
-    let service = &asking.app.service;
-    let read = Read { path: place.path.clone(), ..Read::default() };
-    let opened = service.read_file(&asking.who, place.session.id, &read).await;
-    let (opened, pieces) = opened.map_err(|error| refused(error, &path))?;
-    let size = opened.stat.size;
-    if !look.content {
-        let model = if look.hash { model.with_hash(hashed(pieces).await?) } else { model };
-        return Ok(Answer(model).into_response());
-    }
-    if size > MAX_CONTENT {
-        let detail = format!(
-            "{path} has {size} bytes, and contents of at most {MAX_CONTENT} are told; GET /v1/sessions/{}/files/{} tells all, or a part",
-            place.session.id,
-            escape_path(&place.path)
-        );
-        return Err(Problem::new(problem::TOO_LARGE, detail).into());
-    }
-    let room = service.room(&asking.who, size.saturating_mul(if is_notebook { ROOM.1 } else { ROOM.0 }))?;
-    let bytes = whole(pieces).await?;
-    let (format, wants_hash) = (look.format, look.hash);
-    let made = task::blocking(move || {
-        let model = if wants_hash { model.with_hash(hex(Sha256::digest(&bytes))) } else { model };
-        let model = match is_notebook {
-            true => model::read_notebook(&bytes).map(|notebook| model.with_notebook(notebook)),
-            false => model.with_bytes(bytes, format),
-        };
-        model.map(|model| serde_json::to_vec(&model))
-    });
-    let why = if is_notebook { "Unreadable Notebook: it is no JSON of nbformat" } else { "is not UTF-8 encoded" };
-    let json = match made.await {
-        Some(None) => return Err(Refusal::malformed(format!("{path}: {why}"))),
-        Some(Some(Ok(json))) => json,
-        Some(Some(Err(_))) | None => {
-            return Err(Problem::new(problem::INTERNAL, "the content could not be told").into());
-        }
-    };
-    Ok(([(header::CONTENT_TYPE, "application/json")], room.with(json)).into_response())
-}
-
-/// All of what comes, whose length is known and bounded.
-async fn whole(pieces: Pieces) -> Result<Vec<u8>, Refusal> {
-    pieces.collect().await.map(|all| all.to_bytes().to_vec()).map_err(|_| broke_off())
-}
-
-async fn hashed(mut pieces: Pieces) -> Result<String, Refusal> {
-    let mut hash = Sha256::new();
-    while let Some(frame) = pieces.frame().await {
-        if let Ok(data) = frame.map_err(|_| broke_off())?.into_data() {
-            hash.update(&data);
-        }
-    }
-    Ok(hex(hash.finalize()))
-}
-
-fn hex(bytes: impl AsRef<[u8]>) -> String {
-    bytes.as_ref().iter().map(|byte| format!("{byte:02x}")).collect()
-}
-
-fn broke_off() -> Refusal {
-    Problem::new(problem::GUEST_UNREACHABLE, "the session's container did not send all of the file").into()
-}
-
 /// What is saved, made, copied or moved. More is sent than is read.
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
@@ -343,7 +167,7 @@ pub(super) async fn put_contents(asking: Asking, At(path): At, Loose(sent): Loos
     }
     let content = sent.content.as_deref().ok_or_else(|| Refusal::malformed("No file content provided"))?;
     let bytes = match (kind, sent.format.as_deref().map(Format::of)) {
-        ("notebook", _) => model::write_notebook(content),
+        ("notebook", _) => notebook::write_notebook(content),
         (_, Some(Some(format))) => format.read(content),
         (_, _) => Err("Must specify format of file contents as 'text' or 'base64'"),
     };
@@ -472,8 +296,11 @@ async fn copy(asking: &Asking, place: &Place, from: &str) -> Result<Model, Refus
         let asked =
             WriteFile { path: path.clone(), size: Some(opened.length), conditions: new(), ..WriteFile::default() };
         let body = Body::new(pieces).into_data_stream();
-        let written = service.write_file(&asking.who, place.session.id, asked, body).await?;
-        return Ok(Model::of(&place.told(&path), &written.stat.unwrap_or(opened.stat)));
+        match service.write_file(&asking.who, place.session.id, asked, body).await {
+            // Somebody else was quicker.
+            Err(Error::File(FileFault::Precondition | FileFault::Exists | FileFault::IsFolder, _)) => {}
+            written => return Ok(Model::of(&place.told(&path), &written?.stat.unwrap_or(opened.stat))),
+        }
     }
     Err(taken())
 }

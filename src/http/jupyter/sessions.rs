@@ -155,7 +155,7 @@ async fn with_kernel(asking: &Asking, wanted: WithKernel, opened: &Opened) -> Re
         let gone = |_| Refusal::malformed(format!("No such kernel: {id}"));
         let kernel = kernels::find(asking, &id).map_err(gone)?;
         trail::note_action("patch_session");
-        return relabel(asking, &kernel, |labels| labels.extend(opened.labels())).await;
+        return relabel(asking, &kernel, opened).await;
     }
     let labels = opened.labels().into();
     let wanted = Wanted { name: wanted.name, id: None, env: BTreeMap::new(), labels };
@@ -166,14 +166,9 @@ async fn with_kernel(asking: &Asking, wanted: WithKernel, opened: &Opened) -> Re
     })
 }
 
-async fn relabel(
-    asking: &Asking,
-    kernel: &Session,
-    change: impl FnOnce(&mut BTreeMap<String, String>),
-) -> Result<Session, Refusal> {
-    let mut labels = kernel.snapshot().attributes.labels.clone();
-    change(&mut labels);
-    let patch = SessionPatch { labels: Some(labels), ..SessionPatch::default() };
+/// Adds a document to those of a kernel, or says anew what it is.
+async fn relabel(asking: &Asking, kernel: &Session, opened: &Opened) -> Result<Session, Refusal> {
+    let patch = SessionPatch { more_labels: opened.labels().into(), ..SessionPatch::default() };
     Ok(asking.app.service.patch_session(&asking.who, kernel.id, &patch).await?)
 }
 
@@ -193,7 +188,7 @@ pub(super) async fn patch_session(
     let wanted = body.kernel.unwrap_or_default();
     let is_same = wanted.id.as_ref().is_some_and(|id| *id == kernels::id_of(&kernel));
     if is_same || (wanted.id.is_none() && wanted.name.is_none()) {
-        let kernel = relabel(&asking, &kernel, |labels| labels.extend(opened.labels())).await?;
+        let kernel = relabel(&asking, &kernel, &opened).await?;
         return Ok(Answer(opened.view(&kernel)));
     }
     // What is done to each of the two kernels is in the audit by itself.

@@ -527,6 +527,7 @@ pub async fn patch_session(
         idle_seconds: body.idle_seconds,
         labels: body.labels,
         network: body.network.into(),
+        ..SessionPatch::default()
     };
     Ok(Answer(SessionView::of(&app.service.patch_session(&who, id, &patch).await?)))
 }

@@ -14,6 +14,7 @@ use super::super::{Aside, Attributes, Claim, Command, ContextView, Patch, Refuse
 use super::{Actor, Context, Line, Restart, Verdict, instant};
 use crate::domain::ids::{ContextId, ExecutionId};
 use crate::domain::lifecycle::{EndReason, Event, Phase};
+use crate::domain::spec::MAX_ENTRIES;
 
 /// Messages of clients that are no activity.
 const LOOKS: [&str; 4] = ["kernel_info_request", "comm_info_request", "usage_request", "debug_request"];
@@ -249,6 +250,11 @@ impl Actor {
 
     fn patch(&mut self, patch: Patch) -> Result<(), Refused> {
         self.not_over()?;
+        let mut labels = patch.labels.unwrap_or_else(|| self.attributes.labels.clone());
+        labels.extend(patch.more_labels);
+        if labels.len() > MAX_ENTRIES {
+            return Err(Refused::TooManyLabels(MAX_ENTRIES));
+        }
         let now = Instant::now();
         self.last_active = now;
         if let Some(expires_in) = patch.expires_in {
@@ -257,9 +263,7 @@ impl Actor {
         }
         let attributes = Arc::make_mut(&mut self.attributes);
         attributes.idle = patch.idle.unwrap_or(attributes.idle);
-        if let Some(labels) = patch.labels {
-            attributes.labels = labels;
-        }
+        attributes.labels = labels;
         if let Some(network) = patch.network {
             let was_open = attributes.network.is_open();
             attributes.network = network.clone();

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use cellblock_wire::frame::Frame;
-use cellblock_wire::link::{self, Init, KernelDeleted, Numbered, Refusal, Transport};
+use cellblock_wire::link::{self, KernelDeleted, Numbered, Refusal};
 use cellblock_wire::marker::LinkSecret;
 use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
@@ -30,14 +30,13 @@ use super::{
     Attributes, COMMAND_QUEUE, Command, ContextView, Refused, Session, Settings, Snapshot, StartFailure, StartFault,
     instant,
 };
-use crate::domain::ids::{ContextId, SessionId};
+use crate::domain::ids::ContextId;
 use crate::domain::lifecycle::{self, Effect, EndReason, Event, Phase};
-use crate::domain::output::{JsonText, RestartCause, Status, StopStep};
-use crate::domain::spec::{KernelTransport, NewFile, OnGuestLost, SessionSpec};
+use crate::domain::output::{Status, StopStep};
+use crate::domain::spec::{NewFile, OnGuestLost, SessionSpec};
 use crate::egress::Gate;
 use crate::engine::{ByteStream, CellName, CellSpec, CellState, Engine, EngineError, WorkspaceName};
 use crate::kernel::link::LinkError;
-use crate::store::NotebookKernel;
 use crate::store::state::{ContextRecord, Lasting, RunningRecord, SessionRecord, Stage, State};
 use crate::task;
 
@@ -46,10 +45,14 @@ mod figures;
 mod freezing;
 mod leaving;
 mod linking;
+mod showing;
+mod starting;
 
 use freezing::Freezing;
 use leaving::Leaving;
 use linking::Linking;
+use showing::{first_snapshot, frozen_since};
+use starting::{cell, transport};
 
 /// A failed removal is tried again after this long; doubled each time up to the maximum.
 const RETRY_FIRST: Duration = Duration::from_millis(500);
@@ -289,14 +292,6 @@ pub(super) fn ended(record: SessionRecord, reason: EndReason, gate: Arc<Gate>) -
     }
 }
 
-/// How the guest reaches a session's kernels.
-fn transport(spec: &SessionSpec) -> Transport {
-    match spec.transport {
-        KernelTransport::Ipc => Transport::Ipc,
-        KernelTransport::Tcp => Transport::Tcp,
-    }
-}
-
 impl Actor {
     fn new(birth: Birth, commands: mpsc::Receiver<Command>, wishes: mpsc::Receiver<Wish>) -> Self {
         let Birth {
@@ -493,6 +488,10 @@ impl Actor {
             self.start(acking.map(|()| Done::Acked));
         }
         self.save();
+        if matches!(self.phase, Phase::Ended(_)) {
+            // Whoever waits for the end may give the workspace to another session, or delete it.
+            self.tenure = None;
+        }
         self.publish();
     }
 
@@ -534,50 +533,6 @@ impl Actor {
                 }
             }
         }
-    }
-
-    fn ensure_cell(&mut self) {
-        self.cell.name = CellName::new(&self.instance, self.cell.session, self.cells);
-        self.starting_since = Instant::now();
-        self.save();
-        let (engine, cell, state) = (Arc::clone(&self.engine), self.cell.clone(), self.leaving.state.clone());
-        let workspace = self.tenure.as_ref().map(|tenure| tenure.making(Arc::clone(&engine), &cell.image));
-        self.start(async move {
-            // A cell that no record tells of is removed by the next process, and its guest would not know that one.
-            if let Some(state) = state
-                && let Err(error) = state.settle().await
-            {
-                tracing::error!(cell = %cell.name, %error, "a session can't be kept");
-                let detail = "the server can't write what it has to know of the session afterwards".to_owned();
-                return Done::Ensured(Err(StartFailure { fault: StartFault::Unkept, detail }));
-            }
-            let ensured = async {
-                if let Some(workspace) = workspace {
-                    workspace.await?;
-                }
-                engine.ensure(&cell).await
-            };
-            Done::Ensured(ensured.await.map_err(|e| boot::engine_failure(&cell, &e)))
-        });
-    }
-
-    /// What its guest is told.
-    fn init(&self) -> Init {
-        let needs_proxy = self.spec.network.needs_proxy(&self.attributes.network);
-        let env = boot::with_packages(self.env.clone(), &self.spec.network.packages, self.settings.package_bytes);
-        boot::init(self.settings, env, needs_proxy)
-    }
-
-    fn boot_guest(&mut self, stream: ByteStream) {
-        let booting = boot::boot(
-            Arc::clone(&self.engine),
-            self.cell.clone(),
-            stream,
-            self.secret,
-            self.init(),
-            std::mem::take(&mut self.files),
-        );
-        self.start(booting.map(Done::Booted));
     }
 
     fn remove_cell(&mut self) {
@@ -692,31 +647,11 @@ impl Actor {
         }
     }
 
-    fn fail_start(&mut self, failure: StartFailure) {
-        let is_first = self.cells == 1 && self.start_failure.is_none();
-        if is_first && matches!(self.phase, Phase::Provisioning | Phase::Connecting) {
-            self.start_failure = Some(Arc::new(failure));
-        }
-    }
-
     /// A session that was ready once has not failed to start: it is lost.
     fn lose_replacement(&mut self) {
         if self.cells > 1 {
             self.loss = "its container was lost, and a new one could not be started";
             self.step(Event::EndRequested(EndReason::Lost));
-        }
-    }
-
-    fn start_kernels(&mut self, booted: Booted) {
-        self.connect(booted, 0);
-        let now = Instant::now();
-        // Less than the session's own time, so that a kernel's last words, or a setup's, are heard.
-        let left = (self.starting_since + self.settings.start_timeout).saturating_duration_since(now).mul_f64(0.9);
-        for context in self.contexts.values_mut() {
-            context.move_to_new_cell(now, left);
-            if self.cells > 1 {
-                context.tell_replaced(RestartCause::GuestLost);
-            }
         }
     }
 
@@ -931,104 +866,6 @@ impl Actor {
         }
     }
 
-    fn on_ready(&mut self, context: ContextId) {
-        if self.phase == Phase::Connecting {
-            // Starting is not idling.
-            self.last_active = Instant::now();
-        }
-        if let Some(reply) = self.creating.remove(&context) {
-            let view = self.view(context);
-            // A caller that went away needs no answer.
-            let _ = reply.send(view.ok_or(Refused::NoSuchContext));
-        }
-        if context == self.default_context {
-            self.leaving.is_ready();
-            self.step(Event::KernelReady);
-        }
-        let is_up = |id: &ContextId| self.contexts.get(id).is_none_or(Context::is_up);
-        let all_up = self.contexts.values().all(Context::is_up);
-        for restart in self.restarts.extract_if(.., |r| r.context.as_ref().map_or(all_up, is_up)) {
-            let _ = restart.reply.send(Ok(()));
-        }
-    }
-
-    fn open_notebook(&self) {
-        let Some(context) = self.contexts.get(&self.default_context) else { return };
-        self.keeping.open_notebook(NotebookKernel {
-            kernelspec: context.kernelspec.clone(),
-            display_name: context.display_name.clone(),
-            language: context.language().to_owned(),
-            language_info: context.language_info.clone().unwrap_or_else(JsonText::object),
-        });
-    }
-
-    /// A context's kernel will not come up: a further context goes, and the session with its default one.
-    fn on_boot_failed(&mut self, context: ContextId, failure: StartFailure) {
-        if context != self.default_context {
-            self.contexts.remove(&context);
-            for restart in self.restarts.extract_if(.., |r| r.context.is_none_or(|id| id == context)) {
-                let _ = restart.reply.send(Err(Refused::KernelLost));
-            }
-            if let Some(reply) = self.creating.remove(&context) {
-                let _ = reply.send(Err(Refused::KernelFailed(failure)));
-            }
-            return;
-        }
-        self.refuse_waiting(&Refused::KernelLost);
-        if self.phase == Phase::Connecting {
-            self.fail_start(failure);
-            self.lose_replacement();
-            self.step(Event::BootFailed);
-        } else {
-            self.step(Event::CellLost(EndReason::KernelDied));
-        }
-    }
-
-    fn view(&self, id: ContextId) -> Option<ContextView> {
-        let context = self.contexts.get(&id)?;
-        Some(ContextView {
-            id,
-            state: context.state(),
-            language: context.language().to_owned(),
-            kernelspec: context.kernelspec.clone(),
-            is_default: id == self.default_context,
-            queued: context.queued(),
-            created_at: context.created_at,
-        })
-    }
-
-    fn publish(&self) {
-        let busy = self.is_busy();
-        let idle_deadline = match self.phase {
-            Phase::Ready => self.idle_deadline(),
-            Phase::Paused => Some(self.paused_deadline()),
-            _ => None,
-        };
-        let fingerprint =
-            |s: &Snapshot| (s.phase, s.busy, Arc::as_ptr(&s.attributes), s.start_failure.is_some(), s.loss.is_some());
-        let loss = self.loss_told();
-        self.snapshot.send_if_modified(|snapshot| {
-            let before = fingerprint(snapshot);
-            let language = self.contexts.get(&self.default_context).map(Context::language).unwrap_or_default();
-            if *snapshot.language != *language {
-                snapshot.language = Arc::from(language);
-            }
-            snapshot.phase = self.phase;
-            (snapshot.busy, snapshot.cells) = (busy, self.cells);
-            snapshot.attributes = Arc::clone(&self.attributes);
-            snapshot.start_failure.clone_from(&self.start_failure);
-            if snapshot.loss.as_deref() != loss {
-                snapshot.loss = loss.map(Arc::from);
-            }
-            snapshot.last_active = wall(self.last_active);
-            snapshot.expires_at = wall(self.expires);
-            snapshot.idle_deadline = idle_deadline.map(wall);
-            let changed = before != fingerprint(snapshot);
-            snapshot.generation += u64::from(changed);
-            changed
-        });
-    }
-
     /// What became of its cell, if that has ended it.
     pub(super) fn loss_told(&self) -> Option<&'static str> {
         let (Phase::Aborting(reason) | Phase::Ending(reason) | Phase::Ended(reason)) = self.phase else { return None };
@@ -1061,41 +898,10 @@ pub(super) async fn look_at(engine: &dyn Engine, name: &CellName, otherwise: Ver
     }
 }
 
-fn frozen_since(stage: Stage) -> Option<Instant> {
-    match stage {
-        Stage::Paused(since) => Some(instant(since)),
-        _ => None,
-    }
-}
-
 /// A moment of the process's clock on the wall's.
 fn wall(at: Instant) -> Timestamp {
     let now = Instant::now();
     let distance = SignedDuration::try_from(at.saturating_duration_since(now)).unwrap_or_default()
         - SignedDuration::try_from(now.saturating_duration_since(at)).unwrap_or_default();
     Timestamp::now().saturating_add(distance).unwrap_or(Timestamp::MAX)
-}
-
-/// What the engine is to know of a session's cell.
-fn cell(name: CellName, session: SessionId, spec: &SessionSpec) -> CellSpec {
-    let (image, runtime, data) = (spec.image.clone(), spec.runtime.clone(), spec.data.clone());
-    CellSpec { name, session, image, runtime, resources: spec.resources, data, workspace: None }
-}
-
-fn first_snapshot(spec: &SessionSpec, attributes: &Arc<Attributes>) -> Snapshot {
-    Snapshot {
-        generation: 0,
-        phase: Phase::Provisioning,
-        busy: false,
-        cells: 1,
-        attributes: Arc::clone(attributes),
-        last_active: Timestamp::now(),
-        expires_at: Timestamp::now()
-            .saturating_add(SignedDuration::try_from(spec.timeouts.lifetime).unwrap_or_default())
-            .unwrap_or(Timestamp::MAX),
-        idle_deadline: None,
-        start_failure: None,
-        language: Arc::from(""),
-        loss: None,
-    }
 }

@@ -1,23 +1,13 @@
-//! Contents as Jupyter's clients read and write them: models with all their keys, texts and bytes in JSON, and notebooks.
-//!
-//! What is in a file comes from the code inside: it is read within bounds, and a notebook's word that it is to be trusted is not passed on. Asks nobody for files.
-
-use std::borrow::Cow;
-use std::collections::BTreeMap;
+//! Contents as Jupyter's clients read and write them: models with all their keys, texts and bytes in JSON. Asks nobody for files; how a notebook is read is in `notebook`.
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
 use cellblock_wire::files::{Kind, Stat};
 use jiff::Timestamp;
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 use serde_json::value::RawValue;
 
 use super::super::kernels::time;
-use crate::json;
-
-/// What a notebook begins as.
-pub(super) const EMPTY_NOTEBOOK: &str =
-    "{\n \"cells\": [],\n \"metadata\": {},\n \"nbformat\": 4,\n \"nbformat_minor\": 5\n}\n";
 
 /// Something at a path.
 #[derive(Debug, Serialize)]
@@ -138,88 +128,6 @@ impl Format {
     }
 }
 
-/// Objects whose fields are looked into one at a time: what they hold stays text.
-type Fields = BTreeMap<String, Box<RawValue>>;
-
-/// A file's notebook as clients take it: lines that stand in lists are joined, and it is not trusted, whatever it says itself: its outputs run in nobody's browser
-/// before somebody has run its cells. Nothing where it is none.
-pub(super) fn read_notebook(bytes: &[u8]) -> Option<Box<RawValue>> {
-    let text = json::clean(std::str::from_utf8(bytes).ok()?).ok()?;
-    let mut notebook: Fields = serde_json::from_str(text.get()).ok()?;
-    notebook.get("nbformat")?;
-    if let Some(cells) = notebook.get_mut("cells") {
-        let mut read: Vec<Fields> = serde_json::from_str(cells.get()).ok()?;
-        read.iter_mut().for_each(mend_cell);
-        *cells = serde_json::value::to_raw_value(&read).ok()?;
-    }
-    serde_json::value::to_raw_value(&notebook).ok()
-}
-
-/// A notebook that is saved, as it is written; else what is wrong with it.
-pub(super) fn write_notebook(content: &RawValue) -> Result<Vec<u8>, &'static str> {
-    #[derive(Deserialize)]
-    struct Notebook {
-        #[serde(rename = "nbformat")]
-        _nbformat: u32,
-    }
-    serde_json::from_str::<Notebook>(content.get())
-        .map_err(|_| "the content of a notebook is an object with a number \"nbformat\"")?;
-    Ok(format!("{}\n", content.get()).into_bytes())
-}
-
-fn mend_cell(cell: &mut Fields) {
-    let is_code = cell.get("cell_type").is_some_and(|kind| kind.get() == "\"code\"");
-    join(cell.get_mut("source"));
-    within(cell.get_mut("metadata"), |metadata: &mut Fields| {
-        metadata.remove("trusted");
-        if is_code {
-            metadata.insert("trusted".to_owned(), RawValue::FALSE.to_owned());
-        }
-    });
-    within(cell.get_mut("attachments"), |attachments: &mut BTreeMap<String, Fields>| {
-        attachments.values_mut().for_each(join_bundle);
-    });
-    within(cell.get_mut("outputs"), |outputs: &mut Vec<Fields>| {
-        for output in outputs {
-            join(output.get_mut("text"));
-            within(output.get_mut("data"), join_bundle);
-        }
-    });
-}
-
-/// Changes a field that is what it should be; what is not stays.
-fn within<T>(field: Option<&mut Box<RawValue>>, change: impl FnOnce(&mut T))
-where
-    T: Serialize + for<'a> Deserialize<'a>,
-{
-    let Some(field) = field else { return };
-    if let Ok(mut read) = serde_json::from_str::<T>(field.get()) {
-        change(&mut read);
-        if let Ok(raw) = serde_json::value::to_raw_value(&read) {
-            *field = raw;
-        }
-    }
-}
-
-fn join_bundle(bundle: &mut Fields) {
-    for (mime, field) in bundle {
-        let is_json = mime == "application/json" || (mime.starts_with("application/") && mime.ends_with("+json"));
-        if !is_json {
-            join(Some(field));
-        }
-    }
-}
-
-fn join(field: Option<&mut Box<RawValue>>) {
-    let is_list = field.as_ref().is_some_and(|field| field.get().starts_with('['));
-    let Some(field) = field.filter(|_| is_list) else { return };
-    if let Ok(lines) = serde_json::from_str::<Vec<Cow<'_, str>>>(field.get())
-        && let Ok(joined) = serde_json::value::to_raw_value(&lines.concat())
-    {
-        *field = joined;
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use serde_json::{Value, json};
@@ -272,36 +180,5 @@ mod tests {
         let raw = |text: &str| RawValue::from_string(text.to_owned()).unwrap();
         assert_eq!(Format::Base64.read(&raw(r#""YQ==\n""#)).unwrap(), b"a");
         assert!(Format::Base64.read(&raw(r#""!""#)).is_err() && Format::Text.read(&raw("1")).is_err());
-    }
-
-    #[test]
-    fn a_notebook_is_joined_and_never_trusted() {
-        let file = json!({"nbformat": 4, "nbformat_minor": 5, "metadata": {"kernelspec": {"name": "x"}}, "cells": [
-            {"cell_type": "code", "source": ["a\n", "b"], "metadata": {"trusted": true, "tags": ["t"]}, "outputs": [
-                {"output_type": "stream", "name": "stdout", "text": ["1\n", "2"]},
-                {"output_type": "display_data", "data": {"text/html": ["<b>", "</b>"], "application/json": ["x"]}}]},
-            {"cell_type": "markdown", "source": "c", "metadata": {"trusted": true}, "attachments": {"i": {"image/png": ["aG", "k="]}}},
-            {"metadata": 3, "outputs": {}},
-        ]});
-        let read: Value = serde_json::from_str(read_notebook(file.to_string().as_bytes()).unwrap().get()).unwrap();
-        let cells = &read["cells"];
-        assert_eq!(
-            (&cells[0]["source"], &cells[0]["metadata"]),
-            (&json!("a\nb"), &json!({"trusted": false, "tags": ["t"]}))
-        );
-        assert_eq!(cells[0]["outputs"][0]["text"], "1\n2");
-        assert_eq!(cells[0]["outputs"][1]["data"], json!({"text/html": "<b></b>", "application/json": ["x"]}));
-        assert_eq!(
-            (&cells[1]["metadata"], &cells[1]["attachments"]),
-            (&json!({}), &json!({"i": {"image/png": "aGk="}}))
-        );
-        assert_eq!(cells[2], file["cells"][2]);
-        for wrong in ["", "[]", "{}", "{\"nbformat\": 4, \"cells\": [1]}", "{\"nbformat\": 4"] {
-            assert!(read_notebook(wrong.as_bytes()).is_none(), "{wrong}");
-        }
-        assert!(read_notebook(EMPTY_NOTEBOOK.as_bytes()).is_some());
-        let raw = |text: &str| RawValue::from_string(text.to_owned()).unwrap();
-        assert_eq!(write_notebook(&raw("{\"nbformat\":4}")).unwrap(), b"{\"nbformat\":4}\n");
-        assert!(write_notebook(&raw("{}")).is_err() && write_notebook(&raw("[]")).is_err());
     }
 }
