@@ -1,18 +1,22 @@
 //! Files over a long way, beside a raw TCP copy over the same: once the caller is far from the server, once the server from its engine.
 //!
-//! The way is a relay on loopback. What a TCP connection has under way and not acknowledged is bounded, as Linux bounds it (`tcp_wmem`); without
+//! The way is a relay: on loopback before the server, and on a socket in a folder of the bench's own before the engine, for who reaches the
+//! engine has the machine. What a TCP connection has under way and not acknowledged is bounded, as Linux bounds it (`tcp_wmem`); without
 //! that a long way would cost a raw copy nothing.
 
 #![expect(clippy::disallowed_methods, reason = "a panic of the bench ends it, and tasks of its own end with it")]
 
 use std::collections::VecDeque;
+use std::fs::Permissions;
 use std::net::{Ipv4Addr, SocketAddr};
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
-use tokio::net::{TcpListener, TcpStream, UnixStream};
+use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio::time::{Instant, sleep_until};
 
@@ -33,26 +37,21 @@ const PIECE: usize = 64 << 10;
 const TARGET: f64 = 2.0;
 const ENGINE: &str = "/var/run/docker.sock";
 
-/// Where a relay leads to.
-#[derive(Clone)]
-enum Place {
-    Tcp(SocketAddr),
-    Unix(&'static str),
-}
-
 /// Both ways, in turns with a raw copy over each.
 pub async fn far(figures: &mut Figures) -> Result<()> {
     say("far");
     let raw = raw().await?;
     {
         let mut server = Server::start("").await?;
-        server.reach_by(relay(Place::Tcp(server.address()?)).await?);
+        server.reach_by(relay(server.address()?).await?);
         let names = ["file, in, the caller 50 ms away", "file, out, the caller 50 ms away"];
         measure(&server, raw, names, figures).await?;
         server.stop().await?;
     }
-    let engine = relay(Place::Unix(ENGINE)).await?;
-    let server = Server::start(&format!("[engine]\nhost = \"tcp://{engine}\"\n")).await?;
+    let folder = tempfile::Builder::new().permissions(Permissions::from_mode(0o700)).tempdir()?;
+    let engine = folder.path().join("engine.sock");
+    relay_engine(&engine)?;
+    let server = Server::start(&format!("[engine]\nhost = \"unix://{}\"\n", engine.display())).await?;
     let names = ["file, in, the engine 50 ms away", "file, out, the engine 50 ms away"];
     measure(&server, raw, names, figures).await?;
     server.stop().await
@@ -107,7 +106,7 @@ async fn raw() -> Result<SocketAddr> {
             });
         }
     });
-    relay(Place::Tcp(address)).await
+    relay(address).await
 }
 
 async fn copy_in(raw: SocketAddr) -> Result<()> {
@@ -145,34 +144,45 @@ async fn take(stream: &mut TcpStream) -> std::io::Result<()> {
     Ok(())
 }
 
-/// Listens, and leads each connection over the long way.
-async fn relay(to: Place) -> Result<SocketAddr> {
+/// Listens on loopback, and leads each connection over the long way.
+async fn relay(to: SocketAddr) -> Result<SocketAddr> {
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await?;
     let address = listener.local_addr()?;
     tokio::spawn(async move {
         while let Ok((near, _)) = listener.accept().await {
-            let _ = near.set_nodelay(true);
-            tokio::spawn(lead(near, to.clone()));
+            tokio::spawn(async move {
+                let far = TcpStream::connect(to).await?;
+                near.set_nodelay(true)?;
+                far.set_nodelay(true)?;
+                lead(near.into_split(), far.into_split()).await;
+                std::io::Result::Ok(())
+            });
         }
     });
     Ok(address)
 }
 
-async fn lead(near: TcpStream, to: Place) {
-    let (near_read, near_write) = near.into_split();
-    match to {
-        Place::Tcp(address) => {
-            let Ok(far) = TcpStream::connect(address).await else { return };
-            let _ = far.set_nodelay(true);
-            let (far_read, far_write) = far.into_split();
-            tokio::join!(carry(near_read, far_write), carry(far_read, near_write));
+/// The same to the engine, on a socket at a path.
+fn relay_engine(at: &Path) -> Result<()> {
+    let listener = UnixListener::bind(at)?;
+    tokio::spawn(async move {
+        while let Ok((near, _)) = listener.accept().await {
+            tokio::spawn(async move {
+                let far = UnixStream::connect(ENGINE).await?;
+                lead(near.into_split(), far.into_split()).await;
+                std::io::Result::Ok(())
+            });
         }
-        Place::Unix(path) => {
-            let Ok(far) = UnixStream::connect(path).await else { return };
-            let (far_read, far_write) = far.into_split();
-            tokio::join!(carry(near_read, far_write), carry(far_read, near_write));
-        }
-    }
+    });
+    Ok(())
+}
+
+async fn lead<R, W>((near_read, near_write): (R, W), (far_read, far_write): (R, W))
+where
+    R: AsyncRead + Unpin,
+    W: AsyncWrite + Unpin,
+{
+    tokio::join!(carry(near_read, far_write), carry(far_read, near_write));
 }
 
 /// A piece under way: when it arrives, what it is, and its part of what may be under way.

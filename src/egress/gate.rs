@@ -307,17 +307,18 @@ impl Gate {
     }
 
     async fn reach(&self, host: &Host, port: u16, admitted: &Admitted) -> Result<Reached, NotReached> {
+        let tenant = Arc::clone(&self.inner().tenant);
         match admitted {
             Admitted::Plain => {
                 let within = self.egress.0.settings.connect_timeout;
                 // Names that nobody answers for would keep the lookups of all sessions busy.
                 let turn = tokio::time::timeout(within, self.reaching.acquire()).await;
                 let _turn = turn.map_err(|_| Refusal::Unreachable(host.clone(), port))?;
-                self.egress.reach(host, port).await
+                self.egress.reach(&tenant, host, port).await
             }
-            Admitted::Upstream(upstream) => self.egress.reach_upstream(upstream).await,
+            Admitted::Upstream(upstream) => self.egress.reach_upstream(&tenant, upstream).await,
             Admitted::Packages(policy) => {
-                Ok(self.egress.reach_packages(policy.clone(), Arc::clone(&self.remarks), self.pages.clone()))
+                Ok(self.egress.reach_packages(tenant, policy.clone(), Arc::clone(&self.remarks), self.pages.clone()))
             }
         }
     }
@@ -446,7 +447,7 @@ mod tests {
 
     #[async_trait::async_trait]
     impl Resolver for Mute {
-        async fn resolve(&self, _: &str) -> std::io::Result<Vec<IpAddr>> {
+        async fn resolve(&self, _: &str, _: &Arc<str>) -> std::io::Result<Vec<IpAddr>> {
             self.0.fetch_add(1, Ordering::Relaxed);
             std::future::pending().await
         }

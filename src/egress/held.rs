@@ -1,18 +1,14 @@
 //! Pages that are held for cells until they are read: how many bytes of them there may be, and for how long. Does not know what they are.
 
-use std::convert::Infallible;
-use std::pin::Pin;
 use std::sync::Arc;
-use std::task::{Context, Poll};
 use std::time::Duration;
 
 use bytes::Bytes;
-use hyper::body::{Body, Frame, SizeHint};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio::time::Instant;
 
-/// Bytes that are given at once: what was given is not held any more.
-const PIECE: usize = 16 * 1024;
+use crate::places::Place;
+
 /// What a permit is for, in bytes.
 const UNIT: usize = 1024;
 /// A page is read within this time.
@@ -38,11 +34,6 @@ impl Room {
     /// Takes room, and waits for it.
     pub(super) async fn take(&self, bytes: usize) -> Option<Taken> {
         Arc::clone(&self.0).acquire_many_owned(units(bytes)).await.ok().map(Taken)
-    }
-
-    /// Takes room if there is some.
-    pub(super) fn try_take(&self, bytes: usize) -> Option<Taken> {
-        Arc::clone(&self.0).try_acquire_many_owned(units(bytes)).ok().map(Taken)
     }
 }
 
@@ -82,18 +73,22 @@ impl Patience {
     }
 }
 
-/// A page on its way to a cell.
-pub(super) struct Held {
-    left: Bytes,
+/// A page on its way to a cell. It has its room until the last piece of it is gone, whoever holds that.
+struct Held {
+    page: String,
     patience: Patience,
-    _room: [Taken; 2],
+    _room: (Taken, Place<Arc<str>>),
 }
 
-impl Held {
-    /// Begins the time in which it is to be read.
-    pub(super) fn new(page: String, patience: Patience, room: [Taken; 2]) -> Self {
-        patience.0.send_replace(Some(Instant::now() + READ_TIME));
-        Self { left: page.into(), patience, _room: room }
+/// A page that is to be read from now on, with its room in what the session and what all may hold.
+pub(super) fn held(page: String, patience: Patience, own: Taken, all: Place<Arc<str>>) -> Bytes {
+    patience.0.send_replace(Some(Instant::now() + READ_TIME));
+    Bytes::from_owner(Held { page, patience, _room: (own, all) })
+}
+
+impl AsRef<[u8]> for Held {
+    fn as_ref(&self) -> &[u8] {
+        self.page.as_bytes()
     }
 }
 
@@ -103,52 +98,64 @@ impl Drop for Held {
     }
 }
 
-impl Body for Held {
-    type Data = Bytes;
-    type Error = Infallible;
-
-    fn poll_frame(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
-        let left = &mut self.get_mut().left;
-        let piece = left.split_to(left.len().min(PIECE));
-        Poll::Ready((!piece.is_empty()).then_some(Ok(Frame::data(piece))))
-    }
-
-    fn is_end_stream(&self) -> bool {
-        self.left.is_empty()
-    }
-
-    fn size_hint(&self) -> SizeHint {
-        SizeHint::with_exact(self.left.len() as u64)
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use http_body_util::BodyExt;
+    use std::convert::Infallible;
+
+    use http_body_util::Full;
+    use hyper::{Request, Response};
+    use hyper_util::rt::TokioIo;
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+    use crate::places::Places;
+
+    /// How many bytes are free.
+    fn free(room: &Room) -> usize {
+        room.0.available_permits() * UNIT
+    }
 
     #[tokio::test]
-    async fn room_is_taken_until_a_page_was_read() {
-        let (own, all) = (Room::of(4096), Room::of(8192));
-        let mut taken = own.take(4096).await.unwrap();
-        assert!(own.try_take(1).is_none());
-        taken.shrink(2000);
-        let page = Held::new("x".repeat(2000), Patience::default(), [taken, all.try_take(2000).unwrap()]);
-        assert!(own.try_take(2048).is_some() && own.try_take(2049).is_none());
-        assert_eq!(page.collect().await.unwrap().to_bytes().len(), 2000);
-        assert!(own.try_take(4096).is_some() && all.try_take(8192).is_some());
+    async fn room_is_taken_until_a_page_was_read_from_its_connection() {
+        const PAGE: usize = 200_000;
+        let (own, all) = (Room::of(1 << 20), Places::new(1 << 20));
+        let mut taken = own.take(1 << 20).await.unwrap();
+        assert_eq!(free(&own), 0);
+        taken.shrink(PAGE);
+        let left = free(&own);
+        assert!(left > (1 << 20) - PAGE - 2 * UNIT && left <= (1 << 20) - PAGE);
+        let page = held("x".repeat(PAGE), Patience::default(), taken, all.take("one".into(), PAGE, PAGE).unwrap());
+        let (mut near, far) = tokio::io::duplex(1024);
+        let page = std::sync::Mutex::new(Some(page));
+        let service = hyper::service::service_fn(move |_: Request<hyper::body::Incoming>| {
+            let page = page.lock().unwrap().take().unwrap();
+            async { Ok::<_, Infallible>(Response::new(Full::new(page))) }
+        });
+        let serving = hyper::server::conn::http1::Builder::new().serve_connection(TokioIo::new(far), service);
+        let reading = async {
+            near.write_all(b"GET / HTTP/1.1\r\nconnection: close\r\n\r\n").await.unwrap();
+            near.read_exact(&mut [0; 512]).await.unwrap();
+            tokio::time::sleep(Duration::from_millis(50)).await;
+            assert!(free(&own) == left && all.take("one".into(), 1, PAGE).is_err(), "most of it was not read yet");
+            near.read_to_end(&mut Vec::new()).await.unwrap()
+        };
+        let (served, read) = tokio::join!(serving, reading);
+        served.unwrap();
+        assert!(read > PAGE - 512);
+        assert!(free(&own) == 1 << 20 && all.take("one".into(), PAGE, PAGE).is_ok());
     }
 
     #[tokio::test(start_paused = true)]
     async fn a_page_that_nobody_reads_is_not_waited_for_without_end() {
-        let (room, patience) = (Room::of(4096), Patience::default());
-        let page = |patience: &Patience| {
-            Held::new("x".to_owned(), patience.clone(), [room.try_take(1).unwrap(), room.try_take(1).unwrap()])
+        let (room, all, patience) = (Room::of(4096), Places::new(2), Patience::default());
+        let page = async || {
+            let all = all.take("one".into(), 1, 1).unwrap();
+            held("x".to_owned(), patience.clone(), room.take(1).await.unwrap(), all)
         };
-        drop(page(&patience));
+        drop(page().await);
         let waiting = tokio::time::timeout(10 * READ_TIME, patience.is_over());
         assert!(waiting.await.is_err(), "a page that was read is not waited for");
-        let _unread = page(&patience);
+        let _unread = page().await;
         assert!(tokio::time::timeout(2 * READ_TIME, patience.is_over()).await.is_ok());
     }
 }

@@ -1,20 +1,23 @@
 //! The world as the way out meets it: names become addresses, and addresses connections. Replaced by tests, so that they send nothing to anybody. Decides nothing.
 
+use std::collections::HashMap;
 use std::fmt;
 use std::io;
 use std::net::{IpAddr, SocketAddr, ToSocketAddrs, UdpSocket};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
 
 use async_trait::async_trait;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
-use tokio::sync::Semaphore;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::task;
 
 /// Names that are looked up at once: the system's resolver takes a thread each.
 const LOOKUPS: usize = 32;
+/// And of one tenant's sessions.
+const LOOKUPS_OF_TENANT: usize = 8;
 /// A lookup that takes longer has failed.
 const LOOKUP_TIME: Duration = Duration::from_secs(8);
 /// Any port will do to learn where packets would go.
@@ -28,11 +31,11 @@ impl<S: AsyncRead + AsyncWrite + Send + Unpin> Stream for S {}
 /// Makes addresses of names.
 #[async_trait]
 pub trait Resolver: Send + Sync {
-    /// All addresses of a name, of both families.
+    /// All addresses of a name, of both families, for a session of this tenant.
     ///
     /// # Errors
     /// When there are none, or nobody can tell.
-    async fn resolve(&self, name: &str) -> io::Result<Vec<IpAddr>>;
+    async fn resolve(&self, name: &str, tenant: &Arc<str>) -> io::Result<Vec<IpAddr>>;
 }
 
 /// Makes connections.
@@ -71,34 +74,62 @@ impl fmt::Debug for Outside {
 }
 
 /// The system's own resolver.
-pub struct SystemResolver(Arc<Semaphore>);
-
-impl Default for SystemResolver {
-    fn default() -> Self {
-        Self(Arc::new(Semaphore::new(LOOKUPS)))
-    }
-}
+#[derive(Default)]
+pub struct SystemResolver(Turns);
 
 #[async_trait]
 impl Resolver for SystemResolver {
-    async fn resolve(&self, name: &str) -> io::Result<Vec<IpAddr>> {
+    async fn resolve(&self, name: &str, tenant: &Arc<str>) -> io::Result<Vec<IpAddr>> {
         // With a dot at its end it is that name, and not one of a search list below it.
         let name = format!("{name}.");
-        let look = look_up(Arc::clone(&self.0), move || Ok((name.as_str(), 0).to_socket_addrs()?.collect::<Vec<_>>()));
+        let look = look_up(&self.0, tenant, move || Ok((name.as_str(), 0).to_socket_addrs()?.collect::<Vec<_>>()));
         let look = async { Ok(look.await?.into_iter().map(|address| address.ip()).collect()) };
         tokio::time::timeout(LOOKUP_TIME, look).await.map_err(|_| io::Error::from(io::ErrorKind::TimedOut))?
     }
 }
 
-/// Looks up on a thread, of which there are so many. A place is taken until the thread is done, whether or not anybody waits for it any more.
+/// Threads that look up: so many, and so many of them for one tenant.
+struct Turns {
+    all: Arc<Semaphore>,
+    /// Those of tenants for whom something is looked up.
+    parts: Mutex<HashMap<Arc<str>, Weak<Semaphore>>>,
+}
+
+impl Default for Turns {
+    fn default() -> Self {
+        Self { all: Arc::new(Semaphore::new(LOOKUPS)), parts: Mutex::default() }
+    }
+}
+
+impl Turns {
+    /// Waits for a turn.
+    async fn take(&self, tenant: &Arc<str>) -> io::Result<[OwnedSemaphorePermit; 2]> {
+        let own = self.part(tenant).acquire_owned().await.map_err(io::Error::other)?;
+        let all = Arc::clone(&self.all).acquire_owned().await.map_err(io::Error::other)?;
+        Ok([own, all])
+    }
+
+    fn part(&self, tenant: &Arc<str>) -> Arc<Semaphore> {
+        let mut parts = self.parts.lock().unwrap_or_else(PoisonError::into_inner);
+        parts.retain(|_, part| part.strong_count() > 0);
+        parts.get(tenant).and_then(Weak::upgrade).unwrap_or_else(|| {
+            let part = Arc::new(Semaphore::new(LOOKUPS_OF_TENANT));
+            parts.insert(Arc::clone(tenant), Arc::downgrade(&part));
+            part
+        })
+    }
+}
+
+/// Looks up on a thread. Its turn lasts until the thread is done, whether or not anybody waits for it any more.
 async fn look_up<T: Send + 'static>(
-    places: Arc<Semaphore>,
+    turns: &Turns,
+    tenant: &Arc<str>,
     look: impl FnOnce() -> io::Result<T> + Send + 'static,
 ) -> io::Result<T> {
-    let place = places.acquire_owned().await.map_err(io::Error::other)?;
+    let turn = turns.take(tenant).await?;
     let looked = task::blocking(move || {
         let found = look();
-        drop(place);
+        drop(turn);
         found
     });
     looked.await.unwrap_or_else(|| Err(io::Error::other("the lookup failed")))
@@ -139,15 +170,21 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn a_lookup_that_nobody_waits_for_keeps_its_place_until_it_is_done() {
-        let places = Arc::new(Semaphore::new(1));
-        let (go, may_go) = std::sync::mpsc::channel::<()>();
-        let slow = look_up(Arc::clone(&places), move || may_go.recv().map_err(io::Error::other));
-        assert!(tokio::time::timeout(Duration::from_millis(50), slow).await.is_err());
-        assert_eq!(places.available_permits(), 0, "its thread still runs");
-        go.send(()).unwrap();
-        let place = tokio::time::timeout(Duration::from_secs(10), places.acquire()).await;
-        assert!(place.is_ok(), "it gives its place back");
+    async fn a_lookup_that_nobody_waits_for_keeps_its_turn_until_it_is_done_and_no_tenant_takes_anothers() {
+        let (turns, [one, other]) = (Turns::default(), [Arc::from("one"), Arc::from("other")]);
+        let mut slow = Vec::new();
+        for _ in 0..2 * LOOKUPS {
+            let (go, may_go) = std::sync::mpsc::channel::<()>();
+            let lookup = look_up(&turns, &one, move || may_go.recv().map_err(io::Error::other));
+            assert!(tokio::time::timeout(Duration::from_millis(5), lookup).await.is_err());
+            slow.push(go);
+        }
+        assert_eq!(turns.all.available_permits(), LOOKUPS - LOOKUPS_OF_TENANT, "their threads still run");
+        let lookup = tokio::time::timeout(Duration::from_secs(10), look_up(&turns, &other, || Ok(7)));
+        assert_eq!(lookup.await.unwrap().unwrap(), 7);
+        drop(slow);
+        let again = tokio::time::timeout(Duration::from_secs(10), look_up(&turns, &one, || Ok(8)));
+        assert_eq!(again.await.unwrap().unwrap(), 8, "they give their turns back");
     }
 
     #[test]

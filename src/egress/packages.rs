@@ -22,14 +22,16 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use sha2::Sha256;
+use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use url::Url;
 
-use super::held::{Held, Patience, Room};
+use super::held::{Patience, Room, held};
 use super::reach::Reached;
 use super::{Egress, Refusal};
 use crate::domain::egress::Host;
 use crate::domain::packages::{Index, PackagePolicy, normal, of_wheel};
+use crate::places::{self, Places};
 use crate::task;
 
 /// Bytes between the cell's connection and what reads it here.
@@ -40,8 +42,10 @@ const MAX_HEAD: usize = 16 * 1024;
 const MAX_PAGE: usize = 32 * 1024 * 1024;
 /// Pages that are fetched and read here at once, of all sessions.
 const PAGES: usize = 8;
-/// Bytes of pages that wait for cells to read them, of all sessions …
+/// Bytes of pages that wait for cells to read them, of all sessions, …
 const HELD: usize = 8 * MAX_PAGE;
+/// … of one tenant's sessions …
+const HELD_OF_TENANT: usize = HELD / 2;
 /// … and of one, those that are being fetched for it included: each of these counts as the largest.
 pub(super) const PAGES_OF_SESSION: usize = 2 * MAX_PAGE;
 /// The index answers within this time, and has told a page within it.
@@ -53,7 +57,7 @@ const MAX_REMARKS: (usize, usize) = (20, 400);
 /// How pages are told (PEP 691).
 const JSON: &str = "application/vnd.pypi.simple.v1+json";
 
-type Body = Either<Full<Bytes>, Either<Held, Incoming>>;
+type Body = Either<Full<Bytes>, Incoming>;
 type Asking = SendRequest<Empty<Bytes>>;
 
 /// What is shared between the sessions.
@@ -61,8 +65,8 @@ pub(super) struct Shared {
     /// Proves that a page has named a file.
     key: Option<[u8; 32]>,
     spare: Mutex<HashMap<String, Vec<Asking>>>,
-    pages: tokio::sync::Semaphore,
-    held: Room,
+    pages: Arc<Semaphore>,
+    held: Arc<Places<Arc<str>>>,
 }
 
 impl Shared {
@@ -70,7 +74,7 @@ impl Shared {
     pub(super) fn new() -> Self {
         let mut key = [0; 32];
         let key = getrandom::fill(&mut key).ok().map(|()| key);
-        Self { key, spare: Mutex::default(), pages: tokio::sync::Semaphore::new(PAGES), held: Room::of(HELD) }
+        Self { key, spare: Mutex::default(), pages: Arc::new(Semaphore::new(PAGES)), held: Places::new(HELD) }
     }
 
     fn mac(&self, place: &str) -> Option<Hmac<Sha256>> {
@@ -151,6 +155,7 @@ struct NotGiven(StatusCode, String);
 /// One session's view of the index, for one connection.
 struct Asked {
     egress: Egress,
+    tenant: Arc<str>,
     policy: PackagePolicy,
     remarks: Arc<Remarks>,
     /// For pages that the session has not read.
@@ -159,11 +164,18 @@ struct Asked {
 }
 
 impl Egress {
-    /// A connection to the index, as a policy lets it be seen. What comes back for the cell takes HTTP/1.1 requests in the clear.
-    pub(super) fn reach_packages(&self, policy: PackagePolicy, remarks: Arc<Remarks>, room: Room) -> Reached {
+    /// A connection to the index for a session of this tenant, as a policy lets it be seen. What comes back for the cell takes HTTP/1.1 requests
+    /// in the clear.
+    pub(super) fn reach_packages(
+        &self,
+        tenant: Arc<str>,
+        policy: PackagePolicy,
+        remarks: Arc<Remarks>,
+        room: Room,
+    ) -> Reached {
         let (cell, here) = tokio::io::duplex(BETWEEN);
         let patience = Patience::default();
-        let asked = Arc::new(Asked { egress: self.clone(), policy, remarks, room, patience: patience.clone() });
+        let asked = Arc::new(Asked { egress: self.clone(), tenant, policy, remarks, room, patience: patience.clone() });
         let over = CancellationToken::new();
         let is_over = over.clone();
         // It ends with the cell's connection, even while it waits for the index, and with a cell that does not read.
@@ -214,22 +226,29 @@ impl Asked {
             return Err(NotGiven(StatusCode::FORBIDDEN, reason));
         }
         let index = &self.egress.0.settings.index;
-        let broken = |_| NotGiven(StatusCode::SERVICE_UNAVAILABLE, "the server is closing".to_owned());
+        let busy = |what: &str| NotGiven(StatusCode::SERVICE_UNAVAILABLE, what.to_owned());
         let late = |_| self.failed("did not answer in time");
-        let unread =
-            || NotGiven(StatusCode::SERVICE_UNAVAILABLE, "pages that were asked for before are not read".to_owned());
-        let own = tokio::time::timeout(ANSWER_TIME, self.room.take(MAX_PAGE)).await;
-        let mut own = own.ok().flatten().ok_or_else(unread)?;
-        let place = tokio::time::timeout(ANSWER_TIME, self.egress.0.packages.pages.acquire()).await;
-        let _place = place.map_err(late)?.map_err(broken)?;
+        let own = tokio::time::timeout(ANSWER_TIME, self.room.take(MAX_PAGE)).await.ok().flatten();
+        let mut own = own.ok_or_else(|| busy("pages that the session has asked for before are not read"))?;
+        let place = Arc::clone(&self.egress.0.packages.pages).acquire_owned();
+        let place = tokio::time::timeout(ANSWER_TIME, place).await.ok().and_then(Result::ok);
+        let place = place.ok_or_else(|| busy("the server is fetching as many pages of the index as it may at once"))?;
         let bytes = tokio::time::timeout(ANSWER_TIME, self.fetch_page(index, &name)).await.map_err(late)??;
         let asked = Arc::clone(self);
-        let text = task::blocking(move || asked.told(&name, &bytes)).await;
-        let text = text.unwrap_or_else(|| Err(self.failed("sent what can't be read")))?;
-        own.shrink(text.len());
-        let all = self.egress.0.packages.held.try_take(text.len()).ok_or_else(unread)?;
-        let held = Held::new(text, self.patience.clone(), [own, all]);
-        let mut response = Response::new(Either::Right(Either::Left(held)));
+        // It goes on, and needs what it has, whether or not anybody waits for it any more.
+        let told = task::blocking(move || {
+            let text = asked.told(&name, &bytes)?;
+            drop((bytes, place));
+            own.shrink(text.len());
+            Ok((text, own))
+        });
+        let (text, own) = told.await.unwrap_or_else(|| Err(self.failed("sent what can't be read")))?;
+        let all = self.egress.0.packages.held.take(Arc::clone(&self.tenant), text.len(), HELD_OF_TENANT);
+        let all = all.map_err(|full| match full {
+            places::Full::OfOne => busy("pages that the tenant's sessions have asked for before are not read"),
+            places::Full::All => busy("pages that others have asked for before are not read"),
+        })?;
+        let mut response = Response::new(Either::Left(Full::new(held(text, self.patience.clone(), own, all))));
         response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static(JSON));
         Ok(response)
     }
@@ -346,13 +365,13 @@ impl Asked {
             let reason = format!("the file of {} {} {size}; allowed are {most} (packages.size)", wheel.0, wheel.1);
             return Err(NotGiven(StatusCode::FORBIDDEN, reason));
         }
-        let mut told = Response::new(Either::Right(Either::Right(response.into_body())));
+        let mut told = Response::new(Either::Right(response.into_body()));
         told.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/octet-stream"));
         Ok(told)
     }
 
     async fn connect(&self, host: &str, port: u16) -> Result<Asking, NotGiven> {
-        let reached = self.egress.reach(&Host::Name(host.to_owned()), port).await;
+        let reached = self.egress.reach(&self.tenant, &Host::Name(host.to_owned()), port).await;
         let reached = reached.map_err(|not| self.unreached(&not.refusal))?;
         let speaking = async {
             let stream = self.egress.0.trust.secure(host, reached.stream).await?;
@@ -477,14 +496,14 @@ mod tests {
         let outside = crate::egress::Outside { resolver: Arc::new(Fixed), dialer: Arc::clone(&silence) as _ };
         let egress = Egress::new(settings, Default::default(), outside, crate::metrics::Metrics::new(), None);
         let (remarks, room) = (Arc::<Remarks>::default(), Room::of(PAGES_OF_SESSION));
-        let mut reached = egress.reach_packages(PackagePolicy::Any, Arc::clone(&remarks), room.clone());
+        let mut reached = egress.reach_packages("one".into(), PackagePolicy::Any, Arc::clone(&remarks), room.clone());
         // A second request behind the first one: a server that has it does not look whether the connection is still there.
         let request = b"GET /simple/numpy/ HTTP/1.1\r\nhost: packages.upstream\r\n\r\n";
         reached.stream.write_all(&request.repeat(2)).await.unwrap();
         while silence.0.lock().unwrap().is_empty() {
             tokio::task::yield_now().await;
         }
-        assert!(room.try_take(PAGES_OF_SESSION).is_none(), "a page is on its way");
+        assert!(is_taken(&room).await, "a page is on its way");
         drop(reached);
         let ended = async {
             while Arc::strong_count(&remarks) > 1 {
@@ -492,7 +511,11 @@ mod tests {
             }
         };
         assert!(tokio::time::timeout(ANSWER_TIME / 3, ended).await.is_ok(), "it goes on without anybody");
-        assert!(room.try_take(PAGES_OF_SESSION).is_some());
+        assert!(!is_taken(&room).await);
+    }
+
+    async fn is_taken(room: &Room) -> bool {
+        tokio::time::timeout(Duration::from_millis(5), room.take(PAGES_OF_SESSION)).await.is_err()
     }
 
     /// Every name has one address.
@@ -500,7 +523,7 @@ mod tests {
 
     #[async_trait::async_trait]
     impl crate::egress::Resolver for Fixed {
-        async fn resolve(&self, _: &str) -> io::Result<Vec<std::net::IpAddr>> {
+        async fn resolve(&self, _: &str, _: &Arc<str>) -> io::Result<Vec<std::net::IpAddr>> {
             Ok(vec![[93, 184, 216, 34].into()])
         }
     }

@@ -3,6 +3,7 @@
 
 use std::io;
 use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -41,15 +42,21 @@ impl From<Refusal> for NotReached {
 }
 
 impl Egress {
-    /// Connects to a host that rules admit.
-    pub(super) async fn reach(&self, host: &Host, port: u16) -> Result<Reached, NotReached> {
+    /// Connects to a host that rules admit, for a session of this tenant.
+    pub(super) async fn reach(&self, tenant: &Arc<str>, host: &Host, port: u16) -> Result<Reached, NotReached> {
         let within = self.0.settings.connect_timeout;
         let unreachable = || Refusal::Unreachable(host.clone(), port);
-        let reaching = self.reach_in_time(host, port, Instant::now() + within);
+        let reaching = self.reach_in_time(tenant, host, port, Instant::now() + within);
         tokio::time::timeout(within, reaching).await.unwrap_or_else(|_| Err(unreachable().into()))
     }
 
-    async fn reach_in_time(&self, host: &Host, port: u16, until: Instant) -> Result<Reached, NotReached> {
+    async fn reach_in_time(
+        &self,
+        tenant: &Arc<str>,
+        host: &Host,
+        port: u16,
+        until: Instant,
+    ) -> Result<Reached, NotReached> {
         let unreachable = || Refusal::Unreachable(host.clone(), port);
         if let Some(proxy) = &self.0.settings.proxy {
             // What a name leads to is the proxy's business; what an address leads to is known here.
@@ -64,7 +71,7 @@ impl Egress {
                 }
             };
         }
-        let addresses = self.addresses(host).await?;
+        let addresses = self.addresses(tenant, host).await?;
         self.judge(host, &addresses)?;
         let tried = &addresses[..addresses.len().min(TRIES)];
         for (at, address) in tried.iter().enumerate() {
@@ -78,12 +85,12 @@ impl Egress {
         Err(NotReached { refusal: unreachable(), address: addresses.first().copied() })
     }
 
-    async fn addresses(&self, host: &Host) -> Result<Vec<IpAddr>, Refusal> {
+    async fn addresses(&self, tenant: &Arc<str>, host: &Host) -> Result<Vec<IpAddr>, Refusal> {
         let name = match host {
             Host::Address(address) => return Ok(vec![*address]),
             Host::Name(name) => name,
         };
-        let found = self.0.outside.resolver.resolve(name).await.inspect_err(|error| {
+        let found = self.0.outside.resolver.resolve(name, tenant).await.inspect_err(|error| {
             tracing::debug!(name, %error, "a name was not resolved");
         });
         let mut addresses: Vec<IpAddr> = Vec::new();

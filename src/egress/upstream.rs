@@ -30,6 +30,7 @@ const BETWEEN: usize = 64 * 1024;
 const MAX_HEAD: usize = 32 * 1024;
 /// Largest file with a secret, in bytes.
 const MAX_SECRET: u64 = 16 * 1024;
+const LEADS_OUT: &str = "the path leads out of the upstream's";
 /// Headers of a request or an answer.
 const MAX_HEADERS: usize = 100;
 /// What is between two hops only (RFC 9110, section 7.6.1), or says how long a body is, or how it is packed: that is said anew.
@@ -62,8 +63,8 @@ struct Asked {
 }
 
 impl Egress {
-    /// Connects to an upstream. What comes back for the cell takes HTTP/1.1 requests in the clear.
-    pub(super) async fn reach_upstream(&self, upstream: &Upstream) -> Result<Reached, NotReached> {
+    /// Connects to an upstream, for a session of this tenant. What comes back for the cell takes HTTP/1.1 requests in the clear.
+    pub(super) async fn reach_upstream(&self, tenant: &Arc<str>, upstream: &Upstream) -> Result<Reached, NotReached> {
         // Code knows it by this name, and by no other.
         let alias = || Host::Name(format!("{}.upstream", upstream.name));
         let told = || Refusal::Unreachable(alias(), 80);
@@ -71,7 +72,7 @@ impl Egress {
             tracing::error!(upstream = upstream.name, file = %upstream.secret_file.display(), %error, "an upstream's secret can't be used");
             told()
         })?;
-        let reached = self.reach(&Host::Name(upstream.host.clone()), upstream.port).await;
+        let reached = self.reach(tenant, &Host::Name(upstream.host.clone()), upstream.port).await;
         let Reached { stream, address, .. } = reached.map_err(|not| NotReached {
             refusal: match not.refusal {
                 Refusal::NotPublic(_, what) => Refusal::NotPublic(alias(), what),
@@ -189,8 +190,9 @@ impl Asked {
             return Err((StatusCode::BAD_REQUEST, "the request names another host than the upstream's"));
         }
         let asked = head.uri.path_and_query().map_or("/", |asked| asked.as_str());
-        if !asked.starts_with('/') || leads_up(head.uri.path()) {
-            return Err((StatusCode::BAD_REQUEST, "the path leads out of the upstream's"));
+        let wrong = if asked.starts_with('/') { wrong_with(head.uri.path()) } else { Some(LEADS_OUT) };
+        if let Some(wrong) = wrong {
+            return Err((StatusCode::BAD_REQUEST, wrong));
         }
         let path = format!("{}{asked}", self.upstream.path);
         head.uri = path.parse::<Uri>().map_err(|_| (StatusCode::BAD_REQUEST, "the path is none"))?;
@@ -227,8 +229,8 @@ impl Asked {
     }
 }
 
-/// Whether a path, however it is written, has a part that leads up, or something that servers cut paths off at or leave out.
-fn leads_up(path: &str) -> bool {
+/// Why a path is not passed on, however it is written: a part of it leads up, or it has something that servers cut paths off at or leave out.
+fn wrong_with(path: &str) -> Option<&'static str> {
     let mut decoded = path.as_bytes().to_vec();
     // What is decoded once more by somebody is to lead nowhere either.
     for _ in 0..3 {
@@ -241,7 +243,10 @@ fn leads_up(path: &str) -> bool {
     };
     // What is no UTF-8 some read as what it is not: `%c0%ae` is a dot to them.
     let is_odd = std::str::from_utf8(&decoded).is_err() || decoded.iter().any(u8::is_ascii_control);
-    is_odd || decoded.split(|byte| matches!(byte, b'/' | b'\\')).any(leads)
+    if is_odd {
+        return Some("a path has no control characters, and is UTF-8, escaped ones included");
+    }
+    decoded.split(|byte| matches!(byte, b'/' | b'\\')).any(leads).then_some(LEADS_OUT)
 }
 
 fn percent_decoded(path: &[u8]) -> Vec<u8> {
@@ -306,7 +311,7 @@ mod tests {
             "/%c0%ae%c0%ae/x",
             "/a%ff/x",
         ] {
-            assert!(leads_up(path), "{path}");
+            assert!(wrong_with(path).is_some(), "{path}");
         }
         for path in [
             "/",
@@ -322,7 +327,7 @@ mod tests {
             "/a%20b",
             "/100%",
         ] {
-            assert!(!leads_up(path), "{path}");
+            assert_eq!(wrong_with(path), None, "{path}");
         }
     }
 }

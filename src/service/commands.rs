@@ -574,7 +574,13 @@ fn resolve(spec: &SessionSpec, request: &CommandRequest) -> Result<(StartCommand
     let length = serde_json::to_vec(&start).map_or(usize::MAX, |written| written.len() + 64);
     if length > MAX_HEAD {
         let message = format!("{length} bytes as JSON, with environment and folder; allowed are {MAX_HEAD}");
-        let pointer = if start.shell.is_some() { "/command" } else { "/argv" };
+        let env: usize = start.env.iter().map(|(name, value)| name.len() + value.len()).sum();
+        let program: usize = start.argv.iter().chain(&start.shell).map(String::len).sum();
+        let pointer = match &start.shell {
+            _ if env > program => "/env",
+            Some(_) => "/command",
+            None => "/argv",
+        };
         return Err(Error::SpecRejected(vec![FieldError::new(pointer, message)]));
     }
     Ok((start, input))

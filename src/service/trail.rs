@@ -222,6 +222,9 @@ pub async fn apart<T, E>(
 ) -> Result<T, E> {
     let Some(part) = current().map(|trail| trail.part(action)) else { return work.await };
     let done = part.follow(work).await;
+    if part.lock().has_changed {
+        note_change();
+    }
     let (problem, status) = done.as_ref().err().map(failure).map_or((None, 200), |(word, status)| (Some(word), status));
     part.end(Answered { status, problem, is_key_refused: false, made: None });
     done
@@ -476,6 +479,19 @@ mod tests {
         }
         ask("one", OK, false).await;
         ask("one", refused(), true).await;
+        // What a part of it has changed, it has.
+        let whole = bench.trail(Some("patch_session"));
+        let work = async {
+            note_caller(&Principal::new("one", [Scope::Sessions]));
+            let part = async {
+                note_change();
+                Err::<(), ()>(())
+            };
+            apart("delete_session", part, |()| ("busy", 409)).await
+        };
+        assert!(whole.follow(work).await.is_err());
+        whole.end(refused());
+        drop(whole);
         ask("one", Answered { status: 503, problem: Some("draining"), ..OK }, false).await;
         ask("two", refused(), false).await;
         // One that has never arrived whole, and one whose caller has left later.
@@ -493,7 +509,7 @@ mod tests {
         drop((cut, left));
         let told = bench.events().await;
         let outcomes: Vec<_> = told.iter().skip(TOLD as usize).map(|event| event.outcome.as_str()).collect();
-        assert_eq!(outcomes, ["ok", "not-found", "draining", "not-found", "unanswered"]);
+        assert_eq!(outcomes, ["ok", "not-found", "busy", "not-found", "draining", "not-found", "unanswered"]);
         // A server that stops tells what it has left out.
         let Bench { state, audit, _folder } = bench;
         drop(audit);

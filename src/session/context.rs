@@ -75,7 +75,7 @@ pub(super) enum Action {
     Start { kernel: String, kernelspec: Option<String>, cwd: Option<String> },
     /// End a kernel with all its processes.
     Delete { kernel: String },
-    /// Pass a message on; one that runs code, which has a cap, only once that is committed.
+    /// Pass a message on; one of an execution only once that is committed.
     Send { kernel: String, head: Outbound, parts: Vec<Bytes> },
     /// Say again how the cell is set up.
     SetUp(Init),
@@ -1057,6 +1057,7 @@ impl Context {
 
     fn has_settled(&mut self, now: Instant) {
         self.state = State::Idle;
+        self.send_held(now);
         self.advance(now);
     }
 

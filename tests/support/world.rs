@@ -76,7 +76,7 @@ impl World {
 
 #[async_trait]
 impl Resolver for World {
-    async fn resolve(&self, name: &str) -> io::Result<Vec<IpAddr>> {
+    async fn resolve(&self, name: &str, _: &Arc<str>) -> io::Result<Vec<IpAddr>> {
         let mut map = self.0.lock().unwrap();
         map.resolved.push(name.to_owned());
         let known = map.names.get_mut(name).ok_or(io::ErrorKind::NotFound)?;

@@ -1,3 +1,5 @@
+//! Rules are read, met and narrowed, and hosts are told apart.
+
 use proptest::prelude::*;
 
 use super::*;

@@ -129,13 +129,14 @@ impl Asides {
 }
 
 impl Context {
-    /// Passes a client's message on. While there is no kernel it waits for the next.
+    /// Passes a client's message on. While there is no kernel it waits for the next, and after an interrupt until the kernel has dealt with that:
+    /// one that is at work for a client would seem not to have.
     pub(in crate::session) fn pass(&mut self, aside: Aside, now: Instant) -> Result<(), QueueFull> {
         if matches!(self.state, State::Dead) || !self.asides.has_room(&aside, now) {
             return Err(QueueFull);
         }
         match self.state {
-            State::Replacing(_) => self.asides.held.push(aside),
+            State::Replacing(_) | State::Settling(_) => self.asides.held.push(aside),
             _ => self.send_aside(aside, now),
         }
         Ok(())
@@ -144,6 +145,10 @@ impl Context {
     /// A new kernel is asked for: what was asked of the one before is not answered any more.
     pub(super) fn pass_held(&mut self, now: Instant) {
         self.asides.asked.clear();
+        self.send_held(now);
+    }
+
+    pub(super) fn send_held(&mut self, now: Instant) {
         for aside in std::mem::take(&mut self.asides.held) {
             self.send_aside(aside, now);
         }

@@ -356,6 +356,28 @@ fn a_kernel_that_says_nothing_more_after_an_interrupt_is_replaced_before_anythin
 }
 
 #[test]
+fn what_clients_ask_after_an_interrupt_waits_until_the_kernel_has_dealt_with_it() {
+    let mut world = ready();
+    world.step(Step::Execute { seconds: 1, restarts: false });
+    world.step(Step::Wait(1000));
+    let first = world.executions[0].id.to_string();
+    world.answer(&first, true);
+    world.take();
+    world.context.pass(aside("complete_request"), world.now).unwrap();
+    let asides = |world: &World| world.sent.iter().filter(|(_, head)| head.is_aside).count();
+    world.step(Step::Wait(1000));
+    world.take();
+    assert_eq!(asides(&world), 0);
+    let probe = world.sent.last().unwrap().1.msg_id.clone();
+    world.answer(&probe, true);
+    world.take();
+    assert_eq!((asides(&world), world.deletes.len()), (1, 0));
+    world.context.pass(aside("complete_request"), world.now).unwrap();
+    world.take();
+    assert_eq!(asides(&world), 2);
+}
+
+#[test]
 fn an_interrupt_before_the_kernel_is_at_its_code_is_said_again() {
     let interrupts = |world: &World| {
         let sent = world.sent.iter().filter(|(_, head)| head.channel == Channel::Control);

@@ -3,6 +3,7 @@
 use std::ffi::{OsStr, OsString};
 use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt;
+use std::time::{Duration, Instant};
 
 use cellblock_wire::files::{Conditions, Made};
 use rustix::fs::{
@@ -16,6 +17,10 @@ use super::path::{FOLDER, Links, Place, make_folders};
 use super::write::{Upload, check, rename, standing};
 use super::{Download, FileError, failed, hidden_name, list};
 
+/// Names that are tried for something whose own has been taken.
+const OTHER_NAMES: u32 = 100;
+/// A folder to which code adds all the while is left, out of sight, after this time.
+const REMOVAL_TIME: Duration = Duration::from_secs(10 * 60);
 /// Entries that are removed in one go.
 const PAUSE: usize = 64;
 
@@ -94,7 +99,7 @@ impl Removal {
     /// # Errors
     /// When something can't be removed; it stays out of sight.
     pub async fn finish(mut self) -> Result<(), FileError> {
-        let mut count = 0;
+        let (mut count, until) = (0, Instant::now() + REMOVAL_TIME);
         while let Some(name) = self.left.last().cloned() {
             let inner = match openat(&self.folder, &name, FOLDER, Mode::empty()) {
                 // Its owner may take it from themselves, and so from us.
@@ -122,6 +127,9 @@ impl Removal {
                 self.remove_entry(&inner, name, &mut up)?;
                 count += 1;
                 if count % PAUSE == 0 {
+                    if Instant::now() > until {
+                        return Err(failed("removed")(Errno::TIMEDOUT));
+                    }
                     tokio::task::yield_now().await;
                 }
             }
@@ -130,8 +138,7 @@ impl Removal {
                     self.left.pop();
                 }
                 // Code inside adds to it; it is looked at again after the others.
-                Err(Errno::NOTEMPTY | Errno::EXIST) if count < 10_000_000 => {
-                    count += 1;
+                Err(Errno::NOTEMPTY | Errno::EXIST) if Instant::now() <= until => {
                     tokio::task::yield_now().await;
                 }
                 Err(errno) => return Err(failed("removed")(errno)),
@@ -246,14 +253,53 @@ fn take_away(from: &Place, copied: Stamp) -> Result<(), Errno> {
         Err(Errno::NOENT) => return Ok(()),
         Err(errno) => return Err(errno),
     }
-    let now = Stamp::from(&statat(&folder, &hidden, AtFlags::SYMLINK_NOFOLLOW)?);
-    let is_it = (now.inode, now.size, now.modified) == (copied.inode, copied.size, copied.modified);
-    if !is_it {
-        match renameat_with(&folder, &hidden, &folder, name, RenameFlags::NOREPLACE) {
-            // Something newer is there by now.
+    let is_it = |now: Stamp| (now.inode, now.size, now.modified) == (copied.inode, copied.size, copied.modified);
+    let removed = match statat(&folder, &hidden, AtFlags::SYMLINK_NOFOLLOW) {
+        Ok(stat) if is_it(Stamp::from(&stat)) => unlinkat(&folder, &hidden, AtFlags::empty()),
+        Ok(_) => return put_back(&folder, &hidden, name),
+        Err(errno) => Err(errno),
+    };
+    if removed.is_err() {
+        put_back(&folder, &hidden, name)?;
+    }
+    removed
+}
+
+/// Gives what is out of sight its name again, or one that nothing has: something newer may be at its own by now.
+fn put_back(folder: &OwnedFd, hidden: &str, name: &OsStr) -> Result<(), Errno> {
+    let others = (1..=OTHER_NAMES).map(|n| {
+        let mut other = name.to_owned();
+        other.push(format!(".{n}"));
+        other
+    });
+    for name in std::iter::once(name.to_owned()).chain(others) {
+        match renameat_with(folder, hidden, folder, &name, RenameFlags::NOREPLACE) {
             Err(Errno::EXIST) => {}
             put_back => return put_back,
         }
     }
-    unlinkat(&folder, &hidden, AtFlags::empty())
+    Err(Errno::EXIST)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs;
+
+    #[test]
+    fn what_stands_where_a_moved_file_was_is_never_lost() {
+        let root = std::env::temp_dir().join(format!("cellblock-put-back-{}", std::process::id()));
+        fs::create_dir_all(root.join("hidden")).unwrap();
+        fs::write(root.join("hidden/inner"), "1").unwrap();
+        let folder = openat(rustix::fs::CWD, &root, FOLDER, Mode::empty()).unwrap();
+        fs::write(root.join("name"), "newer").unwrap();
+        put_back(&folder, "hidden", OsStr::new("name")).unwrap();
+        fs::write(root.join("again"), "2").unwrap();
+        put_back(&folder, "again", OsStr::new("name")).unwrap();
+        fs::write(root.join("alone"), "3").unwrap();
+        put_back(&folder, "alone", OsStr::new("own")).unwrap();
+        let read = |name: &str| fs::read_to_string(root.join(name)).unwrap();
+        assert_eq!(["name", "name.1/inner", "name.2", "own"].map(read), ["newer", "1", "2", "3"]);
+        fs::remove_dir_all(&root).unwrap();
+    }
 }

@@ -6,6 +6,7 @@
 use std::ffi::OsStr;
 use std::io::Read;
 use std::os::unix::ffi::OsStrExt;
+use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process, kill_process_group};
 
@@ -16,10 +17,12 @@ pub const COMMAND_MARK: &str = "CELLBLOCK_COMMAND";
 const MAX_ENVIRON: u64 = 1 << 20;
 /// Longest command line that is told, in bytes.
 const MAX_COMMAND: usize = 256;
-/// One look may miss a process that has ended just then, and has left another.
-const QUIET_LOOKS: u32 = 2;
-/// Most looks for processes that are to be stopped, before what was found is killed.
-const MAX_LOOKS: u32 = 50;
+/// Looks that have to find nothing while nothing starts, for one may come as a process becomes another program and shows no environment.
+const CALM_LOOKS: u32 = 2;
+/// And those that have to where something starts during each: a look misses a process that has ended before it is read, and has left another.
+const QUIET_LOOKS: u32 = 10;
+/// Once this long has passed, what was found is killed, though looks may find more: the guest does nothing else meanwhile.
+const HALT_TIME: Duration = Duration::from_millis(50);
 /// Numbers of a line of `/proc/{pid}/stat` behind the command's name, see `proc_pid_stat(5)`.
 const STAT_PARENT: usize = 1;
 const STAT_STARTED: usize = 19;
@@ -107,8 +110,10 @@ fn look_around(mark: &[u8], is_mark: impl Fn(&[u8], &[u8]) -> bool) -> Vec<Seen>
 /// The same one by one, so that something can be done about each at once. All of one is read together: some live for milliseconds only.
 fn living<'a>(mark: &'a [u8], is_mark: impl Fn(&[u8], &[u8]) -> bool + 'a) -> impl Iterator<Item = Seen> + 'a {
     let entries = std::fs::read_dir("/proc").into_iter().flatten().flatten();
-    let read = move |entry: std::fs::DirEntry| {
-        let pid: i32 = entry.file_name().to_str()?.parse().ok()?;
+    let mut pids: Vec<i32> = entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect();
+    // The newest first: what lives for a moment only is among them, and is gone once many others have been read.
+    pids.sort_unstable_by_key(|pid| std::cmp::Reverse(*pid));
+    let read = move |pid: i32| {
         let stat = read_start(pid, "stat", 4096)?;
         let stat = String::from_utf8_lossy(&stat);
         let fields: Vec<&str> = stat.rsplit_once(')')?.1.split_whitespace().take(STAT_STARTED + 1).collect();
@@ -119,7 +124,7 @@ fn living<'a>(mark: &'a [u8], is_mark: impl Fn(&[u8], &[u8]) -> bool + 'a) -> im
         let marked = environ.split(|b| *b == 0).any(|variable| is_mark(variable, mark));
         is_alive.then_some(Seen { member: Member { pid, started }, parent, marked })
     };
-    entries.filter_map(read)
+    pids.into_iter().filter_map(read)
 }
 
 impl Tree {
@@ -142,6 +147,7 @@ impl Tree {
     }
 
     /// Kills its group and all living members, and says whether any were found. All are stopped first, for what is stopped starts nothing.
+    /// There may be others where any were found.
     pub fn kill(&self) -> bool {
         let halted = self.halt();
         let _ = signal_group(self.pid, Signal::KILL);
@@ -153,24 +159,35 @@ impl Tree {
 
     /// Stops each member as soon as it is seen, until looks find no other, for a while: code may start processes faster than they are looked through.
     fn halt(&self) -> Vec<Member> {
-        let own = std::process::id() as i32;
-        let mut halted: Vec<Member> = Vec::new();
-        let mut quiet = 0;
-        for _ in 0..MAX_LOOKS {
+        let mut halted = Vec::new();
+        look_until_quiet(last_started, || {
             let before = halted.len();
-            for Seen { member, parent, marked } in living(&self.mark, |variable, mark| variable == mark) {
-                let is_ours = marked || member.pid == self.pid || halted.iter().any(|known| known.pid == parent);
-                if is_ours && member.pid != own && !halted.contains(&member) {
-                    let _ = Pid::from_raw(member.pid).map(|pid| kill_process(pid, Signal::STOP));
-                    halted.push(member);
-                }
+            self.look_and_halt(&mut halted);
+            halted.len() > before
+        });
+        halted
+    }
+
+    fn look_and_halt(&self, halted: &mut Vec<Member>) {
+        let own = std::process::id() as i32;
+        let stop = |member: Member, halted: &mut Vec<Member>| {
+            if member.pid != own && !halted.contains(&member) {
+                let _ = Pid::from_raw(member.pid).map(|pid| kill_process(pid, Signal::STOP));
+                halted.push(member);
             }
-            quiet = if halted.len() > before { 0 } else { quiet + 1 };
-            if quiet == QUIET_LOOKS {
-                break;
+        };
+        let mut others = Vec::new();
+        for seen in living(&self.mark, |variable, mark| variable == mark) {
+            match seen.marked || seen.member.pid == self.pid {
+                true => stop(seen.member, halted),
+                false => others.push(seen),
             }
         }
-        halted
+        let mut at = 0;
+        while let Some(parent) = halted.get(at).map(|member| member.pid) {
+            others.iter().filter(|seen| seen.parent == parent).for_each(|seen| stop(seen.member, halted));
+            at += 1;
+        }
     }
 
     /// Signals its group and all living members, and says whether any were found.
@@ -203,6 +220,28 @@ impl Tree {
         let is_member = |member: &Member| member.pid != own && found.contains(&member.pid);
         seen.into_iter().map(|seen| seen.member).filter(is_member).collect()
     }
+}
+
+/// Looks until looks find nothing new, or until it has taken long enough if any has found something. `started` says what has started last.
+fn look_until_quiet<S: PartialEq>(started: impl Fn() -> Option<S>, mut look: impl FnMut() -> bool) {
+    let began = Instant::now();
+    let (mut quiet, mut calm, mut has_found) = (0, 0, false);
+    while quiet < QUIET_LOOKS && calm < CALM_LOOKS && !(has_found && began.elapsed() >= HALT_TIME) {
+        let before = started();
+        let is_new = look();
+        let is_calm = !is_new && before.is_some() && before == started();
+        quiet = if is_new { 0 } else { quiet + 1 };
+        calm = if is_calm { calm + 1 } else { 0 };
+        has_found |= is_new;
+    }
+}
+
+/// The number of the process or thread that the machine's kernel has started last in this PID namespace, see `proc_loadavg(5)`: while it
+/// stays the same nothing starts. None where it is not told.
+fn last_started() -> Option<i32> {
+    let figures = std::fs::read_to_string("/proc/loadavg").ok()?;
+    let last = figures.split_whitespace().next_back()?.parse().ok()?;
+    (last > 0).then_some(last)
 }
 
 /// A process of the cell, whoever it is of.
@@ -260,6 +299,8 @@ mod tests {
     use super::*;
     use std::process::{Command, Stdio};
 
+    use rustix::fs::{OFlags, fcntl_setfl};
+
     #[test]
     fn command_lines_are_cut_and_made_readable() {
         assert_eq!(readable(b"sleep\0 10\0"), "sleep  10");
@@ -306,19 +347,85 @@ mod tests {
         stranger.wait().unwrap();
     }
 
+    /// A process that ends as soon as it has left another like it. All hold the same pipe, in one group.
+    struct Chain {
+        first: i32,
+        held: std::process::ChildStdout,
+    }
+
+    impl Chain {
+        fn start(mark: &str) -> Self {
+            let code = "import os\nos.setsid()\nwhile True:\n    if os.fork(): os._exit(0)";
+            let mut first =
+                Command::new("python3").args(["-c", code]).env(MARK, mark).stdout(Stdio::piped()).spawn().unwrap();
+            let chain = Self { first: first.id() as i32, held: first.stdout.take().unwrap() };
+            fcntl_setfl(&chain.held, OFlags::RDONLY | OFlags::NONBLOCK).unwrap();
+            first.wait().unwrap();
+            chain
+        }
+
+        /// Whether none is left: the pipe's other end is closed for good, which takes a killed process a moment.
+        fn is_over_within(&self, time: Duration) -> bool {
+            let end = Instant::now() + time;
+            while rustix::io::read(&self.held, &mut [0; 1]) != Ok(0) {
+                if Instant::now() > end {
+                    return false;
+                }
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            true
+        }
+    }
+
+    impl Drop for Chain {
+        fn drop(&mut self) {
+            if !self.is_over_within(Duration::ZERO) {
+                let _ = signal_group(self.first, Signal::KILL);
+            }
+        }
+    }
+
     #[test]
     fn a_chain_whose_links_live_for_a_moment_only_is_ended() {
         let folder = format!("/chain/{}", std::process::id());
-        let chain = "import os\nos.setsid()\nwhile True:\n    if os.fork(): os._exit(0)";
-        let mut first = Command::new("python3").args(["-c", chain]).env(MARK, &folder).spawn().unwrap();
-        first.wait().unwrap();
+        let chain = Chain::start(&folder);
+        assert!(!chain.is_over_within(Duration::ZERO));
         let tree = Tree::new(0, OsStr::new(&folder));
-        let end = std::time::Instant::now() + std::time::Duration::from_secs(20);
-        while tree.kill() && std::time::Instant::now() < end {}
-        for look in 0..20 {
-            assert_eq!(tree.members(), [], "look {look}");
-            std::thread::sleep(std::time::Duration::from_millis(10));
+        let end = Instant::now() + Duration::from_secs(20);
+        let mut kills = 0;
+        while tree.kill() && Instant::now() < end {
+            kills += 1;
         }
+        assert!(chain.is_over_within(Duration::from_secs(5)) && tree.members().is_empty(), "{kills} kills");
+    }
+
+    #[test]
+    fn looks_end_in_time_and_find_nothing_only_where_nothing_starts_or_many_have_looked() {
+        let looks_with = |started: fn(u32) -> Option<u32>, is_new: fn(u32) -> bool| {
+            let looks = std::cell::Cell::new(0);
+            look_until_quiet(
+                || started(looks.get()),
+                || {
+                    std::thread::sleep(HALT_TIME / 5);
+                    looks.set(looks.get() + 1);
+                    is_new(looks.get())
+                },
+            );
+            looks.get()
+        };
+        let [calm, busy]: [fn(u32) -> Option<u32>; 2] = [|_| Some(7), Some];
+        assert!((1..=5).contains(&looks_with(calm, |_| true)));
+        assert_eq!(looks_with(calm, |_| false), CALM_LOOKS);
+        assert_eq!(looks_with(busy, |_| false), QUIET_LOOKS);
+        assert_eq!(looks_with(|_| None, |_| false), QUIET_LOOKS);
+        assert_eq!(looks_with(|looks| Some(looks.min(3)), |_| false), 3 + CALM_LOOKS);
+    }
+
+    #[test]
+    fn what_starts_is_told_by_its_number() {
+        let before = last_started().unwrap();
+        Command::new("true").status().unwrap();
+        assert_ne!(last_started().unwrap(), before);
     }
 
     #[test]
