@@ -242,6 +242,8 @@ struct Waiting {
 #[derive(Debug)]
 struct Question {
     bytes: usize,
+    /// What is asked once the kernel has dealt with an interrupt.
+    unsent: Option<Request>,
     answer: oneshot::Sender<JsonText>,
 }
 
@@ -665,8 +667,12 @@ impl Context {
         if !self.is_up() || self.questions.len() >= MAX_QUESTIONS || bytes + length > MAX_QUESTION_BYTES {
             return Err(QueueFull);
         }
-        self.questions.insert(msg_id, Question { bytes: length, answer });
-        self.send(Channel::Shell, request, None);
+        let is_settling = matches!(self.state, State::Settling(_));
+        let (now, unsent) = if is_settling { (None, Some(request)) } else { (Some(request), None) };
+        self.questions.insert(msg_id, Question { bytes: length, unsent, answer });
+        if let Some(request) = now {
+            self.send(Channel::Shell, request, None);
+        }
         Ok(())
     }
 
@@ -1057,6 +1063,10 @@ impl Context {
 
     fn has_settled(&mut self, now: Instant) {
         self.state = State::Idle;
+        let unsent: Vec<_> = self.questions.values_mut().filter_map(|question| question.unsent.take()).collect();
+        for request in unsent {
+            self.send(Channel::Shell, request, None);
+        }
         self.send_held(now);
         self.advance(now);
     }

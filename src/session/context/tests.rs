@@ -364,17 +364,20 @@ fn what_clients_ask_after_an_interrupt_waits_until_the_kernel_has_dealt_with_it(
     world.answer(&first, true);
     world.take();
     world.context.pass(aside("complete_request"), world.now).unwrap();
-    let asides = |world: &World| world.sent.iter().filter(|(_, head)| head.is_aside).count();
+    let (answer, _answered) = oneshot::channel();
+    world.context.ask("complete_request", &json!({}), answer).unwrap();
+    let is_asked = |head: &Outbound| head.is_aside || head.msg_id.contains("-ask");
+    let asides = |world: &World| world.sent.iter().filter(|(_, head)| is_asked(head)).count();
     world.step(Step::Wait(1000));
     world.take();
     assert_eq!(asides(&world), 0);
     let probe = world.sent.last().unwrap().1.msg_id.clone();
     world.answer(&probe, true);
     world.take();
-    assert_eq!((asides(&world), world.deletes.len()), (1, 0));
+    assert_eq!((asides(&world), world.deletes.len()), (2, 0));
     world.context.pass(aside("complete_request"), world.now).unwrap();
     world.take();
-    assert_eq!(asides(&world), 2);
+    assert_eq!(asides(&world), 3);
 }
 
 #[test]
