@@ -17,7 +17,7 @@ const LAYERS: [(&str, &[&str]); 20] = [
     ("engine", &["domain", "task", "metrics"]),
     ("kernel", &["domain", "json", "task"]),
     ("store", &["domain", "json", "metrics"]),
-    ("egress", &["domain", "task", "metrics", "kernel", "store"]),
+    ("egress", &["domain", "task", "places", "metrics", "kernel", "store"]),
     ("session", &["domain", "task", "metrics", "traces", "egress", "engine", "kernel", "store"]),
     ("service", &["domain", "task", "places", "metrics", "traces", "engine", "kernel", "session", "store"]),
     ("http", &["domain", "task", "places", "json", "metrics", "traces", "session", "service"]),
