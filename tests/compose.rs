@@ -39,7 +39,7 @@ def say(data):
         pass  # It has not read all of it.
     return answer[4:].decode(errors="replace")
 def call(call, **more):
-    data = json.dumps({"version": 1, "instance": sys.argv[1], "call": call, **more}).encode()
+    data = json.dumps({"version": 2, "instance": sys.argv[1], "call": call, **more}).encode()
     return say(struct.pack(">I", len(data)) + data)
 def may(act):
     try:
