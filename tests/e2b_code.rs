@@ -142,15 +142,29 @@ async fn an_execution_ends_when_its_caller_leaves(server: Arc<Server>) {
     assert_eq!(sandbox.run(&json!({"code": "1+1"})).await[1]["text"], "2");
     assert!(began.elapsed() < Duration::from_secs(8), "{:?}", began.elapsed());
     // One that waits is taken back as well, and so is one whose variables were to be set.
-    let waiting: Vec<_> = ["time.sleep(50)", "open('ran', 'w')"]
-        .map(|code| {
-            let body = json!({"code": code, "env_vars": {"A": "1"}});
-            sandbox.interpret(Method::POST, "/execute").json(&body).send()
-        })
-        .into_iter()
-        .collect();
-    let answers = futures_util::future::join_all(waiting).await;
-    drop(answers);
+    let queued = async |expected: u64| {
+        let began = Instant::now();
+        loop {
+            let contexts = server.get(&sandbox.cell.path("/contexts")).await.json;
+            let all: u64 = contexts["contexts"].as_array().unwrap().iter().filter_map(|c| c["queued"].as_u64()).sum();
+            if all == expected {
+                return;
+            }
+            assert!(began.elapsed() < NEVER, "{contexts}");
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    let asked = |code: &str| {
+        let body = json!({"code": code, "env_vars": {"A": "1"}});
+        sandbox.interpret(Method::POST, "/execute").json(&body).send()
+    };
+    let runs = asked("time.sleep(50)").await.unwrap();
+    sandbox.cell.wait("busy").await;
+    let waits = asked("open('ran', 'w')").await.unwrap();
+    queued(1).await;
+    drop(waits);
+    queued(0).await;
+    drop(runs);
     let ran = sandbox.run(&json!({"code": "import os; (os.path.exists('ran'), 'A' in os.environ)"})).await;
     assert_eq!(ran[1]["text"], "(False, False)", "{ran:?}");
 }
