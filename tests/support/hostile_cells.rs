@@ -283,7 +283,8 @@ fn polite_ends() -> Vec<Row> {
         row("sys.exit", "import sys; sys.exit(3)").raises("SystemExit").is("/kernel/restarted", json!(false)),
         row("exit()", "exit()"),
         row("quit()", "quit()"),
-        row("asks its kernel to shut down", "get_ipython().kernel.do_shutdown(False)"),
+        // It leaves without a word a moment after its answer, perhaps with the next cell.
+        row("asks its kernel to shut down", "get_ipython().kernel.do_shutdown(False)").spoils_its_kernel(),
         row(
             "exits while a thread goes on",
             "import threading, time; threading.Thread(target=time.sleep, args=(9871,)).start(); exit()",
