@@ -362,7 +362,7 @@ async fn changes_of_a_folder_are_told() {
     };
     next("watching").await;
     room.put("up", b"1").unwrap();
-    next(r#"{"event":"created","path":"up","is_folder":false}"#).await;
+    next(r#"{"event":"created","path":"up","is_folder":false,"is_whole":true}"#).await;
     fs::write(room.work().join("before/x"), "2").unwrap();
     next(r#"{"event":"modified","path":"before/x"}"#).await;
     fs::create_dir_all(room.work().join("n/e/w")).unwrap();
