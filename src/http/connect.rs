@@ -244,6 +244,7 @@ mod tests {
             let shown = section.split("<pre>").nth(1).unwrap().split("</pre>").next().unwrap();
             assert_eq!(unescape(shown), client.text, "{}", client.word);
         }
+        assert_eq!(escape("&lt;<b a='\"'>"), "&amp;lt;&lt;b a=&#39;&quot;&#39;&gt;");
         assert!(!whole.contains("<script") && !whole.contains("Closed on") && !whole.contains("http-equiv"));
         let variables = unescape(whole.split("<pre>").nth(1).unwrap().split("</pre>").next().unwrap());
         assert_eq!(variables, environment("http://box:8080", &Key::Unknown, true));
