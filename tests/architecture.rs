@@ -7,11 +7,12 @@ use std::path::{Path, PathBuf};
 use syn::visit::Visit;
 
 /// Each top module and the others it may use. Lower layers only; what stands beside each other stays apart.
-const LAYERS: [(&str, &[&str]); 20] = [
+const LAYERS: [(&str, &[&str]); 21] = [
     ("domain", &[]),
     ("task", &[]),
     ("json", &[]),
     ("places", &[]),
+    ("connect", &[]),
     ("metrics", &["domain"]),
     ("traces", &["domain", "task", "metrics"]),
     ("engine", &["domain", "task", "metrics"]),
@@ -20,9 +21,9 @@ const LAYERS: [(&str, &[&str]); 20] = [
     ("egress", &["domain", "task", "places", "metrics", "kernel", "store"]),
     ("session", &["domain", "task", "metrics", "traces", "egress", "engine", "kernel", "store"]),
     ("service", &["domain", "task", "places", "metrics", "traces", "engine", "kernel", "session", "store"]),
-    ("http", &["domain", "task", "places", "json", "metrics", "traces", "session", "service"]),
+    ("http", &["domain", "task", "places", "connect", "json", "metrics", "traces", "session", "service"]),
     ("config", &["domain"]),
-    ("cli", &["domain", "config"]),
+    ("cli", &["domain", "config", "connect"]),
     ("tuning", &["domain", "config", "http", "service", "session"]),
     (
         "app",

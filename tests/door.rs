@@ -134,6 +134,7 @@ async fn the_slow_and_the_malformed() {
         http2_that_means_harm,
         pages_of_other_sites,
         nothing_tells_what_runs_here,
+        what_to_paste_is_shown_for_hosts_alone,
     ];
     server.run_and_finish(2, cases).await;
 }
@@ -488,6 +489,44 @@ async fn nothing_tells_what_runs_here(server: Arc<Server>) {
     }
 }
 
+async fn what_to_paste_is_shown_for_hosts_alone(server: Arc<Server>) {
+    let own = from(10);
+    let at = |host: &str| format!("GET /connect HTTP/1.1\r\nhost: {host}\r\nconnection: close\r\n\r\n");
+    let shown = ask(&server, own, at("Box.example:8080")).await;
+    assert!(is_ok(&shown) && shown.contains("CELLBLOCK_URL=&#39;http://box.example:8080&#39;"), "{shown}");
+    let (head, page) = shown.split_once("\r\n\r\n").unwrap();
+    let value = |name: &str| head.lines().find_map(|line| line.strip_prefix(&format!("{name}: "))).unwrap_or_default();
+    let policy = value("content-security-policy");
+    assert!(policy.starts_with("default-src 'none'; style-src 'sha256-") && !policy.contains("unsafe"), "{policy}");
+    assert!(policy.ends_with("; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"), "{policy}");
+    let told = ["referrer-policy", "cache-control", "x-content-type-options", "content-type"].map(value);
+    assert_eq!(told, ["no-referrer", "no-store", "nosniff", "text/html; charset=utf-8"]);
+    assert!(!page.contains("<script") && !page.contains(&server.key), "{page}");
+    assert_eq!(page.matches("http://").count() - page.matches("http://box.example:8080").count(), 0, "{page}");
+    let with_query = ask(&server, own, get("/connect?key=planted%3Cb%3E", "x-forwarded-proto: https\r\n")).await;
+    assert!(is_ok(&with_query) && !with_query.contains("planted") && with_query.contains("http://box"), "{with_query}");
+    for hostile in [
+        "<script>alert(1)</script>",
+        "a\"onmouseover=planted",
+        "box'; planted '",
+        "$(planted)",
+        "planted@box",
+        "box/planted",
+        "box:80:planted",
+        "",
+    ] {
+        let refused = ask(&server, own, at(hostile)).await;
+        assert!(refused.starts_with("HTTP/1.1 400 "), "{hostile}: {refused}");
+        assert!(!refused.contains("planted") && !refused.contains("<script"), "{hostile}: {refused}");
+    }
+    let twice = ask(&server, own, get("/connect", "host: planted.example\r\n")).await;
+    assert!(twice.starts_with("HTTP/1.1 400 ") && !twice.contains("planted"), "{twice}");
+    // For programs: which doors are open.
+    let doors = ask(&server, own, get("/connect", "accept: application/json\r\n")).await;
+    assert!(doors.ends_with(r#"{"doors":{"classic":false,"e2b":true,"jupyter":true,"mcp":true}}"#), "{doors}");
+    assert!(page.contains("doors.classic.enabled") && !page.contains("classic.py"), "{page}");
+}
+
 const CEILINGS: &str = r#"
 [server]
 connections = 20
@@ -501,7 +540,7 @@ failure_window = "1h"
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_greedy_and_the_disguised() {
     let server = Server::start(CEILINGS).await;
-    let cases = cases![server; one_address_does_not_keep_others_out, all_places_can_be_taken_and_come_back, addresses_are_believed_from_proxies_only, a_websocket_keeps_its_place];
+    let cases = cases![server; tls_is_believed_of_proxies_only, one_address_does_not_keep_others_out, all_places_can_be_taken_and_come_back, addresses_are_believed_from_proxies_only, a_websocket_keeps_its_place];
     server.run_and_finish(1, cases).await;
 }
 
@@ -586,6 +625,13 @@ async fn all_places_can_be_taken_and_come_back(server: Arc<Server>) {
     drop(take(&server, from(3), 12).await);
 }
 
+async fn tls_is_believed_of_proxies_only(server: Arc<Server>) {
+    for (peer, expected) in [(from(3), "https://box&#39;"), (from(50), "http://box&#39;")] {
+        let shown = ask(&server, peer, get("/connect", "x-forwarded-proto: https\r\n")).await;
+        assert!(shown.contains(expected), "{peer}: {shown}");
+    }
+}
+
 async fn addresses_are_believed_from_proxies_only(server: Arc<Server>) {
     let ask_as = async |peer: Ipv4Addr, forwarded: String| {
         let answer = ask(&server, peer, get("/v1/sessions", &format!("{forwarded}x-api-key: wrong\r\n"))).await;
@@ -663,8 +709,9 @@ async fn over_tls() {
     assert!(is_ok(&ask_on(&mut one, KEPT).await));
     let two = shake(&server, &first, "box.example", &["h2", "http/1.1"]).await.unwrap();
     assert_eq!(two.get_ref().1.alpn_protocol(), Some(&b"h2"[..]));
-    let request = Request::get("https://box.example/livez").body(Full::default()).unwrap();
-    assert_eq!(over_http2(two, request).await.unwrap().0, 200);
+    let request = Request::get("https://box.example/connect").body(Full::default()).unwrap();
+    let (status, shown) = over_http2(two, request).await.unwrap();
+    assert!(status == 200 && shown.contains("CELLBLOCK_URL=&#39;https://box.example&#39;"), "{status} {shown}");
     assert!(shake(&server, &first, "box.example", &["spdy/1"]).await.is_err(), "a protocol that nobody speaks");
     // Who asks for another server gets a certificate that is not for it.
     let wrong = shake(&server, &first, "evil.example", &[]).await.unwrap_err();
@@ -718,7 +765,7 @@ impl Operated {
         std::fs::set_permissions(&file, std::fs::Permissions::from_mode(0o600)).unwrap();
         let path = |file: &str| certificates.join(file);
         let settings = format!(
-            "[server]\napi_key_file = {file:?}\ntls_cert_file = {:?}\ntls_key_file = {:?}\n",
+            "[doors]\nconnect = false\n[server]\napi_key_file = {file:?}\ntls_cert_file = {:?}\ntls_key_file = {:?}\n",
             path("cert.pem"),
             path("key.pem")
         );
@@ -764,6 +811,9 @@ async fn a_reload_takes_a_certificate_over_at_once_or_nothing_at_all() {
     let first = certify(folder.path(), "box.example");
     let server = Operated::start(folder.path()).await;
     assert_eq!(server.reload(&first).await, (200, json!({"changes": []})));
+    let connect = Request::get("https://box.example/connect").body(Full::default()).unwrap();
+    let there = over_http2(server.shows(&first).await.unwrap(), connect).await.unwrap();
+    assert_eq!(there.0, 404, "it is switched off: {}", there.1);
 
     let sum = || {
         let sum = std::process::Command::new("sha256sum").arg(folder.path().join("cert.pem")).output().unwrap();

@@ -78,6 +78,7 @@ impl Front {
             mcp: None,
             e2b: None,
             classic: None,
+            connect: false,
             sockets: http::jupyter::Sockets::default(),
             started: jiff::Timestamp::now(),
         };

@@ -52,6 +52,7 @@ pub fn app(config: &Config, plane: &Plane) -> App {
             let template = Some(door.template.clone()).filter(|template| !template.is_empty());
             Arc::new(classic::Classic { template, setup: door.setup(), idle: door.idle })
         }),
+        connect: config.doors.connect,
     }
 }
 

@@ -6,6 +6,7 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand};
 
 use crate::config::{self, Environment, Inputs};
+use crate::connect::CLIENTS;
 use crate::domain::ids::SessionId;
 
 const EXAMPLES: &str = "\
@@ -61,6 +62,8 @@ pub enum Command {
     Run(RunArgs),
     /// Serve a client of the Model Context Protocol on standard input and output, or set one up; without a server it needs Docker.
     Mcp(McpArgs),
+    /// Show what to paste into clients of a server (curl, Python, JavaScript, E2B, Jupyter, MCP, Open WebUI), with its address and the key.
+    Connect(ConnectArgs),
     /// Check the configuration; print every value and where it came from, or every mistake.
     CheckConfig(ConfigArgs),
     /// Try whether this host does what the configuration relies on; needs no server, and disturbs none.
@@ -415,6 +418,26 @@ pub struct RunArgs {
     /// Configuration.
     #[command(flatten)]
     pub config: ConfigArgs,
+}
+
+/// Show what clients need.
+#[derive(Debug, Clone, Default, Args)]
+#[command(after_help = "Examples:\n  eval \"$(cellblock connect env)\"\n  cellblock connect curl | bash\n\n\
+    A key that is given by --key or CELLBLOCK_API_KEY is printed; one in a file stays there, and the shell reads it.")]
+pub struct ConnectArgs {
+    /// Only this client's file, as it stands; "env" is the lines that set the variables it reads. Everything without it.
+    #[arg(value_parser = clients())]
+    pub client: Option<String>,
+    /// The server.
+    #[command(flatten)]
+    pub server: ServerArgs,
+}
+
+fn clients() -> clap::builder::PossibleValuesParser {
+    std::iter::once(super::connect::VARIABLES)
+        .chain(CLIENTS.iter().map(|client| client.word))
+        .collect::<Vec<_>>()
+        .into()
 }
 
 /// Serve clients of the Model Context Protocol.

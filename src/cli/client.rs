@@ -25,6 +25,53 @@ pub struct Client {
     http: reqwest::Client,
     base: Url,
     key: Option<String>,
+    own_key_file: Option<PathBuf>,
+}
+
+/// Where the key is that a server takes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum KeyPlace {
+    /// In the command line, or in the environment.
+    Told(String),
+    /// In a file.
+    File {
+        /// The file.
+        path: PathBuf,
+        /// Whether somebody has named it; if not it need not be there.
+        is_named: bool,
+    },
+    /// There is none.
+    Nowhere,
+}
+
+impl KeyPlace {
+    /// Looks in the command line, the environment, and for the server's `own` file.
+    #[must_use]
+    pub fn find(args: &ServerArgs, environment: &Environment, own: Option<&Path>) -> Self {
+        let told = |key: &str| Self::Told(key.trim().to_owned());
+        let named = |path: &Path| Self::File { path: path.to_owned(), is_named: true };
+        match (&args.key, &args.key_file) {
+            (Some(key), _) => return told(key),
+            (None, Some(file)) => return named(file),
+            (None, None) => {}
+        }
+        match (environment.get("CELLBLOCK_API_KEY"), environment.get("CELLBLOCK_API_KEY_FILE"), own) {
+            (Some(key), _, _) => told(key),
+            (None, Some(file), _) => named(Path::new(file)),
+            (None, None, Some(own)) => Self::File { path: own.to_owned(), is_named: false },
+            (None, None, None) => Self::Nowhere,
+        }
+    }
+
+    fn read(self) -> Result<Option<String>, Failure> {
+        match self {
+            Self::Told(key) => Ok(Some(key)),
+            Self::File { path, is_named: true } => read_key(&path).map(Some),
+            // If it can't be read, the server will say that a key is missing.
+            Self::File { path, is_named: false } => Ok(read_key(&path).ok()),
+            Self::Nowhere => Ok(None),
+        }
+    }
 }
 
 impl Client {
@@ -38,9 +85,15 @@ impl Client {
         let named = args.url.as_deref().or_else(|| environment.get("CELLBLOCK_URL"));
         let listen = local.as_ref().map_or_else(|| ([127, 0, 0, 1], 8080).into(), |server| server.listen);
         let base = parse_url(&named.map_or_else(|| own_url(listen), str::to_owned))?;
-        let own_file = local.map(|server| server.key_file()).filter(|_| is_loopback(&base));
-        let key = find_key(args, environment, own_file.as_deref())?;
-        Ok(Self { http: build_http(&base)?, base, key })
+        let own_key_file = local.map(|server| server.key_file()).filter(|_| is_loopback(&base));
+        let key = KeyPlace::find(args, environment, own_key_file.as_deref()).read()?;
+        Ok(Self { http: build_http(&base)?, base, key, own_key_file })
+    }
+
+    /// The file of the server's own key, where the server is this machine's.
+    #[must_use]
+    pub fn own_key_file(&self) -> Option<&Path> {
+        self.own_key_file.as_deref()
     }
 
     /// The server's URL.
@@ -51,15 +104,20 @@ impl Client {
 
     /// A request to a path such as `["v1", "sessions"]`, whose segments are escaped.
     pub fn request(&self, method: Method, path: &[&str]) -> RequestBuilder {
-        let mut url = self.base.clone();
-        if let Ok(mut segments) = url.path_segments_mut() {
-            segments.pop_if_empty().extend(path);
-        }
-        let request = self.http.request(method, url);
+        let request = self.ask_openly(method, path);
         match &self.key {
             Some(key) => request.bearer_auth(key),
             None => request,
         }
+    }
+
+    /// The same without the key.
+    pub fn ask_openly(&self, method: Method, path: &[&str]) -> RequestBuilder {
+        let mut url = self.base.clone();
+        if let Ok(mut segments) = url.path_segments_mut() {
+            segments.pop_if_empty().extend(path);
+        }
+        self.http.request(method, url)
     }
 
     /// Sends; an answer that isn't a success is a problem.
@@ -206,23 +264,6 @@ fn own_url(listen: std::net::SocketAddr) -> String {
 fn is_loopback(url: &Url) -> bool {
     let host = url.host_str().unwrap_or_default().trim_matches(['[', ']']);
     host == "localhost" || host.parse::<std::net::IpAddr>().is_ok_and(|ip| ip.is_loopback())
-}
-
-fn find_key(args: &ServerArgs, environment: &Environment, own: Option<&Path>) -> Result<Option<String>, Failure> {
-    if let Some(key) = args.key.as_deref() {
-        return Ok(Some(key.trim().to_owned()));
-    }
-    if let Some(file) = &args.key_file {
-        return read_key(file).map(Some);
-    }
-    if let Some(key) = environment.get("CELLBLOCK_API_KEY") {
-        return Ok(Some(key.trim().to_owned()));
-    }
-    if let Some(file) = environment.get("CELLBLOCK_API_KEY_FILE") {
-        return read_key(&PathBuf::from(file)).map(Some);
-    }
-    // Nobody named this one: if it can't be read, the server will say that a key is missing.
-    Ok(own.and_then(|file| read_key(file).ok()))
 }
 
 fn read_key(file: &Path) -> Result<String, Failure> {

@@ -4,6 +4,7 @@
 mod args;
 mod client;
 mod commands;
+mod connect;
 mod images;
 mod keys;
 pub mod mcp;
@@ -20,8 +21,8 @@ use clap::CommandFactory as _;
 use serde_json::json;
 
 pub use args::{
-    Cli, CodeSource, Command, ConfigArgs, DataCommand, DoctorArgs, ExecArgs, GuardArgs, InstallArgs, McpArgs,
-    McpClient, McpCommand, Place, PsArgs, RmArgs, RunArgs, ServeArgs, ServerArgs, SessionsArgs,
+    Cli, CodeSource, Command, ConfigArgs, ConnectArgs, DataCommand, DoctorArgs, ExecArgs, GuardArgs, InstallArgs,
+    McpArgs, McpClient, McpCommand, Place, PsArgs, RmArgs, RunArgs, ServeArgs, ServerArgs, SessionsArgs,
 };
 pub use client::Client;
 pub use images::{Blob, Images};
@@ -52,6 +53,7 @@ pub async fn perform(cli: &Cli, environment: &Environment) -> Option<u8> {
         Command::Resume(args) => commands::resume(args, cli.json, environment).await,
         Command::Images(args) => commands::images(args, cli.json, environment).await,
         Command::Mcp(args) => mcp::perform(args, environment).await?,
+        Command::Connect(args) => connect::perform(args, cli.json, environment).await,
         Command::Keys(command) => keys::perform(command, cli.json, environment).await,
         Command::Health(args) => commands::health(args, cli.json, environment).await,
         Command::CheckConfig(args) => check_config(args, cli.json, environment),

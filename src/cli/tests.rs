@@ -82,6 +82,12 @@ fn completed(status: &str) -> Value {
     json!({"type": "execution.completed", "execution": {"status": status}})
 }
 
+/// Tells a caller without a key which doors are open.
+async fn doors(headers: axum::http::HeaderMap) -> axum::Json<Value> {
+    let is_open = !headers.contains_key(header::AUTHORIZATION);
+    axum::Json(if is_open { json!({"doors": {"mcp": true, "jupyter": true, "e2b": false}}) } else { json!({}) })
+}
+
 async fn start() -> Server {
     let seen = Seen::default();
     let gone = || async { problem(404, json!({"title": "There is no such session"})) };
@@ -99,7 +105,8 @@ async fn start() -> Server {
         .route("/v1/keys/{id}", delete(|| async { StatusCode::NO_CONTENT }))
         .route("/v1/keys/gone", delete(gone))
         .route("/readyz", get(|| async { "ready" }))
-        .layer(axum::middleware::from_fn_with_state(seen.clone(), record));
+        .layer(axum::middleware::from_fn_with_state(seen.clone(), record))
+        .route("/connect", get(doors));
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let url = format!("http://{}", listener.local_addr().unwrap());
     tokio::spawn(async move { axum::serve(listener, api).await });
@@ -215,6 +222,22 @@ async fn commands_that_need_no_server() {
     assert!(String::from_utf8(completion_script(clap_complete::Shell::Bash)).unwrap().contains("check-config"));
     let cli = Cli::try_parse_from(["cellblock", "openapi"]).unwrap();
     assert_eq!(perform(&cli, &Environment::default()).await, None);
+}
+
+#[tokio::test]
+async fn connect_asks_without_the_key_and_gives_nothing_for_a_closed_door() {
+    let server = start().await;
+    for line in
+        [&["connect"][..], &["--json", "connect"], &["connect", "env"], &["connect", "curl"], &["connect", "mcp"]]
+    {
+        assert_eq!(server.run(line).await, OK, "{line:?}");
+    }
+    for closed in ["e2b-python", "classic"] {
+        assert_eq!(server.run(&["connect", closed]).await, FAILED, "{closed}");
+    }
+    let nowhere = Server { url: "http://127.0.0.1:1".to_owned(), seen: Seen::default() };
+    assert_eq!(nowhere.run(&["connect", "e2b-python"]).await, OK, "nobody has said that it is closed");
+    assert!(Cli::try_parse_from(["cellblock", "connect", "cobol"]).is_err());
 }
 
 #[tokio::test]

@@ -510,6 +510,8 @@ pub struct Doors {
     pub mcp_hosts: Vec<String>,
     /// That for clients of E2B.
     pub e2b: bool,
+    /// The page that says how clients connect.
+    pub connect: bool,
     /// The classic routes.
     pub classic: Classic,
 }

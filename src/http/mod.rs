@@ -10,6 +10,7 @@ use std::time::Duration;
 use axum::Router;
 use axum::body::HttpBody;
 use axum::extract::{ConnectInfo, MatchedPath, Request, State};
+use axum::http::request::Parts;
 use axum::http::{HeaderMap, HeaderName, HeaderValue, header};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
@@ -28,6 +29,7 @@ use crate::traces::{Trace, Traces};
 pub mod admin;
 mod by_host;
 pub mod classic;
+mod connect;
 mod crossing;
 pub mod docs;
 pub mod door;
@@ -95,6 +97,17 @@ pub struct App {
     pub e2b: Option<e2b::E2b>,
     /// The classic routes, where they are on.
     pub classic: Option<Arc<classic::Classic>>,
+    /// Whether there is a page that says how clients connect.
+    pub connect: bool,
+}
+
+impl App {
+    /// Whether the caller speaks TLS: with this server, or with a proxy whose word counts.
+    fn is_tls(&self, head: &Parts) -> bool {
+        let is_said = head.headers.get("x-forwarded-proto").is_some_and(|value| value == "https");
+        let peer = head.extensions.get::<ConnectInfo<SocketAddr>>().map(|ConnectInfo(peer)| peer.ip());
+        self.ports.is_tls || (is_said && peer.is_some_and(|peer| self.proxies.include(peer)))
+    }
 }
 
 /// How ports of sessions are asked.
@@ -141,12 +154,14 @@ pub fn router(app: App) -> Router {
         }
         None => Router::new(),
     };
+    let connect = if app.connect { connect::routes() } else { Router::new() };
     let routes = Router::new()
         .merge(v1)
         .merge(jupyter)
         .merge(mcp)
         .merge(e2b)
         .merge(classic)
+        .merge(connect)
         .merge(docs::routes(document))
         .route("/livez", get(livez))
         .route("/readyz", get(readyz))

@@ -15,6 +15,58 @@ use crate::config::Environment;
 const NAME: &str = "cellblock";
 /// Stands for the key where it is shown.
 const HIDDEN: &str = "…";
+/// The variable that clients read the key from.
+const VARIABLE: &str = "CELLBLOCK_API_KEY";
+/// What Visual Studio Code asks for by, and keeps in its own store.
+const INPUT: &str = "cellblock-api-key";
+
+/// How a client comes to the key.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Key {
+    /// There is none.
+    Unknown,
+    /// It stands in the file.
+    Written(String),
+    /// The file says where it is, in the client's words: it may be one of a project, which others read.
+    Referred(&'static str),
+}
+
+impl Key {
+    /// As it stands in the file.
+    fn text(&self) -> Option<&str> {
+        match self {
+            Self::Unknown => None,
+            Self::Written(key) => Some(key),
+            Self::Referred(words) => Some(words),
+        }
+    }
+
+    /// As it is shown.
+    fn hidden(&self) -> Self {
+        match self {
+            Self::Written(_) => Self::Written(HIDDEN.to_owned()),
+            other => other.clone(),
+        }
+    }
+
+    /// What there is to say of it.
+    fn told(&self, client: McpClient) -> String {
+        match (self, client) {
+            (Self::Unknown, _) => String::new(),
+            (Self::Written(_), _) => {
+                format!("\"{HIDDEN}\" stands for the key, which will be in the file: keep it to yourself.\n")
+            }
+            (Self::Referred(_), McpClient::Vscode) => {
+                "No key is in the file: Visual Studio Code asks for it once and keeps it in its own store.\n".to_owned()
+            }
+            (Self::Referred(words), _) => {
+                format!(
+                    "No key is in the file: \"{words}\" is read from the client's environment, so set {VARIABLE} where it is started.\n"
+                )
+            }
+        }
+    }
+}
 
 /// Shows what a client needs, and writes it if that was said.
 ///
@@ -26,29 +78,55 @@ pub(super) fn perform(args: &InstallArgs, environment: &Environment) -> Result<u
         None => usual_path(args.client, environment)?,
     };
     let url = args.server.url.clone().or_else(|| environment.get("CELLBLOCK_URL").map(str::to_owned));
-    let key = match (&args.server.key, &args.server.key_file) {
-        (Some(key), _) => Some(key.trim().to_owned()),
-        (None, Some(file)) => Some(read(file)?.trim().to_owned()),
-        (None, None) => environment.get("CELLBLOCK_API_KEY").map(str::to_owned),
+    let key = match (&url, reference(args.client, args.file.is_some())) {
+        // Without a server there is no key.
+        (None, _) => Key::Unknown,
+        (Some(_), Some(words)) => Key::Referred(words),
+        (Some(_), None) => given_key(args, environment)?.map_or(Key::Unknown, Key::Written),
     };
     let program = std::env::current_exe()?.display().to_string();
-    let entry = |key: Option<&str>| entry(args.client, &program, url.as_deref(), key);
-    let shown = json!({ root(args.client): { NAME: entry(key.as_deref().map(|_| HIDDEN)) } });
-    let mut out = std::io::stdout();
-    writeln!(out, "{}:\n{shown:#}", path.display())?;
-    if key.is_some() {
-        writeln!(out, "\"{HIDDEN}\" stands for the key.")?;
+    let entry = |key: &Key| entry(args.client, &program, url.as_deref(), key.text());
+    let mut shown = json!({ root(args.client): { NAME: entry(&key.hidden()) } });
+    let asks = args.client == McpClient::Vscode && matches!(key, Key::Referred(_));
+    if asks {
+        shown["inputs"] = json!([input()]);
     }
+    let mut out = std::io::stdout();
+    write!(out, "{}:\n{shown:#}\n{}", path.display(), key.told(args.client))?;
     if !args.yes {
         writeln!(out, "Nothing was written; --yes adds this to the file.")?;
         return Ok(OK);
     }
     let before = if path.exists() { read(&path)? } else { "{}".to_owned() };
-    let after = with_entry(&before, root(args.client), entry(key.as_deref()))
+    let after = with_entry(&before, root(args.client), entry(&key), asks)
         .map_err(|why| Failure::Usage(format!("{} is left as it is: {why}", path.display())))?;
     write(&path, &after)?;
     writeln!(out, "It was written; start the client again.")?;
     Ok(OK)
+}
+
+/// The words by which a client reads the key from elsewhere, if it can and its file may be a project's, which others see: those that always are, and any that
+/// `is_named` on the command line. A person's own file, whose client is often started where no shell has set anything, has the key.
+fn reference(client: McpClient, is_named: bool) -> Option<&'static str> {
+    match client {
+        McpClient::ClaudeCode => Some("${CELLBLOCK_API_KEY}"),
+        McpClient::Vscode => Some("${input:cellblock-api-key}"),
+        McpClient::Cursor | McpClient::Windsurf if is_named => Some("${env:CELLBLOCK_API_KEY}"),
+        McpClient::Cursor | McpClient::Windsurf | McpClient::ClaudeDesktop => None,
+    }
+}
+
+fn given_key(args: &InstallArgs, environment: &Environment) -> Result<Option<String>, Failure> {
+    Ok(match (&args.server.key, &args.server.key_file) {
+        (Some(key), _) => Some(key.trim().to_owned()),
+        (None, Some(file)) => Some(read(file)?.trim().to_owned()),
+        (None, None) => environment.get(VARIABLE).map(str::to_owned),
+    })
+}
+
+/// What Visual Studio Code asks a person for.
+fn input() -> Value {
+    json!({"type": "promptString", "id": INPUT, "description": "API key of Cellblock", "password": true})
 }
 
 /// Where the client looks.
@@ -92,15 +170,15 @@ fn entry(client: McpClient, program: &str, url: Option<&str>, key: Option<&str>)
         McpClient::ClaudeCode | McpClient::Vscode => json!({"type": "http", "url": address}),
     };
     match (client, key) {
-        (McpClient::ClaudeDesktop, Some(key)) => entry["env"] = json!({ "CELLBLOCK_API_KEY": key }),
+        (McpClient::ClaudeDesktop, Some(key)) => entry["env"] = json!({ VARIABLE: key }),
         (_, Some(_)) => entry["headers"] = headers.unwrap_or_default(),
         (_, None) => {}
     }
     entry
 }
 
-/// A file's text with the entry in it; all else stays.
-fn with_entry(text: &str, root: &str, entry: Value) -> Result<String, String> {
+/// A file's text with the entry in it, and what it asks for; all else stays.
+fn with_entry(text: &str, root: &str, entry: Value, asks: bool) -> Result<String, String> {
     let text = if text.trim().is_empty() { "{}" } else { text };
     let mut document: Value =
         serde_json::from_str(text).map_err(|error| format!("it is not plain JSON ({error}); add the entry by hand"))?;
@@ -108,6 +186,12 @@ fn with_entry(text: &str, root: &str, entry: Value) -> Result<String, String> {
     let servers = object.entry(root).or_insert_with(|| Value::Object(Map::new()));
     let servers = servers.as_object_mut().ok_or_else(|| format!("\"{root}\" in it is no object"))?;
     servers.insert(NAME.to_owned(), entry);
+    if asks {
+        let inputs = object.entry("inputs").or_insert_with(|| json!([]));
+        let inputs = inputs.as_array_mut().ok_or("\"inputs\" in it is no list")?;
+        inputs.retain(|input| input["id"] != INPUT);
+        inputs.push(input());
+    }
     Ok(format!("{document:#}\n"))
 }
 
@@ -146,23 +230,81 @@ mod tests {
         InstallArgs { client, yes, file: Some(file), server }
     }
 
+    fn written(path: &Path) -> Value {
+        serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap()
+    }
+
     #[test]
     fn a_file_is_written_only_when_that_is_said_and_keeps_what_it_has() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("deep/mcp.json");
         let environment = Environment::default();
-        perform(&args(McpClient::Cursor, path.clone(), false), &environment).unwrap();
+        perform(&args(McpClient::ClaudeDesktop, path.clone(), false), &environment).unwrap();
         assert!(!path.exists());
         std::fs::create_dir_all(path.parent().unwrap()).unwrap();
         std::fs::write(&path, r#"{"other": 1, "mcpServers": {"mine": {}}}"#).unwrap();
-        perform(&args(McpClient::Cursor, path.clone(), true), &environment).unwrap();
-        let written: Value = serde_json::from_str(&std::fs::read_to_string(&path).unwrap()).unwrap();
-        let entry = json!({"url": "http://box:8080/mcp", "headers": {"Authorization": "Bearer cb_1"}});
-        assert_eq!(written, json!({"other": 1, "mcpServers": {"mine": {}, "cellblock": entry}}));
+        perform(&args(McpClient::ClaudeDesktop, path.clone(), true), &environment).unwrap();
+        let written = written(&path);
+        assert_eq!((&written["other"], &written["mcpServers"]["mine"]), (&json!(1), &json!({})));
+        assert_eq!(written["mcpServers"]["cellblock"]["env"], json!({"CELLBLOCK_API_KEY": "cb_1"}));
         std::fs::write(&path, "// comments\n{}").unwrap();
-        let failed = perform(&args(McpClient::Cursor, path.clone(), true), &environment).unwrap_err();
+        let failed = perform(&args(McpClient::ClaudeDesktop, path.clone(), true), &environment).unwrap_err();
         assert!(failed.to_string().contains("by hand"), "{failed}");
         assert_eq!(std::fs::read_to_string(&path).unwrap(), "// comments\n{}");
+    }
+
+    #[test]
+    fn a_file_of_a_project_says_where_the_key_is_and_never_has_it() {
+        let folder = tempfile::tempdir().unwrap();
+        let environment: Environment = [("CELLBLOCK_API_KEY", "cb_1")].into_iter().collect();
+        for (client, root, words) in [
+            (McpClient::ClaudeCode, "mcpServers", "Bearer ${CELLBLOCK_API_KEY}"),
+            (McpClient::Vscode, "servers", "Bearer ${input:cellblock-api-key}"),
+            (McpClient::Cursor, "mcpServers", "Bearer ${env:CELLBLOCK_API_KEY}"),
+            (McpClient::Windsurf, "mcpServers", "Bearer ${env:CELLBLOCK_API_KEY}"),
+        ] {
+            let path = folder.path().join(format!("{client:?}"));
+            for before in ["{}", r#"{"mcpServers": {"cellblock": {"headers": {"Authorization": "Bearer cb_1"}}}}"#] {
+                let before = before.replace("mcpServers", root);
+                std::fs::write(&path, before).unwrap();
+                perform(&args(client, path.clone(), true), &environment).unwrap();
+                let text = std::fs::read_to_string(&path).unwrap();
+                assert!(!text.contains("cb_1"), "{client:?}: {text}");
+                assert_eq!(written(&path)[root]["cellblock"]["headers"]["Authorization"], words, "{client:?}");
+            }
+        }
+        // Twice is as once, and what others ask for stays.
+        let path = folder.path().join("inputs");
+        std::fs::write(&path, r#"{"inputs": [{"id": "mine"}]}"#).unwrap();
+        for _ in 0..2 {
+            perform(&args(McpClient::Vscode, path.clone(), true), &environment).unwrap();
+        }
+        assert_eq!(written(&path)["inputs"], json!([{"id": "mine"}, input()]));
+        assert_eq!(reference(McpClient::Vscode, false), Some(format!("${{input:{INPUT}}}").as_str()));
+        std::fs::write(&path, r#"{"inputs": {}}"#).unwrap();
+        let failed = perform(&args(McpClient::Vscode, path.clone(), true), &environment).unwrap_err();
+        assert!(failed.to_string().contains("is left as it is"), "{failed}");
+    }
+
+    #[test]
+    fn only_a_persons_own_file_has_the_key_and_that_is_said() {
+        let clients = [
+            McpClient::ClaudeDesktop,
+            McpClient::ClaudeCode,
+            McpClient::Cursor,
+            McpClient::Vscode,
+            McpClient::Windsurf,
+        ];
+        for client in clients {
+            let is_of_home = usual_path(client, &[("HOME", "/h")].into_iter().collect()).unwrap().starts_with("/h");
+            assert_eq!(reference(client, false).is_none(), is_of_home, "{client:?}");
+        }
+        let key = Key::Written("cb_1".to_owned());
+        assert_eq!(key.hidden().text(), Some(HIDDEN));
+        assert!(key.told(McpClient::Cursor).contains("will be in the file"));
+        let referred = Key::Referred("${env:CELLBLOCK_API_KEY}");
+        assert!(referred.told(McpClient::Cursor).contains("set CELLBLOCK_API_KEY"));
+        assert!(referred.told(McpClient::Vscode).contains("asks for it once"));
     }
 
     #[test]

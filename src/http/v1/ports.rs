@@ -1,11 +1,9 @@
 //! Ports of a session over HTTP: any request to one is passed on to what the code in the session serves there, as is a WebSocket. What may cross is decided in
 //! `crossing`, and the passing is done in `forward`.
 
-use std::net::SocketAddr;
-
-use axum::extract::{ConnectInfo, Request, State};
+use axum::extract::{Request, State};
 use axum::http::request::Parts;
-use axum::http::{HeaderMap, HeaderValue, Method, Uri, header};
+use axum::http::{HeaderValue, Method, Uri, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::any;
 use utoipa::OpenApi;
@@ -144,17 +142,10 @@ fn place(app: &App, head: &Parts, target: &Target) -> Place {
     Place {
         prefix: if target.is_own_host { String::new() } else { prefix },
         host: host.or(authority),
-        is_tls: is_tls(app, head),
+        is_tls: app.is_tls(head),
         caller: head.extensions.get::<Remote>().map(|Remote(address)| *address),
         port: target.port,
     }
-}
-
-/// Whether the caller speaks TLS: with this server, or with a proxy whose word counts.
-fn is_tls(app: &App, head: &Parts) -> bool {
-    let said = |headers: &HeaderMap| headers.get("x-forwarded-proto").is_some_and(|value| value == "https");
-    let peer = head.extensions.get::<ConnectInfo<SocketAddr>>().map(|ConnectInfo(peer)| peer.ip());
-    app.ports.is_tls || (peer.is_some_and(|peer| app.proxies.include(peer)) && said(&head.headers))
 }
 
 fn uri(target: &Target, query: Option<&str>) -> Result<Uri, Problem> {
