@@ -40,7 +40,9 @@ mod answer;
 mod binding;
 mod call;
 mod commands;
+mod edits;
 mod files;
+mod kernels;
 mod resources;
 mod run;
 mod server;
@@ -48,6 +50,7 @@ mod sessions;
 mod tools;
 
 pub(super) use answer::cut;
+pub use tools::ToolSet;
 
 /// Where it is.
 pub const PATH: &str = "/mcp";
@@ -71,10 +74,10 @@ pub struct Mcp {
 type Behind = dyn Fn(Arc<Service>, StreamableHttpServerConfig, Request) -> BoxFuture<'static, Response> + Send + Sync;
 
 impl Mcp {
-    /// One that may be asked under these names; any, if there are none.
+    /// One with these tools that may be asked under these names; any, if there are none.
     #[must_use]
-    pub fn new(hosts: impl Into<Arc<[String]>>) -> Self {
-        Self::before(hosts, |service| server::Cells { service })
+    pub fn new(hosts: impl Into<Arc<[String]>>, tools: ToolSet) -> Self {
+        Self::before(hosts, move |service| server::Cells { service, tools })
     }
 
     /// The same, before another handler of messages than the product's: it is asked, bounded and answered for in the same way.
