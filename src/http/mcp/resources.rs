@@ -97,12 +97,17 @@ pub(super) fn templates() -> Vec<ResourceTemplate> {
             .with_mime_type("text/plain"),
         template("execution://{id}", "execution", "An execution as it is by now, all of it if it is not too long")
             .with_mime_type("application/json"),
-        template("execution://{id}/stdout{?offset}", "stdout", "A part of an execution's standard output, from a byte on")
-            .with_mime_type("text/plain"),
+        template(
+            "execution://{id}/stdout{?offset}",
+            "stdout",
+            "A part of an execution's standard output, from a byte on",
+        )
+        .with_mime_type("text/plain"),
         template("execution://{id}/stderr{?offset}", "stderr", "The same of its standard error")
             .with_mime_type("text/plain"),
         template("execution://{id}/blobs/{number}", "blob", "A long content of an execution's results"),
-        template("session://{id}/notebook", "notebook", "What was run in a session, as an .ipynb file").with_mime_type(NOTEBOOK),
+        template("session://{id}/notebook", "notebook", "What was run in a session, as an .ipynb file")
+            .with_mime_type(NOTEBOOK),
     ]
 }
 
@@ -129,9 +134,10 @@ pub(super) async fn read(service: &Service, who: &Principal, uri: &str) -> Resul
         Named::File(session, path) => file(service, who, (session, path), uri).await,
         Named::Log(session) => log(service, who, session, uri).await,
         Named::Notebook(session) => notebook(service, who, session, uri).await,
-        Named::Execution(id) => service.execution(who, id).map_err(Problem::from).map(|execution| {
-            typed(ResourceContents::text(whole_or_bounded(&execution), uri), "application/json")
-        }),
+        Named::Execution(id) => service
+            .execution(who, id)
+            .map_err(Problem::from)
+            .map(|execution| typed(ResourceContents::text(whole_or_bounded(&execution), uri), "application/json")),
         Named::Text(id, stream, offset) => service.execution(who, id).map_err(Problem::from).map(|execution| {
             let outcome = execution.outcome();
             let text = if stream == TextStream::Stdout { &outcome.stdout } else { &outcome.stderr };
@@ -193,7 +199,9 @@ async fn notebook(service: &Service, who: &Principal, id: SessionId, uri: &str) 
     let notebook = service.notebook(who, id).await?;
     if notebook.len() as u64 > MAX_BYTES {
         let length = notebook.len();
-        let detail = format!("the notebook has {length} bytes, and a resource at most {MAX_BYTES}; GET /v1/sessions/{id}/notebook has it, and export_notebook of the full set of tools writes it into a file");
+        let detail = format!(
+            "the notebook has {length} bytes, and a resource at most {MAX_BYTES}; GET /v1/sessions/{id}/notebook has it, and export_notebook of the full set of tools writes it into a file"
+        );
         return Err(Problem::new(crate::http::problem::TOO_LARGE, detail));
     }
     let text = String::from_utf8_lossy(&notebook);
