@@ -178,6 +178,7 @@ async fn a_client_of_each_era_works_in_sessions() {
         tools_are_listed(&client).await;
         let session = variables_stay(&client).await;
         output_is_shown(&client, &session).await;
+        a_long_execution_is_read_in_parts(&client, &session).await;
         files_go_both_ways(&client, &session).await;
         ends_are_told(&client, &session).await;
         progress_is_told(&client, &session).await;
@@ -274,6 +275,21 @@ async fn output_is_shown(client: &Client, session: &str) {
     assert!(listed.result().to_string().contains(session));
 }
 
+/// Of an execution that is too long for one resource, the short of it says where the parts are.
+async fn a_long_execution_is_read_in_parts(client: &Client, session: &str) {
+    let code = "from IPython.display import display\nprint('é' * 400_000 + 'end')\nfor n in range(5): display({'text/plain': 'y' * 900_000}, raw=True)";
+    let ran = client.call("run_code", json!({"code": code, "session_id": session})).await;
+    let link = text(&links(&ran)[0]["uri"]);
+    let read = client.read(&link).await;
+    let told: Value = serde_json::from_str(&text(&read.result()["contents"][0]["text"])).unwrap();
+    assert!(told["bounded"]["bytes"].as_u64().unwrap() > 4 << 20, "{}", told["bounded"]);
+    assert!(read.body.len() < 5 << 20 && told["results"].as_array().unwrap().len() == 5, "{}", read.body.len());
+    assert_eq!(told["bounded"]["read"][0], format!("{link}/stdout?offset=0"));
+    let part = client.read(&format!("{link}/stdout?offset=799_998").replace('_', "")).await;
+    let contents = &part.result()["contents"][0];
+    assert_eq!((&contents["text"], &contents["_meta"]["size"]), (&json!("éend\n"), &json!(800_004)), "{contents}");
+}
+
 async fn files_go_both_ways(client: &Client, session: &str) {
     let code = "open('out put.txt', 'w').write('zwölf')";
     let wrote = client.call("run_code", json!({"code": code, "session_id": session})).await;
@@ -355,6 +371,10 @@ async fn a_call_is_taken_back(client: &Client, session: &str) {
                 while state().await != "busy" {
                     tokio::time::sleep(Duration::from_millis(20)).await;
                 }
+                // The same id once more, while it is under way, has its own answer and changes nothing.
+                let twice = Heard::of(client.request(&message)).await;
+                assert_eq!((twice.status, &twice.error()["code"]), (400, &json!(-32600)), "{}", twice.body);
+                assert_eq!(twice.messages[0]["id"], message["id"], "{}", twice.body);
                 let params = json!({"requestId": message["id"], "reason": "enough"});
                 let cancel = json!({"jsonrpc": "2.0", "method": "notifications/cancelled", "params": params});
                 assert_eq!(client.request(&cancel).send().await.unwrap().status(), 202);
@@ -374,6 +394,14 @@ async fn a_call_is_taken_back(client: &Client, session: &str) {
             }
         }
     }
+    if client.era == Era::Old {
+        // Once it has its answer, an id may be taken again, as often as one likes.
+        let mut message = message;
+        message["params"] = json!({"name": "list_sessions", "arguments": {}});
+        for _ in 0..50 {
+            assert_eq!(Heard::of(client.request(&message)).await.result()["isError"], false);
+        }
+    }
     while state().await != "ready" {
         assert!(began.elapsed() < NEVER, "it still runs");
         tokio::time::sleep(Duration::from_millis(20)).await;
@@ -388,6 +416,9 @@ async fn mistakes_are_for_the_model(client: &Client, session: &str) {
         ("run_code", json!({"code": 1, "nonsense": true}), vec!["/code", "/nonsense"]),
         ("run_code", json!({"code": "1", "session_id": session, "timeout_seconds": -1}), vec!["/timeout_seconds"]),
         ("create_session", json!({"template": "there-is-none"}), vec!["/template"]),
+        ("create_session", json!({"network": {"mode": "allowlist", "allow": ["example.org"]}}), vec!["/network/mode"]),
+        ("create_session", json!({"network": ["x"], "packages": "polars"}), vec!["/network", "/packages"]),
+        ("create_session", json!({"packages": ["polars"]}), vec!["/packages"]),
         ("read_file", json!({"session_id": session, "path": "x", "limit": 0}), vec!["/limit"]),
         (
             "write_file",
@@ -414,7 +445,7 @@ async fn mistakes_are_for_the_model(client: &Client, session: &str) {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_is_not_ones_own_is_not_there_and_hostile_messages_harm_nobody() {
-    let server = Server::start_with_tenants("[server]\nmax_body = \"1MiB\"\n").await;
+    let server = Server::start_with_tenants("[server]\nmax_body = \"1MiB\"\n[doors]\nmcp_tools = \"full\"\n").await;
     for era in [Era::Old, Era::New] {
         let own = Client::greet(&server, era, &server.key).await;
         let made = own.call("run_code", json!({"code": "open('secret.txt', 'w').write('mine'); 'theirs'"})).await;
@@ -425,7 +456,9 @@ async fn what_is_not_ones_own_is_not_there_and_hostile_messages_harm_nobody() {
             format!("session://{session}/files/secret.txt"),
             format!("session://{session}/log"),
             format!("execution://{execution}"),
+            format!("execution://{execution}/stdout"),
             format!("execution://{execution}/blobs/1"),
+            format!("session://{session}/notebook"),
         ] {
             let heard = foreign.read(&uri).await;
             let code = if era == Era::Old { -32002 } else { -32602 };
@@ -437,6 +470,15 @@ async fn what_is_not_ones_own_is_not_there_and_hostile_messages_harm_nobody() {
             ("run_command", json!({"command": "true", "session_id": session})),
             ("read_file", json!({"path": "secret.txt", "session_id": session})),
             ("write_file", json!({"path": "secret.txt", "content": "x", "session_id": session})),
+            ("list_files", json!({"session_id": session})),
+            ("edit_file", json!({"path": "secret.txt", "old": "mine", "new": "x", "session_id": session})),
+            ("delete_file", json!({"path": "secret.txt", "session_id": session})),
+            ("interrupt_session", json!({"session_id": session})),
+            ("restart_session", json!({"session_id": session})),
+            ("install_packages", json!({"packages": ["x"], "session_id": session})),
+            ("list_packages", json!({"session_id": session})),
+            ("get_execution", json!({"execution_id": execution})),
+            ("export_notebook", json!({"session_id": session})),
             ("close_session", json!({"session_id": session})),
         ] {
             let refused = foreign.call(tool, arguments).await;
@@ -527,6 +569,79 @@ async fn an_operator_says_whether_there_is_this_door_and_under_which_names() {
     let closed = Server::start("[doors]\nmcp = false\n").await;
     closed.send(request(&closed)).await.problem(404, "not-found");
     closed.finish().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_operator_may_offer_the_full_set_of_tools() {
+    let server = Server::start("[doors]\nmcp_tools = \"full\"\n").await;
+    for era in [Era::Old, Era::New] {
+        let client = Client::greet(&server, era, &server.key).await;
+        let heard = client.ask("tools/list", json!({})).await;
+        let tools = heard.result()["tools"].as_array().unwrap();
+        assert_eq!(tools.len(), 16);
+        assert!(tools.iter().all(|tool| tool["annotations"]["readOnlyHint"].is_boolean()), "{}", heard.body);
+        let made = client.call("run_code", json!({"code": "x = 41; import os; os.makedirs('a/b'); x"})).await;
+        let session = text(&made["structuredContent"]["session_id"]);
+        let call = async |tool: &str, mut arguments: Value| {
+            arguments["session_id"] = json!(session);
+            client.call(tool, arguments).await
+        };
+        files_are_changed(&call).await;
+        let execution = json!({"execution_id": made["structuredContent"]["id"]});
+        let found = client.call("get_execution", execution).await;
+        assert!(said(&found).starts_with("41\n") && found["structuredContent"]["status"] == "ok", "{found}");
+        let sleeps = call("run_code", json!({"code": "import time; time.sleep(90)", "background": true})).await;
+        let running = json!({"execution_id": sleeps["structuredContent"]["id"]});
+        let found = client.call("get_execution", running.clone()).await;
+        assert!(said(&found).contains("It has not ended yet.") && found["isError"] == false, "{found}");
+        while server.get(&format!("/v1/sessions/{session}")).await.json["state"] != "busy" {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        assert_eq!(call("interrupt_session", json!({})).await["isError"], false);
+        server.ended(&text(&running["execution_id"])).await;
+        assert!(said(&call("run_code", json!({"code": "x"})).await).starts_with("41\n"), "variables stay");
+        let packages = call("list_packages", json!({})).await;
+        assert!(packages["structuredContent"].to_string().contains("\"ipykernel\""), "{packages}");
+        let refused = call("install_packages", json!({"packages": ["polars"]})).await;
+        assert!(refused["isError"] == true && said(&refused).contains("- /packages"), "{refused}");
+        let notebook = call("export_notebook", json!({"path": "run.ipynb"})).await;
+        let read = client.read(&format!("session://{session}/notebook")).await;
+        assert!(read.body.contains("x = 41") && links(&notebook).len() == 2, "{notebook} {}", read.body);
+        let file = client.read(&text(&links(&notebook)[0]["uri"])).await;
+        assert!(file.body.contains("nbformat"), "{}", file.body);
+        assert_eq!(call("restart_session", json!({})).await["isError"], false);
+        let after = call("run_code", json!({"code": "x"})).await;
+        assert!(said(&after).contains("NameError"), "{after}");
+        call("close_session", json!({})).await;
+    }
+    let audit = server.get("/v1/audit?limit=200").await;
+    for action in ["delete_file", "interrupt_session", "restart_session", "install_packages"] {
+        let is_there = audit.json["events"].as_array().unwrap().iter().any(|event| event["action"] == action);
+        assert!(is_there, "{action}: {}", audit.text);
+    }
+    server.finish().await.unwrap_or_else(|left| panic!("{left}"));
+}
+
+async fn files_are_changed(call: &impl AsyncFn(&str, Value) -> Value) {
+    call("write_file", json!({"path": "a/b/c.txt", "content": "one two one"})).await;
+    let listed = call("list_files", json!({"path": "a", "depth": 2})).await;
+    assert!(said(&listed).contains("a/b/c.txt  11 bytes"), "{listed}");
+    for (old, all, pointer) in [("one", false, "/old"), ("three", true, "/old"), ("", true, "/old")] {
+        let refused = call("edit_file", json!({"path": "a/b/c.txt", "old": old, "new": "x", "all": all})).await;
+        assert!(refused["isError"] == true && said(&refused).contains(&format!("- {pointer}: ")), "{old}: {refused}");
+    }
+    let edited = call("edit_file", json!({"path": "a/b/c.txt", "old": "two", "new": "zwölf"})).await;
+    assert_eq!(edited["structuredContent"], json!({"path": "a/b/c.txt", "size": 14, "replaced": 1}), "{edited}");
+    assert_eq!(said(&call("read_file", json!({"path": "a/b/c.txt"})).await), "one zwölf one");
+    let refused = call("delete_file", json!({"path": "a"})).await;
+    assert_eq!(refused["isError"], true, "something is in it: {refused}");
+    assert_eq!(call("delete_file", json!({"path": "a", "recursive": true})).await["isError"], false);
+    assert_eq!(call("list_files", json!({"path": "a"})).await["isError"], true);
+    for trick in ["../../etc", "/etc"] {
+        for tool in ["list_files", "delete_file"] {
+            assert_eq!(call(tool, json!({"path": trick})).await["isError"], true, "{tool}: {trick}");
+        }
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -181,6 +181,7 @@ async fn packages_are_installed_by_request_in_a_create_and_in_a_cell() {
     let cell = server.create(json!({"packages": ["tiny_cell==1.0"]})).await;
     assert_eq!(cell.value("import tiny_cell; tiny_cell.version").await, "'1.0'");
     assert_eq!(own(&cell).await, ["tiny-cell 1.0"]);
+    an_agent_asks_for_packages(&server).await;
     // A kernel that runs finds what comes later, and commands do.
     let added = install(&cell, &["Unlisted"]).await;
     assert_eq!(added.status, 200, "{}", added.text);
@@ -254,6 +255,22 @@ async fn the_kernel_goes_on_whatever_is_installed() {
     cell.wait("ready").await;
     assert_eq!(cell.value("1+1").await, "2");
     server.finish().await.unwrap();
+}
+
+/// The same by the Model Context Protocol.
+async fn an_agent_asks_for_packages(server: &Server) {
+    let meta = json!({"io.modelcontextprotocol/protocolVersion": "2026-07-28", "io.modelcontextprotocol/clientCapabilities": {}});
+    let params = json!({"name": "create_session", "arguments": {"packages": ["tiny_cell==1.0"]}, "_meta": meta});
+    let message = json!({"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": params});
+    let asked = server.request(reqwest::Method::POST, "/mcp").header("accept", "application/json, text/event-stream");
+    let asked = asked.header("mcp-protocol-version", "2026-07-28").header("mcp-method", "tools/call");
+    let answer = server.send(asked.header("mcp-name", "create_session").json(&message)).await;
+    let made = &answer.json["result"]["structuredContent"];
+    assert_eq!(made["state"], "ready", "{}", answer.text);
+    let run = json!({"code": "import tiny_cell; tiny_cell.version"});
+    let ran = server.post(&format!("/v1/sessions/{}/executions", text(&made["id"])), &run).await;
+    assert!(ran.text.contains("'1.0'"), "{}", ran.text);
+    server.delete(&format!("/v1/sessions/{}", text(&made["id"]))).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -17,11 +17,7 @@ use bench::{Bench, INSTANCE, NEVER, bounded, cell_of};
 use bytes::Bytes;
 use cellblock::domain::ids::{ExecutionId, KeyId, SessionId};
 use cellblock::domain::output::{JsonText, Shown, Status, TextStream};
-use cellblock::http::door::{Door, Tries};
-use cellblock::http::listen::Connections;
-use cellblock::http::origins::Origins;
-use cellblock::http::remote::Proxies;
-use cellblock::http::{self, App, Bounds, Ports};
+use cellblock::http;
 use cellblock::service::Error;
 use cellblock::service::issuing::KeyRequest;
 use cellblock::service::keys::{Principal, Scope};
@@ -66,33 +62,7 @@ impl Front {
         let archive = Archive::open(folder.path(), limits).unwrap();
         let engine = Arc::new(FakeEngine::new(INSTANCE));
         let bench = Bench::keeping(engine, Some(archive.clone()), None, |_, _| {});
-        let app = App {
-            service: Arc::clone(&bench.service),
-            door: Arc::new(Door::new(Arc::clone(&bench.keys), Tries { most: 100, within: NEVER })),
-            instance: Arc::from(INSTANCE),
-            bounds: Bounds { body: MIB, body_time: NEVER },
-            proxies: Proxies::new(Vec::new(), "x-forwarded-for"),
-            origins: Origins::new(&[""; 0]),
-            ports: Ports { within: NEVER, is_tls: false },
-            jupyter: None,
-            mcp: None,
-            e2b: None,
-            classic: None,
-            connect: false,
-            sockets: http::jupyter::Sockets::default(),
-            started: jiff::Timestamp::now(),
-        };
-        let connections = Connections {
-            most: 100,
-            most_of_one: 100,
-            head_time: NEVER,
-            head_bytes: 16 * 1024,
-            write_time: patience,
-            ports_domain: None,
-            e2b: None,
-            plain_from_proxies_only: false,
-            tls: None,
-        };
+        let (app, connections) = (bench.app(), bench.connections(patience));
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let (address, stop) = (listener.local_addr().unwrap(), CancellationToken::new());
         cellblock::task::spawn("server", http::serve(listener, app, connections, stop.clone()));

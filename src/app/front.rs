@@ -5,7 +5,7 @@ use std::sync::Arc;
 use jiff::Timestamp;
 
 use super::{Plane, StartError};
-use crate::config::{Config, ForwardedHeader};
+use crate::config::{Config, ForwardedHeader, McpTools};
 use crate::http::door::{Door, Tries};
 use crate::http::e2b::E2b;
 use crate::http::e2b::way::Way;
@@ -42,7 +42,7 @@ pub fn app(config: &Config, plane: &Plane) -> App {
         }),
         sockets: jupyter::Sockets::default(),
         started: Timestamp::now(),
-        mcp: config.doors.mcp.then(|| mcp::Mcp::new(config.doors.mcp_hosts.clone())),
+        mcp: config.doors.mcp.then(|| mcp::Mcp::new(config.doors.mcp_hosts.clone(), mcp_tools(config))),
         e2b: config.doors.e2b.then(|| {
             let templates = Arc::new(config.e2b.templates.clone());
             E2b { domain: e2b_domain(config), templates }
@@ -53,6 +53,13 @@ pub fn app(config: &Config, plane: &Plane) -> App {
             Arc::new(classic::Classic { template, setup: door.setup(), idle: door.idle })
         }),
         connect: config.doors.connect,
+    }
+}
+
+fn mcp_tools(config: &Config) -> mcp::ToolSet {
+    match config.doors.mcp_tools {
+        McpTools::Small => mcp::ToolSet::Small,
+        McpTools::Full => mcp::ToolSet::Full,
     }
 }
 

@@ -28,8 +28,8 @@ pub use check::{MOST_SESSIONS, check_log_level, proxy_of};
 pub use environment::Environment;
 pub use sections::{
     Audit, Auth, Classic, Doors, Drain, DrainContainers, E2b, Egress, EngineSection, Executions, ForwardedHeader,
-    GuardSection, Guest, Jupyter, KeySection, Limits, Log, LogFormat, MetricsSection, Packages, PullPolicy, Server,
-    Traces,
+    GuardSection, Guest, Jupyter, KeySection, Limits, Log, LogFormat, McpTools, MetricsSection, Packages, PullPolicy,
+    Server, Traces,
 };
 pub use source::{Mistake, Mistakes, Source};
 pub use units::{parse_duration, parse_size};

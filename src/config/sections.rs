@@ -508,12 +508,24 @@ pub struct Doors {
     /// Names that it may be asked under; none: any.
     #[serde(deserialize_with = "texts")]
     pub mcp_hosts: Vec<String>,
+    /// How many tools it has.
+    pub mcp_tools: McpTools,
     /// That for clients of E2B.
     pub e2b: bool,
     /// The page that says how clients connect.
     pub connect: bool,
     /// The classic routes.
     pub classic: Classic,
+}
+
+/// How many tools clients of the Model Context Protocol find.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum McpTools {
+    /// Those that most work is done with.
+    Small,
+    /// Those, and what else a session can do.
+    Full,
 }
 
 /// What clients of E2B find.

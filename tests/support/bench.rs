@@ -11,6 +11,11 @@ use cellblock::domain::spec::{
     MIB, OnGuestLost, OnIdle, OnKernelDeath, OutputLimits, Resources, SessionRequest, Template, Timeouts,
 };
 use cellblock::engine::{CellName, Engine, Pull};
+use cellblock::http::door::{Door, Tries};
+use cellblock::http::listen::Connections;
+use cellblock::http::origins::Origins;
+use cellblock::http::remote::Proxies;
+use cellblock::http::{self, App, Bounds, Ports};
 use cellblock::service::keys::{KeyRing, Principal, Scope};
 use cellblock::service::offer::{Choice, Offer};
 use cellblock::service::{Error, ExecuteRequest, Service};
@@ -113,6 +118,41 @@ impl Bench {
         let who = Principal::new("one", [Scope::Sessions]);
         let installation = InstallationId::from_uuid(uuid::Uuid::from_u128(1));
         Self { engine, registry, service, keys, who, installation }
+    }
+
+    /// A front door before it, every door of which is closed that can be.
+    pub fn app(&self) -> App {
+        App {
+            service: Arc::clone(&self.service),
+            door: Arc::new(Door::new(Arc::clone(&self.keys), Tries { most: 100, within: NEVER })),
+            instance: Arc::from(INSTANCE),
+            bounds: Bounds { body: usize::try_from(MIB).expect("it fits"), body_time: NEVER },
+            proxies: Proxies::new(Vec::new(), "x-forwarded-for"),
+            origins: Origins::new(&[""; 0]),
+            ports: Ports { within: NEVER, is_tls: false },
+            jupyter: None,
+            mcp: None,
+            e2b: None,
+            classic: None,
+            connect: false,
+            sockets: http::jupyter::Sockets::default(),
+            started: jiff::Timestamp::now(),
+        }
+    }
+
+    /// What connections to it may take, over plain HTTP, when nothing of an answer is taken for so long.
+    pub fn connections(&self, patience: Duration) -> Connections {
+        Connections {
+            most: 100,
+            most_of_one: 100,
+            head_time: NEVER,
+            head_bytes: 16 * 1024,
+            write_time: patience,
+            ports_domain: None,
+            e2b: None,
+            plain_from_proxies_only: false,
+            tls: None,
+        }
     }
 
     pub async fn create(&self) -> Result<Session, Error> {

@@ -16,8 +16,10 @@ use crate::cli::problem::Failure;
 
 /// Longest line, in either direction.
 const MAX_LINE: usize = 32 * 1024 * 1024;
-/// Most requests under way; more wait where they are.
+/// Most requests under way; more are refused. As many other messages may be on their way, which then wait where they are: what takes a request back has to get through.
 const MOST: usize = 64;
+/// Two answers with one id could not be told apart.
+const TWICE: &str = "a request with this id is under way; take another id";
 /// Key of the revision in a request's `_meta`.
 const VERSION: &str = "io.modelcontextprotocol/protocolVersion";
 
@@ -70,18 +72,18 @@ async fn serve(
     let (out, mut lines) = mpsc::channel::<Vec<u8>>(MOST);
     let bridge = Arc::new(Bridge { door, known: Mutex::default(), out });
     let reading = async move {
-        let (mut running, mut line) = (FuturesUnordered::new(), Vec::new());
+        let (mut running, mut line) = (FuturesUnordered::new(), Line::default());
         loop {
             tokio::select! {
-                is_there = read_line(&mut input, &mut line), if running.len() < MOST => {
-                    if !is_there? {
-                        break;
+                read = read_line(&mut input, &mut line), if running.len() < 2 * MOST => match read? {
+                    Read::Line(line) if line.trim_ascii().is_empty() => {}
+                    Read::Line(line) => running.push(Arc::clone(&bridge).pass(line)),
+                    Read::TooLong => {
+                        let detail = format!("the message is longer than {MAX_LINE} bytes; write_file adds to files by parts");
+                        bridge.fail(&Value::Null, -32600, &detail).await;
                     }
-                    let line = std::mem::take(&mut line);
-                    if !line.trim_ascii().is_empty() {
-                        running.push(Arc::clone(&bridge).pass(line));
-                    }
-                }
+                    Read::End => break,
+                },
                 Some(()) = running.next() => {}
             }
         }
@@ -102,14 +104,39 @@ async fn serve(
     read.and(written)
 }
 
-/// Reads to the end of a line, which is whole when this is done; whether there was one. What was read before it is dropped stays in `line`, and it goes on there.
-async fn read_line(input: &mut (impl AsyncBufRead + Unpin), line: &mut Vec<u8>) -> Result<bool, Failure> {
-    let room = (MAX_LINE + 1).saturating_sub(line.len());
-    input.take(room as u64).read_until(b'\n', line).await?;
-    match line.len() {
-        0 => Ok(false),
-        length if length > MAX_LINE => Err(Failure::Usage(format!("a message is longer than {MAX_LINE} bytes"))),
-        _ => Ok(true),
+/// What has come of a line by now.
+#[derive(Debug, Default)]
+struct Line {
+    bytes: Vec<u8>,
+    /// It was too long, and the rest of it is passed over.
+    is_too_long: bool,
+}
+
+/// What was read.
+#[derive(Debug, PartialEq, Eq)]
+enum Read {
+    Line(Vec<u8>),
+    TooLong,
+    End,
+}
+
+/// Reads to the end of a line. What was read before it is dropped stays in `line`, and it goes on there. No more is held of a line than it may have.
+async fn read_line(input: &mut (impl AsyncBufRead + Unpin), line: &mut Line) -> Result<Read, Failure> {
+    loop {
+        let room = (MAX_LINE + 1).saturating_sub(line.bytes.len());
+        input.take(room as u64).read_until(b'\n', &mut line.bytes).await?;
+        let is_ended = line.bytes.ends_with(b"\n");
+        if line.bytes.len() > MAX_LINE && !is_ended {
+            line.is_too_long = true;
+            line.bytes.clear();
+            continue;
+        }
+        let Line { bytes, is_too_long } = std::mem::take(line);
+        return Ok(match (is_too_long, bytes.is_empty()) {
+            (true, _) => Read::TooLong,
+            (false, true) => Read::End,
+            (false, false) => Read::Line(bytes),
+        });
     }
 }
 
@@ -130,7 +157,17 @@ impl Bridge {
                 return call.cancel();
             }
         } else if !id.is_null() {
-            self.known.lock().await.calls.insert(key.clone(), taken_back.clone());
+            let mut known = self.known.lock().await;
+            let refusal = match known.calls.len() {
+                MOST.. => Some(format!("{MOST} requests are under way; send this again when one is answered")),
+                _ if known.calls.contains_key(&key) => Some(TWICE.to_owned()),
+                _ => None,
+            };
+            if let Some(refusal) = refusal {
+                drop(known);
+                return self.fail(&id, -32000, &refusal).await;
+            }
+            known.calls.insert(key.clone(), taken_back.clone());
         }
         let headers = self.headers(&message).await;
         let posted = self.door.post(headers, line);
@@ -294,6 +331,42 @@ mod tests {
             };
             std::future::ready(Ok(reply)).boxed()
         }
+    }
+
+    async fn answered(input: &[u8]) -> Vec<Value> {
+        let (door, mut output) = (Arc::new(Echo(std::sync::Mutex::default())), Vec::new());
+        serve(door, input, &mut output).await.unwrap();
+        let lines = output.split(|b| *b == b'\n').filter(|line| !line.is_empty());
+        lines.map(|line| serde_json::from_slice(line).unwrap()).collect()
+    }
+
+    #[tokio::test]
+    async fn a_line_that_is_too_long_is_answered_and_the_next_is_read() {
+        let next = json!({"id": 1, "method": "x"}).to_string();
+        for over in [1, MAX_LINE + 7] {
+            let mut input = vec![b'y'; MAX_LINE + over];
+            input.extend(format!("\n{next}\n").into_bytes());
+            let lines = answered(&input).await;
+            assert_eq!((lines.len(), &lines[0]["error"]["code"]), (2, &json!(-32600)), "{over}");
+            assert_eq!((&lines[0]["id"], &lines[1]["id"]), (&Value::Null, &json!(1)), "{over}");
+        }
+        let lines = answered(&vec![b'y'; MAX_LINE + 1]).await;
+        assert_eq!((lines.len(), &lines[0]["error"]["code"]), (1, &json!(-32600)), "the last one too");
+    }
+
+    #[tokio::test]
+    async fn requests_beyond_the_bound_and_ids_under_way_are_refused_and_can_be_taken_back() {
+        let meta = json!({"io.modelcontextprotocol/protocolVersion": "2026-07-28"});
+        let never = |id: usize| json!({"id": id, "method": "never", "params": {"_meta": meta}}).to_string();
+        let cancel = |id: usize| json!({"method": "notifications/cancelled", "params": {"requestId": id}}).to_string();
+        let twice = [never(0), never(0), cancel(0)].join("\n");
+        let lines = answered(twice.as_bytes()).await;
+        assert_eq!((lines.len(), &lines[0]["id"], &lines[0]["error"]["message"]), (1, &json!(0), &json!(TWICE)));
+        // One more than there may be; then all are taken back, for which there is room.
+        let all = (0..=MOST).map(never).chain((0..MOST).map(cancel)).collect::<Vec<_>>().join("\n");
+        let lines = answered(all.as_bytes()).await;
+        assert_eq!((lines.len(), &lines[0]["id"]), (1, &json!(MOST)), "{lines:?}");
+        assert!(lines[0]["error"]["message"].as_str().unwrap().contains("64 requests"), "{}", lines[0]);
     }
 
     async fn passed(lines: &[Value]) -> (Vec<Value>, Vec<Vec<(&'static str, String)>>) {

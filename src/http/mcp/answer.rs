@@ -44,7 +44,7 @@ pub(super) fn begun(execution: &Execution) -> CallToolResult {
     told
 }
 
-/// An execution that has ended, or goes on with the next server. `is_new`: the caller has not heard of its session yet.
+/// An execution as it is by now. `is_new`: the caller has not heard of its session yet.
 pub(super) async fn of(call: &Call, execution: &Execution, is_new: bool) -> CallToolResult {
     let outcome = execution.outcome();
     let (pictures, without) = images(call, execution, &outcome).await;
@@ -129,6 +129,7 @@ fn footer(execution: &Execution, outcome: &Outcome, is_new: bool, without: usize
     let mut lines = Vec::new();
     match outcome.status {
         Status::Ok | Status::Error => {}
+        Status::Queued | Status::Running if execution.is_followed() => lines.push("It has not ended yet.".to_owned()),
         Status::Queued | Status::Running => lines.push("The server stops; the next one goes on with this.".to_owned()),
         status => lines.push(format!("It ended with the status {}.", status.word())),
     }

@@ -72,6 +72,18 @@ impl Call {
     }
 }
 
+/// Does a work of which nothing is heard until its end; a client that asks for it is told that it goes on.
+pub(super) async fn alive<T>(call: &Call, work: impl Future<Output = T>) -> T {
+    let mut progress = call.progress();
+    let mut work = std::pin::pin!(work);
+    loop {
+        tokio::select! {
+            done = &mut work => return done,
+            () = progress.due() => progress.tell().await,
+        }
+    }
+}
+
 /// Reads a tool's arguments. What is wrong is told with every field.
 pub(super) fn arguments<T: DeserializeOwned>(arguments: JsonObject) -> Result<T, Problem> {
     from_value(Value::Object(arguments)).map_err(|mistakes| {

@@ -5,7 +5,7 @@ use std::convert::Infallible;
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
 use bytes::Bytes;
-use cellblock_wire::files::{Conditions, Kind, List, Range, Read};
+use cellblock_wire::files::{Conditions, Kind, List, Listing, Range, Read};
 use futures_util::stream;
 use http_body_util::{BodyExt, Limited};
 use rmcp::model::{CallToolResult, ContentBlock, JsonObject, Resource};
@@ -26,9 +26,9 @@ use crate::service::{Error, trail};
 /// Bytes of text that are read when nothing is said, and at most.
 const LIMIT: (u64, u64) = (32_000, 256 * 1024);
 /// Longest picture that is shown, and longest file that is added to.
-const MAX_WHOLE: u64 = 4 * 1024 * 1024;
+pub(super) const MAX_WHOLE: u64 = 4 * 1024 * 1024;
 /// Most entries of a folder.
-const MAX_LISTED: usize = 300;
+pub(super) const MAX_LISTED: usize = 300;
 
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -143,7 +143,11 @@ fn text(id: SessionId, path: &str, (first, size): (u64, u64), bytes: &[u8]) -> C
 
 async fn folder(call: &Call, id: SessionId, path: String) -> Result<CallToolResult, Problem> {
     let asked = List { path: path.clone(), depth: 1, limit: MAX_LISTED, ..List::default() };
-    let listing = call.service.list_files(&call.asked.who, id, &asked).await?;
+    Ok(listed(&path, &call.service.list_files(&call.asked.who, id, &asked).await?))
+}
+
+/// What is in a folder.
+pub(super) fn listed(path: &str, listing: &Listing) -> CallToolResult {
     let line = |entry: &cellblock_wire::files::Stat| match entry.kind {
         Kind::Directory => format!("{}/", entry.path),
         _ => format!("{}  {} bytes", entry.path, entry.size),
@@ -155,11 +159,11 @@ async fn folder(call: &Call, id: SessionId, path: String) -> Result<CallToolResu
         lines.push("[an empty folder]".to_owned());
     }
     if listing.truncated {
-        lines.push("[there are more]".to_owned());
+        lines.push("[there are more, after the last of these]".to_owned());
     }
     let entries: Vec<_> =
         listing.entries.iter().map(|e| json!({"path": e.path, "size": e.size, "kind": e.kind})).collect();
-    Ok(structured(lines.join("\n"), json!({"path": path, "entries": entries, "truncated": listing.truncated})))
+    structured(lines.join("\n"), json!({"path": path, "entries": entries, "truncated": listing.truncated}))
 }
 
 /// Writes a file, or adds to one.
@@ -225,7 +229,8 @@ pub(super) async fn collect(pieces: Pieces, most: u64) -> Result<Vec<u8>, Proble
         .map_err(|_| Problem::new(problem::GUEST_UNREACHABLE, "the session's container did not send all of the file"))
 }
 
-fn link(id: SessionId, path: &str, size: u64) -> ContentBlock {
+/// A link to a file of a session.
+pub(super) fn link(id: SessionId, path: &str, size: u64) -> ContentBlock {
     let mut link = Resource::new(resources::file_uri(id, path), path).with_size(size);
     link.mime_type = mime_guess::from_path(path).first_raw().map(str::to_owned);
     ContentBlock::resource_link(link)

@@ -5,6 +5,8 @@
 //! which the session that it works in is found again, also by the next server.
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
+use std::fmt;
 use std::net::IpAddr;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -16,6 +18,8 @@ use axum::http::uri::Authority;
 use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode, Uri, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::post;
+use futures_util::future::BoxFuture;
+use rmcp::ServerHandler;
 use rmcp::transport::streamable_http_server::session::never::NeverSessionManager;
 use rmcp::transport::streamable_http_server::{StreamableHttpServerConfig, StreamableHttpService};
 use serde::Deserialize;
@@ -28,6 +32,7 @@ use super::App;
 use super::extract::{Caller, read};
 use super::problem::{self, Problem};
 use crate::domain::ids::KeyId;
+use crate::service::Service;
 use crate::service::keys::Principal;
 use crate::service::trail::{self, Trail};
 
@@ -35,7 +40,9 @@ mod answer;
 mod binding;
 mod call;
 mod commands;
+mod edits;
 mod files;
+mod kernels;
 mod resources;
 mod run;
 mod server;
@@ -43,6 +50,7 @@ mod sessions;
 mod tools;
 
 pub(super) use answer::cut;
+pub use tools::ToolSet;
 
 /// Where it is.
 pub const PATH: &str = "/mcp";
@@ -54,18 +62,42 @@ const PIN: HeaderName = HeaderName::from_static("x-cellblock-session");
 const MAX_NAME: usize = 256;
 
 /// What this door works with.
-#[derive(Debug, Clone, Default)]
+#[derive(Clone)]
 pub struct Mcp {
     /// Names that it may be asked under, as the header `Host` has them, with a port or without; none: any.
     pub hosts: Arc<[String]>,
     calls: Calls,
+    behind: Arc<Behind>,
 }
 
+/// Answers a request that was let in.
+type Behind = dyn Fn(Arc<Service>, StreamableHttpServerConfig, Request) -> BoxFuture<'static, Response> + Send + Sync;
+
 impl Mcp {
-    /// One that may be asked under these names; any, if there are none.
+    /// One with these tools that may be asked under these names; any, if there are none.
     #[must_use]
-    pub fn new(hosts: impl Into<Arc<[String]>>) -> Self {
-        Self { hosts: hosts.into(), calls: Calls::default() }
+    pub fn new(hosts: impl Into<Arc<[String]>>, tools: ToolSet) -> Self {
+        Self::before(hosts, move |service| server::Cells { service, tools })
+    }
+
+    /// The same, before another handler of messages than the product's: it is asked, bounded and answered for in the same way.
+    #[must_use]
+    pub fn before<H: ServerHandler + Clone>(
+        hosts: impl Into<Arc<[String]>>,
+        handler: impl Fn(Arc<Service>) -> H + Send + Sync + 'static,
+    ) -> Self {
+        let behind = move |service, config, request| -> BoxFuture<'static, Response> {
+            let (handler, sessions) = (handler(service), Arc::new(NeverSessionManager::default()));
+            let service = StreamableHttpService::new(move || Ok(handler.clone()), sessions, config);
+            Box::pin(async move { service.handle(request).await.map(Body::new) })
+        };
+        Self { hosts: hosts.into(), calls: Calls::default(), behind: Arc::new(behind) }
+    }
+}
+
+impl fmt::Debug for Mcp {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Mcp").field("hosts", &self.hosts).finish_non_exhaustive()
     }
 }
 
@@ -124,17 +156,17 @@ async fn answer(State(app): State<App>, Caller(who): Caller, request: Request) -
     let method = peek.as_ref().and_then(|peek| peek.method.as_deref()).unwrap_or_default();
     let client = client_of(&head.headers);
     let of_client = |id: Option<&Value>| Some(CallKey::of(&who, client.as_deref()?, id?));
-    let mut call = None;
-    match method {
-        "notifications/cancelled" => {
-            let id = peek.as_ref().and_then(|peek| peek.params.as_ref()?.request_id.as_ref());
-            of_client(id).into_iter().for_each(|key| mcp.calls.cancel(&key));
-        }
-        "tools/call" => {
-            call = of_client(peek.as_ref().and_then(|peek| peek.id.as_ref())).map(|key| mcp.calls.begin(key));
-        }
-        _ => {}
+    if method == "notifications/cancelled" {
+        let id = peek.as_ref().and_then(|peek| peek.params.as_ref()?.request_id.as_ref());
+        of_client(id).into_iter().for_each(|key| mcp.calls.cancel(&key));
     }
+    let id = peek.as_ref().and_then(|peek| peek.id.as_ref());
+    let call = match of_client(id).map(|key| mcp.calls.begin(key)) {
+        // Two answers with one id could not be told apart, nor could one of them be taken back.
+        Some(None) => return Ok(refuse_id(id, -32600, "a request with this id is under way; take another id")),
+        Some(begun) => begun,
+        None => None,
+    };
     let bound = client.as_deref().map(bound_name);
     let pin = pin_of(&head.headers, &head.uri);
     head.extensions.insert(Asked { who, trail: trail::current(), pin, bound, call });
@@ -170,7 +202,7 @@ fn is_no_name(host: &str) -> bool {
     host.eq_ignore_ascii_case("localhost") || host.parse::<IpAddr>().is_ok()
 }
 
-/// Has the message read, and answered by [`server::Cells`].
+/// Has the message read, and answered by what stands behind the door.
 async fn serve(app: &App, mcp: &Mcp, request: Request) -> Response {
     // Origins are checked before any door, by the server's own rules; a body was bounded when it was read.
     let config = StreamableHttpServerConfig::default()
@@ -179,15 +211,17 @@ async fn serve(app: &App, mcp: &Mcp, request: Request) -> Response {
         .with_sse_retry(None)
         .with_allowed_hosts(mcp.hosts.iter().cloned())
         .with_max_request_body_bytes(app.bounds.body);
-    let cells = server::Cells { service: Arc::clone(&app.service) };
-    let service =
-        StreamableHttpService::new(move || Ok(cells.clone()), Arc::new(NeverSessionManager::default()), config);
-    service.handle(request).await.map(Body::new)
+    (mcp.behind)(Arc::clone(&app.service), config, request).await
 }
 
 /// A message that is none, in this protocol's form.
 fn refuse(code: i32, message: &str) -> Response {
-    let body = json!({"jsonrpc": "2.0", "id": null, "error": {"code": code, "message": message}}).to_string();
+    refuse_id(None, code, message)
+}
+
+/// A refusal of the request with this id, in this protocol's form.
+fn refuse_id(id: Option<&Value>, code: i32, message: &str) -> Response {
+    let body = json!({"jsonrpc": "2.0", "id": id, "error": {"code": code, "message": message}}).to_string();
     (StatusCode::BAD_REQUEST, [(header::CONTENT_TYPE, "application/json")], Bytes::from(body)).into_response()
 }
 
@@ -215,7 +249,7 @@ fn pin_of(headers: &HeaderMap, uri: &Uri) -> Option<String> {
         .filter(|p| !p.is_empty())
 }
 
-/// Calls of old clients that are under way, so that they can be taken back by a message of their own. As many as requests.
+/// Requests of old clients that are under way, so that they can be taken back by a message of their own. No more than the server answers at once.
 #[derive(Debug, Clone, Default)]
 struct Calls(Arc<Mutex<HashMap<CallKey, CancellationToken>>>);
 
@@ -243,10 +277,14 @@ struct UnderWay {
 }
 
 impl Calls {
-    fn begin(&self, key: CallKey) -> Arc<UnderWay> {
+    /// Begins a call, if there is none of that id.
+    fn begin(&self, key: CallKey) -> Option<Arc<UnderWay>> {
         let cancelled = CancellationToken::new();
-        self.lock().insert(key.clone(), cancelled.clone());
-        Arc::new(UnderWay { calls: self.clone(), key, cancelled })
+        match self.lock().entry(key.clone()) {
+            Entry::Occupied(_) => return None,
+            Entry::Vacant(entry) => entry.insert(cancelled.clone()),
+        };
+        Some(Arc::new(UnderWay { calls: self.clone(), key, cancelled }))
     }
 
     fn cancel(&self, key: &CallKey) {
@@ -277,7 +315,8 @@ mod tests {
         let calls = Calls::default();
         let who = |tenant: &str| Principal::new(tenant, [Scope::Sessions]);
         let key = |tenant: &str, client: &str, id: Value| CallKey::of(&who(tenant), client, &id);
-        let call = calls.begin(key("one", "c", json!(7)));
+        let call = calls.begin(key("one", "c", json!(7))).unwrap();
+        assert!(calls.begin(key("one", "c", json!(7))).is_none(), "two of one id");
         for other in [key("two", "c", json!(7)), key("one", "d", json!(7)), key("one", "c", json!("7"))] {
             calls.cancel(&other);
             assert!(!call.cancelled.is_cancelled(), "{other:?}");

@@ -4,21 +4,31 @@ use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
 use cellblock_wire::files::Read;
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, percent_decode_str, utf8_percent_encode};
-use rmcp::model::{ErrorData, ListResourcesResult, ReadResourceResult, Resource, ResourceContents, ResourceTemplate};
+use rmcp::model::{
+    ErrorData, ListResourcesResult, MetaObject, ReadResourceResult, Resource, ResourceContents, ResourceTemplate,
+};
 use serde_json::{Value, json};
 use tokio::io::AsyncReadExt;
 
 use super::call::describe;
 use super::files::collect;
 use crate::domain::ids::{ExecutionId, SessionId};
+use crate::domain::output::TextStream;
 use crate::http::problem::Problem;
 use crate::http::v1::executions::ExecutionView;
 use crate::service::keys::Principal;
 use crate::service::{Blob, BlobBody, Error, Filter, Service};
+use crate::session::execution::Execution;
 use crate::task;
 
 /// Most bytes of one resource.
 const MAX_BYTES: u64 = 4 * 1024 * 1024;
+/// Most bytes of a part of a text.
+const MAX_PART: usize = 1024 * 1024;
+/// How long texts may be of an execution that is too long, one after the other until it is not, in characters.
+const SHORTER: [usize; 3] = [400_000, 32_000, 1000];
+/// The type of notebooks.
+pub(super) const NOTEBOOK: &str = "application/x-ipynb+json";
 /// Longest notebook that a log is made of, in bytes, and longest log, in characters.
 const MAX_LOG: (usize, usize) = (16 * 1024 * 1024, 200_000);
 /// Most resources that are listed.
@@ -31,22 +41,33 @@ const PATH: &AsciiSet = &NON_ALPHANUMERIC.remove(b'/').remove(b'-').remove(b'_')
 enum Named {
     File(SessionId, String),
     Log(SessionId),
+    Notebook(SessionId),
     Execution(ExecutionId),
+    Text(ExecutionId, TextStream, u64),
     Blob(ExecutionId, u32),
 }
 
 impl Named {
     fn of(uri: &str) -> Option<Self> {
         if let Some(rest) = uri.strip_prefix("execution://") {
-            return match rest.split_once("/blobs/") {
-                Some((id, number)) => Some(Self::Blob(id.parse().ok()?, number.parse().ok()?)),
-                None => Some(Self::Execution(rest.parse().ok()?)),
+            let Some((id, part)) = rest.split_once('/') else { return Some(Self::Execution(rest.parse().ok()?)) };
+            let id = id.parse().ok()?;
+            if let Some(number) = part.strip_prefix("blobs/") {
+                return Some(Self::Blob(id, number.parse().ok()?));
+            }
+            let (stream, offset) = part.split_once("?offset=").unwrap_or((part, "0"));
+            let stream = match stream {
+                "stdout" => TextStream::Stdout,
+                "stderr" => TextStream::Stderr,
+                _ => return None,
             };
+            return Some(Self::Text(id, stream, offset.parse().ok()?));
         }
         let (id, rest) = uri.strip_prefix("session://")?.split_once('/')?;
         let id = id.parse().ok()?;
         match rest.split_once('/') {
             None if rest == "log" => Some(Self::Log(id)),
+            None if rest == "notebook" => Some(Self::Notebook(id)),
             // The guest, which alone can, decides what a path may be.
             Some(("files", path)) if !path.is_empty() => {
                 Some(Self::File(id, percent_decode_str(path).decode_utf8().ok()?.into_owned()))
@@ -61,6 +82,11 @@ pub(super) fn file_uri(session: SessionId, path: &str) -> String {
     format!("session://{session}/files/{}", utf8_percent_encode(path, PATH))
 }
 
+/// The URI of a session's notebook.
+pub(super) fn notebook_uri(session: SessionId) -> String {
+    format!("session://{session}/notebook")
+}
+
 /// The forms of URIs.
 pub(super) fn templates() -> Vec<ResourceTemplate> {
     let template =
@@ -69,9 +95,19 @@ pub(super) fn templates() -> Vec<ResourceTemplate> {
         template("session://{id}/files/{+path}", "file", "A file of a session, relative to its working folder"),
         template("session://{id}/log", "log", "What was run in a session, and what it put out")
             .with_mime_type("text/plain"),
-        template("execution://{id}", "execution", "An execution as it is by now, all of it")
+        template("execution://{id}", "execution", "An execution as it is by now, all of it if it is not too long")
             .with_mime_type("application/json"),
+        template(
+            "execution://{id}/stdout{?offset}",
+            "stdout",
+            "A part of an execution's standard output, from a byte on",
+        )
+        .with_mime_type("text/plain"),
+        template("execution://{id}/stderr{?offset}", "stderr", "The same of its standard error")
+            .with_mime_type("text/plain"),
         template("execution://{id}/blobs/{number}", "blob", "A long content of an execution's results"),
+        template("session://{id}/notebook", "notebook", "What was run in a session, as an .ipynb file")
+            .with_mime_type(NOTEBOOK),
     ]
 }
 
@@ -97,13 +133,79 @@ pub(super) async fn read(service: &Service, who: &Principal, uri: &str) -> Resul
     let contents = match Named::of(uri).ok_or_else(nothing)? {
         Named::File(session, path) => file(service, who, (session, path), uri).await,
         Named::Log(session) => log(service, who, session, uri).await,
-        Named::Execution(id) => service.execution(who, id).map_err(Problem::from).map(|execution| {
-            let text = serde_json::to_string(&ExecutionView::of(&execution)).unwrap_or_default();
-            typed(ResourceContents::text(text, uri), "application/json")
+        Named::Notebook(session) => notebook(service, who, session, uri).await,
+        Named::Execution(id) => service
+            .execution(who, id)
+            .map_err(Problem::from)
+            .map(|execution| typed(ResourceContents::text(whole_or_bounded(&execution), uri), "application/json")),
+        Named::Text(id, stream, offset) => service.execution(who, id).map_err(Problem::from).map(|execution| {
+            let outcome = execution.outcome();
+            let text = if stream == TextStream::Stdout { &outcome.stdout } else { &outcome.stderr };
+            part(text, offset, uri)
         }),
         Named::Blob(id, number) => blob(service, who, (id, number), uri).await,
     };
     contents.map(|contents| ReadResourceResult::new(vec![contents])).map_err(|problem| refused(problem, uri))
+}
+
+/// An execution as JSON; of one that is too long, what is short of it, and where the rest is.
+fn whole_or_bounded(execution: &Execution) -> String {
+    let most = usize::try_from(MAX_BYTES).unwrap_or(usize::MAX);
+    let whole = serde_json::to_string(&ExecutionView::of(execution)).unwrap_or_default();
+    if whole.len() <= most {
+        return whole;
+    }
+    let parts = |stream: &str| format!("execution://{}/{stream}?offset=0", execution.id);
+    let bounded = json!({
+        "bytes": whole.len(),
+        "why": format!("the execution has more than {most} bytes: texts are cut in the middle, pictures and long contents left out"),
+        "read": [parts("stdout"), parts("stderr")],
+        "all": format!("GET /v1/executions/{}", execution.id),
+    });
+    drop(whole);
+    for length in SHORTER {
+        let mut told = ExecutionView::of(execution).compact(length);
+        told["bounded"] = bounded.clone();
+        if let Some(text) = Some(told.to_string()).filter(|text| text.len() <= most) {
+            return text;
+        }
+    }
+    // So many results that none of them can be shown.
+    let mut told = ExecutionView::of(execution).compact(0);
+    let left_out = told["results"].as_array().map_or(0, Vec::len);
+    for key in ["results", "payloads", "files"] {
+        told[key] = json!([]);
+    }
+    told["user_expressions"] = json!({});
+    told["bounded"] = bounded;
+    told["bounded"]["results_omitted"] = json!(left_out);
+    told.to_string()
+}
+
+/// A part of a text from a byte on, and where to go on.
+fn part(text: &str, offset: u64, uri: &str) -> ResourceContents {
+    let first = text.ceil_char_boundary(usize::try_from(offset).unwrap_or(usize::MAX).min(text.len()));
+    let end = text.floor_char_boundary(first.saturating_add(MAX_PART).min(text.len()));
+    let mut meta = json!({"offset": first, "size": text.len()});
+    if end < text.len() {
+        meta["next_offset"] = json!(end);
+    }
+    let meta = MetaObject(meta.as_object().cloned().unwrap_or_default());
+    ResourceContents::text(&text[first..end], uri).with_meta(meta)
+}
+
+async fn notebook(service: &Service, who: &Principal, id: SessionId, uri: &str) -> Result<ResourceContents, Problem> {
+    service.session(who, id)?;
+    let notebook = service.notebook(who, id).await?;
+    if notebook.len() as u64 > MAX_BYTES {
+        let length = notebook.len();
+        let detail = format!(
+            "the notebook has {length} bytes, and a resource at most {MAX_BYTES}; GET /v1/sessions/{id}/notebook has it, and export_notebook of the full set of tools writes it into a file"
+        );
+        return Err(Problem::new(crate::http::problem::TOO_LARGE, detail));
+    }
+    let text = String::from_utf8_lossy(&notebook);
+    Ok(typed(ResourceContents::text(text, uri), NOTEBOOK))
 }
 
 async fn file(
@@ -250,6 +352,13 @@ mod tests {
         assert_eq!(Named::of(&uri), Some(Named::File(session, "a b/ü#?.txt".to_owned())), "{uri}");
         assert_eq!(Named::of(&format!("session://{session}/log")), Some(Named::Log(session)));
         assert_eq!(Named::of(&format!("execution://{execution}")), Some(Named::Execution(execution)));
+        let named = Named::of(&format!("execution://{execution}/stderr?offset=7"));
+        assert_eq!(named, Some(Named::Text(execution, TextStream::Stderr, 7)));
+        assert_eq!(
+            Named::of(&format!("execution://{execution}/stdout")),
+            Some(Named::Text(execution, TextStream::Stdout, 0))
+        );
+        assert_eq!(Named::of(&notebook_uri(session)), Some(Named::Notebook(session)));
         assert_eq!(Named::of(&format!("execution://{execution}/blobs/3")), Some(Named::Blob(execution, 3)));
         for wrong in [
             "",
@@ -263,9 +372,31 @@ mod tests {
             &format!("session://{execution}/log"),
             &format!("execution://{execution}/blobs/-1"),
             &format!("execution://{execution}/"),
+            &format!("execution://{execution}/stdin"),
+            &format!("execution://{execution}/stdout?offset=-1"),
+            &format!("execution://{execution}/stdout?limit=1"),
         ] {
             assert_eq!(Named::of(wrong), None, "{wrong}");
         }
+    }
+
+    #[test]
+    fn a_part_of_a_text_ends_between_characters_and_says_where_to_go_on() {
+        let text = "é".repeat(MAX_PART);
+        let (mut read, mut offset, mut parts) = (String::new(), 1, 0);
+        loop {
+            let told = serde_json::to_value(part(&text, offset, "x")).unwrap();
+            read.push_str(told["text"].as_str().unwrap());
+            parts += 1;
+            assert!(told["text"].as_str().unwrap().len() <= MAX_PART && told["_meta"]["size"] == text.len());
+            match told["_meta"]["next_offset"].as_u64() {
+                Some(next) => offset = next,
+                None => break,
+            }
+        }
+        // From within a character it begins with the next.
+        assert!(read == text[2..] && parts == 2, "{} bytes in {parts}", read.len());
+        assert_eq!(serde_json::to_value(part("ab", u64::MAX, "x")).unwrap()["text"], "");
     }
 
     #[test]

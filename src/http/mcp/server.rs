@@ -13,7 +13,8 @@ use rmcp::model::{
 use rmcp::service::{RequestContext, RoleServer};
 
 use super::call::{Call, describe};
-use super::{Asked, commands, files, resources, run, sessions, tools};
+use super::tools::ToolSet;
+use super::{Asked, commands, edits, files, kernels, resources, run, sessions};
 use crate::service::{Service, trail};
 
 /// What a model is told of the server: how sessions, files and long work go together, and nothing else.
@@ -34,6 +35,8 @@ const REVISIONS: &[ProtocolVersion] =
 pub(super) struct Cells {
     /// Every command of the product.
     pub service: Arc<Service>,
+    /// What of it clients are offered.
+    pub tools: ToolSet,
 }
 
 impl Cells {
@@ -45,7 +48,8 @@ impl Cells {
 
     async fn call(&self, params: CallToolRequestParams, call: &Call) -> Result<CallToolResult, ErrorData> {
         let arguments = params.arguments.unwrap_or_default();
-        let told = match params.name.as_ref() {
+        let offered = self.get_tool(&params.name).map(|tool| tool.name);
+        let told = match offered.as_deref().unwrap_or_default() {
             "run_code" => run::run_code(call, arguments).await,
             "run_command" => commands::run_command(call, arguments).await,
             "create_session" => sessions::create(call, arguments).await,
@@ -53,9 +57,18 @@ impl Cells {
             "close_session" => sessions::close(call, arguments).await,
             "read_file" => files::read(call, arguments).await,
             "write_file" => files::write(call, arguments).await,
-            other => {
-                let known = tools::all().iter().map(|tool| tool.name.to_string()).collect::<Vec<_>>().join(", ");
-                let shown: String = other.chars().take(100).collect();
+            "list_files" => edits::list(call, arguments).await,
+            "edit_file" => edits::edit(call, arguments).await,
+            "delete_file" => edits::delete(call, arguments).await,
+            "interrupt_session" => kernels::interrupt(call, arguments).await,
+            "restart_session" => kernels::restart(call, arguments).await,
+            "install_packages" => kernels::install(call, arguments).await,
+            "list_packages" => kernels::packages(call, arguments).await,
+            "get_execution" => kernels::execution(call, arguments).await,
+            "export_notebook" => kernels::notebook(call, arguments).await,
+            _ => {
+                let known: Vec<_> = self.tools.all().iter().map(|tool| tool.name.as_ref()).collect();
+                let (shown, known) = (params.name.chars().take(100).collect::<String>(), known.join(", "));
                 let message = format!("there is no tool \"{shown}\"; there are {known}");
                 return Err(ErrorData::invalid_params(message, None));
             }
@@ -86,11 +99,11 @@ impl ServerHandler for Cells {
         _: Option<PaginatedRequestParams>,
         _: RequestContext<RoleServer>,
     ) -> Result<ListToolsResult, ErrorData> {
-        Ok(ListToolsResult::with_all_items(tools::all().to_vec()))
+        Ok(ListToolsResult::with_all_items(self.tools.all().to_vec()))
     }
 
     fn get_tool(&self, name: &str) -> Option<Tool> {
-        tools::all().iter().find(|tool| tool.name == name).cloned()
+        self.tools.all().iter().find(|tool| tool.name == name).cloned()
     }
 
     async fn call_tool(

@@ -8,10 +8,11 @@ use serde_json::{Value, json};
 
 use super::answer::structured;
 use super::binding;
-use super::call::{Call, arguments};
+use super::call::{Call, alive, arguments};
 use crate::domain::spec::SessionRequest;
+use crate::http::extract::object;
 use crate::http::problem::Problem;
-use crate::http::v1::sessions::SessionView;
+use crate::http::v1::sessions::{NetworkRequest, SessionView};
 use crate::service::{Filter, trail};
 use crate::session::Session;
 
@@ -29,6 +30,10 @@ struct CreateSession {
     env: BTreeMap<String, String>,
     #[serde(default)]
     ttl_seconds: Option<f64>,
+    #[serde(default)]
+    packages: Vec<String>,
+    #[serde(default, deserialize_with = "object")]
+    network: NetworkRequest,
 }
 
 #[derive(Debug, Deserialize)]
@@ -46,9 +51,18 @@ struct Nothing {}
 /// # Errors
 /// None can be made.
 pub(super) async fn create(call: &Call, given: JsonObject) -> Result<CallToolResult, Problem> {
-    let CreateSession { template, name, env, ttl_seconds } = arguments(given)?;
-    let request = SessionRequest { template, name, env, lifetime_seconds: ttl_seconds, ..SessionRequest::default() };
-    let session = binding::create(call, &request).await?;
+    let CreateSession { template, name, env, ttl_seconds, packages, network } = arguments(given)?;
+    let request = SessionRequest {
+        template,
+        name,
+        env,
+        lifetime_seconds: ttl_seconds,
+        packages,
+        network: network.into(),
+        ..SessionRequest::default()
+    };
+    // Packages take their time.
+    let session = alive(call, binding::create(call, &request)).await?;
     let text =
         format!("Session {} of template {} is ready. Pass it on as session_id.", session.id, session.spec.template);
     Ok(structured(text, view(&session)))
@@ -90,7 +104,7 @@ pub(super) async fn close(call: &Call, given: JsonObject) -> Result<CallToolResu
 }
 
 /// A session as a model needs it.
-fn view(session: &Session) -> Value {
+pub(super) fn view(session: &Session) -> Value {
     let all = serde_json::to_value(SessionView::of(session)).unwrap_or_default();
     let kept = ["id", "state", "template", "name", "created_at", "expires_at", "idle_deadline", "network"];
     Value::Object(kept.iter().map(|key| ((*key).to_owned(), all[*key].clone())).collect())

@@ -5,13 +5,48 @@ use std::sync::{Arc, LazyLock};
 use rmcp::model::{JsonObject, Tool, ToolAnnotations};
 use serde_json::{Value, json};
 
+/// How many tools there are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum ToolSet {
+    /// Those that most work is done with.
+    #[default]
+    Small,
+    /// Those, and what else a session can do.
+    Full,
+}
+
+/// As many as the small set has stand before the others.
+const SMALL: usize = 7;
+
 static TOOLS: LazyLock<Vec<Tool>> = LazyLock::new(|| {
-    vec![run_code(), run_command(), create_session(), list_sessions(), close_session(), read_file(), write_file()]
+    vec![
+        run_code(),
+        run_command(),
+        create_session(),
+        list_sessions(),
+        close_session(),
+        read_file(),
+        write_file(),
+        list_files(),
+        edit_file(),
+        delete_file(),
+        interrupt_session(),
+        restart_session(),
+        install_packages(),
+        list_packages(),
+        get_execution(),
+        export_notebook(),
+    ]
 });
 
-/// All of them.
-pub(super) fn all() -> &'static [Tool] {
-    &TOOLS
+impl ToolSet {
+    /// All of its tools.
+    pub(super) fn all(self) -> &'static [Tool] {
+        match self {
+            Self::Small => &TOOLS[..SMALL],
+            Self::Full => &TOOLS,
+        }
+    }
 }
 
 /// Marked, so that proxies can route a call without reading its body.
@@ -21,6 +56,10 @@ fn session_id(description: &str) -> Value {
 
 fn text(description: &str) -> Value {
     json!({"type": "string", "description": description})
+}
+
+fn texts(description: &str) -> Value {
+    json!({"type": "array", "items": {"type": "string"}, "description": description})
 }
 
 fn seconds(description: &str) -> Value {
@@ -98,13 +137,23 @@ fn create_session() -> Tool {
         "name": text("A name, unique among your live sessions"),
         "env": {"type": "object", "additionalProperties": {"type": "string"}, "description": "Environment variables"},
         "ttl_seconds": seconds("It ends at this age"),
+        "packages": texts("Python packages that are installed before it is ready, such as polars or numpy>=2,<3, where the template allows it"),
+        "network": {
+            "type": "object",
+            "properties": {
+                "mode": {"type": "string", "enum": ["none", "allowlist"], "description": "How it is connected"},
+                "allow": texts("With allowlist: names such as example.org or *.example.org, or pypi, npm, debian, github"),
+            },
+            "additionalProperties": false,
+            "description": "What it may reach, within what the template permits; the template's own when absent",
+        },
     });
     let output =
         json!({"id": text("Pass it on as session_id"), "state": text("ready"), "template": text("Its template")});
     tool(
         "create_session",
         "Create a session",
-        "Makes a session, where one with a template, a name or variables of its own is needed; otherwise run_code makes one.",
+        "Makes a session, where one with a template, a name, variables, packages or a network of its own is needed; otherwise run_code makes one.",
         (properties, &[]),
     )
     .with_raw_output_schema(told(output, &["id", "state", "template"]))
@@ -162,13 +211,122 @@ fn write_file() -> Tool {
     .with_annotations(hints(false, true, false))
 }
 
+fn list_files() -> Tool {
+    let properties = json!({
+        "session_id": session_id("The session"),
+        "path": text("A folder, relative to the working folder; that itself when absent"),
+        "depth": {"type": "integer", "minimum": 1, "maximum": 16, "description": "How many folders deep; 1 when absent"},
+        "after": text("Only what comes after this path, with which an earlier list has ended"),
+    });
+    tool("list_files", "List files", "Lists a folder, and folders in it.", (properties, &["session_id"]))
+        .with_annotations(hints(true, false, true))
+}
+
+fn edit_file() -> Tool {
+    let properties = json!({
+        "session_id": session_id("The session"),
+        "path": text("Relative to the working folder"),
+        "old": text("What is to be replaced, exactly as it stands there"),
+        "new": text("What is to stand there instead"),
+        "all": {"type": "boolean", "description": "Wherever it stands; without, it must stand there once"},
+    });
+    tool(
+        "edit_file",
+        "Edit a file",
+        "Replaces a text in a file by another, whole or not at all.",
+        (properties, &["session_id", "path", "old", "new"]),
+    )
+    .with_annotations(hints(false, true, false))
+}
+
+fn delete_file() -> Tool {
+    let properties = json!({
+        "session_id": session_id("The session"),
+        "path": text("Relative to the working folder"),
+        "recursive": {"type": "boolean", "description": "A folder with all that is in it"},
+    });
+    tool("delete_file", "Delete a file", "Removes a file or a folder.", (properties, &["session_id", "path"]))
+        .with_annotations(hints(false, true, true))
+}
+
+fn interrupt_session() -> Tool {
+    let properties = json!({"session_id": session_id("The session")});
+    tool(
+        "interrupt_session",
+        "Interrupt a session",
+        "Interrupts the code that runs in a session; variables stay.",
+        (properties, &["session_id"]),
+    )
+    .with_annotations(hints(false, true, true))
+}
+
+fn restart_session() -> Tool {
+    let properties = json!({"session_id": session_id("The session")});
+    tool(
+        "restart_session",
+        "Restart a session",
+        "Replaces a session's kernels by new ones: variables are gone, files stay.",
+        (properties, &["session_id"]),
+    )
+    .with_annotations(hints(false, true, true))
+}
+
+fn install_packages() -> Tool {
+    let properties = json!({
+        "session_id": session_id("The session"),
+        "packages": texts("Names, with versions or without, such as polars or numpy>=2,<3"),
+        "upgrade": {"type": "boolean", "description": "Take the newest version of those that are there already"},
+    });
+    tool(
+        "install_packages",
+        "Install packages",
+        "Installs Python packages into a session, where its template allows it; code can import them at once.",
+        (properties, &["session_id", "packages"]),
+    )
+    .with_annotations(hints(false, false, true))
+}
+
+fn list_packages() -> Tool {
+    let properties = json!({"session_id": session_id("The session")});
+    tool("list_packages", "List packages", "Lists the Python packages of a session.", (properties, &["session_id"]))
+        .with_annotations(hints(true, false, true))
+}
+
+fn get_execution() -> Tool {
+    let properties = json!({"execution_id": text("The execution, from an earlier answer")});
+    let output = json!({"id": text("The execution"), "session_id": text("Its session"), "status": text("How it ended, or how far it is")});
+    tool(
+        "get_execution",
+        "Look an execution up",
+        "Shows what an execution has put out by now, as run_code does.",
+        (properties, &["execution_id"]),
+    )
+    .with_raw_output_schema(told(output, &["id", "session_id", "status"]))
+    .with_annotations(hints(true, false, true))
+}
+
+fn export_notebook() -> Tool {
+    let properties = json!({
+        "session_id": session_id("The session"),
+        "path": text("Also write it there, relative to the working folder"),
+    });
+    tool(
+        "export_notebook",
+        "Export the notebook",
+        "Links the notebook of what was run in a session, with all that came of it, and writes it into a file if asked.",
+        (properties, &["session_id"]),
+    )
+    .with_annotations(hints(false, true, true))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
     fn every_tool_is_plain_and_has_its_hints() {
-        for tool in all() {
+        assert_eq!(ToolSet::default().all().len(), SMALL);
+        for tool in ToolSet::Full.all() {
             let schema = tool.schema_as_json_value();
             assert_eq!(schema["type"], "object", "{}", tool.name);
             for (name, property) in schema["properties"].as_object().unwrap() {
