@@ -23,7 +23,7 @@ sessions = 100
 queued_creates = 100
 create_wait = "10m"
 [templates.e2b.default]
-memory = "160MiB"
+memory = "256MiB"
 disk = "24MiB"
 tmp = "16MiB"
 "#;
