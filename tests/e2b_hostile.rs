@@ -21,7 +21,7 @@ use server::{NEVER, Reply, Server, text};
 use sha2::{Digest, Sha256};
 
 /// Who dawdles is not waited for.
-const SETTINGS: &str = "[server]\nrequest_timeout = \"3s\"\nwrite_timeout = \"3s\"\n[e2b]\ndomain = \"boxes.test\"\n[templates.e2b.default]\nmemory = \"256MiB\"\n";
+const SETTINGS: &str = "[server]\nrequest_timeout = \"3s\"\nwrite_timeout = \"3s\"\n[e2b]\ndomain = \"boxes.test\"\n";
 const START: &str = "/process.Process/Start";
 const MEGABYTE: usize = 1_000_000;
 
