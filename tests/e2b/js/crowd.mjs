@@ -19,7 +19,7 @@ const patient = { requestTimeoutMs, timeoutMs: requestTimeoutMs };
 
 const works = async (sandbox, number) => {
   const ran = await sandbox.runCode(`x = ${number}\nprint('code', x)\nx * x`, patient);
-  assert.deepEqual([ran.text, ran.logs.stdout, ran.error], [`${number * number}`, [`code ${number}\n`], undefined]);
+  assert.deepEqual([ran.text, ran.logs.stdout.join(""), ran.error], [`${number * number}`, `code ${number}\n`, undefined]);
   const command = await sandbox.commands.run(`echo command ${number}`, patient);
   assert.deepEqual([command.exitCode, command.stdout], [0, `command ${number}\n`]);
   const written = await sandbox.files.write("mine/file.txt", `file ${number}`.repeat(1000), { requestTimeoutMs });
