@@ -62,8 +62,8 @@ bench: images server ## measure: starts, executions, boots, memory (release buil
 	cargo bench --locked --bench compare -- $(BENCH)
 
 .PHONY: soak
-soak: images server ## the long proofs: sessions under faults for SOAK_SECONDS (3600), a thousand executions, endless prints, a hundred kills, crowds, greed, fuzzing
-	SOAK_SECONDS=$${SOAK_SECONDS:-3600} cargo test --locked --release --test soak --test executions --test recovery --test crowd --test chaos --test load --test jupyter_hostile -- --ignored --nocapture --test-threads=1
+soak: images server test-kernel ## the long proofs: sessions under faults for SOAK_SECONDS (3600), a thousand executions, endless prints, a hundred kills, crowds, greed, fuzzing
+	SOAK_SECONDS=$${SOAK_SECONDS:-3600} cargo test --locked --release --test soak --test executions --test recovery --test crowd --test chaos --test load --test jupyter_hostile --test e2b_crowd -- --ignored --nocapture --test-threads=1
 	scripts/fuzz $${FUZZ_SECONDS:-600}
 
 .PHONY: compose-up

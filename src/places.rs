@@ -3,12 +3,17 @@
 use std::collections::HashMap;
 use std::hash::Hash;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use tokio::sync::Notify;
 
 /// So many places, counted by who has them.
 #[derive(Debug)]
 pub struct Places<K: Hash + Eq> {
     most: usize,
     taken: Mutex<Taken<K>>,
+    /// Places have come back.
+    back: Notify,
 }
 
 #[derive(Debug)]
@@ -38,7 +43,7 @@ impl<K: Hash + Eq + Clone> Places<K> {
     /// So many, all free.
     #[must_use]
     pub fn new(most: usize) -> Arc<Self> {
-        Arc::new(Self { most, taken: Mutex::new(Taken { all: 0, of: HashMap::new() }) })
+        Arc::new(Self { most, taken: Mutex::new(Taken { all: 0, of: HashMap::new() }), back: Notify::new() })
     }
 
     /// Takes `count` of them at once, if whoever it is then has at most `most_of_one`. Never waits.
@@ -60,6 +65,32 @@ impl<K: Hash + Eq + Clone> Places<K> {
         drop(taken);
         Ok(Place { places: Arc::clone(self), whose, count })
     }
+
+    /// The same, which waits for so long until enough have come back. Of those who wait nobody has a turn.
+    ///
+    /// # Errors
+    /// See [`Full`].
+    pub async fn take_within(
+        self: &Arc<Self>,
+        whose: K,
+        count: usize,
+        most_of_one: usize,
+        patience: Duration,
+    ) -> Result<Place<K>, Full> {
+        let mut late = std::pin::pin!(tokio::time::sleep(patience));
+        loop {
+            let mut back = std::pin::pin!(self.back.notified());
+            // Before it is looked, so that none comes back unseen.
+            back.as_mut().enable();
+            match self.take(whose.clone(), count, most_of_one) {
+                Ok(place) => return Ok(place),
+                Err(full) => tokio::select! {
+                    () = back => {}
+                    () = &mut late => return Err(full),
+                },
+            }
+        }
+    }
 }
 
 impl<K: Hash + Eq> Drop for Place<K> {
@@ -70,6 +101,8 @@ impl<K: Hash + Eq> Drop for Place<K> {
             Some(own) if *own > self.count => *own -= self.count,
             _ => drop(taken.of.remove(&self.whose)),
         }
+        drop(taken);
+        self.places.back.notify_waiters();
     }
 }
 
@@ -90,6 +123,21 @@ mod tests {
         drop((second, third, fourth));
         let taken = places.taken.lock().unwrap();
         assert_eq!((taken.all, taken.of.len()), (0, 0));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_waits_gets_what_comes_back_in_time() {
+        let places = Places::new(1);
+        let held = places.take("one", 1, 1).unwrap();
+        let waits = |seconds| places.take_within("one", 1, 1, Duration::from_secs(seconds));
+        assert_eq!(waits(5).await.unwrap_err(), Full::OfOne);
+        let given_back = async {
+            tokio::time::sleep(Duration::from_secs(3)).await;
+            drop(held);
+        };
+        let (taken, ()) = tokio::join!(waits(5), given_back);
+        assert!(taken.is_ok());
+        assert_eq!(places.take_within("two", 1, 1, Duration::ZERO).await.unwrap_err(), Full::All);
     }
 
     #[test]

@@ -143,7 +143,7 @@ pub fn router(app: App) -> Router {
     let e2b = match app.e2b {
         Some(_) => {
             operations.add(e2b::changes());
-            e2b::routes()
+            e2b::routes(app.bounds)
         }
         None => Router::new(),
     };

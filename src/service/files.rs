@@ -305,7 +305,8 @@ impl Service {
 
     async fn carry(&self, who: &Principal, id: SessionId) -> Result<Held, Error> {
         let session = self.session(who, id)?;
-        let place = self.transfers.take(std::sync::Arc::clone(&who.tenant), 1, transfer::MOST_OF_ONE);
+        let tenant = std::sync::Arc::clone(&who.tenant);
+        let place = self.transfers.take_within(tenant, 1, transfer::MOST_OF_ONE, transfer::PATIENCE).await;
         let place = place.map_err(|_| Error::TransfersBusy)?;
         Ok(Held { visit: session.enter(Weight::Bulk).await?, _place: place })
     }

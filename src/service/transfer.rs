@@ -19,6 +19,8 @@ use crate::task;
 pub(super) const MOST: usize = 64;
 /// Those of one tenant, so that nobody has all of them.
 pub(super) const MOST_OF_ONE: usize = 24;
+/// Who finds no place waits this long for one: many that come at once are served in turn.
+pub(super) const PATIENCE: Duration = Duration::from_secs(5);
 /// Who brings or takes nothing for this long is cut off.
 pub const STALLED: Duration = Duration::from_secs(30);
 /// Pieces that wait.

@@ -2,7 +2,7 @@
 //! what is audited of them. `docs/E2B.md` has the wire, and what is otherwise here.
 //!
 //! A sandbox is a session, and nothing is behind this that the native API has not got. Whose a request is and which part it is for is told in [`way`] (before any
-//! route) and `sandbox`; how refusals are written in `error`; how RPCs are framed in `connect`. Each part is a room of its own:
+//! route) and `sandbox`; how refusals are written in `error`; how RPCs are framed in `connect`; what a refused request still sends in `leftover`. Each part is a room of its own:
 //!
 //! | part | is asked by | who may | room |
 //! |---|---|---|---|
@@ -26,14 +26,15 @@ use axum::middleware::{self, Next};
 use axum::response::Response;
 use axum::routing::any;
 
-use super::App;
 use super::problem::{self, Problem};
+use super::{App, Bounds};
 
 mod connect;
 mod control;
 mod envd;
 pub mod error;
 mod interpreter;
+mod leftover;
 mod ports;
 mod sandbox;
 pub mod way;
@@ -57,7 +58,7 @@ impl E2b {
 }
 
 /// All routes, wherever they are.
-pub(super) fn routes() -> Router<App> {
+pub(super) fn routes(bounds: Bounds) -> Router<App> {
     Router::new()
         .merge(control::routes())
         .nest(way::CONTROL, control::routes().route("/{*rest}", any(nothing_there)))
@@ -72,6 +73,7 @@ pub(super) fn routes() -> Router<App> {
         .route(&format!("{}/", way::SANDBOXES), any(async || sandbox::no_aim()))
         .route(&format!("{}/{{*rest}}", way::SANDBOXES), any(async || sandbox::no_aim()))
         .layer(middleware::from_fn(say_whether_to_retry))
+        .layer(middleware::from_fn_with_state(bounds, leftover::take))
 }
 
 /// Requests that change something: method, route and what is done.
@@ -109,6 +111,29 @@ async fn say_whether_to_retry(request: Request, next: Next) -> Response {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// How a client is told whether to send again by itself what was answered so.
+    async fn told(method: Method, problem: Problem) -> Option<String> {
+        let router = Router::<()>::new()
+            .route("/", any(async move || Refusal::of_control(problem)))
+            .layer(middleware::from_fn(say_whether_to_retry));
+        let request = Request::builder().method(method).uri("/").body(axum::body::Body::empty()).unwrap();
+        let answer = tower_service::Service::call(&mut router.clone(), request).await.unwrap();
+        answer.headers().get(error::SHOULD_RETRY).map(|value| value.to_str().unwrap().to_owned())
+    }
+
+    #[tokio::test]
+    async fn clients_send_again_by_themselves_what_has_begun_nothing() {
+        let of = |kind| Problem::new(kind, "no");
+        let no = Some("false".to_owned());
+        for kind in [problem::INTERNAL, problem::GUEST_UNREACHABLE, problem::QUOTA_EXCEEDED, problem::NOT_IMPLEMENTED] {
+            assert_eq!(told(Method::POST, of(kind)).await, no, "{kind:?}");
+            assert_eq!(told(Method::GET, of(kind)).await, None, "{kind:?}");
+        }
+        for kind in [problem::AT_CAPACITY, problem::RATE_LIMITED, problem::NOT_FOUND] {
+            assert_eq!(told(Method::POST, of(kind)).await, None, "{kind:?}");
+        }
+    }
 
     #[test]
     fn names_of_templates_are_what_the_configuration_says_or_their_own() {

@@ -186,6 +186,7 @@ def commands_run(sandbox):
     began = time.monotonic()
     refused(e2b.TimeoutException, run, "sleep 4242", timeout=2)
     assert time.monotonic() - began < 20
+    assert run("sleep 2; echo late", timeout=0).stdout == "late\n", "0 is no time limit"
     until(lambda: "4242" not in run("ps -ef | grep '[4]242' || true").stdout)
     error = refused(e2b.InvalidArgumentException, run, "pwd", cwd="/nowhere")
     assert "cwd '/nowhere' does not exist" in str(error), error

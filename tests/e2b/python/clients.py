@@ -4,6 +4,7 @@ They find the server by the environment alone, as programs do that are moved. A 
 
 import importlib.metadata
 import os
+import re
 import sys
 
 
@@ -14,7 +15,8 @@ def surroundings(url, key):
     os.environ.update(E2B_API_URL=url, E2B_SANDBOX_URL=url, E2B_API_KEY=key)
 
 
-def versions(_key):
+def versions(key):
+    assert re.fullmatch("e2b_[0-9a-f]+", key), "older clients take no other form"
     assert importlib.metadata.version("e2b") == "2.63.0"
     assert importlib.metadata.version("e2b-code-interpreter") == "2.11.5"
 

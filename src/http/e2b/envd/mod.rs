@@ -57,11 +57,18 @@ pub(super) fn routes() -> Router<App> {
         .merge(filesystem::routes())
         .merge(process::routes())
         .route("/{*rest}", any(nothing_there))
+        .method_not_allowed_fallback(no_method)
 }
 
 /// What has no header that names a sandbox: clients' signed URLs lose the prefix of the server that they are for.
 pub(super) fn signed_routes() -> Router<App> {
-    Router::new().route("/files", get(files::read_signed).post(files::write_signed))
+    Router::new()
+        .route("/files", get(files::read_signed).post(files::write_signed))
+        .method_not_allowed_fallback(no_method)
+}
+
+async fn no_method() -> Refusal {
+    Refusal::of_agent(Problem::new(problem::METHOD_NOT_ALLOWED, "the path does not know this method"))
 }
 
 /// The environment of everything in it.

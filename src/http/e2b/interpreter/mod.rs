@@ -40,6 +40,11 @@ pub(super) fn routes() -> Router<App> {
         .route("/contexts/{id}/restart", post(restart_context))
         .route("/contexts/{id}", delete(delete_context))
         .route("/{*rest}", any(nothing_there))
+        .method_not_allowed_fallback(no_method)
+}
+
+async fn no_method() -> Refusal {
+    Refusal::of_interpreter(Problem::new(problem::METHOD_NOT_ALLOWED, "the path does not know this method"))
 }
 
 /// Whether it runs, in the words of its own server.
