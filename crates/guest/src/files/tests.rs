@@ -368,7 +368,7 @@ async fn changes_of_a_folder_are_told() {
     fs::create_dir_all(room.work().join("n/e/w")).unwrap();
     next(r#""path":"n/e/w""#).await;
     fs::write(room.work().join("n/e/w/é\n"), "2").unwrap();
-    next(r#"{"event":"created","path":"n/e/w/é\n","is_folder":false}"#).await;
+    next(r#"{"event":"created","path":"n/e/w/é\n","is_folder":false,"is_whole":false}"#).await;
     fs::rename(room.work().join("up"), room.work().join("n/up")).unwrap();
     next(r#"{"event":"moved","path":"up","to":"n/up"}"#).await;
     fs::remove_file(room.work().join("n/up")).unwrap();
