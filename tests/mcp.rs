@@ -123,7 +123,7 @@ impl Client {
             Era::New => {
                 request =
                     request.header("mcp-protocol-version", "2026-07-28").header("mcp-method", text(&message["method"]));
-                for name in [&params["name"], &params["uri"]] {
+                for name in [&params["name"], &params["uri"], &params["taskId"]] {
                     if let Some(name) = name.as_str() {
                         request = request.header("mcp-name", name);
                     }
@@ -658,6 +658,74 @@ async fn no_line_of_the_log_has_code_or_a_key_in_it() {
     for told in ["a secret", "marker", server.key.as_str()] {
         let line = log.lines().find(|line| line.contains(told));
         assert_eq!(line, None);
+    }
+    server.finish().await.unwrap_or_else(|left| panic!("{left}"));
+}
+
+/// A client that knows tasks asks.
+async fn ask_with_tasks(client: &Client, method: &str, params: Value) -> Heard {
+    let mut message = client.message(method, params);
+    message["params"]["_meta"]["io.modelcontextprotocol/clientCapabilities"] =
+        json!({"extensions": {"io.modelcontextprotocol/tasks": {}}});
+    Heard::of(client.request(&message)).await
+}
+
+async fn task_ends(client: &Client, id: &str) -> Value {
+    let began = Instant::now();
+    loop {
+        let heard = ask_with_tasks(client, "tasks/get", json!({"taskId": id})).await;
+        let task = heard.result().clone();
+        assert_eq!((&task["resultType"], &task["taskId"]), (&json!("complete"), &json!(id)), "{task}");
+        if task["status"] != "working" {
+            return task;
+        }
+        assert!(began.elapsed() < NEVER && task["ttlMs"].is_null() && task["pollIntervalMs"].is_u64(), "{task}");
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn long_work_is_a_task_of_a_client_that_knows_them() {
+    let server = Server::start("").await;
+    let client = Client::greet(&server, Era::New, &server.key).await;
+    let run = async |arguments: Value| {
+        let heard = ask_with_tasks(&client, "tools/call", json!({"name": "run_code", "arguments": arguments})).await;
+        heard.result().clone()
+    };
+    // What is done at once is answered at once.
+    let quick = run(json!({"code": "x = 41"})).await;
+    let session = text(&quick["structuredContent"]["session_id"]);
+    let code = "import time\nfor n in range(70): print('line', n, flush=True); time.sleep(.1)\nx + 1";
+    let made = run(json!({"code": code, "session_id": session})).await;
+    assert_eq!((&made["resultType"], &made["status"]), (&json!("task"), &json!("working")), "{made}");
+    assert!(text(&made["statusMessage"]).starts_with("line "), "{made}");
+    let id = text(&made["taskId"]);
+    assert!(id.starts_with("exe"), "{made}");
+    let ended = task_ends(&client, &id).await;
+    assert_eq!(ended["status"], "completed", "{ended}");
+    assert!(said(&ended["result"]).contains("line 69\n42\n") && ended["result"]["isError"] == false, "{ended}");
+    assert!(ended["ttlMs"].as_u64().is_some_and(|ttl| ttl > 7000), "{ended}");
+    // An error of the code is a result; who takes a task back finds it cancelled, and its variables there.
+    let fails = run(json!({"code": "1/0", "session_id": session, "background": true})).await;
+    let failed = task_ends(&client, &text(&fails["taskId"])).await;
+    assert_eq!((&failed["status"], &failed["result"]["isError"]), (&json!("completed"), &json!(true)), "{failed}");
+    let sleeps = run(json!({"code": "time.sleep(90)", "session_id": session, "background": true})).await;
+    let id = text(&sleeps["taskId"]);
+    let acknowledged = ask_with_tasks(&client, "tasks/cancel", json!({"taskId": id})).await;
+    assert_eq!(acknowledged.result()["resultType"], "complete", "{}", acknowledged.body);
+    assert_eq!(task_ends(&client, &id).await["status"], "cancelled");
+    let after = run(json!({"code": "x", "session_id": session})).await;
+    assert!(said(&after).starts_with("41\n"), "{after}");
+    // A client that has not said that it knows tasks gets none, and nobody has one of another's.
+    let plain = client.call("run_code", json!({"code": "1", "session_id": session, "background": true})).await;
+    assert!(plain["taskId"].is_null() && said(&plain).contains("execution://"), "{plain}");
+    assert_eq!(client.ask("tasks/get", json!({"taskId": id})).await.error()["code"], -32021);
+    let foreign = Client::greet(&server, Era::New, &server.other_key).await;
+    for method in ["tasks/get", "tasks/cancel"] {
+        for (client, id) in [(&foreign, id.as_str()), (&client, "exe00000000000000000000000000"), (&client, "../x")] {
+            let refused = ask_with_tasks(client, method, json!({"taskId": id})).await;
+            assert_eq!(refused.error()["code"], -32602, "{method} {id}: {}", refused.body);
+        }
     }
     server.finish().await.unwrap_or_else(|left| panic!("{left}"));
 }

@@ -3,6 +3,7 @@
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::time::Duration;
 
 use tokio_util::sync::CancellationToken;
 
@@ -194,6 +195,12 @@ impl Service {
         let execution = self.registry.execution(&who.tenant, id);
         let is_meant = |execution: &Arc<Execution>| self.session(who, execution.place.session).is_ok();
         execution.filter(is_meant).ok_or(Error::NotFound("execution"))
+    }
+
+    /// For how long an execution can be looked for after its end, at most.
+    #[must_use]
+    pub fn executions_are_kept(&self) -> Duration {
+        self.registry.executions_are_kept()
     }
 
     /// Takes an execution back: out of the queue, or by an interrupt. One that has ended stays as it is.

@@ -213,6 +213,12 @@ impl Registry {
         Self { metrics, ..self }
     }
 
+    /// For how long an execution is known after its end, at most.
+    #[must_use]
+    pub fn executions_are_kept(&self) -> Duration {
+        self.tuning().limits.execution_retention
+    }
+
     /// Goes on with other bounds. Sessions that are there keep their settings, and their places where there are fewer now.
     pub fn tune(&self, settings: Settings, limits: Limits) {
         *self.tuning.write().unwrap_or_else(PoisonError::into_inner) = Tuning { settings, limits };

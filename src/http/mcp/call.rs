@@ -31,6 +31,8 @@ pub(super) struct Call {
     pub asked: Asked,
     /// The client speaks the protocol without sessions, so that what it hangs up on is taken back.
     pub is_modern: bool,
+    /// The client takes tasks for answers.
+    pub knows_tasks: bool,
     hung_up: CancellationToken,
     peer: Peer<RoleServer>,
     token: Option<ProgressToken>,
@@ -42,7 +44,8 @@ impl Call {
         let is_modern =
             context.protocol_version().is_some_and(|v| v.as_str() >= ProtocolVersion::V_2026_07_28.as_str());
         let token = context.meta.get_progress_token();
-        Self { service, asked, is_modern, hung_up: context.ct, peer: context.peer, token }
+        let knows_tasks = context.client_capabilities().is_some_and(|capabilities| capabilities.supports_tasks());
+        Self { service, asked, is_modern, knows_tasks, hung_up: context.ct, peer: context.peer, token }
     }
 
     /// Waits until the caller takes it back: by a message, or, where that is what hanging up means, by hanging up.
@@ -103,6 +106,13 @@ pub(super) fn describe(problem: &Problem) -> String {
     text
 }
 
+/// The last line of a text that says something, without what only a terminal understands.
+pub(super) fn last_line(text: &str) -> Option<String> {
+    let plain = anstream::adapter::strip_str(text).to_string();
+    let line = plain.lines().rev().map(str::trim).find(|line| !line.is_empty())?;
+    Some(line.chars().filter(|c| !c.is_control()).take(MAX_LINE).collect())
+}
+
 /// Tells a client that asks for it that its call goes on: the last line of output, so many seconds after its begin.
 pub(super) struct Progress<'a> {
     call: &'a Call,
@@ -118,9 +128,8 @@ impl Progress<'_> {
         if self.call.token.is_none() {
             return;
         }
-        let plain = anstream::adapter::strip_str(text).to_string();
-        if let Some(line) = plain.lines().rev().map(str::trim).find(|line| !line.is_empty()) {
-            self.line = Some(line.chars().filter(|c| !c.is_control()).take(MAX_LINE).collect());
+        if let Some(line) = last_line(text) {
+            self.line = Some(line);
         }
     }
 

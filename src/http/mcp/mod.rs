@@ -47,6 +47,7 @@ mod resources;
 mod run;
 mod server;
 mod sessions;
+mod tasks;
 mod tools;
 
 pub(super) use answer::cut;

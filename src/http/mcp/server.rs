@@ -6,15 +6,17 @@ use std::sync::Arc;
 use axum::http::request::Parts;
 use rmcp::ServerHandler;
 use rmcp::model::{
-    CallToolRequestParams, CallToolResponse, CallToolResult, ContentBlock, ErrorData, Implementation,
-    ListResourceTemplatesResult, ListResourcesResult, ListToolsResult, PaginatedRequestParams, ProtocolVersion,
-    ReadResourceRequestParams, ReadResourceResponse, ServerCapabilities, ServerConfig, Tool,
+    CallToolRequestParams, CallToolResponse, CallToolResult, CancelTaskParams, ContentBlock, ErrorData, GetTaskParams,
+    GetTaskResult, Implementation, ListResourceTemplatesResult, ListResourcesResult, ListToolsResult,
+    PaginatedRequestParams, ProtocolVersion, ReadResourceRequestParams, ReadResourceResponse, ServerCapabilities,
+    ServerConfig, Tool, UpdateTaskParams,
 };
 use rmcp::service::{RequestContext, RoleServer};
 
 use super::call::{Call, describe};
 use super::tools::ToolSet;
-use super::{Asked, commands, edits, files, kernels, resources, run, sessions};
+use super::{Asked, commands, edits, files, kernels, resources, run, sessions, tasks};
+use crate::http::problem::Problem;
 use crate::service::{Service, trail};
 
 /// What a model is told of the server: how sessions, files and long work go together, and nothing else.
@@ -46,11 +48,13 @@ impl Cells {
         asked.cloned().ok_or_else(|| ErrorData::internal_error("nobody asks", None))
     }
 
-    async fn call(&self, params: CallToolRequestParams, call: &Call) -> Result<CallToolResult, ErrorData> {
+    async fn call(&self, params: CallToolRequestParams, call: &Call) -> Result<CallToolResponse, ErrorData> {
         let arguments = params.arguments.unwrap_or_default();
         let offered = self.get_tool(&params.name).map(|tool| tool.name);
         let told = match offered.as_deref().unwrap_or_default() {
-            "run_code" => run::run_code(call, arguments).await,
+            "run_code" => {
+                return Ok(run::run_code(call, arguments).await.unwrap_or_else(|problem| refusal(&problem).into()));
+            }
             "run_command" => commands::run_command(call, arguments).await,
             "create_session" => sessions::create(call, arguments).await,
             "list_sessions" => sessions::list(call, arguments),
@@ -73,17 +77,30 @@ impl Cells {
                 return Err(ErrorData::invalid_params(message, None));
             }
         };
-        // A refusal is for the model, which may do better then.
-        Ok(told.unwrap_or_else(|problem| {
-            trail::note_refusal(problem.code, problem.status);
-            CallToolResult::error(vec![ContentBlock::text(describe(&problem))])
-        }))
+        Ok(told.unwrap_or_else(|problem| refusal(&problem)).into())
     }
+
+    /// Does something for who asks, in a task of the protocol's own, and has its trail followed.
+    async fn of<T, F: Future<Output = Result<T, ErrorData>>>(
+        &self,
+        context: RequestContext<RoleServer>,
+        work: impl FnOnce(Call) -> F,
+    ) -> Result<T, ErrorData> {
+        let asked = Self::asked(&context)?;
+        let trail = asked.trail.clone();
+        trail::follow(trail, work(Call::new(Arc::clone(&self.service), asked, context))).await
+    }
+}
+
+/// A refusal is for the model, which may do better then.
+fn refusal(problem: &Problem) -> CallToolResult {
+    trail::note_refusal(problem.code, problem.status);
+    CallToolResult::error(vec![ContentBlock::text(describe(problem))])
 }
 
 impl ServerHandler for Cells {
     fn get_info(&self) -> ServerConfig {
-        let capabilities = ServerCapabilities::builder().enable_tools().enable_resources().build();
+        let capabilities = ServerCapabilities::builder().enable_tools().enable_resources().enable_tasks().build();
         // Which version runs here helps nobody but an attacker; the protocol wants a text.
         ServerConfig::new(capabilities)
             .with_server_info(Implementation::new("cellblock", "1").with_title("Cellblock"))
@@ -111,11 +128,32 @@ impl ServerHandler for Cells {
         params: CallToolRequestParams,
         context: RequestContext<RoleServer>,
     ) -> Result<CallToolResponse, ErrorData> {
-        let asked = Self::asked(&context)?;
-        let trail = asked.trail.clone();
-        let call = Call::new(Arc::clone(&self.service), asked, context);
-        // This runs in a task of the protocol's own.
-        trail::follow(trail, self.call(params, &call)).await.map(CallToolResponse::from)
+        self.of(context, |call| async move { self.call(params, &call).await }).await
+    }
+
+    async fn get_task(
+        &self,
+        params: GetTaskParams,
+        context: RequestContext<RoleServer>,
+    ) -> Result<GetTaskResult, ErrorData> {
+        self.of(context, |call| async move { tasks::get(&call, &params.task_id).await }).await
+    }
+
+    /// No task asks its client for something.
+    async fn update_task(
+        &self,
+        params: UpdateTaskParams,
+        context: RequestContext<RoleServer>,
+    ) -> Result<(), ErrorData> {
+        self.of(context, |call| async move { tasks::find(&call, &params.task_id).map(drop) }).await
+    }
+
+    async fn cancel_task(
+        &self,
+        params: CancelTaskParams,
+        context: RequestContext<RoleServer>,
+    ) -> Result<(), ErrorData> {
+        self.of(context, |call| async move { tasks::cancel(&call, &params.task_id) }).await
     }
 
     async fn list_resources(
