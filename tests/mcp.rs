@@ -686,7 +686,7 @@ async fn task_ends(client: &Client, id: &str) -> Value {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn long_work_is_a_task_of_a_client_that_knows_them() {
-    let server = Server::start("").await;
+    let server = Server::start_with_tenants("").await;
     let client = Client::greet(&server, Era::New, &server.key).await;
     let run = async |arguments: Value| {
         let heard = ask_with_tasks(&client, "tools/call", json!({"name": "run_code", "arguments": arguments})).await;
