@@ -27,6 +27,8 @@ use cellblock::service::keys::{self, ConfiguredKey};
 use cellblock::task;
 use engine_fake::FakeEngine;
 use mcp_fixture::Fixture;
+use rmcp::transport::streamable_http_server::StreamableHttpService;
+use rmcp::transport::streamable_http_server::session::local::LocalSessionManager;
 use server::{NEVER, Server};
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
@@ -88,7 +90,14 @@ async fn fixture(bench: &Bench) -> (String, String) {
         expires_at: None,
     };
     bench.keys.add(configured).unwrap();
-    let app = App { mcp: Some(Mcp::before(Vec::new(), |_| Fixture)), ..bench.app() };
+    // Of the older revision the suite wants tools that ask their client while they run: within a session of the protocol, which no tool of the product needs.
+    let sessions = Arc::new(LocalSessionManager::default());
+    let mcp = Mcp::answered_by(Vec::new(), move |_, config, request| {
+        let config = config.with_legacy_session_mode(true);
+        let service = StreamableHttpService::new(|| Ok(Fixture), Arc::clone(&sessions), config);
+        Box::pin(async move { service.handle(request).await.map(Body::new) })
+    });
+    let app = App { mcp: Some(mcp), ..bench.app() };
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
     task::spawn("server", http::serve(listener, app, bench.connections(NEVER), CancellationToken::new()));

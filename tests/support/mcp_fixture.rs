@@ -1,5 +1,5 @@
 //! What the conformance suite of the Model Context Protocol asks of a server beyond the protocol itself: tools, resources and prompts of certain names that answer
-//! in certain ways. A handler of messages for [`Mcp::before`](cellblock::http::mcp::Mcp::before); how they travel is no affair of it.
+//! in certain ways. A handler of messages behind [`Mcp`](cellblock::http::mcp::Mcp); how they travel is no affair of it.
 
 use std::time::Duration;
 
@@ -8,7 +8,7 @@ use rmcp::model::{
     ErrorData, GetPromptRequestParams, GetPromptResponse, GetPromptResult, Implementation, InputRequiredResult,
     InputResponses, ListPromptsResult, ListResourceTemplatesResult, ListResourcesResult, ListToolsResult,
     PaginatedRequestParams, ProgressNotificationParam, ReadResourceRequestParams, ReadResourceResponse,
-    ReadResourceResult, ServerCapabilities, ServerConfig,
+    ReadResourceResult, ServerCapabilities, ServerConfig, ServerRequest,
 };
 use rmcp::service::{RequestContext, RoleServer};
 use rmcp::{RoleServer as Server, ServerHandler};
@@ -24,7 +24,7 @@ const SOUND: &str = "UklGRiQAAABXQVZFZm10IBAAAAABAAEARKwAAIhYAQACABAAZGF0YQAAAAA
 /// Between two signs of life of a tool.
 const STEP: Duration = Duration::from_millis(50);
 /// The tools: they take nothing.
-const TOOLS: [&str; 19] = [
+const TOOLS: [&str; 23] = [
     "test_simple_text",
     "test_image_content",
     "test_audio_content",
@@ -44,6 +44,10 @@ const TOOLS: [&str; 19] = [
     "test_input_required_result_multi_round",
     "test_input_required_result_tampered_state",
     "test_input_required_result_capabilities",
+    "test_sampling",
+    "test_elicitation",
+    "test_elicitation_sep1034_defaults",
+    "test_elicitation_sep1330_enums",
 ];
 
 /// The fixture.
@@ -126,7 +130,58 @@ fn given<'a>(responses: &'a InputResponses, key: &str, field: &str) -> Option<&'
     responses.get(key)?.get("content")?.get(field)
 }
 
+/// A choice among words that have titles.
+fn titled(words: [&str; 2]) -> Value {
+    json!(words.map(|word| json!({"const": word, "title": word.to_uppercase()})))
+}
+
+/// What a client of the older revision is asked by the tool of this name, while the tool runs.
+fn asked_by(tool: &str, arguments: &Value) -> Value {
+    let form = |properties: Value| json!({"type": "object", "properties": properties});
+    let (message, schema) = match tool {
+        "test_sampling" => return prompt(arguments["prompt"].as_str().unwrap_or_default(), 100),
+        "test_elicitation" => {
+            let schema = form(json!({"username": {"type": "string"}, "email": {"type": "string"}}));
+            (arguments["message"].as_str().unwrap_or_default(), schema)
+        }
+        "test_elicitation_sep1034_defaults" => (
+            "Defaults",
+            form(json!({
+                "name": {"type": "string", "default": "John Doe"},
+                "age": {"type": "integer", "default": 30},
+                "score": {"type": "number", "default": 95.5},
+                "status": {"type": "string", "enum": ["active", "inactive", "pending"], "default": "active"},
+                "verified": {"type": "boolean", "default": true},
+            })),
+        ),
+        _ => (
+            "Choices",
+            form(json!({
+                "untitledSingle": {"type": "string", "enum": ["option1", "option2", "option3"]},
+                "titledSingle": {"type": "string", "oneOf": titled(["value1", "value2"])},
+                "legacyEnum": {"type": "string", "enum": ["opt1", "opt2"], "enumNames": ["Option One", "Option Two"]},
+                "untitledMulti": {"type": "array", "items": {"type": "string", "enum": ["option1", "option2", "option3"]}},
+                "titledMulti": {"type": "array", "items": {"anyOf": titled(["value1", "value2"])}},
+            })),
+        ),
+    };
+    json!({"method": "elicitation/create", "params": {"mode": "form", "message": message, "requestedSchema": schema}})
+}
+
 impl Fixture {
+    /// Asks its client within the session, and waits.
+    async fn asking_at_once(
+        &self,
+        params: &CallToolRequestParams,
+        context: &Context,
+    ) -> Result<CallToolResponse, ErrorData> {
+        let arguments = Value::Object(params.arguments.clone().unwrap_or_default());
+        let asked = written::<ServerRequest>(asked_by(&params.name, &arguments))?;
+        let answer = context.peer.send_request(asked).await;
+        let answer = answer.map_err(|error| ErrorData::internal_error(error.to_string(), None))?;
+        text(&format!("The client has answered: {}", serde_json::to_string(&answer).unwrap_or_default()))
+    }
+
     async fn logged(&self, context: &Context) -> Result<CallToolResponse, ErrorData> {
         for message in ["Tool execution started", "Tool processing data", "Tool execution completed"] {
             let told = written(json!({"level": "info", "logger": "fixture", "data": message}))?;
@@ -270,6 +325,10 @@ impl ServerHandler for Fixture {
             "test_streaming_elicitation" => {
                 Ok(required(json!({"user_name": question("What is your name?", "name", "string")}), None)?.into())
             }
+            "test_sampling"
+            | "test_elicitation"
+            | "test_elicitation_sep1034_defaults"
+            | "test_elicitation_sep1330_enums" => self.asking_at_once(&params, &context).await,
             _ => self.asking(params, &context),
         }
     }

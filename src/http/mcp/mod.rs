@@ -15,7 +15,7 @@ use axum::body::{Body, Bytes};
 use axum::extract::{Request, State};
 use axum::http::request::Parts;
 use axum::http::uri::Authority;
-use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode, Uri, header};
+use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Uri, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::post;
 use futures_util::future::BoxFuture;
@@ -87,11 +87,22 @@ impl Mcp {
         hosts: impl Into<Arc<[String]>>,
         handler: impl Fn(Arc<Service>) -> H + Send + Sync + 'static,
     ) -> Self {
-        let behind = move |service, config, request| -> BoxFuture<'static, Response> {
+        Self::answered_by(hosts, move |service, config, request| {
             let (handler, sessions) = (handler(service), Arc::new(NeverSessionManager::default()));
             let service = StreamableHttpService::new(move || Ok(handler.clone()), sessions, config);
             Box::pin(async move { service.handle(request).await.map(Body::new) })
-        };
+        })
+    }
+
+    /// The same, where requests that were let in, whose bodies are whole and bounded, are answered in another way. The configuration is this door's.
+    #[must_use]
+    pub fn answered_by(
+        hosts: impl Into<Arc<[String]>>,
+        behind: impl Fn(Arc<Service>, StreamableHttpServerConfig, Request) -> BoxFuture<'static, Response>
+        + Send
+        + Sync
+        + 'static,
+    ) -> Self {
         Self { hosts: hosts.into(), calls: Calls::default(), behind: Arc::new(behind) }
     }
 }
@@ -104,7 +115,7 @@ impl fmt::Debug for Mcp {
 
 /// Its route.
 pub(super) fn routes() -> Router<App> {
-    Router::new().route(PATH, post(answer))
+    Router::new().route(PATH, post(answer).get(answer))
 }
 
 /// What is known of a call before its message is read. Tools find it in the extensions of the request's head.
@@ -146,6 +157,10 @@ async fn answer(State(app): State<App>, Caller(who): Caller, request: Request) -
     // It was admitted; nobody behind this needs its key.
     head.headers.remove(header::AUTHORIZATION);
     head.headers.remove("x-api-key");
+    if head.method == Method::GET {
+        // Who has sessions of the protocol tells there what is no answer; the product has none, and refuses.
+        return Ok(serve(&app, &mcp, Request::from_parts(head, Body::empty())).await);
+    }
     let body = read(body, app.bounds).await?;
     let message = match serde_json::from_slice::<Value>(&body) {
         Ok(message @ Value::Object(_)) => message,
@@ -161,7 +176,8 @@ async fn answer(State(app): State<App>, Caller(who): Caller, request: Request) -
         let id = peek.as_ref().and_then(|peek| peek.params.as_ref()?.request_id.as_ref());
         of_client(id).into_iter().for_each(|key| mcp.calls.cancel(&key));
     }
-    let id = peek.as_ref().and_then(|peek| peek.id.as_ref());
+    // An answer of a client has the id of who has asked it.
+    let id = peek.as_ref().filter(|peek| peek.method.is_some()).and_then(|peek| peek.id.as_ref());
     let call = match of_client(id).map(|key| mcp.calls.begin(key)) {
         // Two answers with one id could not be told apart, nor could one of them be taken back.
         Some(None) => return Ok(refuse_id(id, -32600, "a request with this id is under way; take another id")),
@@ -176,7 +192,7 @@ async fn answer(State(app): State<App>, Caller(who): Caller, request: Request) -
     if is_greeting && response.status() == StatusCode::OK {
         // Letters, digits and dashes: it is a header's value.
         if let Ok(name) = HeaderValue::from_str(&Uuid::new_v4().to_string()) {
-            response.headers_mut().insert(MCP_SESSION, name);
+            response.headers_mut().entry(MCP_SESSION).or_insert(name);
         }
     }
     Ok(response)
