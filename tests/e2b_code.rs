@@ -161,9 +161,10 @@ async fn an_execution_ends_when_its_caller_leaves(server: Arc<Server>) {
     let runs = asked("time.sleep(50)").await.unwrap();
     sandbox.cell.wait("busy").await;
     let waits = asked("open('ran', 'w')").await.unwrap();
-    queued(1).await;
+    // Each has one of ours before it and behind it, for the variables.
+    queued(4).await;
     drop(waits);
-    queued(0).await;
+    queued(3).await;
     drop(runs);
     let ran = sandbox.run(&json!({"code": "import os; (os.path.exists('ran'), 'A' in os.environ)"})).await;
     assert_eq!(ran[1]["text"], "(False, False)", "{ran:?}");

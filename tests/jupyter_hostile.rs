@@ -31,8 +31,6 @@ const SLACK: f64 = 8.0;
 const NEXT: Duration = Duration::from_secs(25);
 /// The time limit of cells in other languages than Python, in seconds.
 const LIMIT: f64 = 2.0;
-/// A kernel that ends a moment after this cell: what it has taken by then may have begun, so it is not run again.
-const ENDS_LATER: &str = "asks its kernel to shut down";
 
 /// A template for each limit that cells of Python have: a Jupyter client can't ask for one.
 fn settings(rows: &[Row]) -> String {
@@ -189,8 +187,9 @@ async fn compared(server: &Server, told: &[Got], broken: &mut Vec<String>) -> Va
     };
     let (replied, ran) = (text(&reply.content["status"]), text(&record["status"]));
     must((replied == "ok") == (ran == "ok"), &format!("the reply says {replied} of what ended with {ran}"));
-    // What a kernel says just before it dies may die with it.
-    let began = told[0].content["execution_state"] == "busy" || ran == "kernel_died";
+    // What a kernel says just before it dies, or is stopped for good, may die with it.
+    let is_cut_off = ran == "kernel_died" || record["kernel"]["restarted"] == true;
+    let began = told[0].content["execution_state"] == "busy" || is_cut_off;
     must(began, "it did not begin with being busy");
     let count = |wanted: &dyn Fn(&Got) -> bool| told.iter().filter(|got| wanted(got)).count();
     must(count(&|got| got.msg_type == "execute_reply") == 1, "not one reply");
@@ -220,7 +219,7 @@ async fn a_row_holds(server: Arc<Server>, row: Row) {
     in_time(began, row.limit, &mut broken);
     let record = compared(&server, &told, &mut broken).await;
     broken.extend(row.broken(&record));
-    if row.spoils || row.name == ENDS_LATER {
+    if row.spoils {
         notebook.restart().await;
     }
     notebook.answers("1+1", "2", &mut broken).await;
