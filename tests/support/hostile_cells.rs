@@ -601,7 +601,8 @@ fn text() -> Vec<Row> {
             .holds("what is left out is counted", nothing_is_lost_silently),
         row(
             "prints a lot, and its kernel dies",
-            "import os, sys\nfor n in range(20_000): print('x' * 100)\nsys.stdout.flush(); os._exit(3)",
+            // What it has handed over and not sent dies with it: it stays until most is sent.
+            "import os, sys, time\nfor n in range(20_000): print('x' * 100)\nsys.stdout.flush(); time.sleep(1); os._exit(3)",
         )
         .exits(3)
         .hits(output())
