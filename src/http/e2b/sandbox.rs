@@ -131,6 +131,16 @@ impl Sandbox {
     }
 }
 
+async fn by_agent_token(
+    parts: &mut Parts,
+    app: &App,
+    refusal: impl FnOnce(Problem) -> Refusal,
+) -> Result<Sandbox, Refusal> {
+    let aimed = Aimed::from_request_parts(parts, app).await?;
+    let id = aimed.session.id;
+    aimed.opened_by(parts, Purpose::Agent, &ACCESS_TOKEN).map_err(|problem| gone_or(problem, id, refusal))
+}
+
 /// A sandbox by its agent's token: files outside of RPC. Refused in the agent's words.
 pub(super) struct ByAgentToken(pub(super) Sandbox);
 
@@ -138,12 +148,7 @@ impl FromRequestParts<App> for ByAgentToken {
     type Rejection = Refusal;
 
     async fn from_request_parts(parts: &mut Parts, app: &App) -> Result<Self, Refusal> {
-        let aimed = Aimed::from_request_parts(parts, app).await?;
-        let id = aimed.session.id;
-        aimed
-            .opened_by(parts, Purpose::Agent, &ACCESS_TOKEN)
-            .map(Self)
-            .map_err(|problem| gone_or(problem, id, Refusal::of_agent))
+        by_agent_token(parts, app, Refusal::of_agent).await.map(Self)
     }
 }
 
@@ -154,12 +159,7 @@ impl FromRequestParts<App> for ForRpc {
     type Rejection = Refusal;
 
     async fn from_request_parts(parts: &mut Parts, app: &App) -> Result<Self, Refusal> {
-        let aimed = Aimed::from_request_parts(parts, app).await?;
-        let id = aimed.session.id;
-        aimed
-            .opened_by(parts, Purpose::Agent, &ACCESS_TOKEN)
-            .map(Self)
-            .map_err(|problem| gone_or(problem, id, Refusal::of_rpc))
+        by_agent_token(parts, app, Refusal::of_rpc).await.map(Self)
     }
 }
 

@@ -403,6 +403,9 @@ fn an_interrupt_before_the_kernel_is_at_its_code_is_said_again() {
         }
         world.step(Step::Cancel(0));
         answer(&mut world);
+        // A signal follows what may have hit nothing, if the kernel does not come to its code.
+        let due = PACE.interrupt_grace / if is_early { 2 } else { 1 };
+        assert_eq!(world.context.next_deadline(), Some(world.now + due));
         world.message(Channel::Iopub, "execute_input", &id, echo);
         world.take();
         assert_eq!(interrupts(&world).len(), expected);

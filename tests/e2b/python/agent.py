@@ -11,24 +11,7 @@ import urllib.error
 import urllib.request
 
 import e2b
-from clients import surroundings
-
-
-def refused(kind, call, *args, **named):
-    try:
-        call(*args, **named)
-    except kind as error:
-        return error
-    raise AssertionError(f"{kind.__name__} was not raised")
-
-
-def until(what, seconds=20):
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if found := what():
-            return found
-        time.sleep(0.1)
-    raise AssertionError("it did not come")
+from clients import refused, surroundings, until
 
 
 def files_go_up_and_come_down(sandbox):

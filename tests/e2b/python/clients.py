@@ -6,6 +6,7 @@ import importlib.metadata
 import os
 import re
 import sys
+import time
 
 
 def surroundings(url, key):
@@ -13,6 +14,23 @@ def surroundings(url, key):
     for name in [name for name in os.environ if name.startswith("E2B_")]:
         del os.environ[name]
     os.environ.update(E2B_API_URL=url, E2B_SANDBOX_URL=url, E2B_API_KEY=key)
+
+
+def refused(kind, call, *args, **named):
+    try:
+        call(*args, **named)
+    except kind as error:
+        return error
+    raise AssertionError(f"{kind.__name__} was not raised")
+
+
+def until(what, seconds=30):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if found := what():
+            return found
+        time.sleep(0.1)
+    raise AssertionError("it did not come")
 
 
 def versions(key):

@@ -7,28 +7,11 @@ import time
 import uuid
 
 import e2b
-from clients import surroundings
+from clients import refused, surroundings, until
 from e2b import Sandbox, SandboxQuery, SandboxState
 from e2b_code_interpreter import Sandbox as CodeInterpreter
 
 GONE = "9" * 26
-
-
-def refused(kind, call, *args, **named):
-    try:
-        call(*args, **named)
-    except kind as error:
-        return error
-    raise AssertionError(f"{kind.__name__} was not raised")
-
-
-def until(what, seconds=30):
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if found := what():
-            return found
-        time.sleep(0.2)
-    raise AssertionError("it did not come")
 
 
 def left(sandbox):
