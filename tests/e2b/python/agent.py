@@ -11,7 +11,7 @@ import urllib.error
 import urllib.request
 
 import e2b
-from clients import refused, surroundings, until
+from clients import leave, refused, surroundings, until
 
 
 def files_go_up_and_come_down(sandbox):
@@ -254,3 +254,4 @@ def main():
 
 if __name__ == "__main__":
     main()
+    leave()

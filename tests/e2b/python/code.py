@@ -9,7 +9,7 @@ import threading
 import time
 
 import e2b
-from clients import surroundings
+from clients import leave, surroundings
 from e2b_code_interpreter import AsyncSandbox, Sandbox
 from packaging.version import Version
 
@@ -279,3 +279,4 @@ def main():
 
 if __name__ == "__main__":
     main()
+    leave()

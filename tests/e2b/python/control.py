@@ -7,7 +7,7 @@ import time
 import uuid
 
 import e2b
-from clients import refused, surroundings, until
+from clients import leave, refused, surroundings, until
 from e2b import Sandbox, SandboxQuery, SandboxState
 from e2b_code_interpreter import Sandbox as CodeInterpreter
 
@@ -242,3 +242,4 @@ def main():
 
 if __name__ == "__main__":
     main()
+    leave()

@@ -5,7 +5,7 @@ Says "made" when all sandboxes are there, and goes on when its input ends. Each 
 import asyncio
 import sys
 
-from clients import surroundings
+from clients import leave, surroundings
 from e2b_code_interpreter import AsyncSandbox
 
 PATIENCE = 500
@@ -38,3 +38,4 @@ def main():
 
 if __name__ == "__main__":
     main()
+    leave()
